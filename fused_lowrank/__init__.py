@@ -1,0 +1,37 @@
+"""Low-rank adapter layers on fused Triton kernels: LoRA-XS, LoRA-Mini and LoRA.
+
+    y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ
+
+Importing this initialises no GPU and needs no Triton.
+"""
+
+from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
+from .adapter_file import load_adapter, save_adapter
+from .functional import lowrank_linear
+from .layers import (
+    FusedLoraLinear,
+    FusedLoraMiniLinear,
+    FusedLoraXSLinear,
+    LoraLinear,
+    LoraMiniLinear,
+    LoraXSLinear,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "FusedLoraLinear",
+    "FusedLoraMiniLinear",
+    "FusedLoraXSLinear",
+    "LoraLinear",
+    "LoraMiniLinear",
+    "LoraXSLinear",
+    "adapt",
+    "disable_adapters",
+    "init_bases",
+    "load_adapter",
+    "lowrank_linear",
+    "merge",
+    "save_adapter",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,435 @@
+"""Put adapted layers into a model, and take them out again."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .layers import METHODS, LowRankLinear
+from .layers.base import why_not_adaptable
+
+HOOKS = re.compile(
+    r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
+)
+Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords
+Patterns = str | list[str] | tuple[str, ...] | set[str]
+
+
+def adapt(
+    model: nn.Module,
+    method: str = "lora_xs",
+    *,
+    target_modules: Patterns,
+    exclude_modules: Patterns | None = None,
+    modules_to_save: list[str] | tuple[str, ...] | None = None,
+    fused: bool = True,
+    progress: bool = True,
+    defer_bases: bool = False,
+    **method_keywords: Any,
+) -> nn.Module:
+    """Replace linear layers of `model` by adapted ones and freeze everything else, in place.
+
+    Args:
+        model: any module; it keeps its class.
+        method: "lora", "lora_xs" or "lora_mini".
+        target_modules: a list of module names or of their last parts; or a regular expression that
+            must match whole names; or "all-linear": every nn.Linear but the output layer (what
+            model.get_output_embeddings() returns or, without such a method, the last nn.Linear).
+        exclude_modules: names, or a regular expression, of modules to leave alone.
+        modules_to_save: names of modules to train whole, such as a new head; they are saved with
+            the adapter.
+        fused: the fused layers, or their plain references.
+        progress: show a progress bar and, at the end, what is trained, on stderr.
+        defer_bases: leave the factors uninitialised, for a model on the meta device; call
+            `init_bases` when its weights are there.
+        method_keywords: for the layers: r, alpha, dropout, train, dtype; svd (LoRA-XS); a, b, init
+            (LoRA-Mini).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown method; a pattern that matches nothing; a rank that does not fit a
+            layer; a weight on the meta device; a module whose replacement would never be called.
+        TypeError: a target that is no plain nn.Linear; a keyword that the method does not know.
+
+    Whatever is raised, the model is as it was.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if any(True for _ in adapted_layers(model)):
+        raise ValueError("the model is adapted already: unload(model) first")
+    cls = METHODS[method][fused]
+    saved = match_saved(model, modules_to_save or ())
+    targets = match_targets(model, target_modules, exclude_modules, saved)
+    plan = dict.fromkeys(targets, (cls, method_keywords))
+    with unchanged_on_error(model):
+        layers = build(model, plan, progress=progress, defer_bases=defer_bases)
+    place(model, layers, saved)
+    if progress:
+        print(describe(model), file=sys.stderr)
+    return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give parameters their requires_grad back if anything is raised."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        raise
+
+
+def build(
+    model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool
+) -> dict[str, LowRankLinear]:
+    """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
+    modules = dict(model.named_modules())
+    for name, (cls, keywords) in plan.items():
+        linear = modules[name]
+        if reason := why_not_adaptable(linear, defer_bases):
+            raise (ValueError if "meta" in reason else TypeError)(f"{name} {reason}")
+        try:  # on the meta device: all the checks, none of the work
+            cls(linear.in_features, linear.out_features, **{**keywords, "device": "meta"})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    method = next(iter(plan.values()))[0].method
+    return {
+        name: cls.from_linear(modules[name], defer_bases=defer_bases, **keywords)
+        for name, (cls, keywords) in tqdm(plan.items(), method, disable=not progress, unit="layer")
+    }
+
+
+def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) -> None:
+    """Put built layers in their places and freeze everything but them and the modules to save."""
+    own = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    modules = dict(model.named_modules())
+    replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
+    for name in saved:
+        keep_original(model.get_submodule(name))
+    leave_fast_paths(model)
+
+
+def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
+    """Put new[id(module)] wherever that module stands, also where it stands more than once."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in new:
+                setattr(parent, name, carry_hooks(child, new[id(child)]))
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
+    """The new module with the old one's forward and backward hooks."""
+    for name, value in vars(old).items():
+        if HOOKS.fullmatch(name) and value:
+            vars(new)[name] = value
+    return new
+
+
+# --- which modules ---
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether a name matches: a regular expression whole, an entry of a list also as its end."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in patterns)
+
+
+def match_saved(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
+    """The modules to train whole, by name; each pattern must match."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"modules_to_save: no module is called {pattern!r}")
+    return [name for name in names if matches(name, patterns)]
+
+
+def match_targets(
+    model: nn.Module, patterns: Patterns, exclude: Patterns | None, saved: list[str]
+) -> list[str]:
+    """The names of the modules to adapt; raises where one cannot be, or a pattern matches none."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    inside_saved = tuple(name + "." for name in saved)
+
+    def left_alone(name: str) -> bool:
+        return (
+            (exclude is not None and matches(name, exclude))
+            or name in saved
+            or name.startswith(inside_saved)
+        )
+
+    if patterns == "all-linear":
+        output = output_layer(model)
+        found = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear)
+            and module is not output
+            and not left_alone(name)
+            and not never_called(modules, name)
+        ]
+        warn_of_experts(model, found)
+    else:
+        refuse_experts(model, patterns, modules)
+        entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in patterns]
+        for entry in entries:
+            if not any(matches(name, entry) for name in modules):
+                shown = entry if isinstance(entry, str) else entry[0]
+                raise ValueError(
+                    f"target_modules: {shown!r} matches no module; "
+                    f"the linear layers are called {', '.join(linear_names(modules))}"
+                )
+        found = [name for name in modules if matches(name, patterns) and not left_alone(name)]
+        for name in found:
+            if reason := never_called(modules, name):
+                raise ValueError(f"{name}: {reason}")
+    if not found:
+        raise ValueError(
+            f"target_modules={patterns!r} leaves no module to adapt; "
+            f"the linear layers are called {', '.join(linear_names(modules))}"
+        )
+    return found
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that "all-linear" leaves out."""
+    if hasattr(model, "get_output_embeddings"):
+        return model.get_output_embeddings()  # type: ignore[operator]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    """The distinct last parts of the linear layers' names."""
+    names = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    return sorted(names) or ["(there are none)"]
+
+
+def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
+    """Why a replacement of this module would never be called, or None."""
+    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return (
+            "nn.MultiheadAttention reads the weight of this layer and never calls it, so an "
+            "adapter would do nothing; exclude it"
+        )
+    return None
+
+
+def refuse_experts(model: nn.Module, patterns: Patterns, modules: dict[str, nn.Module]) -> None:
+    """Raise if a pattern names a Parameter of MoE experts, or the module that holds them."""
+    for name, parameter in model.named_parameters():
+        holder = name.rpartition(".")[0]
+        named = matches(name, patterns) or (holder and matches(holder, patterns))
+        if parameter.dim() == 3 and named:
+            raise ValueError(
+                f"target_modules: {name} is a Parameter of shape {tuple(parameter.shape)}, the "
+                "experts of a mixture; only nn.Linear can be adapted: leave it out"
+            )
+
+
+def warn_of_experts(model: nn.Module, found: list[str]) -> None:
+    """Say which experts "all-linear" does not reach."""
+    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
+    if experts:
+        warnings.warn(
+            f"'all-linear' reaches nn.Linear alone; {len(experts)} Parameters of MoE experts stay "
+            f"frozen, {experts[0]} the first",
+            stacklevel=4,
+        )
+
+
+def leave_fast_paths(model: nn.Module) -> None:
+    """Make torch's encoder fast path, which reads linear1 and linear2 by their weights, unreachable
+    in encoder layers with an adapted layer; `restore_fast_paths` undoes it.
+    """
+    for module in model.modules():
+        inside = any(isinstance(child, LowRankLinear) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and inside:
+            vars(module)["_lowrank_fast_path"] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and inside:
+            vars(module)["_lowrank_fast_path"] = module.use_nested_tensor
+            module.use_nested_tensor = False
+
+
+def restore_fast_paths(model: nn.Module) -> None:
+    """Undo `leave_fast_paths`."""
+    for module in model.modules():
+        if "_lowrank_fast_path" in vars(module):
+            layer = isinstance(module, nn.TransformerEncoderLayer)
+            name = "activation_relu_or_gelu" if layer else "use_nested_tensor"
+            setattr(module, name, vars(module).pop("_lowrank_fast_path"))
+
+
+# --- modules trained whole ---
+
+
+def keep_original(module: nn.Module) -> None:
+    """Train a module whole, and keep a copy of it as it is for `disable_adapters` and `unload`."""
+    vars(module)["_lowrank_original"] = {
+        name: tensor.detach().clone() for name, tensor in module.state_dict().items()
+    }
+    module.requires_grad_(True)
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules trained whole, by name."""
+    return {n: m for n, m in model.named_modules() if "_lowrank_original" in vars(m)}
+
+
+@torch.no_grad()
+def exchange_originals(model: nn.Module) -> None:
+    """Exchange the trained values of the modules trained whole with the kept ones."""
+    for module in saved_modules(model).values():
+        originals = vars(module)["_lowrank_original"]
+        for name in originals:
+            holder = module.get_submodule(name.rpartition(".")[0])
+            leaf = name.rpartition(".")[2]
+            slot = holder._parameters if leaf in holder._parameters else holder._buffers
+            present, original = slot[leaf], originals[name]
+            assert present is not None
+            original = original.to(present.device, present.dtype)
+            if slot is holder._parameters and not isinstance(original, nn.Parameter):
+                original = nn.Parameter(original, requires_grad=False)
+            slot[leaf], originals[name] = original, present
+
+
+# --- the whole model's adapters ---
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """(name, layer) of every adapted layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            yield name, module
+
+
+def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The adapted layers by name; raises ValueError if there are none."""
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise ValueError("the model has no adapted layers: adapt(model, …) first")
+    return layers
+
+
+def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
+    """Initialise the factors of layers that were made before their weights were there.
+
+    For models built on the meta device: build, `adapt(..., defer_bases=True)` if it is not built of
+    adapted layers, `to_empty`, load the weights, then this. Layers that are initialised are left as
+    they are. Raises ValueError if a weight is still on the meta device.
+    """
+    pending = {name: m for name, m in require_adapted(model).items() if m.bases_pending}
+    for name, layer in pending.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
+    for layer in tqdm(pending.values(), "init_bases", disable=not progress, unit="layer"):
+        layer.init_factors()
+    return model
+
+
+def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Take the adapted layers out, in place: plain nn.Linear with the original weights again.
+
+    With merge=True their weights are W + ΔW instead, and modules trained whole keep what they have
+    learned. What is frozen stays frozen.
+    """
+    layers = require_adapted(model)
+    if merge:
+        merge_layers(layers, model)
+    else:
+        unmerge(model)
+        exchange_originals(model)
+    replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    for module in saved_modules(model).values():
+        del vars(module)["_lowrank_original"]
+    restore_fast_paths(model)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Make every adapted layer's weight W + ΔW, in new storage; `unmerge` undoes it.
+
+    One UserWarning says how much of ΔW was lost to rounding, where the weights are below float32,
+    and another which weights were tied to others: those others keep W.
+    """
+    merge_layers(require_adapted(model), model)
+    return model
+
+
+def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
+    """Merge, with one warning for all."""
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, LowRankLinear)
+        for parameter in module._parameters.values()
+    }
+    tied = [name for name, m in layers.items() if not m.merged and id(m.weight) in others]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        lost = {name: layer.merge() for name, layer in layers.items()}
+    if tied:
+        warnings.warn(
+            f"the weights of {', '.join(tied)} were tied to others, which keep their values: "
+            "they are tied no longer while merged",
+            stacklevel=3,
+        )
+    worst = max(lost, key=lost.__getitem__)
+    if lost[worst]:
+        warnings.warn(
+            f"merging lost up to {lost[worst]:.2%} of ΔW to rounding (in {worst}); "
+            "float32 weights would keep it",
+            stacklevel=3,
+        )
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put back every weight as it was before `merge`, bit for bit."""
+    for layer in require_adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
+    layers = require_adapted(model).values()
+    before = [layer.disabled for layer in layers]
+    for layer in layers:
+        layer.disabled = True
+    exchange_originals(model)
+    try:
+        yield model
+    finally:
+        exchange_originals(model)
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.disabled = disabled
+
+
+def describe(model: nn.Module) -> str:
+    """What is trained, of how much, and with which learning rate to start."""
+    layers = require_adapted(model)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    first = next(iter(layers.values()))
+    return (
+        f"{first.method}: {len(layers)} layers adapted; {trained:,} of {total:,} parameters "
+        f"trained ({trained / total:.3%}); "
+        f"a learning rate to start from (AdamW): {first.learning_rate:g}"
+    )

@@ -1,0 +1,253 @@
+"""Adapters in files: one safetensors file, which says in its metadata what it is.
+
+<module>.<factor>     the factors; the frozen ones unless saved with bases=False
+<module>.fingerprint  of the frozen factors and of the weight, (P + Q + 4,) float64
+<module>.<tensor>     of each module trained whole
+metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapt import (
+    Plan,
+    adapted_layers,
+    build,
+    place,
+    require_adapted,
+    saved_modules,
+    unchanged_on_error,
+)
+from .layers import METHODS, LowRankLinear
+
+FORMAT, VERSION = "fused_lowrank", "1"
+FINGERPRINT = "fingerprint"
+WEIGHT_PROBES = 3
+BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
+WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
+
+
+@torch.no_grad()
+def fingerprint(layer: LowRankLinear) -> Tensor:
+    """down·z, zᵀ·up, ‖W‖ and three zᵀ·W·z, with standard normal z of fixed seed: (P + Q + 4,)."""
+    weight = layer.base_weight
+    stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
+
+    def probe(size: int, like: Tensor) -> Tensor:
+        return torch.from_numpy(stream.standard_normal(size)).to(like.device)
+
+    n, k = weight.shape
+    values = [
+        layer.down.double() @ probe(k, layer.down),
+        probe(n, layer.up) @ layer.up.double(),
+        weight.double().norm()[None],
+    ]
+    for _ in range(WEIGHT_PROBES):
+        values.append((probe(n, weight) @ weight.double() @ probe(k, weight))[None])
+    return torch.cat(values).cpu()
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:
+    """Write the adapters of `model`, and its modules trained whole, to a safetensors file.
+
+    The file is written whole or not at all. Without `bases`, LoRA-XS leaves out its frozen factors,
+    which `load_adapter` computes again from the weights and checks against a fingerprint; those of
+    the other methods are random, and can then only be loaded into a model that has them.
+
+    Raises ValueError if the model has no adapted layers.
+    """
+    layers = require_adapted(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for factor in layer.factors:
+            if bases or factor in layer.train_names:
+                tensors[f"{name}.{factor}"] = getattr(layer, factor)
+        tensors[f"{name}.{FINGERPRINT}"] = fingerprint(layer)
+    for name, module in saved_modules(model).items():
+        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+    config = {
+        "layers": {
+            name: {"method": layer.method, "settings": layer.settings()}
+            for name, layer in layers.items()
+        },
+        "modules_to_save": list(saved_modules(model)),
+        "bases": bases,
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
+    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+            unfinished,
+            metadata,
+        )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, fused: bool = True, progress: bool = True
+) -> nn.Module:
+    """Load what `save_adapter` wrote into `model`, in place; return the model.
+
+    A plain model is adapted first, as the file says. An adapted one must have the same layers with
+    the same ranks; it keeps its classes and takes the file's values.
+
+    Raises:
+        ValueError: a file that is truncated or none of ours, or that belongs to another model:
+            other module names, sizes, ranks, weights or frozen factors. The model is as it was.
+    """
+    config, tensors = read(path)
+    saved = config["modules_to_save"]
+    present = dict(adapted_layers(model))
+    if present:
+        layers = present
+        check_same_layers(layers, config, path)
+    with unchanged_on_error(model):
+        if not present:
+            plan = plan_of(model, config, fused, path)
+            layers = build(model, plan, progress=progress, defer_bases=config["bases"])
+        check_tensors(model, layers, tensors, config, path)
+        for name, layer in layers.items():
+            check_fingerprint(name, layer, tensors, config["bases"], path)
+    if not present:
+        place(model, layers, saved)
+    fill(model, layers, tensors, saved)
+    return model
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and tensors of a file, or a ValueError that says what is wrong with it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no adapter of this library: its metadata do not say so")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is of format version {metadata.get('version')}; this library reads {VERSION}"
+        )
+    try:
+        config = json.loads(metadata["config"])
+        for entry in config["layers"].values():
+            METHODS[entry["method"]], entry["settings"]["train"]
+        config["bases"], config["modules_to_save"]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: its config cannot be read ({error!r})") from error
+    return config, tensors
+
+
+def plan_of(model: nn.Module, config: dict[str, Any], fused: bool, path: Any) -> Plan:
+    """The layers that a file asks for, as modules of this model."""
+    modules = dict(model.named_modules())
+    plan: Plan = {}
+    for name, entry in config["layers"].items():
+        if name not in modules:
+            raise ValueError(f"{path} adapts {name}, but this model has no such module")
+        settings = {**entry["settings"], "train": tuple(entry["settings"]["train"])}
+        plan[name] = METHODS[entry["method"]][fused], settings
+    return plan
+
+
+def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], path: Any) -> None:
+    """Raise unless the adapted model has the layers of the file, of the same methods."""
+    there = {name: layer.method for name, layer in layers.items()}
+    asked = {name: entry["method"] for name, entry in config["layers"].items()}
+    if there != asked:
+        name = next(n for n in [*there, *asked] if there.get(n) != asked.get(n))
+        raise ValueError(
+            f"{path} does not fit this adapted model: {name} is "
+            f"{there.get(name, 'not adapted')} here and {asked.get(name, 'not adapted')} there; "
+            "unload(model) to take the file's own layers"
+        )
+
+
+def check_tensors(
+    model: nn.Module,
+    layers: dict[str, LowRankLinear],
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    path: Any,
+) -> None:
+    """Raise unless the file holds exactly the tensors, in the shapes, that the layers need."""
+    expected: dict[str, torch.Size] = {}
+    for name, layer in layers.items():
+        trained = config["layers"][name]["settings"]["train"]
+        for factor in layer.factors:
+            if config["bases"] or factor in trained:
+                expected[f"{name}.{factor}"] = getattr(layer, factor).shape
+        p, q = layer.down.shape[0], layer.up.shape[1]
+        expected[f"{name}.{FINGERPRINT}"] = torch.Size([p + q + 1 + WEIGHT_PROBES])
+    for name in config["modules_to_save"]:
+        try:
+            state = model.get_submodule(name).state_dict()
+        except AttributeError:
+            raise ValueError(f"{path} holds {name}, but this model has no such module") from None
+        expected.update({f"{name}.{key}": value.shape for key, value in state.items()})
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        what = "lacks" if key in expected else "holds an unexpected"
+        raise ValueError(f"{path} {what} {key}: it is damaged, or belongs to another model")
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
+            raise ValueError(
+                f"{path} does not fit this model: {key} is {tuple(tensors[key].shape)} there and "
+                f"{tuple(shape)} here"
+            )
+
+
+def check_fingerprint(
+    name: str, layer: LowRankLinear, tensors: dict[str, Tensor], bases_in_file: bool, path: Any
+) -> None:
+    """Raise if the file was made for another weight or, being without them, for other bases."""
+    there = tensors[f"{name}.{FINGERPRINT}"]
+    split = [layer.down.shape[0], layer.up.shape[1], 1 + WEIGHT_PROBES]
+    down, up, weight = fingerprint(layer).split(split)
+    file_down, file_up, file_weight = there.split(split)
+    if not (weight - file_weight).abs().max() <= WEIGHT_TOLERANCE * file_weight[0]:
+        raise ValueError(
+            f"{path} was made for another base model: the weight of {name} differs from the one it "
+            "was trained on"
+        )
+    if bases_in_file:
+        return
+    for factor, ours, theirs in (("down", down, file_down), ("up", up, file_up)):
+        if factor not in layer.train_names and not (
+            (ours - theirs).norm() <= BASES_TOLERANCE * theirs.norm()
+        ):
+            raise ValueError(
+                f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
+                "is not the one it was trained with; save it with bases=True"
+            )
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    layers: dict[str, LowRankLinear],
+    tensors: dict[str, Tensor],
+    saved: list[str],
+) -> None:
+    """Copy the values, checked before, into the model."""
+    for name, layer in layers.items():
+        for factor in layer.factors:
+            if (key := f"{name}.{factor}") in tensors:
+                getattr(layer, factor).copy_(tensors[key])
+        layer.bases_pending = False
+    for name in saved:
+        prefix = name + "."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model.get_submodule(name).load_state_dict(state)

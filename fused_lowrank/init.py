@@ -1,0 +1,47 @@
+"""Initial values of the factors.
+
+LoRA       down Kaiming-uniform, up zero                             (Hu et al. 2021)
+LoRA-XS    W = S·Σ·Dᵀ: down = Σᵣ·Dᵣᵀ, up = Sᵣ; core N(0, 1e-5²)       (Bałazy et al. 2024)
+LoRA-Mini  all four Kaiming-uniform; "identity": b_train zero        (Singh et al. 2024)
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SVD_SEED = 42
+SVD_ITERATIONS = 10
+SVD_OVERSAMPLING = 10
+
+
+def kaiming(matrix: Tensor) -> None:
+    """Fill (out, in), as nn.Linear keeps a weight, with Kaiming-uniform, a = √5, in place."""
+    torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+
+@torch.no_grad()
+def svd_bases(weight: Tensor, r: int, method: str = "randomized") -> tuple[Tensor, Tensor]:
+    """(down, up) of LoRA-XS: Σᵣ·Dᵣᵀ of shape (r, K) and Sᵣ of shape (N, r), in weight's dtype.
+
+    S, Σ and D are the leading r singular triples of weight (N, K) = S·Σ·Dᵀ, computed in float32 (or
+    float64) by torch.svd_lowrank with a fixed seed ("randomized") or torch.linalg.svd ("exact").
+    The sign of each triple is fixed: the largest entry of each column of S is positive.
+    """
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if method == "randomized":
+        rank = min(r + SVD_OVERSAMPLING, *matrix.shape)
+        devices = [matrix.device] if matrix.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(SVD_SEED)
+            left, sigma, right = torch.svd_lowrank(matrix, q=rank, niter=SVD_ITERATIONS)
+        right = right.t()
+    elif method == "exact":
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        raise ValueError(f"svd is {method!r}: it must be 'randomized' or 'exact'")
+    left, sigma, right = left[:, :r], sigma[:r], right[:r]
+    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    sign[sign == 0] = 1
+    down = sigma[:, None] * right * sign.t()
+    return down.to(weight.dtype), (left * sign).contiguous().to(weight.dtype)

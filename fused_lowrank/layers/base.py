@@ -1,0 +1,271 @@
+"""What all adapted linear layers share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as dense
+from torch.nn.utils import parametrize
+
+from ..functional import lowrank_linear
+from ..reference import Core, product
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with a low-rank term: y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ.
+
+    Subclasses are methods: they say which `factors` they have, of which shapes, and how these
+    start. `impl` says how the layer is computed: the reference layers in plain torch, the fused
+    ones by `lowrank_linear(impl="auto")`. Weight and bias stay the Parameters they were.
+    """
+
+    method: ClassVar[str]
+    factors: ClassVar[tuple[str, ...]]
+    learning_rate: ClassVar[float]  # to start from, with AdamW
+    impl: ClassVar[str] = "reference"
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    down: nn.Parameter
+    up: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        shapes: dict[str, tuple[int, int]],
+        *,
+        r: int,
+        alpha: float | None,
+        dropout: float,
+        train: tuple[str, ...],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        linear: nn.Linear | None,
+        defer: bool,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.alpha = r, float(r if alpha is None else alpha)
+        self.dropout, self.train_names = float(dropout), tuple(train)
+        self._check_settings()
+        self.scale = self.alpha / r
+        self.disabled = False
+        self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+
+        if linear is None:
+            linear = nn.Linear(in_features, out_features, bias, device, dtype)
+            trained_dtype = linear.weight.dtype
+        else:
+            trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
+            self.train(linear.training)
+        self.weight = cast(nn.Parameter, linear.weight)
+        self.register_parameter("bias", linear.bias)
+        for name, size in shapes.items():
+            kind = trained_dtype if name in self.train_names else self.weight.dtype
+            factor = torch.empty(size, dtype=kind, device=self.weight.device)
+            self.register_parameter(name, nn.Parameter(factor))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self.train_names)
+        self.bases_pending = defer or self.weight.is_meta
+
+    def _check_settings(self) -> None:
+        known = ("weight", "bias", *self.factors)
+        if unknown := [name for name in self.train_names if name not in known]:
+            raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}: it must be finite")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+
+    def _check_learns(self, zero: str) -> None:
+        """Raise if factors are trained beside `zero`, which starts at 0 and is not."""
+        others = [name for name in self.train_names if name in self.factors]
+        if others and zero not in others:
+            raise ValueError(
+                f"train is {self.train_names}, but {zero} starts at zero: as long as it is not "
+                f"trained, the gradients of the other factors are zero. Add {zero!r} to train"
+            )
+
+    @torch.no_grad()
+    def init_factors(self) -> None:
+        """Give the factors their initial values; LoRA-XS takes its bases from the weight."""
+        self._init_factors()
+        self.bases_pending = False
+
+    def _init_factors(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def core_factors(self) -> Core:
+        """The core as `lowrank_linear` takes it."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords that `from_linear` needs to make such a layer again."""
+        return {
+            "r": self.r,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "train": self.train_names,
+        }
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, defer_bases: bool = False, **keywords: Any) -> Self:
+        """An adapted layer around `linear`: its weight and bias are the very same Parameters.
+
+        Keywords are the constructor's, less the sizes and device. `dtype` is that of the trained
+        factors: by default float32 where the weight is float16 or bfloat16, for an optimiser's
+        steps are lost in those. `defer_bases` leaves the factors uninitialised, for `init_bases` or
+        a file to fill; a weight on the meta device is refused without it.
+
+        Raises:
+            TypeError: `linear` is not a plain nn.Linear: quantised, adapted already, parametrised.
+            ValueError: its weight is on the meta device; a rank, alpha, … out of range.
+        """
+        if reason := why_not_adaptable(linear, defer_bases):
+            raise (ValueError if "meta" in reason else TypeError)(f"linear {reason}")
+        if "device" in keywords:
+            raise TypeError("from_linear takes no device: the layer stays where the linear is")
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        return cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer with the present weight (merged or not) and bias Parameters."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if self.disabled:
+            return dense(x, self.base_weight, self.bias)
+        if self.merged:
+            return dense(x, self.weight, self.bias)
+        if self.bases_pending:
+            raise RuntimeError(
+                "the factors of this layer are not initialised: it was made on the meta device. "
+                "Load its weights, then call init_bases(model), or load an adapter"
+            )
+        return lowrank_linear(
+            x,
+            self.weight,
+            self.down,
+            self.core_factors,
+            self.up,
+            self.bias,
+            scale=self.scale,
+            dropout_p=self.dropout,
+            training=self.training,
+            impl=self.impl,
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        up, down, core = self.up.to(dtype), self.down.to(dtype), product(self.core_factors)
+        if core is not None:
+            up = up @ core.to(dtype).t()
+        return self.scale * (up @ down)
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The weight without ΔW, merged or not."""
+        return self.weight if self._original is None else self._original[0]
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` is W + ΔW now."""
+        return self._original is not None
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Make `weight` W + ΔW, in new storage; return the part of ΔW lost to rounding.
+
+        That is ‖lost‖/‖ΔW‖, 0.0 for float32 and wider; a UserWarning says it where it is not 0.
+        The weight as it was is kept for `unmerge`, untouched, whoever shares it. Does nothing to a
+        layer that is merged.
+        """
+        if self.merged:
+            return 0.0
+        delta, lost = self.delta_weight(), 0.0
+        weight = (self.weight + delta).to(self.weight.dtype)
+        if self.weight.itemsize < 4:
+            lost = float((delta - (weight.to(delta.dtype) - self.weight)).norm() / delta.norm())
+            lost = 0.0 if math.isnan(lost) else lost
+            if lost:
+                warnings.warn(
+                    f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
+                    stacklevel=2,
+                )
+        self._original = (self.weight,)
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        return lost
+
+    def unmerge(self) -> None:
+        """Put back the weight as it was before `merge`, the same Parameter."""
+        if self._original is not None:
+            (self.weight,), self._original = self._original, None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if self._original is not None:  # .to(), .cuda(), … move the kept weight too
+            kept = self._original[0]
+            kept.data = fn(kept.data)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.merged:
+            raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if all(prefix + name in state_dict for name in self.factors) and not self.down.is_meta:
+            self.bases_pending = False
+
+    def extra_repr(self) -> str:
+        """The sizes and settings, for print(model)."""
+        sizes = ", ".join(f"{name}={value}" for name, value in self.settings().items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {sizes}"
+        )
+
+
+def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:
+    """Why a module cannot be adapted, or None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, LowRankLinear):
+        return f"is a {kind}: it is adapted already; unload it first"
+    if not isinstance(module, nn.Linear):
+        return f"is a {kind}: only nn.Linear can be adapted"
+    if parametrize.is_parametrized(module):
+        return "is parametrised: remove its parametrisations first"
+    if type(module).forward is not nn.Linear.forward or module.weight.dtype not in WEIGHT_DTYPES:
+        return (
+            f"is a {kind} with a weight of {module.weight.dtype}: quantised and custom linear "
+            "layers are not supported; adapt before quantising, or dequantise first"
+        )
+    if module.weight.is_meta and not defer_bases:
+        return (
+            "has its weight on the meta device: load the weights first, or pass "
+            "defer_bases=True and call init_bases(model) once they are loaded"
+        )
+    return None
+
+
+def check_rank(name: str, value: int, limit: int, of: str) -> None:
+    """Raise unless 1 ≤ value ≤ limit."""
+    if not isinstance(value, int) or not 1 <= value <= limit:
+        raise ValueError(f"{name} is {value}: it must be at least 1 and at most {limit}, {of}")

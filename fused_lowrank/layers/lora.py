@@ -1,0 +1,73 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x·Wᵀ + bias + scale · (x·downᵀ)·upᵀ."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..init import kaiming
+from .base import LowRankLinear, check_rank
+
+
+class LoraLinear(LowRankLinear):
+    """LoRA in plain PyTorch.
+
+    Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
+    is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
+    scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+
+    Raises ValueError for r outside 1 … min(in, out), and for a `train` that could never learn.
+    """
+
+    method = "lora"
+    factors = ("down", "up")
+    learning_rate = 5e-4
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        train: tuple[str, ...] = ("down", "up"),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _linear: nn.Linear | None = None,
+        _defer: bool = False,
+    ) -> None:
+        check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            {"down": (r, in_features), "up": (out_features, r)},
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            train=train,
+            device=device,
+            dtype=dtype,
+            linear=_linear,
+            defer=_defer,
+        )
+        self._check_learns("up")
+        if not self.bases_pending:
+            self.init_factors()
+
+    def _init_factors(self) -> None:
+        kaiming(self.down)
+        self.up.zero_()
+
+    @property
+    def core_factors(self) -> None:
+        """The core is the identity."""
+        return None
+
+
+class FusedLoraLinear(LoraLinear):
+    """`LoraLinear` through the fused kernels: same constructor, parameters and state_dict."""
+
+    impl = "auto"

@@ -1,0 +1,111 @@
+"""LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): two small trained factors between frozen ones.
+
+y = x·Wᵀ + bias + scale · x·Aaux·Atrain·Btrain·Baux
+
+down = Aauxᵀ (a, in)    core = a_train (a, r) · b_train (r, b)    up = Bauxᵀ (out, b)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..init import kaiming
+from .base import LowRankLinear, check_rank
+
+
+class LoraMiniLinear(LowRankLinear):
+    """LoRA-Mini in plain PyTorch.
+
+    Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (a, in), which
+    is Aauxᵀ, a_train (a, r), b_train (r, b) and up (out, b), which is Bauxᵀ. All four start
+    Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
+    init="identity" sets b_train to zero, so that training starts from the base model.
+    scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+
+    Raises ValueError for a outside 1 … in, b outside 1 … out, r outside 1 … min(a, b), an unknown
+    init, and a `train` that could never learn.
+    """
+
+    method = "lora_mini"
+    factors = ("down", "a_train", "b_train", "up")
+    learning_rate = 1e-2
+
+    a_train: nn.Parameter
+    b_train: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        a: int = 64,
+        b: int = 64,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init: str = "identity",
+        train: tuple[str, ...] = ("a_train", "b_train"),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _linear: nn.Linear | None = None,
+        _defer: bool = False,
+    ) -> None:
+        check_rank("a", a, in_features, "the layer's in_features")
+        check_rank("b", b, out_features, "the layer's out_features")
+        check_rank("r", r, min(a, b), "the smaller of a and b")
+        if init not in ("identity", "paper"):
+            raise ValueError(
+                f"init is {init!r}: it must be 'identity' or 'paper' (with both trained factors "
+                "zero, both gradients would be zero and nothing would ever be learned)"
+            )
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            {
+                "down": (a, in_features),
+                "a_train": (a, r),
+                "b_train": (r, b),
+                "up": (out_features, b),
+            },
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            train=train,
+            device=device,
+            dtype=dtype,
+            linear=_linear,
+            defer=_defer,
+        )
+        self.a, self.b, self.init = a, b, init
+        if init == "identity":
+            self._check_learns("b_train")
+        if not self.bases_pending:
+            self.init_factors()
+
+    def _init_factors(self) -> None:
+        kaiming(self.down)
+        kaiming(self.a_train.t())
+        kaiming(self.b_train.t())
+        kaiming(self.up)
+        if self.init == "identity":
+            self.b_train.zero_()
+
+    @property
+    def core_factors(self) -> tuple[Tensor, Tensor]:
+        """The core as the pair (a, r), (r, b)."""
+        return self.a_train, self.b_train
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords that `from_linear` needs to make such a layer again."""
+        return {**super().settings(), "a": self.a, "b": self.b, "init": self.init}
+
+
+class FusedLoraMiniLinear(LoraMiniLinear):
+    """`LoraMiniLinear` through the fused kernels: same constructor, parameters and state_dict."""
+
+    impl = "auto"

@@ -1,0 +1,93 @@
+"""LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a trained r × r core between frozen bases.
+
+y = x·Wᵀ + bias + scale · ((x·downᵀ)·core)·upᵀ,    W = S·Σ·Dᵀ,   down = Σᵣ·Dᵣᵀ,   up = Sᵣ
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..init import svd_bases
+from .base import LowRankLinear, check_rank
+
+CORE_STD = 1e-5
+
+
+class LoraXSLinear(LowRankLinear):
+    """LoRA-XS in plain PyTorch.
+
+    Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in) and
+    up (out, r), the leading singular vectors of the weight with Σ wholly in down, and core (r, r),
+    which starts as N(0, 1e-5²). In terms of the authors' code, down is lora_A, up is lora_B and
+    core is the transpose of their latent mapping's weight. scale = alpha / r; alpha None means r.
+    `svd`: "randomized" (fixed seed) or "exact". `dropout` acts on the input of down.
+
+    Raises ValueError for r outside 1 … min(in, out).
+    """
+
+    method = "lora_xs"
+    factors = ("down", "core", "up")
+    learning_rate = 4e-3
+
+    core: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        train: tuple[str, ...] = ("core",),
+        svd: str = "randomized",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _linear: nn.Linear | None = None,
+        _defer: bool = False,
+    ) -> None:
+        check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
+        if svd not in ("randomized", "exact"):
+            raise ValueError(f"svd is {svd!r}: it must be 'randomized' or 'exact'")
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            {"down": (r, in_features), "core": (r, r), "up": (out_features, r)},
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            train=train,
+            device=device,
+            dtype=dtype,
+            linear=_linear,
+            defer=_defer,
+        )
+        self.svd = svd
+        if not self.bases_pending:
+            self.init_factors()
+
+    def _init_factors(self) -> None:
+        down, up = svd_bases(self.weight, self.r, self.svd)
+        self.down.copy_(down)
+        self.up.copy_(up)
+        nn.init.normal_(self.core, std=CORE_STD)
+
+    @property
+    def core_factors(self) -> Tensor:
+        """The core, (r, r)."""
+        return self.core
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords that `from_linear` needs to make such a layer again."""
+        return {**super().settings(), "svd": self.svd}
+
+
+class FusedLoraXSLinear(LoraXSLinear):
+    """`LoraXSLinear` through the fused kernels: same constructor, parameters and state_dict."""
+
+    impl = "auto"

@@ -1,0 +1,128 @@
+"""For tests and benchmarks: operands, the error budget, pinned tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import planner
+
+if TYPE_CHECKING:
+    from .kernels.tiles import TileConfig
+
+FACTOR = 2.5  # a correct result's error exceeds this multiple of the reference's in 1% of tensors
+POOLED = 200  # elements from which a tensor's ratio is stable enough to be pooled
+
+
+@contextmanager
+def pinned_tiles(**tiles: TileConfig) -> Iterator[None]:
+    """Launch the named kernels with these tiles: pinned_tiles(shrink=TileConfig(…), …)."""
+    before = dict(planner.PINNED)
+    planner.PINNED.update(tiles)
+    try:
+        yield
+    finally:
+        planner.PINNED.clear()
+        planner.PINNED.update(before)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The error of one tensor against fp64, beside that of the reference in the same dtype."""
+
+    name: str
+    size: int
+    error: float
+    reference: float
+    floor: float  # 2·u·‖the formula on absolute values‖, u the dtype's unit roundoff
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is within the budget; NaN never is."""
+        return self.error <= max(FACTOR * self.reference, self.floor)
+
+
+Results = dict[str, Tensor]
+Call = Callable[..., Tensor]
+
+
+def results(call: Call, operands: dict[str, Any], dy: Tensor) -> Results:
+    """call(**operands) as "y", and the gradient of each operand that requires one as "d<name>".
+
+    Operands are tensors, tuples of tensors, None or plain values; dy is converted to y's dtype.
+    """
+    leaves = {
+        name if part is None else f"{name}{part}": tensor
+        for name, value in operands.items()
+        for part, tensor in (enumerate(value) if isinstance(value, tuple) else [(None, value)])
+        if isinstance(tensor, Tensor) and tensor.requires_grad
+    }
+    y = call(**operands)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)) if leaves else ()
+    named = {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+    return {"y": y.detach(), **named}
+
+
+def mapped(operands: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The operands with `change` applied to each tensor, as leaves that require what they did."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(leaf(part) for part in value)
+        if isinstance(value, Tensor):
+            return change(value.detach()).requires_grad_(value.requires_grad)
+        return value
+
+    return {name: leaf(value) for name, value in operands.items()}
+
+
+def measure(ours: Call, reference: Call, operands: dict[str, Any], dy: Tensor) -> list[Measured]:
+    """The error of `ours` for the output and every gradient.
+
+    `reference` is called with the operands as they are, in fp64 (the truth), and in fp64 with the
+    absolute values of all of them and a scale of the same sign (how much rounding can matter).
+    """
+    dy = dy.to(operands["x"].dtype)
+    got = results(ours, operands, dy)
+    same = results(reference, operands, dy)
+    truth = results(reference, mapped(operands, torch.Tensor.double), dy.double())
+    absolute = mapped(operands, lambda tensor: tensor.double().abs())
+    if "scale" in absolute:
+        absolute["scale"] = abs(absolute["scale"])
+    sizes = results(reference, absolute, dy.double().abs())
+
+    measured = []
+    for name, tensor in got.items():
+        if tensor.shape != same[name].shape or tensor.dtype != same[name].dtype:
+            raise AssertionError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"the reference's {tuple(same[name].shape)} {same[name].dtype}"
+            )
+        # A gradient in a wider dtype than x's still carries x's roundings.
+        unit = max(torch.finfo(d).eps for d in (tensor.dtype, operands["x"].dtype)) / 2
+        measured.append(
+            Measured(
+                name,
+                tensor.numel(),
+                float((tensor.double() - truth[name]).norm()),
+                float((same[name].double() - truth[name]).norm()),
+                float(2 * unit * sizes[name].norm()),
+            )
+        )
+    return measured
+
+
+def pooled_ratio(measured: list[Measured]) -> float:
+    """Geometric mean of error / reference error over the tensors large enough to say something."""
+    logs = [
+        math.log(m.error / m.reference)
+        for m in measured
+        if m.size > POOLED and m.error > 0 and m.reference > 0
+    ]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0

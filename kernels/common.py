@@ -1,0 +1,126 @@
+"""What the kernels share: the one `dot`, the one `cast`, dtypes, offsets, tile order, variants.
+
+Triton's interpreter differs from its compiler in two ways that would make a test on a CPU
+meaningless: its bf16 dot is garbage (triton issue 5424) and its fp32 → bf16 conversion truncates.
+`dot` and `cast` do in the interpreter what the compiled kernel does; no kernel calls `tl.dot`, nor
+`.to` on a value that it goes on to store or multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def accumulator(dtype):
+    """fp64 for fp64 (gradcheck in the interpreter), fp32 for everything else."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.constexpr_function
+def promote(a, b):
+    """torch.promote_types of two float dtypes."""
+    if a == b:
+        return a
+    return tl.float64 if tl.float64 in (a, b) else tl.float32
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a·b in acc's dtype. fp32 operands are multiplied as fp32, never as TF32."""
+    if INTERPRETED:
+        return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in dtype, rounded to nearest even; NaN stays NaN."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        wide = x.to(tl.float32)
+        bits = wide.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(wide != wide, bits | 0x00400000, nearest) & 0xFFFF0000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def split(x):
+    """Three bf16 values whose sum is x, the largest first; x is fp32 or fp16."""
+    rest = x.to(tl.float32)
+    high = cast(rest, tl.bfloat16)
+    rest -= high.to(tl.float32)
+    middle = cast(rest, tl.bfloat16)
+    return high, middle, cast(rest - middle.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def dot_mixed(a, b):
+    """a·b for a 16-bit a and an fp32 b, by bf16 dots, as exact as an fp32 dot.
+
+    b is the sum of three bf16 values, an fp16 a of two. If a small term is not finite, then a or b
+    is not, and the product of the high ones says what comes of it.
+    """
+    b_high, b_middle, b_low = split(b)
+    small = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    if a.dtype == tl.bfloat16:
+        a_high = a
+        small = dot(a_high, b_middle, dot(a_high, b_low, small))
+    else:
+        a_high, a_low, _ = split(a)
+        small = dot(a_low, b_middle, dot(a_high, b_low, small))
+        small = dot(a_low, b_high, dot(a_high, b_middle, small))
+    return dot(a_high, b_high, tl.where(tl.abs(small) < float("inf"), small, 0.0))
+
+
+@triton.jit
+def offset(index, stride):
+    """index · stride as int64: tensors of 2³¹ elements and more are addressed in full."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def step(count: tl.constexpr, stride):
+    """How far a pointer moves when its index moves by `count`, as int64."""
+    return tl.full((), count, tl.int64) * stride
+
+
+@triton.jit
+def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Program → (tile row, tile column): GROUP_M rows at a time, so that x and W stay in cache."""
+    per_group = GROUP_M * tiles_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = min(tiles_m - first_m, GROUP_M)
+    return first_m + (pid % per_group) % rows, (pid % per_group) // rows
+
+
+def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Callable]:
+    """The kernel, compiled in exactly two specialisations of its integers and pointers.
+
+    `[True]` is for launches in which all of them are multiples of 16; `[False]` assumes nothing.
+    Both know a stride of 1 as a constant. Arguments named in `runtime` are never specialised. So
+    what the compile gate compiles is what a launch runs.
+    """
+    code = kernel.__code__
+    arguments = [a for a in code.co_varnames[: code.co_argcount] if a not in kernel.__annotations__]
+    strides = [a for a in arguments if a.startswith("stride_")]
+    others = [a for a in arguments if a not in strides]
+    return {
+        True: triton.jit(kernel, do_not_specialize=runtime),
+        False: triton.jit(kernel, do_not_specialize=others, do_not_specialize_on_alignment=strides),
+    }
+
+
+def aligned(tensors: Iterable[torch.Tensor | None], sizes: Iterable[int]) -> bool:
+    """Whether a launch may take the variant for multiples of 16 (addresses in bytes)."""
+    return all(size % 16 == 0 for size in sizes) and all(
+        tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors
+    )

@@ -1,0 +1,245 @@
+"""core_grad: the gradients of the core, in one launch.
+
+    dcore = scale · tᵀ·g            t (M, P)   g (M, Q)   dcore (P, Q)
+    da = dcore·bᵀ,  db = aᵀ·dcore   for LoRA-Mini's core a (P, r) · b (r, Q)
+
+The rows are split over programs; each stores its partial sum, and the last to arrive adds them in
+the order of their index, so the result is bitwise reproducible. The arrival counters are zeroed by
+the `shrink` that made g.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator, aligned, cast, dot, offset, variants
+from .tiles import N_COUNTERS, Choice, Spec, TileConfig, padded
+
+MIN_ROWS = 256  # per program: fewer, and the partial sums cost more than the rows
+MAX_SPLITS = 32
+
+
+@triton.jit
+def da_tile(
+    dcore_ptr,
+    b_ptr,
+    da_ptr,
+    p,
+    r,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """da[p:, r:] = (dcore·bᵀ)[p:, r:], one tile."""
+    acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
+    offs_p, offs_r = p + tl.arange(0, BLOCK_P), r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r[None, :] < R
+    da = tl.zeros((BLOCK_P, BLOCK_R), acc_dtype)
+    for q in range(0, PAD_Q, BLOCK_Q):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
+        dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
+        b_ptrs = b_ptr + offs_r[None, :] * Q + offs_q[:, None]
+        b = tl.load(b_ptrs, mask_r & (offs_q[:, None] < Q), other=0.0)
+        da = dot(dcore, cast(b, acc_dtype), da)
+    da_ptrs = da_ptr + offs_p[:, None] * R + offs_r[None, :]
+    tl.store(da_ptrs, cast(da, da_ptr.dtype.element_ty), (offs_p[:, None] < P) & mask_r)
+
+
+@triton.jit
+def db_tile(
+    dcore_ptr,
+    a_ptr,
+    db_ptr,
+    q,
+    r,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """db[r:, q:] = (aᵀ·dcore)[r:, q:], one tile."""
+    acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
+    offs_q, offs_r = q + tl.arange(0, BLOCK_Q), r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r[:, None] < R
+    db = tl.zeros((BLOCK_R, BLOCK_Q), acc_dtype)
+    for p in range(0, PAD_P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
+        dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
+        a_ptrs = a_ptr + offs_p[None, :] * R + offs_r[:, None]
+        a = tl.load(a_ptrs, mask_r & (offs_p[None, :] < P), other=0.0)
+        db = dot(cast(a, acc_dtype), dcore, db)
+    db_ptrs = db_ptr + offs_r[:, None] * Q + offs_q[None, :]
+    tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask_r & (offs_q[None, :] < Q))
+
+
+def core_grad_kernel(
+    t_ptr,
+    g_ptr,
+    a_ptr,
+    b_ptr,
+    dcore_ptr,
+    da_ptr,
+    db_ptr,
+    partial_ptr,
+    counters_ptr,
+    scale,
+    M,
+    rows,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is one matrix
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    PAD_R: tl.constexpr,
+    WANT_A: tl.constexpr,
+    WANT_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    acc_dtype: tl.constexpr = accumulator(t_ptr.dtype.element_ty)
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    tiles_q: tl.constexpr = PAD_Q // BLOCK_Q
+    offs_p = (tile // tiles_q) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_q = (tile % tiles_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    mask_p, mask_q = offs_p[:, None] < P, offs_q[None, :] < Q
+
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), acc_dtype)
+    end = min(M, (split + 1) * rows)
+    for m in range(split * rows, end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        t_ptrs = t_ptr + offset(offs_m[None, :], P) + offs_p[:, None]
+        g_ptrs = g_ptr + offset(offs_m[:, None], Q) + offs_q[None, :]
+        t = tl.load(t_ptrs, mask_p & (offs_m[None, :] < end), other=0.0)
+        g = tl.load(g_ptrs, mask_q & (offs_m[:, None] < end), other=0.0)
+        acc = dot(t, g, acc)
+
+    # The partial sums lie as (splits, PAD_P, PAD_Q).
+    tile_ptrs = partial_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
+    tl.store(tile_ptrs + split * PAD_P * PAD_Q, acc)
+    tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+    if tl.atomic_add(counters_ptr + 1 + tile, 1, sem="acq_rel") == splits - 1:
+        total = tl.zeros((BLOCK_P, BLOCK_Q), acc_dtype)
+        for s in range(0, splits):
+            total += tl.load(tile_ptrs + s * PAD_P * PAD_Q, cache_modifier=".cg")
+        total *= scale
+        if R == 0:
+            dcore_ptrs = dcore_ptr + offs_p[:, None] * Q + offs_q[None, :]
+            tl.store(dcore_ptrs, cast(total, dcore_ptr.dtype.element_ty), mask_p & mask_q)
+        else:
+            # dcore takes the place of the first partial sum; the last tile goes on from there.
+            tl.store(tile_ptrs, total)
+            tl.debug_barrier()
+            if tl.atomic_add(counters_ptr, 1, sem="acq_rel") == tiles - 1:
+                for r in range(0, PAD_R, BLOCK_R):
+                    if WANT_A:
+                        for p in range(0, PAD_P, BLOCK_P):
+                            da_tile(
+                                partial_ptr, b_ptr, da_ptr, p, r,
+                                P, Q, R, PAD_Q, BLOCK_P, BLOCK_Q, BLOCK_R,
+                            )  # fmt: skip
+                    if WANT_B:
+                        for q in range(0, PAD_Q, BLOCK_Q):
+                            db_tile(
+                                partial_ptr, a_ptr, db_ptr, q, r,
+                                P, Q, R, PAD_P, PAD_Q, BLOCK_P, BLOCK_Q, BLOCK_R,
+                            )  # fmt: skip
+
+
+KERNELS = variants(core_grad_kernel, runtime=["M", "rows"])
+
+
+def constants(
+    p: int, q: int, r: int, want_a: bool, want_b: bool, config: TileConfig
+) -> dict[str, int]:
+    """The compile-time arguments of a launch."""
+    return {
+        "P": p,
+        "Q": q,
+        "R": r,
+        "PAD_P": padded(p),
+        "PAD_Q": padded(q),
+        "PAD_R": padded(max(r, 1)),
+        "WANT_A": want_a,
+        "WANT_B": want_b,
+        "BLOCK_M": config.block_m,
+        "BLOCK_P": min(padded(p), config.block_n),
+        "BLOCK_Q": min(padded(q), config.block_n),
+        "BLOCK_R": min(padded(max(r, 1)), 32),
+    }
+
+
+def new_counters(device: torch.device) -> torch.Tensor:
+    """Room for the arrival counters, unset: pass it to the `shrink` before, then to `core_grad`."""
+    return torch.empty(N_COUNTERS, dtype=torch.int32, device=device)
+
+
+def core_grad(
+    t: torch.Tensor,
+    g: torch.Tensor,
+    core: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    want: tuple[bool, bool],
+    counters: torch.Tensor,
+    choose: Choice,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dcore, None), or (da, db) for a pair, each in its factor's shape and dtype.
+
+    t (M, P) and g (M, Q) of one dtype, core (P, Q) or a (P, r) and b (r, Q), all contiguous; M at
+    least 1. `want` says which gradients of the pair are wanted; the others are None. `counters` are
+    those that the shrink before has set to zero.
+    """
+    (m, p), q = t.shape, g.shape[1]
+    dcore = da = db = None
+    if isinstance(core, tuple):
+        (a, b), r = core, core[1].shape[0]
+        da = torch.empty_like(a) if want[0] else None
+        db = torch.empty_like(b) if want[1] else None
+    else:
+        a = b = core
+        r, dcore = 0, torch.empty_like(core)
+    factor_itemsize = max(a.element_size(), b.element_size())
+    is_aligned = aligned((t, g, a, b, counters), (p, q))
+    spec = Spec("core_grad", t.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    config = choose(spec, m)
+    values = constants(p, q, r, da is not None, db is not None, config)
+    splits = min(triton.cdiv(m, MIN_ROWS), MAX_SPLITS)
+    rows = triton.cdiv(triton.cdiv(m, splits), config.block_m) * config.block_m
+    partial = torch.empty(
+        (splits, values["PAD_P"], values["PAD_Q"]),
+        dtype=torch.float64 if t.dtype == torch.float64 else torch.float32,
+        device=t.device,
+    )
+    tiles = (values["PAD_P"] // values["BLOCK_P"]) * (values["PAD_Q"] // values["BLOCK_Q"])
+    KERNELS[is_aligned][(splits, tiles)](
+        t,
+        g,
+        a,
+        b,
+        t if dcore is None else dcore,
+        t if da is None else da,
+        t if db is None else db,
+        partial,
+        counters,
+        scale,
+        m,
+        rows,
+        **values,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (da, db) if r else (dcore, None)

@@ -1,0 +1,213 @@
+"""shrink: the way down, and through the core, in one launch.
+
+    t = x·downᵀ             x (M, K)   down (P, K)   t (M, P)
+    u = scale · t · core    core (P, Q), or left (P, r)·right (r, Q), or 1   u (M, Q)
+
+x is read once; both sums are kept in fp32; t is rounded to x's dtype and then to core's, as in the
+reference. The backward is the same kernel: g, v = shrink(dy, up, core, scale, transposed), with
+g = dy·up and v = scale · g · coreᵀ.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator, aligned, cast, dot, dot_mixed, offset, promote, step, variants
+from .tiles import Choice, Spec, TileConfig, padded
+
+Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+
+
+def shrink_kernel(
+    x_ptr,
+    down_ptr,
+    left_ptr,
+    right_ptr,
+    t_ptr,
+    u_ptr,
+    counters_ptr,
+    scale,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the one matrix `left`; -1: the core is 1
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    PAD_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # down lies as (K, P), core as (Q, P), left as (r, P), right as (Q, r)
+    STORE_T: tl.constexpr,
+    STORE_U: tl.constexpr,
+    N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    if N_COUNTERS > 0 and pid == 0:
+        tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
+
+    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_p = tl.arange(0, PAD_P)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m[:, None] < M
+    mask_p = offs_p[None, :] < P
+
+    x_ptrs = x_ptr + offset(offs_m[:, None], stride_xm) + offset(offs_k[None, :], stride_xk)
+    if TRANSPOSED:
+        down_ptrs = down_ptr + offs_k[:, None] * P + offs_p[None, :]
+    else:
+        down_ptrs = down_ptr + offset(offs_p[None, :], K) + offs_k[:, None]
+    acc = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask_m, other=0.0)
+            down = tl.load(down_ptrs, mask_p, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
+            down = tl.load(down_ptrs, mask_p & (offs_k[:, None] < K - k), other=0.0)
+        acc = dot(x, cast(down, dtype), acc)
+        x_ptrs += step(BLOCK_K, stride_xk)
+        down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
+
+    # x may hold Inf, and Inf · 0 is NaN: the padding is set to zero after the dot.
+    acc = tl.where(mask_p, acc, 0.0)
+    t = cast(acc, dtype)
+    if STORE_T:
+        t_ptrs = t_ptr + offset(offs_m[:, None], P) + offs_p[None, :]
+        tl.store(t_ptrs, t, mask_m & mask_p)
+    if STORE_U:
+        u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
+        if R < 0:
+            tl.store(u_ptrs + offs_p[None, :], cast(acc * scale, dtype), mask_m)
+        else:
+            core_dtype: tl.constexpr = promote(
+                left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
+            )
+            mask_pc = offs_p[:, None] < P
+            for q in range(0, PAD_Q, BLOCK_Q):
+                offs_q = q + tl.arange(0, BLOCK_Q)
+                mask_q = offs_q[None, :] < Q
+                if R == 0:
+                    if TRANSPOSED:
+                        core_ptrs = left_ptr + offs_q[None, :] * P + offs_p[:, None]
+                    else:
+                        core_ptrs = left_ptr + offs_p[:, None] * Q + offs_q[None, :]
+                    core = tl.load(core_ptrs, mask_pc & mask_q, other=0.0)
+                else:
+                    core = tl.zeros((PAD_P, BLOCK_Q), accumulator(core_dtype))
+                    for r in range(0, PAD_R, BLOCK_R):
+                        offs_r = r + tl.arange(0, BLOCK_R)
+                        if TRANSPOSED:
+                            left_ptrs = left_ptr + offs_r[None, :] * P + offs_p[:, None]
+                            right_ptrs = right_ptr + offs_q[None, :] * R + offs_r[:, None]
+                        else:
+                            left_ptrs = left_ptr + offs_p[:, None] * R + offs_r[None, :]
+                            right_ptrs = right_ptr + offs_r[:, None] * Q + offs_q[None, :]
+                        left = tl.load(left_ptrs, mask_pc & (offs_r[None, :] < R), other=0.0)
+                        right = tl.load(right_ptrs, (offs_r[:, None] < R) & mask_q, other=0.0)
+                        core = dot(cast(left, core_dtype), cast(right, core_dtype), core)
+                    core = cast(core, core_dtype)
+                if core_dtype == tl.float32 and dtype != tl.float32:
+                    u = dot_mixed(t, core)
+                else:
+                    u = tl.zeros((BLOCK_M, BLOCK_Q), accumulator(core_dtype))
+                    u = dot(cast(t, core_dtype), core, u)
+                u = tl.where(mask_q, u * scale, 0.0)
+                tl.store(u_ptrs + offs_q[None, :], cast(u, dtype), mask_m)
+
+
+KERNELS = variants(shrink_kernel, runtime=["M"])
+
+
+def constants(
+    p: int,
+    q: int,
+    r: int,
+    k: int,
+    transposed: bool,
+    want_t: bool,
+    want_u: bool,
+    counters: int,
+    config: TileConfig,
+) -> dict[str, int]:
+    """The compile-time arguments of a launch."""
+    return {
+        "P": p,
+        "Q": q,
+        "R": r,
+        "PAD_P": padded(p),
+        "PAD_Q": padded(q),
+        "PAD_R": padded(max(r, 1)),
+        "TRANSPOSED": transposed,
+        "STORE_T": want_t,
+        "STORE_U": want_u,
+        "N_COUNTERS": counters,
+        "EVEN_K": k % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_Q": min(padded(q), config.block_n),
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": min(padded(max(r, 1)), 32),
+    }
+
+
+def shrink(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    scale: float,
+    transposed: bool,
+    want_t: bool,
+    want_u: bool,
+    counters: torch.Tensor | None,
+    choose: Choice,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(t, u): t = x·downᵀ of shape (M, P) and u = scale·t·core of shape (M, padded(Q)), in x's dtype.
+
+    u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
+    K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
+    float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
+    (r, P). `counters`, int32, is set to zero for the core_grad that follows.
+    """
+    m, k = x.shape
+    p = down.shape[1 if transposed else 0]
+    if core is None:
+        left = right = down
+        q, r = p, -1
+    elif isinstance(core, tuple):
+        left, right = core[::-1] if transposed else core
+        q, r = (core[0].shape[0] if transposed else core[1].shape[1]), core[1].shape[0]
+    else:
+        left = right = core
+        q, r = core.shape[0 if transposed else 1], 0
+    factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
+    is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
+    spec = Spec("shrink", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    config = choose(spec, m)
+    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if want_t else None
+    u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
+    n_counters = 0 if counters is None else counters.numel()
+    KERNELS[is_aligned][(triton.cdiv(m, config.block_m),)](
+        x,
+        down,
+        left,
+        right,
+        x if t is None else t,
+        x if u is None else u,
+        x if counters is None else counters,
+        scale,
+        m,
+        k,
+        *x.stride(),
+        **constants(p, q, r, k, transposed, want_t, want_u, n_counters, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return t, u

@@ -1,0 +1,183 @@
+"""Tile sizes: what they are, which are valid, which one a launch takes.
+
+`is_valid` is the one statement of what a configuration must satisfy; `select` gives the default for
+a shape and a device kind; everything it can give is compiled by the compile gate.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
+SMALL_M = 64  # up to here a launch takes the tile for few rows
+N_COUNTERS = 32  # of core_grad: one per tile, one for all tiles together; a power of two
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device kind that the kernels are proven for."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    arch: int | str
+    warp_size: int
+    shared: int  # bytes of shared memory that one program may use
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 166_912),
+        Target("sm_89", "cuda", 89, 32, 101_376),
+        Target("sm_90", "cuda", 90, 32, 232_448),
+        Target("sm_100", "cuda", 100, 32, 232_448),
+        Target("gfx942", "hip", "gfx942", 64, 65_536),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One program's tile: `block_m` rows of the output (of the reduction in `core_grad`).
+
+    `gemm_tail` makes block_m × block_n of y, block_k of K at a time. `shrink` holds all of P and
+    makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a launch is, as far as its tile depends on it."""
+
+    kernel: str  # "shrink", "gemm_tail" or "core_grad"
+    itemsize: int  # of x, in bytes
+    factor_itemsize: int  # of the widest of down, core and up that the kernel reads
+    aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
+    pad_p: int  # padded(P)
+    pad_q: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether a factor is wider than x, as an fp32 core beside bf16 is."""
+        return self.factor_itemsize > self.itemsize
+
+
+Choice = Callable[[Spec, int], TileConfig]  # (what is launched, M) → its tile
+
+
+def padded(rank: int) -> int:
+    """P, Q or r as the kernels tile it: a power of two, at least 16 (the smallest dot)."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
+    """Shared memory of the pipelined operands, an estimate: the compile gate reads the true one."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    if spec.kernel == "gemm_tail":
+        stage = (m + n) * k * spec.itemsize
+    elif spec.kernel == "shrink":
+        stage = (m * spec.itemsize + spec.pad_p * max(spec.itemsize, spec.factor_itemsize)) * k
+    else:
+        stage = (min(n, spec.pad_p) + min(n, spec.pad_q)) * m * spec.itemsize
+    buffers = config.num_stages if target.backend == "cuda" else max(1, config.num_stages - 1)
+    return buffers * stage
+
+
+def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
+    """Whether `config` can be launched for `spec` on `target` and keeps its sums in registers."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    threads = config.num_warps * target.warp_size
+    held = {"gemm_tail": m * n, "shrink": m * (spec.pad_p + n), "core_grad": n * n}[spec.kernel]
+    # One pointer and one mask per element of an operand that no vector load fetches.
+    loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
+    tiles = max(1, spec.pad_p // n) * max(1, spec.pad_q // n)
+    return (
+        all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
+        and config.num_warps in (1, 2, 4, 8)
+        and config.num_stages >= 1
+        and spec.pad_p <= MAX_RANK
+        and spec.pad_q <= MAX_RANK
+        and (spec.kernel != "core_grad" or tiles < N_COUNTERS)
+        and held <= 128 * threads
+        and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
+        and shared_bytes(config, target, spec) <= target.shared
+    )
+
+
+@dataclass(frozen=True)
+class Default:
+    """A tile and what it is for; None is anything."""
+
+    kernel: str
+    tile: TileConfig
+    targets: tuple[str, ...] | None = None
+    itemsize: int | None = None
+    aligned: bool | None = None
+    wide: bool | None = None
+    rank: int = MAX_RANK  # padded(P) at most
+    small: bool | None = None  # at most SMALL_M rows
+
+    def covers(self, target: str, spec: Spec, small: bool) -> bool:
+        asked = (self.itemsize, self.aligned, self.wide, self.small)
+        given = (spec.itemsize, spec.aligned, spec.wide, small)
+        return (
+            self.kernel == spec.kernel
+            and (self.targets is None or target in self.targets)
+            and all(a is None or a == g for a, g in zip(asked, given, strict=True))
+            and spec.pad_p <= self.rank
+        )
+
+
+AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
+TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
+CDNA = ("gfx942",)
+
+# The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
+DEFAULTS = (
+    Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
+    Default("gemm_tail", TileConfig(128, 256, 64, 8, 3), TENSOR, 2, True),
+    Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
+    Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
+    Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
+    Default("gemm_tail", TileConfig(128, 256, 64, 8, 2), CDNA, 2, True),
+    Default("gemm_tail", TileConfig(64, 32, 32, 4, 2), None, 2, False, small=True),
+    Default("gemm_tail", TileConfig(128, 128, 32, 8, 2), TENSOR, 2, False),
+    Default("gemm_tail", TileConfig(64, 128, 32, 8, 2), None, 2, False),
+    Default("gemm_tail", TileConfig(32, 32, 16, 4, 2), small=True),
+    Default("gemm_tail", TileConfig(64, 64, 16, 4, 2)),
+    Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
+    Default("shrink", TileConfig(64, 32, 64, 4, 4), TENSOR, 2, True, False, rank=64),
+    Default("shrink", TileConfig(64, 16, 64, 4, 4), AMPERE + TENSOR, 2, True, rank=64),
+    Default("shrink", TileConfig(64, 16, 64, 8, 3), TENSOR, 2, True, rank=128),
+    Default("shrink", TileConfig(64, 16, 64, 8, 2), TENSOR, 2, True),
+    Default("shrink", TileConfig(64, 16, 32, 8, 3), AMPERE, 2, True, rank=128),
+    Default("shrink", TileConfig(32, 16, 32, 8, 2), AMPERE, 2, True),
+    Default("shrink", TileConfig(64, 16, 64, 4, 2), CDNA, 2, True, rank=128),
+    Default("shrink", TileConfig(32, 16, 32, 4, 2), CDNA, 2, True),
+    Default("shrink", TileConfig(64, 16, 32, 8, 2), None, 2, False, rank=128),
+    Default("shrink", TileConfig(32, 16, 32, 8, 2), None, 2, False),
+    Default("shrink", TileConfig(32, 16, 32, 4, 2), rank=64),
+    Default("shrink", TileConfig(16, 16, 16, 8, 2)),
+    Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
+    Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
+    Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
+)  # fmt: skip
+
+
+@functools.cache
+def _default(target: str, spec: Spec, small: bool) -> TileConfig:
+    return next(default.tile for default in DEFAULTS if default.covers(target, spec, small))
+
+
+def select(target: Target, spec: Spec, m: int) -> TileConfig:
+    """The default tile for a launch of `m` rows."""
+    return _default(target.name, spec, m <= SMALL_M)

@@ -1,0 +1,111 @@
+"""Output and gradients against fp64, over sizes, strides, dtypes, methods, trained operands."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fused_lowrank import lowrank_linear
+from fused_lowrank.kernels.tiles import TileConfig
+from fused_lowrank.testing import measure, pinned_tiles, pooled_ratio
+
+CASES = 300  # of each implementation
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL_TILES = {  # so that small operands span many tiles
+    "shrink": TileConfig(16, 16, 16, 4, 1),
+    "gemm_tail": TileConfig(16, 32, 16, 4, 1, group_m=2),
+    "core_grad": TileConfig(16, 32, 16, 4, 1),
+}
+
+
+def reference(**operands: object) -> torch.Tensor:
+    """The same call by the reference."""
+    return lowrank_linear(**operands, impl="reference")
+
+
+def laid_out(rows: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values behind other strides."""
+    if layout == "column-major":
+        return rows.t().contiguous().t()
+    if layout == "sliced":
+        wide = torch.full((rows.shape[0], rows.shape[1] + 3), torch.nan, device=rows.device)
+        wide = wide.to(rows.dtype)
+        wide[:, 1:-2] = rows
+        return wide[:, 1:-2]
+    return rows
+
+
+@st.composite
+def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
+    """Operands, dy, and whether to use small tiles."""
+    lead = draw(
+        st.sampled_from([(0,), (1,), (7,), (67,), (130,), (3, 5), (2, 0, 3), (2, 3, 11), ()])
+    )
+    k, n = (draw(st.integers(1, 80) | st.sampled_from([96, 128, 203, 301])) for _ in "kn")
+    p, q = (draw(st.integers(1, 40) | st.sampled_from([64, 77])) for _ in "pq")
+    method = draw(st.sampled_from(["core", "pair", "none"]))
+    q = p if method == "none" else q
+    dtype = draw(st.sampled_from(DTYPES))
+    wide = draw(st.booleans())  # factors in fp32
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def values(*size: int, wide: bool = False, std: float = 1.0) -> torch.Tensor:
+        tensor = torch.randn(size, generator=generator) * std
+        tensor = tensor.to(torch.float32 if wide else dtype).to(device)
+        return tensor.requires_grad_(draw(st.booleans()))
+
+    operands = {
+        "x": values(*lead, k),
+        "weight": values(n, k, std=k**-0.5),
+        "down": values(p, k, wide=wide and draw(st.booleans()), std=k**-0.5),
+        "core": None,
+        "up": values(n, q, wide=wide and draw(st.booleans()), std=q**-0.5),
+        "bias": values(n) if draw(st.booleans()) else None,
+        "scale": draw(st.sampled_from([1.0, 0.5, 3.0, -1.7])),
+    }
+    if method == "core":
+        operands["core"] = values(p, q, wide=wide, std=p**-0.5)
+    elif method == "pair":
+        r = draw(st.integers(1, 40))
+        half = wide and draw(st.booleans())
+        operands["core"] = (
+            values(p, r, wide=wide, std=p**-0.5),
+            values(r, q, wide=half, std=r**-0.5),
+        )
+    for name in ("x", "weight"):
+        tensor = operands[name]
+        layout = draw(st.sampled_from(["contiguous", "column-major", "sliced"]))
+        if tensor.dim() == 2:
+            changed = laid_out(tensor.detach(), layout)
+            operands[name] = changed.requires_grad_(tensor.requires_grad)
+    dy = torch.randn(*lead, n, generator=generator).to(device)
+    if draw(st.booleans()) and lead:
+        dy = dy[..., :1].expand(dy.shape)  # as the backward of a sum gives it
+    return operands, dy, draw(st.booleans())
+
+
+@pytest.mark.parametrize("impl", ["triton", "aten"])
+def test_error_budget(impl: str, device: torch.device) -> None:
+    """No tensor's error is above the budget, and pooled it is no larger than the reference's."""
+    measured = []
+
+    @settings(
+        max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=HealthCheck
+    )
+    @given(calls(str(device)))
+    def check(call: tuple[dict, torch.Tensor, bool]) -> None:
+        operands, dy, small = call
+        tiles = pinned_tiles(**SMALL_TILES) if small else contextlib.nullcontext()
+        with tiles:
+            errors = measure(
+                lambda **operands: lowrank_linear(**operands, impl=impl), reference, operands, dy
+            )
+        assert all(m.within for m in errors), [m for m in errors if not m.within]
+        measured.extend(errors)
+
+    check()
+    ratio = pooled_ratio(measured)
+    print(f"{impl}: {CASES} cases, {len(measured)} tensors, pooled ratio {ratio:.3f}")
+    assert ratio <= 1.0
