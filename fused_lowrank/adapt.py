@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
@@ -59,7 +59,8 @@ def adapt(
     Raises:
         ValueError: an unknown method; a pattern that matches nothing; a rank that does not fit a
             layer; a weight on the meta device; a module whose replacement would never be called.
-        TypeError: a target that is no plain nn.Linear; a keyword that the method does not know.
+        TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
+            patterns that are no strings.
 
     Whatever is raised, the model is as it was.
     """
@@ -68,6 +69,11 @@ def adapt(
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model is adapted already: unload(model) first")
     cls = METHODS[method][fused]
+    check_patterns("target_modules", target_modules)
+    check_patterns("exclude_modules", exclude_modules or ())
+    if isinstance(modules_to_save, str):
+        raise TypeError(f"modules_to_save is {modules_to_save!r}: it must be a list of names")
+    check_patterns("modules_to_save", modules_to_save or ())
     saved = match_saved(model, modules_to_save or ())
     targets = match_targets(model, target_modules, exclude_modules, saved)
     plan = dict.fromkeys(targets, (cls, method_keywords))
@@ -95,11 +101,11 @@ def build(
     model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool
 ) -> dict[str, LowRankLinear]:
     """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, (cls, keywords) in plan.items():
         linear = modules[name]
         if reason := why_not_adaptable(linear, defer_bases):
-            raise (ValueError if "meta" in reason else TypeError)(f"{name} {reason}")
+            raise (ValueError if "meta device" in reason else TypeError)(f"{name} {reason}")
         try:  # on the meta device: all the checks, none of the work
             cls(linear.in_features, linear.out_features, **{**keywords, "device": "meta"})
         except ValueError as error:
@@ -117,7 +123,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
     for name in saved:
         keep_original(model.get_submodule(name))
@@ -127,8 +133,8 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
     """Put new[id(module)] wherever that module stands, also where it stands more than once."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in new:
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
                 setattr(parent, name, carry_hooks(child, new[id(child)]))
 
 
@@ -141,6 +147,23 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 # --- which modules ---
+
+
+def check_patterns(argument: str, patterns: Any) -> None:
+    """Raise unless these are strings, or one that is a regular expression."""
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(
+                f"{argument} is {patterns!r}: as a string it must be a regular expression ({error})"
+            ) from None
+    elif not isinstance(patterns, list | tuple | set) or not all(
+        isinstance(entry, str) for entry in patterns
+    ):
+        raise TypeError(
+            f"{argument} is {patterns!r}: it must be a list of names or a regular expression"
+        )
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -163,7 +186,8 @@ def match_targets(
     model: nn.Module, patterns: Patterns, exclude: Patterns | None, saved: list[str]
 ) -> list[str]:
     """The names of the modules to adapt; raises where one cannot be, or a pattern matches none."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modules.pop("")
     inside_saved = tuple(name + "." for name in saved)
 
     def left_alone(name: str) -> bool:
@@ -185,7 +209,7 @@ def match_targets(
         ]
         warn_of_experts(model, found)
     else:
-        refuse_experts(model, patterns, modules)
+        refuse_experts(model, patterns, left_alone)
         entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in patterns]
         for entry in entries:
             if not any(matches(name, entry) for name in modules):
@@ -203,7 +227,8 @@ def match_targets(
             f"target_modules={patterns!r} leaves no module to adapt; "
             f"the linear layers are called {', '.join(linear_names(modules))}"
         )
-    return found
+    once = {id(modules[name]): name for name in reversed(found)}  # a module with several names
+    return list(reversed(once.values()))
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
@@ -230,12 +255,12 @@ def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
     return None
 
 
-def refuse_experts(model: nn.Module, patterns: Patterns, modules: dict[str, nn.Module]) -> None:
+def refuse_experts(model: nn.Module, patterns: Patterns, left_alone: Callable[[str], bool]) -> None:
     """Raise if a pattern names a Parameter of MoE experts, or the module that holds them."""
     for name, parameter in model.named_parameters():
         holder = name.rpartition(".")[0]
         named = matches(name, patterns) or (holder and matches(holder, patterns))
-        if parameter.dim() == 3 and named:
+        if parameter.dim() == 3 and named and not (left_alone(name) or left_alone(holder)):
             raise ValueError(
                 f"target_modules: {name} is a Parameter of shape {tuple(parameter.shape)}, the "
                 "experts of a mixture; only nn.Linear can be adapted: leave it out"
@@ -282,7 +307,7 @@ def restore_fast_paths(model: nn.Module) -> None:
 def keep_original(module: nn.Module) -> None:
     """Train a module whole, and keep a copy of it as it is for `disable_adapters` and `unload`."""
     vars(module)["_lowrank_original"] = {
-        name: tensor.detach().clone() for name, tensor in module.state_dict().items()
+        name: tensor.clone() for name, tensor in module.state_dict().items()
     }
     module.requires_grad_(True)
 
@@ -292,21 +317,42 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if "_lowrank_original" in vars(m)}
 
 
-@torch.no_grad()
-def exchange_originals(model: nn.Module) -> None:
-    """Exchange the trained values of the modules trained whole with the kept ones."""
+def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Each tensor of the modules trained whole, with its value as it was."""
+    originals: dict[Tensor, Tensor] = {}
     for module in saved_modules(model).values():
-        originals = vars(module)["_lowrank_original"]
-        for name in originals:
-            holder = module.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            slot = holder._parameters if leaf in holder._parameters else holder._buffers
-            present, original = slot[leaf], originals[name]
-            assert present is not None
-            original = original.to(present.device, present.dtype)
-            if slot is holder._parameters and not isinstance(original, nn.Parameter):
-                original = nn.Parameter(original, requires_grad=False)
-            slot[leaf], originals[name] = original, present
+        present = module.state_dict(keep_vars=True)
+        for name, original in vars(module)["_lowrank_original"].items():
+            tensor = present[name]
+            originals.setdefault(tensor, original.to(tensor.device, tensor.dtype))
+    return originals
+
+
+@contextmanager
+def originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Within it the modules trained whole, and whatever is tied to them, have the kept values."""
+    exchange = {
+        tensor: nn.Parameter(original, requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else original.clone()
+        for tensor, original in originals_of(model).items()
+    }
+    holders: list[dict[str, Any]] = [
+        slot for module in model.modules() for slot in (module._parameters, module._buffers)
+    ]
+    slots = [
+        (slot, name, tensor)
+        for slot in holders
+        for name, tensor in slot.items()
+        if tensor is not None and tensor in exchange
+    ]
+    for slot, name, tensor in slots:
+        slot[name] = exchange[tensor]
+    try:
+        yield
+    finally:
+        for slot, name, tensor in slots:
+            slot[name] = tensor
 
 
 # --- the whole model's adapters ---
@@ -354,7 +400,9 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         merge_layers(layers, model)
     else:
         unmerge(model)
-        exchange_originals(model)
+        with torch.no_grad():
+            for tensor, original in originals_of(model).items():
+                tensor.copy_(original)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
     for module in saved_modules(model).values():
         del vars(module)["_lowrank_original"]
@@ -411,13 +459,12 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
     layers = require_adapted(model).values()
     before = [layer.disabled for layer in layers]
-    for layer in layers:
-        layer.disabled = True
-    exchange_originals(model)
     try:
-        yield model
+        for layer in layers:
+            layer.disabled = True
+        with originals_in_place(model):
+            yield model
     finally:
-        exchange_originals(model)
         for layer, disabled in zip(layers, before, strict=True):
             layer.disabled = disabled
 

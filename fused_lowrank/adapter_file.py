@@ -1,6 +1,7 @@
 """Adapters in files: one safetensors file, which says in its metadata what it is.
 
 <module>.<factor>     the factors; the frozen ones unless saved with bases=False
+<module>.weight       and .bias, where they are trained
 <module>.fingerprint  of the frozen factors and of the weight, (P + Q + 4,) float64
 <module>.<tensor>     of each module trained whole
 metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
@@ -8,8 +9,10 @@ metadata              {"format": "fused_lowrank", "version": "1", "config": JSON
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,24 @@ from .adapt import (
     unchanged_on_error,
 )
 from .layers import METHODS, LowRankLinear
+from .layers.base import WEIGHT_DTYPES
 
 FORMAT, VERSION = "fused_lowrank", "1"
 FINGERPRINT = "fingerprint"
 WEIGHT_PROBES = 3
 BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
 WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
+
+
+def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
+    """The tensors of a layer that a file holds, by name: what is trained and, with bases, more."""
+    names = [name for name in layer.factors if bases or name in train]
+    own = {name: getattr(layer, name) for name in names}
+    if "weight" in train:
+        own["weight"] = layer.base_weight
+    if "bias" in train and layer.bias is not None:
+        own["bias"] = layer.bias
+    return own
 
 
 @torch.no_grad()
@@ -64,14 +79,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     which `load_adapter` computes again from the weights and checks against a fingerprint; those of
     the other methods are random, and can then only be loaded into a model that has them.
 
-    Raises ValueError if the model has no adapted layers.
+    Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled.
     """
     layers = require_adapted(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for factor in layer.factors:
-            if bases or factor in layer.train_names:
-                tensors[f"{name}.{factor}"] = getattr(layer, factor)
+        if layer.bases_pending or layer.weight.is_meta:
+            raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
+        if layer.disabled:
+            raise ValueError(f"{name} is disabled: save outside disable_adapters")
+        for part, tensor in parts(layer, layer.train_names, bases).items():
+            tensors[f"{name}.{part}"] = tensor
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint(layer)
     for name, module in saved_modules(model).items():
         tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
@@ -101,8 +119,9 @@ def load_adapter(
 ) -> nn.Module:
     """Load what `save_adapter` wrote into `model`, in place; return the model.
 
-    A plain model is adapted first, as the file says. An adapted one must have the same layers with
-    the same ranks; it keeps its classes and takes the file's values.
+    A plain model is adapted first, as the file says. An adapted one must have the same layers, of
+    the same ranks, alpha and train, and the same modules to save, and not be merged; it keeps its
+    classes and takes the file's values.
 
     Raises:
         ValueError: a file that is truncated or none of ours, or that belongs to another model:
@@ -114,13 +133,17 @@ def load_adapter(
     if present:
         layers = present
         check_same_layers(layers, config, path)
+        check_same_modules_to_save(model, saved, path)
     with unchanged_on_error(model):
         if not present:
-            plan = plan_of(model, config, fused, path)
-            layers = build(model, plan, progress=progress, defer_bases=config["bases"])
+            plan = plan_of(model, config, tensors, fused, path)
+            try:
+                layers = build(model, plan, progress=progress, defer_bases=config["bases"])
+            except TypeError as error:
+                raise ValueError(f"{path} does not fit this model: {error}") from error
         check_tensors(model, layers, tensors, config, path)
         for name, layer in layers.items():
-            check_fingerprint(name, layer, tensors, config["bases"], path)
+            check_fingerprint(name, layer, tensors, path)
     if not present:
         place(model, layers, saved)
     fill(model, layers, tensors, saved)
@@ -144,27 +167,36 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         config = json.loads(metadata["config"])
         for entry in config["layers"].values():
-            METHODS[entry["method"]], entry["settings"]["train"]
-        config["bases"], config["modules_to_save"]
+            settings = entry["settings"]
+            inspect.signature(METHODS[entry["method"]][0]).bind(1, 1, **settings)
+            settings["train"], settings["alpha"] = tuple(settings["train"]), settings["alpha"]
+        if not config["layers"] or config["bases"] not in (True, False):
+            raise TypeError("no layers, or bases neither true nor false")
+        config["modules_to_save"] = [str(name) for name in config["modules_to_save"]]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: its config cannot be read ({error!r})") from error
     return config, tensors
 
 
-def plan_of(model: nn.Module, config: dict[str, Any], fused: bool, path: Any) -> Plan:
+def plan_of(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], fused: bool, path: Any
+) -> Plan:
     """The layers that a file asks for, as modules of this model."""
     modules = dict(model.named_modules())
     plan: Plan = {}
     for name, entry in config["layers"].items():
         if name not in modules:
             raise ValueError(f"{path} adapts {name}, but this model has no such module")
-        settings = {**entry["settings"], "train": tuple(entry["settings"]["train"])}
-        plan[name] = METHODS[entry["method"]][fused], settings
+        cls, settings = METHODS[entry["method"]][fused], entry["settings"]
+        trained = [tensors.get(f"{name}.{f}") for f in cls.factors if f in settings["train"]]
+        dtypes = [tensor.dtype for tensor in trained if tensor is not None]
+        dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
+        plan[name] = cls, {**settings, "dtype": dtype}
     return plan
 
 
 def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], path: Any) -> None:
-    """Raise unless the adapted model has the layers of the file, of the same methods."""
+    """Raise unless the adapted model has the layers of the file, of the same methods and alpha."""
     there = {name: layer.method for name, layer in layers.items()}
     asked = {name: entry["method"] for name, entry in config["layers"].items()}
     if there != asked:
@@ -173,6 +205,26 @@ def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], 
             f"{path} does not fit this adapted model: {name} is "
             f"{there.get(name, 'not adapted')} here and {asked.get(name, 'not adapted')} there; "
             "unload(model) to take the file's own layers"
+        )
+    for name, layer in layers.items():
+        settings = config["layers"][name]["settings"]
+        alpha, train = settings["alpha"], settings["train"]
+        if layer.alpha != alpha or set(layer.train_names) != set(train):
+            raise ValueError(
+                f"{path} does not fit this adapted model: alpha and train of {name} are "
+                f"{layer.alpha}, {layer.train_names} here and {alpha}, {train} there; "
+                "unload(model) to take the file's own layers"
+            )
+        if layer.merged:
+            raise ValueError(f"{name} is merged: unmerge(model) before loading an adapter")
+
+
+def check_same_modules_to_save(model: nn.Module, saved: list[str], path: Any) -> None:
+    """Raise unless the adapted model trains the modules whole that the file holds."""
+    if list(saved_modules(model)) != saved:
+        raise ValueError(
+            f"{path} does not fit this adapted model: modules_to_save are "
+            f"{list(saved_modules(model))} here and {saved} there"
         )
 
 
@@ -187,9 +239,8 @@ def check_tensors(
     expected: dict[str, torch.Size] = {}
     for name, layer in layers.items():
         trained = config["layers"][name]["settings"]["train"]
-        for factor in layer.factors:
-            if config["bases"] or factor in trained:
-                expected[f"{name}.{factor}"] = getattr(layer, factor).shape
+        for part, tensor in parts(layer, trained, config["bases"]).items():
+            expected[f"{name}.{part}"] = tensor.shape
         p, q = layer.down.shape[0], layer.up.shape[1]
         expected[f"{name}.{FINGERPRINT}"] = torch.Size([p + q + 1 + WEIGHT_PROBES])
     for name in config["modules_to_save"]:
@@ -207,25 +258,28 @@ def check_tensors(
                 f"{path} does not fit this model: {key} is {tuple(tensors[key].shape)} there and "
                 f"{tuple(shape)} here"
             )
+        if key.rpartition(".")[0] in layers and tensors[key].dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{path}: {key} is of {tensors[key].dtype}: it is damaged")
 
 
 def check_fingerprint(
-    name: str, layer: LowRankLinear, tensors: dict[str, Tensor], bases_in_file: bool, path: Any
+    name: str, layer: LowRankLinear, tensors: dict[str, Tensor], path: Any
 ) -> None:
     """Raise if the file was made for another weight or, being without them, for other bases."""
+    if layer.weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device: load the weights first")
     there = tensors[f"{name}.{FINGERPRINT}"]
     split = [layer.down.shape[0], layer.up.shape[1], 1 + WEIGHT_PROBES]
     down, up, weight = fingerprint(layer).split(split)
     file_down, file_up, file_weight = there.split(split)
-    if not (weight - file_weight).abs().max() <= WEIGHT_TOLERANCE * file_weight[0]:
+    differs = not (weight - file_weight).abs().max() <= WEIGHT_TOLERANCE * file_weight[0]
+    if differs and f"{name}.weight" not in tensors:
         raise ValueError(
             f"{path} was made for another base model: the weight of {name} differs from the one it "
             "was trained on"
         )
-    if bases_in_file:
-        return
     for factor, ours, theirs in (("down", down, file_down), ("up", up, file_up)):
-        if factor not in layer.train_names and not (
+        if f"{name}.{factor}" not in tensors and not (
             (ours - theirs).norm() <= BASES_TOLERANCE * theirs.norm()
         ):
             raise ValueError(
@@ -243,9 +297,9 @@ def fill(
 ) -> None:
     """Copy the values, checked before, into the model."""
     for name, layer in layers.items():
-        for factor in layer.factors:
-            if (key := f"{name}.{factor}") in tensors:
-                getattr(layer, factor).copy_(tensors[key])
+        for part in (*layer.factors, "weight", "bias"):
+            if (key := f"{name}.{part}") in tensors:
+                getattr(layer, part).copy_(tensors[key])
         layer.bases_pending = False
     for name in saved:
         prefix = name + "."

@@ -51,16 +51,20 @@ def lowrank_linear(
     x·downᵀ, (M, P), and x only if down or weight requires a gradient.
 
     Raises:
-        ValueError: shapes that do not chain, devices that differ, a scale, probability or
-            implementation that is none.
-        TypeError: operands that are not tensors, dtypes that do not mix.
+        ValueError: shapes that do not chain, devices that differ, an unknown implementation, a
+            probability that is none.
+        TypeError: operands that are not tensors, a scale that is no number, dtypes that do not mix.
         RuntimeError: impl="triton" where the kernels cannot run; a second differentiation
             (impl="reference" can be differentiated twice).
     """
-    a, b = core if isinstance(core, tuple | list) else (core, None)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = autocast(x, weight, bias)
-    check(x, weight, down, a, b, up, bias, dropout_p)
+    a, b = split(core)
+    try:
+        if ops.under_autocast(x):
+            x, weight, bias = autocast(x, weight, bias)
+        check(x, weight, down, a, b, up, bias, scale, dropout_p)
+    except AttributeError:
+        check_kinds(x=x, weight=weight, down=down, core=a, up=up, bias=bias)
+        raise
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
     low = torch.nn.functional.dropout(x, dropout_p) if training and dropout_p > 0.0 else None
 
@@ -84,6 +88,23 @@ def lowrank_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def split(core: Any) -> tuple[Any, Any]:
+    """The core's two places in an op's signature: (core, None), or the pair."""
+    if not isinstance(core, tuple | list):
+        return core, None
+    if len(core) != 2 or not all(isinstance(factor, Tensor) for factor in core):
+        kinds = ", ".join(type(factor).__name__ for factor in core)
+        raise TypeError(f"core is ({kinds}): it must be a tensor, a pair of tensors or None")
+    return core[0], core[1]
+
+
+def check_kinds(**operands: Any) -> None:
+    """Raise a TypeError, naming the argument, for an operand that is no tensor."""
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor) and not (operand is None and name in ("core", "bias")):
+            raise TypeError(f"{name} is a {type(operand).__name__}: it must be a tensor")
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, as torch's own linear takes them; fp64 stays."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -101,6 +122,7 @@ def check(
     b: Tensor | None,
     up: Tensor,
     bias: Tensor | None,
+    scale: float,
     dropout_p: float,
 ) -> None:
     """Raise, naming the argument, what it is and what it must be, if the operands do not fit."""
@@ -128,6 +150,8 @@ def check(
         raise ValueError(
             f"bias is {shape(bias)} of {bias.dtype}: it must be ({n},) of {x.dtype}, as x"
         )
+    if not isinstance(scale, int | float):
+        raise TypeError(f"scale is {scale!r}: it must be a number")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: it must be at least 0 and below 1")
     for name, operand in zip(

@@ -20,6 +20,13 @@ def kaiming(matrix: Tensor) -> None:
     torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """The one generator of `device`; torch.manual_seed would seed those of every device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
+
+
 @torch.no_grad()
 def svd_bases(weight: Tensor, r: int, method: str = "randomized") -> tuple[Tensor, Tensor]:
     """(down, up) of LoRA-XS: Σᵣ·Dᵣᵀ of shape (r, K) and Sᵣ of shape (N, r), in weight's dtype.
@@ -33,7 +40,7 @@ def svd_bases(weight: Tensor, r: int, method: str = "randomized") -> tuple[Tenso
         rank = min(r + SVD_OVERSAMPLING, *matrix.shape)
         devices = [matrix.device] if matrix.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(SVD_SEED)
+            generator_of(matrix.device).manual_seed(SVD_SEED)
             left, sigma, right = torch.svd_lowrank(matrix, q=rank, niter=SVD_ITERATIONS)
         right = right.t()
     elif method == "exact":

@@ -151,9 +151,14 @@ def primitives(impl: str, rows: Tensor) -> type[Triton] | type[Aten]:
     return PRIMITIVES[impl if rows.shape[0] else "aten"]
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The operands have their dtypes by now: autocast must not change them inside."""
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

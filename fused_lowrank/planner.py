@@ -41,7 +41,7 @@ def target(device: torch.device) -> Target | None:
     from .kernels.tiles import TARGETS
 
     if device.type != "cuda":
-        return TARGETS["sm_90"] if interpreted() else None
+        return TARGETS["sm_90"] if device.type == "cpu" and interpreted() else None
     if torch.version.hip:
         return TARGETS["gfx942"]
     capability = torch.cuda.get_device_capability(device)
@@ -88,8 +88,10 @@ def why_not_triton(x: torch.Tensor, p: int, q: int) -> str | None:
 def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:
     """The implementation for `asked`: "auto" is triton on a GPU where it can, otherwise aten.
 
-    Raises RuntimeError if "triton" was asked for and cannot compute the call.
+    Raises ValueError for an unknown one, RuntimeError if "triton" is asked for and cannot do it.
     """
+    if asked not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {asked!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     if asked == "auto":
         return "triton" if x.device.type == "cuda" and not why_not_triton(x, p, q) else "aten"
     if asked == "triton" and (reason := why_not_triton(x, p, q)):

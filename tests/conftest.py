@@ -9,6 +9,10 @@ if DEVICE == "cpu":
 
 import pytest
 import torch
+from hypothesis import Phase, settings
+
+# Stops at the first failing example: for when it is only asked whether there is one.
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call
 
-from fused_lowrank import lowrank_linear
+from fused_lowrank import (
+    FusedLoraLinear,
+    FusedLoraMiniLinear,
+    FusedLoraXSLinear,
+    LoraLinear,
+    LoraMiniLinear,
+    LoraXSLinear,
+    lowrank_linear,
+)
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_tiles, pooled_ratio
 
@@ -109,3 +118,58 @@ def test_error_budget(impl: str, device: torch.device) -> None:
     ratio = pooled_ratio(measured)
     print(f"{impl}: {CASES} cases, {len(measured)} tensors, pooled ratio {ratio:.3f}")
     assert ratio <= 1.0
+
+
+@pytest.mark.parametrize("core", ["core", "pair", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch.device) -> None:
+    """In 16 bits the kernels are more exact than the reference, which rounds more often."""
+    sizes = {"x": (70, 96), "weight": (80, 96), "down": (20, 96), "up": (80, 20), "bias": (80,)}
+    parts = {"core": [(20, 20)], "pair": [(20, 12), (12, 20)], "none": []}[core]
+    made = {name: torch.randn(s, device=device).to(dtype) for name, s in sizes.items()}
+    factors = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in parts]
+    made["core"] = {"core": factors[:1], "pair": [tuple(factors)], "none": [None]}[core][0]
+    made["x"].requires_grad_()
+    errors = measure(
+        lambda **operands: lowrank_linear(**operands, impl="triton"),
+        reference,
+        made,
+        torch.randn(70, 80, device=device),
+    )
+    assert pooled_ratio(errors) < 0.95
+
+
+METHODS = {
+    "lora": (LoraLinear, FusedLoraLinear, {"r": 5}),
+    "lora_xs": (LoraXSLinear, FusedLoraXSLinear, {"r": 5}),
+    "lora_mini": (LoraMiniLinear, FusedLoraMiniLinear, {"r": 3, "a": 12, "b": 9, "init": "paper"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("impl", ["triton", "aten"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("everything", [False, True])
+def test_fused_layers(
+    everything: bool, dtype: torch.dtype, impl: str, method: str, device: torch.device
+) -> None:
+    """A fused layer, with the parameters of its reference, is within the budget as well."""
+    plain, fused, ranks = METHODS[method]
+    keywords = {**ranks, "alpha": 7.0, "device": device, "dtype": dtype}
+    if everything:
+        keywords["train"] = ("weight", "bias", *plain.factors)
+    layers = plain(45, 38, **keywords), fused(45, 38, **keywords)
+    layers[1].impl = impl
+    parameters = {}
+    for name, parameter in layers[0].named_parameters():
+        values = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
+        parameters[name] = values.requires_grad_(parameter.requires_grad)
+    ours, reference = (
+        lambda x, layer=layer, **parameters: functional_call(layer, parameters, (x,))
+        for layer in layers
+    )
+    x = torch.randn(3, 11, 45, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(3, 11, 38, device=device)
+    errors = measure(ours, reference, {"x": x, **parameters}, dy)
+    assert len(errors) == 2 + len(layers[0].train_names)
+    assert all(m.within for m in errors), [m for m in errors if not m.within]

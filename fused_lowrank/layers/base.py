@@ -12,7 +12,7 @@ from torch.nn.functional import linear as dense
 from torch.nn.utils import parametrize
 
 from ..functional import lowrank_linear
-from ..reference import Core, product
+from ..reference import Core
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,12 +88,13 @@ class LowRankLinear(nn.Module):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
 
-    def _check_learns(self, zero: str) -> None:
+    @classmethod
+    def _check_learns(cls, train: tuple[str, ...], zero: str) -> None:
         """Raise if factors are trained beside `zero`, which starts at 0 and is not."""
-        others = [name for name in self.train_names if name in self.factors]
+        others = [name for name in train if name in cls.factors]
         if others and zero not in others:
             raise ValueError(
-                f"train is {self.train_names}, but {zero} starts at zero: as long as it is not "
+                f"train is {train}, but {zero} starts at zero: as long as it is not "
                 f"trained, the gradients of the other factors are zero. Add {zero!r} to train"
             )
 
@@ -134,7 +135,7 @@ class LowRankLinear(nn.Module):
             ValueError: its weight is on the meta device; a rank, alpha, … out of range.
         """
         if reason := why_not_adaptable(linear, defer_bases):
-            raise (ValueError if "meta" in reason else TypeError)(f"linear {reason}")
+            raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         sizes = linear.in_features, linear.out_features, linear.bias is not None
@@ -155,11 +156,7 @@ class LowRankLinear(nn.Module):
             return dense(x, self.base_weight, self.bias)
         if self.merged:
             return dense(x, self.weight, self.bias)
-        if self.bases_pending:
-            raise RuntimeError(
-                "the factors of this layer are not initialised: it was made on the meta device. "
-                "Load its weights, then call init_bases(model), or load an adapter"
-            )
+        self._require_factors()
         return lowrank_linear(
             x,
             self.weight,
@@ -173,11 +170,21 @@ class LowRankLinear(nn.Module):
             impl=self.impl,
         )
 
+    def _require_factors(self) -> None:
+        if self.bases_pending:
+            raise RuntimeError(
+                "the factors of this layer are not initialised: it was made on the meta device. "
+                "Load its weights, then call init_bases(model), or load an adapter"
+            )
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
+        self._require_factors()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        up, down, core = self.up.to(dtype), self.down.to(dtype), product(self.core_factors)
+        up, down, core = self.up.to(dtype), self.down.to(dtype), self.core_factors
+        if isinstance(core, tuple):
+            core = core[0].to(dtype) @ core[1].to(dtype)
         if core is not None:
             up = up @ core.to(dtype).t()
         return self.scale * (up @ down)
@@ -250,8 +257,8 @@ def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | Non
         return f"is a {kind}: it is adapted already; unload it first"
     if not isinstance(module, nn.Linear):
         return f"is a {kind}: only nn.Linear can be adapted"
-    if parametrize.is_parametrized(module):
-        return "is parametrised: remove its parametrisations first"
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "is parametrised (or pruned, or weight-normed): remove that first"
     if type(module).forward is not nn.Linear.forward or module.weight.dtype not in WEIGHT_DTYPES:
         return (
             f"is a {kind} with a weight of {module.weight.dtype}: quantised and custom linear "

@@ -39,6 +39,7 @@ class LoraLinear(LowRankLinear):
         _defer: bool = False,
     ) -> None:
         check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
+        self._check_learns(train, "up")
         super().__init__(
             in_features,
             out_features,
@@ -53,7 +54,6 @@ class LoraLinear(LowRankLinear):
             linear=_linear,
             defer=_defer,
         )
-        self._check_learns("up")
         if not self.bases_pending:
             self.init_factors()
 

@@ -62,6 +62,8 @@ class LoraMiniLinear(LowRankLinear):
                 f"init is {init!r}: it must be 'identity' or 'paper' (with both trained factors "
                 "zero, both gradients would be zero and nothing would ever be learned)"
             )
+        if init == "identity":
+            self._check_learns(train, "b_train")
         super().__init__(
             in_features,
             out_features,
@@ -82,8 +84,6 @@ class LoraMiniLinear(LowRankLinear):
             defer=_defer,
         )
         self.a, self.b, self.init = a, b, init
-        if init == "identity":
-            self._check_learns("b_train")
         if not self.bases_pending:
             self.init_factors()
 

@@ -1,0 +1,119 @@
+"""Deliberate faults: each, put into a copy of the sources, turns the test named beside it red."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMERICS = "tests/test_numerics.py::test_error_budget"
+
+# what is broken → file, text, what it becomes, the test that must fail
+FAULTS = {
+    "mask on K dropped": (
+        "kernels/gemm_tail.py",
+        "mask_m & (offs_k[None, :] < K - k)",
+        "mask_m",
+        f"{NUMERICS}[triton]",
+    ),
+    "scale dropped in the backward": (
+        "fused_lowrank/ops.py",
+        "do.shrink(dy, up, core, scale, True,",
+        "do.shrink(dy, up, core, 1.0, True,",
+        f"{NUMERICS}[aten]",
+    ),
+    "core not transposed in the backward": (
+        "kernels/shrink.py",
+        "core_ptrs = left_ptr + offs_q[None, :] * P + offs_p[:, None]",
+        "core_ptrs = left_ptr + offs_p[:, None] * Q + offs_q[None, :]",
+        f"{NUMERICS}[triton]",
+    ),
+    "bias added twice": (
+        "kernels/gemm_tail.py",
+        "acc += bias[None, :].to(acc.dtype)",
+        "acc += 2 * bias[None, :].to(acc.dtype)",
+        f"{NUMERICS}[triton]",
+    ),
+    "bare bf16 cast": (
+        "kernels/common.py",
+        "if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:",
+        "if False:",
+        "tests/test_numerics.py::test_rounds_once_and_to_nearest",
+    ),
+    "padding of t left as the dot gave it": (
+        "kernels/shrink.py",
+        "acc = tl.where(mask_p, acc, 0.0)",
+        "acc = acc",
+        "tests/test_ops.py::test_nan_and_inf_go_where_the_reference_puts_them",
+    ),
+    "arrival counters not zeroed": (
+        "kernels/shrink.py",
+        "if N_COUNTERS > 0 and pid == 0:",
+        "if False:",
+        "tests/test_ops.py::test_gradcheck_through_the_kernels",
+    ),
+    "32-bit offsets": (
+        "kernels/common.py",
+        "return index.to(tl.int64) * stride",
+        "return index * stride",
+        "tests/test_ops.py::test_offsets_beyond_int32",
+    ),
+    "x saved for the backward": (
+        "fused_lowrank/ops.py",
+        "need_x = needs.weight or (needs.down and low is None)",
+        "need_x = True",
+        "tests/test_ops.py::test_saves_t_and_nothing_else_of_m",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources and tests."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("fused_lowrank", "kernels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def run(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
+    """The test, in the copy, with the copy's package."""
+    code = (
+        "import fused_lowrank, pytest, sys; "
+        f"assert fused_lowrank.__file__.startswith({str(folder)!r}); "
+        f"sys.exit(pytest.main(['-x', '-q', '--hypothesis-profile=unshrunk', {test!r}]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault: str, copy: Path) -> None:
+    """The named test fails by what it finds, or its process dies of a wild read."""
+    file, text, broken, test = FAULTS[fault]
+    source = copy / file
+    sound = source.read_text()
+    assert sound.count(text) == 1, f"{file} has changed: bring this table up to date"
+    source.write_text(sound.replace(text, broken))
+    try:
+        done = run(copy, test)
+    finally:
+        source.write_text(sound)
+    assert done.returncode in (1, -signal.SIGSEGV), done.stdout + done.stderr
+    if done.returncode == 1:
+        assert "1 failed" in done.stdout, done.stdout + done.stderr
+        assert "SyntaxError" not in done.stdout
+        assert "NameError" not in done.stdout
