@@ -55,12 +55,17 @@ def target(device: torch.device) -> Target | None:
 @functools.cache
 def tiles(device: torch.device) -> Choice:
     """How the launches on `device` choose their tiles."""
-    from .kernels.tiles import select
+    from .kernels.tiles import is_valid, select
 
     where = target(device)
 
     def choose(spec: Spec, m: int) -> TileConfig:
-        return PINNED.get(spec.kernel) or select(where, spec, m)
+        pinned = PINNED.get(spec.kernel)
+        if pinned is None:
+            return select(where, spec, m)
+        if not is_valid(pinned, where, spec):
+            raise ValueError(f"the pinned {pinned} is not valid for {spec}")
+        return pinned
 
     return choose
 

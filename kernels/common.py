@@ -9,6 +9,7 @@ meaningless: its bf16 dot is garbage (triton issue 5424) and its fp32 → bf16 c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import triton
@@ -53,31 +54,28 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def split(x):
-    """Three bf16 values whose sum is x, the largest first; x is fp32 or fp16."""
-    rest = x.to(tl.float32)
-    high = cast(rest, tl.bfloat16)
-    rest -= high.to(tl.float32)
-    middle = cast(rest, tl.bfloat16)
-    return high, middle, cast(rest - middle.to(tl.float32), tl.bfloat16)
+def halves(x):
+    """Two bf16 values whose sum is x to 2⁻¹⁷ of it: the larger first."""
+    wide = x.to(tl.float32)
+    high = cast(wide, tl.bfloat16)
+    return high, cast(wide - high.to(tl.float32), tl.bfloat16)
 
 
 @triton.jit
 def dot_mixed(a, b):
-    """a·b for a 16-bit a and an fp32 b, by bf16 dots, as exact as an fp32 dot.
+    """a·b for a 16-bit a and an fp32 b, by bf16 dots: to 2⁻¹⁷ of each product.
 
-    b is the sum of three bf16 values, an fp16 a of two. If a small term is not finite, then a or b
-    is not, and the product of the high ones says what comes of it.
+    If the small terms are not finite, then a or b is not, and the product of the high ones says
+    what comes of it.
     """
-    b_high, b_middle, b_low = split(b)
+    b_high, b_low = halves(b)
     small = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
     if a.dtype == tl.bfloat16:
         a_high = a
-        small = dot(a_high, b_middle, dot(a_high, b_low, small))
     else:
-        a_high, a_low, _ = split(a)
-        small = dot(a_low, b_middle, dot(a_high, b_low, small))
-        small = dot(a_low, b_high, dot(a_high, b_middle, small))
+        a_high, a_low = halves(a)
+        small = dot(a_low, b_high, small)
+    small = dot(a_high, b_low, small)
     return dot(a_high, b_high, tl.where(tl.abs(small) < float("inf"), small, 0.0))
 
 
@@ -102,7 +100,7 @@ def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first_m + (pid % per_group) % rows, (pid % per_group) // rows
 
 
-def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Callable]:
+def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Any]:
     """The kernel, compiled in exactly two specialisations of its integers and pointers.
 
     `[True]` is for launches in which all of them are multiples of 16; `[False]` assumes nothing.

@@ -32,17 +32,16 @@ def da_tile(
     Q: tl.constexpr,
     R: tl.constexpr,
     PAD_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """da[p:, r:] = (dcore·bᵀ)[p:, r:], one tile."""
     acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
-    offs_p, offs_r = p + tl.arange(0, BLOCK_P), r + tl.arange(0, BLOCK_R)
+    offs_p, offs_r = p + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
     mask_r = offs_r[None, :] < R
-    da = tl.zeros((BLOCK_P, BLOCK_R), acc_dtype)
-    for q in range(0, PAD_Q, BLOCK_Q):
-        offs_q = q + tl.arange(0, BLOCK_Q)
+    da = tl.zeros((BLOCK, BLOCK_R), acc_dtype)
+    for q in range(0, PAD_Q, BLOCK):
+        offs_q = q + tl.arange(0, BLOCK)
         dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
         dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
         b_ptrs = b_ptr + offs_r[None, :] * Q + offs_q[:, None]
@@ -64,17 +63,16 @@ def db_tile(
     R: tl.constexpr,
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """db[r:, q:] = (aᵀ·dcore)[r:, q:], one tile."""
     acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
-    offs_q, offs_r = q + tl.arange(0, BLOCK_Q), r + tl.arange(0, BLOCK_R)
+    offs_q, offs_r = q + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
     mask_r = offs_r[:, None] < R
-    db = tl.zeros((BLOCK_R, BLOCK_Q), acc_dtype)
-    for p in range(0, PAD_P, BLOCK_P):
-        offs_p = p + tl.arange(0, BLOCK_P)
+    db = tl.zeros((BLOCK_R, BLOCK), acc_dtype)
+    for p in range(0, PAD_P, BLOCK):
+        offs_p = p + tl.arange(0, BLOCK)
         dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
         dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
         a_ptrs = a_ptr + offs_p[None, :] * R + offs_r[:, None]
@@ -108,6 +106,7 @@ def core_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr,  # of dcore's two sides, for da and db: both dots are of fp32
     BLOCK_R: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = accumulator(t_ptr.dtype.element_ty)
@@ -147,16 +146,16 @@ def core_grad_kernel(
             if tl.atomic_add(counters_ptr, 1, sem="acq_rel") == tiles - 1:
                 for r in range(0, PAD_R, BLOCK_R):
                     if WANT_A:
-                        for p in range(0, PAD_P, BLOCK_P):
+                        for p in range(0, PAD_P, BLOCK):
                             da_tile(
                                 partial_ptr, b_ptr, da_ptr, p, r,
-                                P, Q, R, PAD_Q, BLOCK_P, BLOCK_Q, BLOCK_R,
+                                P, Q, R, PAD_Q, BLOCK, BLOCK_R,
                             )  # fmt: skip
                     if WANT_B:
-                        for q in range(0, PAD_Q, BLOCK_Q):
+                        for q in range(0, PAD_Q, BLOCK):
                             db_tile(
                                 partial_ptr, a_ptr, db_ptr, q, r,
-                                P, Q, R, PAD_P, PAD_Q, BLOCK_P, BLOCK_Q, BLOCK_R,
+                                P, Q, R, PAD_P, PAD_Q, BLOCK, BLOCK_R,
                             )  # fmt: skip
 
 
@@ -179,6 +178,7 @@ def constants(
         "BLOCK_M": config.block_m,
         "BLOCK_P": min(padded(p), config.block_n),
         "BLOCK_Q": min(padded(q), config.block_n),
+        "BLOCK": min(padded(p), padded(q), 32),
         "BLOCK_R": min(padded(max(r, 1)), 32),
     }
 
@@ -235,11 +235,10 @@ def core_grad(
         t if db is None else db,
         partial,
         counters,
-        scale,
+        float(scale),
         m,
         rows,
         **values,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
     return (da, db) if r else (dcore, None)

@@ -65,7 +65,7 @@ def gemm_tail_kernel(
         w_ptrs += step(BLOCK_K, stride_wk)
 
     # The rank tail. u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
-    for q in tl.static_range(0, PAD_Q, BLOCK_Q):
+    for q in tl.range(0, PAD_Q, BLOCK_Q, num_stages=1):
         offs_q = q + tl.arange(0, BLOCK_Q)
         if TRANSPOSED:
             up_ptrs = up_ptr + offset(offs_q[:, None], N) + offs_n[None, :]
@@ -141,7 +141,6 @@ def gemm_tail(
         *x.stride(),
         *weight.stride(),
         **constants(q, k, transposed, bias is not None, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
     return y

@@ -3,9 +3,10 @@
     t = x·downᵀ             x (M, K)   down (P, K)   t (M, P)
     u = scale · t · core    core (P, Q), or left (P, r)·right (r, Q), or 1   u (M, Q)
 
-x is read once; both sums are kept in fp32; t is rounded to x's dtype and then to core's, as in the
-reference. The backward is the same kernel: g, v = shrink(dy, up, core, scale, transposed), with
-g = dy·up and v = scale · g · coreᵀ.
+x is read once; both sums are kept in fp32; t is rounded to x's dtype, as in the reference. An fp32
+core beside a 16-bit x is multiplied on tensor cores as two bf16 values, far more exactly than u is
+rounded (`dot_mixed`). The backward is the same kernel: g, v = shrink(dy, up, core, scale,
+transposed), with g = dy·up and v = scale · g · coreᵀ.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def shrink_kernel(
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
     PAD_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr,  # down lies as (K, P), core as (Q, P), left as (r, P), right as (Q, r)
+    TRANSPOSED: tl.constexpr,  # down lies as (K, P), core (Q, P), left (r, P), right (Q, r)
     STORE_T: tl.constexpr,
     STORE_U: tl.constexpr,
     N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
@@ -169,7 +170,7 @@ def shrink(
     counters: torch.Tensor | None,
     choose: Choice,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(t, u): t = x·downᵀ of shape (M, P) and u = scale·t·core of shape (M, padded(Q)), in x's dtype.
+    """(t, u): t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype.
 
     u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
     K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
@@ -202,12 +203,11 @@ def shrink(
         x if t is None else t,
         x if u is None else u,
         x if counters is None else counters,
-        scale,
+        float(scale),
         m,
         k,
         *x.stride(),
         **constants(p, q, r, k, transposed, want_t, want_u, n_counters, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
     return t, u

@@ -52,6 +52,12 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    max_registers: int | None = None  # CUDA only: keeps ptxas from spilling for occupancy
+
+    def options(self) -> dict[str, int]:
+        """The compiler's options of a launch."""
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return chosen if self.max_registers is None else {**chosen, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -139,33 +145,38 @@ class Default:
 
 AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
 TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
+CUDA = AMPERE + TENSOR
 CDNA = ("gfx942",)
+FULL = {"max_registers": 255}
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 3), TENSOR, 2, True),
-    Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
+    Default("gemm_tail", TileConfig(64, 32, 64, 4, 4, **FULL), AMPERE, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 2), CDNA, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 32, 4, 2), None, 2, False, small=True),
-    Default("gemm_tail", TileConfig(128, 128, 32, 8, 2), TENSOR, 2, False),
     Default("gemm_tail", TileConfig(64, 128, 32, 8, 2), None, 2, False),
     Default("gemm_tail", TileConfig(32, 32, 16, 4, 2), small=True),
+    Default("gemm_tail", TileConfig(64, 64, 16, 8, 2, **FULL), CUDA, aligned=False),
     Default("gemm_tail", TileConfig(64, 64, 16, 4, 2)),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
-    Default("shrink", TileConfig(64, 32, 64, 4, 4), TENSOR, 2, True, False, rank=64),
-    Default("shrink", TileConfig(64, 16, 64, 4, 4), AMPERE + TENSOR, 2, True, rank=64),
+    Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
+    Default("shrink", TileConfig(64, 16, 64, 4, 4), CUDA, 2, True, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 8, 3), TENSOR, 2, True, rank=128),
-    Default("shrink", TileConfig(64, 16, 64, 8, 2), TENSOR, 2, True),
+    Default("shrink", TileConfig(64, 16, 64, 8, 2, **FULL), TENSOR, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 3), AMPERE, 2, True, rank=128),
-    Default("shrink", TileConfig(32, 16, 32, 8, 2), AMPERE, 2, True),
+    Default("shrink", TileConfig(64, 16, 32, 8, 2), AMPERE, 2, True),
     Default("shrink", TileConfig(64, 16, 64, 4, 2), CDNA, 2, True, rank=128),
     Default("shrink", TileConfig(32, 16, 32, 4, 2), CDNA, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 2), None, 2, False, rank=128),
+    Default("shrink", TileConfig(64, 16, 16, 8, 2), TENSOR, 2, False),
+    Default("shrink", TileConfig(16, 32, 16, 4, 2, **FULL), AMPERE, 2, False, True),
     Default("shrink", TileConfig(32, 16, 32, 8, 2), None, 2, False),
-    Default("shrink", TileConfig(32, 16, 32, 4, 2), rank=64),
+    Default("shrink", TileConfig(32, 16, 16, 4, 2), rank=64),
+    Default("shrink", TileConfig(16, 16, 16, 8, 2, **FULL), CUDA),
     Default("shrink", TileConfig(16, 16, 16, 8, 2)),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
@@ -175,7 +186,7 @@ DEFAULTS = (
 
 @functools.cache
 def _default(target: str, spec: Spec, small: bool) -> TileConfig:
-    return next(default.tile for default in DEFAULTS if default.covers(target, spec, small))
+    return next(line.tile for line in DEFAULTS if line.covers(target, spec, small))
 
 
 def select(target: Target, spec: Spec, m: int) -> TileConfig:

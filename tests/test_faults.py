@@ -44,6 +44,12 @@ FAULTS = {
         "if False:",
         "tests/test_numerics.py::test_rounds_once_and_to_nearest",
     ),
+    "the default precision of fp32": (
+        "kernels/common.py",
+        ', input_precision="ieee"',
+        "",
+        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+    ),
     "padding of t left as the dot gave it": (
         "kernels/shrink.py",
         "acc = tl.where(mask_p, acc, 0.0)",

@@ -1,0 +1,310 @@
+"""The compile gate: every kernel that the library can launch, compiled for GPUs that are not here.
+
+    python tests/gate.py [--write] [--jobs N] [--target NAME]
+
+Each launch is taken from its launcher, on meta tensors, and compiled by Triton as that launch would
+be. What comes out must not spill, must fit the target's shared memory, must use the tensor cores
+and asynchronous copies that it should, and never TF32. Its figures must be those of tests/gate.csv,
+which --write renews.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from gate_cases import DTYPES, Case, cases, launch
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fused_lowrank.kernels.tiles import TARGETS, Spec, Target, TileConfig, is_valid, select
+
+TABLE = Path(__file__).with_name("gate.csv")
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SASS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDGSTS", "STL", "LDL")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the compiler made of a launch."""
+
+    registers: int
+    shared: int
+    spills: int  # bytes, or registers on gfx942
+    mma: str  # its tensor core instruction, as PTX or amdgcn call it
+    n_mma: int
+    n_async: int  # cp.async: copies from global to shared memory
+    n_tf32: int
+    sass: str = ""  # what became of it in machine code, where that is read
+
+
+def captured(call: Callable[[], None]) -> tuple[JITFunction, tuple, dict]:
+    """The one kernel launch that `call` makes: kernel, arguments, keyword arguments."""
+    seen: list[tuple[JITFunction, tuple, dict]] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen.append((kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    (only,) = seen
+    return only
+
+
+def source(call: Callable[[], None], target: Target) -> tuple[ASTSource, dict]:
+    """What Triton would compile for that launch: its source with types and attributes, options."""
+    kernel, args, kwargs = captured(call)
+    backend = make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*args, **kwargs)
+    options, *parts = kernel._pack_args(backend, kwargs, bound, specialization, None)
+    return ASTSource(kernel, *parts), options.__dict__
+
+
+def compiled(call: Callable[[], None], target: Target, sass: bool) -> Figures:
+    """Compile the launch that `call` makes and read what came out."""
+    ast, options = source(call, target)
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    kernel = triton.compile(ast, target=gpu, options=options)
+    shared = kernel.metadata.shared
+    if target.backend == "hip":
+        return read_amdgcn(kernel.asm["amdgcn"], shared)
+    return read_cuda(kernel.asm["ptx"], kernel.asm["cubin"], shared, sass)
+
+
+def read_amdgcn(text: str, shared: int) -> Figures:
+    def entry(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    mma = re.findall(r"\bv_mfma_\w+", text)
+    return Figures(
+        registers=entry("vgpr_count"),
+        shared=shared,
+        spills=sum(map(entry, spills)),
+        mma="v_mfma" if mma else "",
+        n_mma=len(mma),
+        n_async=0,
+        n_tf32=sum("xf32" in name for name in mma),
+    )
+
+
+def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
+    mma = re.findall(r"^\s*(?:@\S+ )?(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.(\S+)", ptx, re.M)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = cuobjdump("-res-usage", file.name)
+        opcodes = read_sass(cuobjdump("-sass", file.name)) if sass else Counter()
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+    return Figures(
+        registers=registers,
+        shared=shared,
+        spills=max(stack, opcodes["STL"] + opcodes["LDL"]),
+        mma="+".join(sorted({name for name, _ in mma})),
+        n_mma=len(mma),
+        n_async=len(re.findall(r"\bcp\.async\.c[ag]\.", ptx)),
+        n_tf32=sum("tf32" in kind for _, kind in mma) + opcodes["TF32"],
+        sass=" ".join(f"{name}:{opcodes[name]}" for name in SASS if opcodes[name]),
+    )
+
+
+def cuobjdump(option: str, path: str) -> str:
+    command = [str(NVIDIA_BIN / "cuobjdump"), option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_sass(text: str) -> Counter:
+    """How often each opcode occurs, and "TF32" as a modifier of any."""
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)", text, re.M)
+    counts = Counter(opcode.split(".")[0] for opcode in opcodes)
+    counts["TF32"] = sum("TF32" in opcode for opcode in opcodes)
+    return counts
+
+
+def wanted_mma(target: Target, block_m: int) -> tuple[str, str]:
+    """The tensor core instruction of a 16-bit dot of `block_m` rows, and its name in SASS."""
+    if target.backend == "hip":
+        return "v_mfma", ""
+    whole = {"sm_90": ("wgmma.mma_async", "HGMMA"), "sm_100": ("tcgen05.mma", "UTCHMMA")}
+    few = ("mma.sync", "HMMA")
+    return whole.get(target.name, few) if block_m >= 64 else few
+
+
+def problems(
+    figures: Figures, target: Target, kernel: str, tile: TileConfig, itemsize: int, aligned: bool
+) -> list[str]:
+    """What is wrong with a compiled launch: nothing, if the list is empty."""
+    found = []
+    if figures.registers < 16:
+        found.append(f"an empty kernel: {figures.registers} registers")
+    if figures.spills:
+        found.append(f"spills: {figures.spills} ({figures.registers} registers)")
+    if figures.shared > target.shared:
+        found.append(f"shared memory: {figures.shared} bytes, {target.name} has {target.shared}")
+    if figures.n_tf32:
+        found.append(f"TF32: {figures.n_tf32} instructions")
+    if itemsize == 2:
+        mma, opcode = wanted_mma(target, tile.block_m)
+        if kernel == "core_grad" and not figures.n_mma:
+            found.append("no tensor core instruction")
+        if kernel != "core_grad" and mma not in figures.mma.split("+"):
+            found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
+        if kernel != "core_grad" and figures.sass and f"{opcode}:" not in figures.sass:
+            found.append(f"no {opcode} in SASS: {figures.sass}")
+        copies = kernel == "gemm_tail" and aligned and target.backend == "cuda"
+        if copies and not figures.n_async:
+            found.append("no asynchronous copies (cp.async)")
+    return found
+
+
+def tile_of(case: Case, target: Target) -> tuple[TileConfig, Spec]:
+    """The tile that `select` gives the case's launch, and for what."""
+    chosen: list[tuple[TileConfig, Spec]] = []
+
+    def choose(spec: Spec, m: int) -> TileConfig:
+        chosen.append((select(target, spec, m), spec))
+        return chosen[0][0]
+
+    captured(lambda: launch(case, choose))
+    return chosen[0]
+
+
+def tiled(case: Case, tile: TileConfig) -> Callable[[], None]:
+    """The case's call of its launcher, with this tile."""
+    return lambda: launch(case, lambda *_: tile)
+
+
+def examine(job: tuple[Case, str, bool]) -> tuple[Figures | None, list[str]]:
+    """Compile one case for one target: its figures and what is wrong with them."""
+    case, target = job[0], TARGETS[job[1]]
+    tile, spec = tile_of(case, target)
+    if spec.aligned != case.aligned:
+        return None, [f"the launcher took it for {'' if spec.aligned else 'un'}aligned"]
+    if not is_valid(tile, target, spec):
+        return None, [f"{tile} is not valid"]
+    try:
+        figures = compiled(tiled(case, tile), target, sass=job[2])
+    except Exception as error:  # whatever it is, the gate names the case and goes on
+        return None, [f"{type(error).__name__}: {error}"]
+    itemsize = DTYPES[case.x].itemsize
+    return figures, problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+
+
+def jobs(targets: list[str]) -> list[tuple[Case, str, bool]]:
+    """(case, target, whether to read its SASS), without what compiles the same kernel again.
+
+    Disassembling takes as long as compiling, so it is done once per kernel, dtype and tile.
+    """
+    result: dict[tuple, tuple[Case, str, bool]] = {}
+    disassembled = set()
+    for name in targets:
+        target = TARGETS[name]
+        for case in cases(target):
+            tile, _ = tile_of(case, target)
+            ast, options = source(tiled(case, tile), target)
+            key = (name, ast.hash(), str(sorted(options.items())))
+            if key not in result:
+                kind = (name, case.kernel, case.x, tile)
+                result[key] = (case, name, kind not in disassembled)
+                disassembled.add(kind)
+    return list(result.values())
+
+
+def row(case: Case, target: str, figures: Figures) -> list[str]:
+    tile, _ = tile_of(case, TARGETS[target])
+    sides = "x".join(map(str, (tile.block_m, tile.block_n, tile.block_k)))
+    shape = f"{sides} w{tile.num_warps} s{tile.num_stages}"
+    values = (target, *astuple(case), shape, *astuple(figures))
+    return [str(int(value) if isinstance(value, bool) else value) for value in values]
+
+
+def table(entries: list[list[str]]) -> str:
+    """The figures as text; the first line names the compiler that they are of."""
+    names = [field.name for cls in (Case, Figures) for field in fields(cls)]
+    at = len(fields(Case))
+    header = ["target", *names[:at], "tile", *names[at:]]
+    text = io.StringIO()
+    print(f"# triton {triton.__version__}", file=text)
+    csv.writer(text, lineterminator="\n").writerows([header, *entries])
+    return text.getvalue()
+
+
+def stale(new: str, old: str, targets: list[str]) -> list[str]:
+    """The lines in which the tables differ, as a diff, as far as these targets go."""
+
+    def ours(text: str) -> set[str]:
+        return {line for line in text.splitlines()[2:] if line.split(",")[0] in targets}
+
+    lines, before = ours(new), ours(old)
+    changed = [(line, "-") for line in before - lines] + [(line, "+") for line in lines - before]
+    return [f"{sign} {line}" for line, sign in sorted(changed)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="the compile gate")
+    parser.add_argument("--write", action="store_true", help="renew tests/gate.csv")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this one")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: nothing compiles in such a process")
+    if options.write and options.target:
+        sys.exit("--write needs every target")
+    targets = options.target or list(TARGETS)
+
+    entries, failures = [], 0
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        todo = jobs(targets)
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            results = tqdm(pool.map(examine, todo, chunksize=4), total=len(todo), unit="kernel")
+            for (case, target, _), (figures, wrong) in zip(todo, results, strict=True):
+                failures += bool(wrong)
+                for line in wrong:
+                    tqdm.write(f"FAILED {target} {case}: {line}", file=sys.stdout)
+                if figures:
+                    entries.append(row(case, target, figures))
+
+    for target in targets:
+        there = [entry for entry in entries if entry[0] == target]
+        at = len(fields(Case)) + 2
+        registers, shared = (max(int(entry[i]) for entry in there) for i in (at, at + 1))
+        print(f"{target}: {len(there)} kernels, {registers} registers and {shared} bytes at most")
+    new, old = table(entries), TABLE.read_text() if TABLE.exists() else ""
+    differences = []
+    if options.write:
+        TABLE.write_text(new)
+    elif old and old.splitlines()[0] != new.splitlines()[0]:
+        print(f"figures not compared: {TABLE.name} is of {old.splitlines()[0][2:]}")
+    else:
+        differences = stale(new, old, targets)
+        print("\n".join(differences[:20]))
+        if differences:
+            print(
+                f"{TABLE.name} is stale in {len(differences)} lines: python tests/gate.py --write"
+            )
+    print(f"{len(todo) - failures} passed, {failures} failed")
+    return 1 if failures or differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What tests/test_gate.py runs in a process of its own: a sample of the gate, and faults.
+
+Every function named check_… is run; each compiles for GPUs that are not here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import fields, replace
+from functools import partial
+from itertools import pairwise
+
+import gate
+import torch
+import triton
+import triton.language as tl
+from gate_cases import DTYPES, Case, cases, empty, launch
+
+from fused_lowrank.kernels import core_grad, gemm_tail, shrink
+from fused_lowrank.kernels.tiles import TARGETS, Target, TileConfig
+
+SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
+GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)
+UNALIGNED = replace(GEMM, aligned=False)
+SHRINK = Case("shrink", "bf16", "bf16", "fp32", "forward", True, 64, 64, 8, "tuc", True, False)
+CORE_GRAD = Case("core_grad", "bf16", "bf16", "fp32", "forward", True, 16, 16, 0, "ab", True, False)
+
+
+def found(case: Case, target: Target, tile: TileConfig, sass: bool = False) -> str:
+    """What the gate says of a case with a tile of our own."""
+    figures = gate.compiled(lambda: launch(case, lambda *_: tile), target, sass)
+    itemsize = DTYPES[case.x].itemsize
+    wrong = gate.problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    return "; ".join(wrong)
+
+
+def check_a_sample_passes() -> None:
+    for case, target in (
+        (GEMM, "sm_90"),
+        (UNALIGNED, "sm_90"),
+        (SHRINK, "sm_80"),
+        (SHRINK, "sm_100"),
+        (SHRINK, "gfx942"),
+        (CORE_GRAD, "sm_89"),
+    ):
+        _, wrong = gate.examine((case, target, True))
+        assert not wrong, (case, target, wrong)
+
+
+def check_spills_are_found() -> None:
+    tile = TileConfig(128, 256, 64, 8, 3)
+    assert "spills" in found(UNALIGNED, SM_90, tile)
+    assert "spills" not in found(GEMM, SM_90, tile)
+    assert "spills" in found(UNALIGNED, TARGETS["gfx942"], replace(tile, num_stages=2))
+
+
+def check_shared_memory_is_found() -> None:
+    tile = TileConfig(128, 256, 64, 8, 6)
+    assert "shared memory" in found(GEMM, SM_90, tile)
+
+
+def check_missing_instructions_are_found() -> None:
+    fp32 = replace(GEMM, x="fp32", down="fp32")
+    tile = TileConfig(64, 64, 16, 4, 2)
+    figures = gate.compiled(lambda: launch(fp32, lambda *_: tile), SM_90, sass=True)
+    assert "FFMA" in figures.sass
+    assert not figures.n_mma
+    wrong = "; ".join(gate.problems(figures, SM_90, "gemm_tail", tile, 2, True))
+    assert "no wgmma" in wrong
+    assert "no HGMMA in SASS" in wrong
+    assert "no wgmma" in "; ".join(gate.problems(figures, SM_90, "shrink", tile, 2, True))
+    assert "no tensor core" in "; ".join(gate.problems(figures, SM_90, "core_grad", tile, 2, True))
+    one_stage = TileConfig(64, 64, 32, 4, 1)
+    assert "no asynchronous copies" in found(GEMM, SM_80, one_stage)
+
+
+@triton.jit
+def product(x_ptr, y_ptr, PRECISION: tl.constexpr):
+    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x, input_precision=PRECISION))
+
+
+def check_tf32_is_found() -> None:
+    x = empty(64, 64, dtype="fp32")
+    tile = TileConfig(64, 64, 64, 4, 1)
+    asked = [(target, precision) for target in TARGETS.values() for precision in ("tf32", "ieee")]
+    for target, precision in [*asked, (SM_90, None)]:  # None: what a dot takes that is told nothing
+        call = partial(product[(1,)], x, x, precision)
+        figures = gate.compiled(call, target, sass=target is SM_90)
+        wrong = "; ".join(gate.problems(figures, target, "gemm_tail", tile, 4, True))
+        assert ("TF32" in wrong) == (precision != "ieee"), (target.name, precision, figures)
+
+
+def check_an_empty_kernel_is_found() -> None:
+    figures = gate.Figures(4, 0, 0, "", 0, 0, 0)
+    wrong = gate.problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
+    assert "empty" in "; ".join(wrong)
+
+
+def check_what_differs_from_the_table_is_found() -> None:
+    figures = gate.Figures(100, 1024, 0, "", 0, 0, 0)
+    old = gate.table([gate.row(SHRINK, "sm_90", figures)])
+    new = gate.table([gate.row(SHRINK, "sm_90", replace(figures, registers=101))])
+    assert len(gate.stale(new, old, ["sm_90"])) == 2
+    assert not gate.stale(new, new, ["sm_90"])
+    assert not gate.stale(new, old, ["sm_80"])
+    assert len(gate.stale(new, "", ["sm_90"])) == 1
+
+
+def check_variants() -> None:
+    """A launch's attributes are those of its variant: 16 for all integers and pointers, or none."""
+    for module, launches in (
+        (gemm_tail, (GEMM, UNALIGNED)),
+        (shrink, (SHRINK, replace(SHRINK, aligned=False, even_k=False))),
+        (core_grad, (CORE_GRAD, replace(CORE_GRAD, aligned=False, p=25))),
+    ):
+        for case in launches:
+            tile = TileConfig(64, 64, 32, 4, 2)
+            call = lambda c=case, t=tile: launch(c, lambda *_: t)  # noqa: E731
+            kernel, _, _ = gate.captured(call)
+            assert kernel is module.KERNELS[case.aligned]
+            for target in (SM_90, TARGETS["gfx942"]):
+                ast, _ = gate.source(call, target)
+                assert list(ast.signature) == kernel.arg_names
+                attrs = {kernel.arg_names[i]: said for (i,), said in ast.attrs.items() if said}
+                free = {name for name, kind in ast.signature.items() if kind != "constexpr"}
+                never = {"M", "rows", "scale"}
+                assert set(attrs) == (free - never if case.aligned else set()), (case, attrs)
+                assert all(["tt.divisibility", 16] in said for said in attrs.values())
+                for (i,), value in ast.constants.items():
+                    assert value == 1 or not kernel.arg_names[i].startswith("stride_")
+
+
+def check_sizes_of_one_are_not_specialised() -> None:
+    x, u = (torch.empty(5, k, dtype=torch.bfloat16, device="meta") for k in (1, 16))
+    tile = TileConfig(64, 64, 32, 4, 2)
+
+    def call() -> None:
+        gemm_tail.gemm_tail(x, x[:1], u, x[:1], None, False, lambda *_: tile)
+
+    ast, _ = gate.source(call, SM_90)
+    assert all(ast.signature[name] == "i32" for name in ("M", "N", "K"))
+
+
+def check_the_cases_are_distinct_and_sorted() -> None:
+    for target in TARGETS.values():
+        assert all(one < other for one, other in pairwise(cases(target)))
+    header = gate.table([]).splitlines()[1].split(",")
+    assert len(header) == len(fields(Case)) + len(fields(gate.Figures)) + 2
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for name, check in list(globals().items()):
+            if name.startswith("check_"):
+                check()
+                print(name, "passed", flush=True)

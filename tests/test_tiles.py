@@ -1,0 +1,98 @@
+"""The tiles: whatever `select` gives is valid, and it gives something for every launch."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fused_lowrank.kernels.common import aligned
+from fused_lowrank.kernels.tiles import (
+    DEFAULTS,
+    MAX_RANK,
+    N_COUNTERS,
+    SMALL_M,
+    TARGETS,
+    Spec,
+    TileConfig,
+    is_valid,
+    padded,
+    select,
+)
+
+KERNELS = ("gemm_tail", "shrink", "core_grad")
+PADDED = (16, 32, 64, 128, 256)
+ROWS = (1, SMALL_M, SMALL_M + 1, 1 << 20)
+# (itemsize of x, of the widest factor): fp64 is for gradcheck alone, in the interpreter.
+ITEMSIZES = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 8))
+
+
+def specs():
+    sides = itertools.product(KERNELS, ITEMSIZES, (True, False), PADDED, PADDED)
+    return [Spec(kernel, *sizes, even, p, q) for kernel, sizes, even, p, q in sides]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_default_is_valid(target):
+    for spec, m in itertools.product(specs(), ROWS):
+        tile = select(target, spec, m)
+        assert is_valid(tile, target, spec), (spec, m, tile)
+
+
+def test_every_line_is_the_default_of_something():
+    reached = {
+        next(line for line in DEFAULTS if line.covers(target, spec, small))
+        for target, spec, small in itertools.product(TARGETS, specs(), (True, False))
+    }
+    assert reached == set(DEFAULTS)
+
+
+def test_padded_is_a_power_of_two_that_holds_the_rank():
+    for rank in range(1, MAX_RANK + 1):
+        pad = padded(rank)
+        assert pad in PADDED
+        assert rank <= pad < max(2 * rank, 17)
+
+
+VALID = TileConfig(128, 128, 32, 8, 3)
+GEMM = Spec("gemm_tail", 2, 2, True, 16, 16)
+SHRINK = replace(GEMM, kernel="shrink")
+CORE_GRAD = Spec("core_grad", 2, 2, True, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("tile", "spec"),
+    [
+        (replace(VALID, block_m=96), GEMM),  # no power of two
+        (replace(VALID, block_k=8), GEMM),  # smaller than a dot
+        (replace(VALID, num_warps=3), GEMM),
+        (replace(VALID, num_stages=0), GEMM),
+        (replace(VALID, block_m=256, block_n=256, num_warps=4), GEMM),  # sums beyond registers
+        (replace(VALID, num_stages=16), GEMM),  # shared memory
+        (replace(VALID, block_k=128), replace(GEMM, aligned=False)),  # pointers beyond registers
+        (replace(VALID, block_m=256, num_warps=4), replace(SHRINK, pad_p=256)),
+        (VALID, replace(SHRINK, pad_p=2 * MAX_RANK)),
+        (TileConfig(32, 32, 16, 4, 2), CORE_GRAD),  # more tiles than counters
+    ],
+)
+def test_what_cannot_run_is_not_valid(tile, spec):
+    assert is_valid(VALID, TARGETS["sm_90"], GEMM)
+    assert not is_valid(tile, TARGETS["sm_90"], spec)
+
+
+def test_core_grad_has_a_counter_for_every_tile():
+    for target, spec in itertools.product(TARGETS.values(), specs()):
+        side = select(target, spec, 1).block_n
+        if spec.kernel == "core_grad":
+            tiles = max(1, spec.pad_p // side) * max(1, spec.pad_q // side)
+            assert tiles + 1 <= N_COUNTERS
+
+
+def test_aligned():
+    torch = pytest.importorskip("torch")
+    whole = torch.empty(64, dtype=torch.bfloat16)
+    assert whole.data_ptr() % 16 == 0
+    assert aligned((whole, None), (16, 0, 4096))
+    assert not aligned((whole,), (16, 24))
+    assert not aligned((whole, whole[1:]), (16,))
