@@ -65,7 +65,9 @@ def gemm_tail_kernel(
         w_ptrs += step(BLOCK_K, stride_wk)
 
     # The rank tail. u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
-    for q in tl.range(0, PAD_Q, BLOCK_Q, num_stages=1):
+    # Several steps have no constant bound: unrolled, they would load all of u at once and spill.
+    end = PAD_Q if PAD_Q == BLOCK_Q else tl.where(M > 0, PAD_Q, 0)
+    for q in tl.range(0, end, BLOCK_Q, num_stages=1):
         offs_q = q + tl.arange(0, BLOCK_Q)
         if TRANSPOSED:
             up_ptrs = up_ptr + offset(offs_q[:, None], N) + offs_n[None, :]

@@ -18,6 +18,8 @@ import triton.language as tl
 from .common import accumulator, aligned, cast, dot, dot_mixed, offset, promote, step, variants
 from .tiles import Choice, Spec, TileConfig, padded
 
+WHOLE = 128  # padded(P) up to which t goes from registers into t · core
+
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -46,6 +48,7 @@ def shrink_kernel(
     N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # of t · core: t as a whole does not fit beside it if P is large
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -81,9 +84,9 @@ def shrink_kernel(
     # x may hold Inf, and Inf · 0 is NaN: the padding is set to zero after the dot.
     acc = tl.where(mask_p, acc, 0.0)
     t = cast(acc, dtype)
+    t_ptrs = t_ptr + offset(offs_m[:, None], P)
     if STORE_T:
-        t_ptrs = t_ptr + offset(offs_m[:, None], P) + offs_p[None, :]
-        tl.store(t_ptrs, t, mask_m & mask_p)
+        tl.store(t_ptrs + offs_p[None, :], t, mask_m & mask_p)
     if STORE_U:
         u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
         if R < 0:
@@ -92,35 +95,44 @@ def shrink_kernel(
             core_dtype: tl.constexpr = promote(
                 left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
             )
-            mask_pc = offs_p[:, None] < P
+            if BLOCK_P < PAD_P:
+                tl.debug_barrier()  # t is stored: it is read again below, BLOCK_P columns at a time
             for q in range(0, PAD_Q, BLOCK_Q):
                 offs_q = q + tl.arange(0, BLOCK_Q)
                 mask_q = offs_q[None, :] < Q
-                if R == 0:
-                    if TRANSPOSED:
-                        core_ptrs = left_ptr + offs_q[None, :] * P + offs_p[:, None]
+                u = tl.zeros((BLOCK_M, BLOCK_Q), accumulator(core_dtype))
+                for p in range(0, PAD_P, BLOCK_P):
+                    offs_c = p + tl.arange(0, BLOCK_P)
+                    mask_c = offs_c[:, None] < P
+                    if BLOCK_P < PAD_P:
+                        mask_t = mask_m & (offs_c[None, :] < P)
+                        part = tl.load(t_ptrs + offs_c[None, :], mask_t, other=0.0)
                     else:
-                        core_ptrs = left_ptr + offs_p[:, None] * Q + offs_q[None, :]
-                    core = tl.load(core_ptrs, mask_pc & mask_q, other=0.0)
-                else:
-                    core = tl.zeros((PAD_P, BLOCK_Q), accumulator(core_dtype))
-                    for r in range(0, PAD_R, BLOCK_R):
-                        offs_r = r + tl.arange(0, BLOCK_R)
+                        part = t
+                    if R == 0:
                         if TRANSPOSED:
-                            left_ptrs = left_ptr + offs_r[None, :] * P + offs_p[:, None]
-                            right_ptrs = right_ptr + offs_q[None, :] * R + offs_r[:, None]
+                            core_ptrs = left_ptr + offs_q[None, :] * P + offs_c[:, None]
                         else:
-                            left_ptrs = left_ptr + offs_p[:, None] * R + offs_r[None, :]
-                            right_ptrs = right_ptr + offs_r[:, None] * Q + offs_q[None, :]
-                        left = tl.load(left_ptrs, mask_pc & (offs_r[None, :] < R), other=0.0)
-                        right = tl.load(right_ptrs, (offs_r[:, None] < R) & mask_q, other=0.0)
-                        core = dot(cast(left, core_dtype), cast(right, core_dtype), core)
-                    core = cast(core, core_dtype)
-                if core_dtype == tl.float32 and dtype != tl.float32:
-                    u = dot_mixed(t, core)
-                else:
-                    u = tl.zeros((BLOCK_M, BLOCK_Q), accumulator(core_dtype))
-                    u = dot(cast(t, core_dtype), core, u)
+                            core_ptrs = left_ptr + offs_c[:, None] * Q + offs_q[None, :]
+                        core = tl.load(core_ptrs, mask_c & mask_q, other=0.0)
+                    else:
+                        core = tl.zeros((BLOCK_P, BLOCK_Q), accumulator(core_dtype))
+                        for r in range(0, PAD_R, BLOCK_R):
+                            offs_r = r + tl.arange(0, BLOCK_R)
+                            if TRANSPOSED:
+                                left_ptrs = left_ptr + offs_r[None, :] * P + offs_c[:, None]
+                                right_ptrs = right_ptr + offs_q[None, :] * R + offs_r[:, None]
+                            else:
+                                left_ptrs = left_ptr + offs_c[:, None] * R + offs_r[None, :]
+                                right_ptrs = right_ptr + offs_r[:, None] * Q + offs_q[None, :]
+                            left = tl.load(left_ptrs, mask_c & (offs_r[None, :] < R), other=0.0)
+                            right = tl.load(right_ptrs, (offs_r[:, None] < R) & mask_q, other=0.0)
+                            core = dot(cast(left, core_dtype), cast(right, core_dtype), core)
+                        core = cast(core, core_dtype)
+                    if core_dtype == tl.float32 and dtype != tl.float32:
+                        u += dot_mixed(part, core)
+                    else:
+                        u = dot(cast(part, core_dtype), core, u)
                 u = tl.where(mask_q, u * scale, 0.0)
                 tl.store(u_ptrs + offs_q[None, :], cast(u, dtype), mask_m)
 
@@ -153,6 +165,7 @@ def constants(
         "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m,
+        "BLOCK_P": min(padded(p), WHOLE),
         "BLOCK_Q": min(padded(q), config.block_n),
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),
@@ -192,7 +205,8 @@ def shrink(
     is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
     spec = Spec("shrink", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
     config = choose(spec, m)
-    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if want_t else None
+    store_t = want_t or (want_u and core is not None and padded(p) > WHOLE)
+    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
     n_counters = 0 if counters is None else counters.numel()
     KERNELS[is_aligned][(triton.cdiv(m, config.block_m),)](
@@ -207,7 +221,7 @@ def shrink(
         m,
         k,
         *x.stride(),
-        **constants(p, q, r, k, transposed, want_t, want_u, n_counters, config),
+        **constants(p, q, r, k, transposed, store_t, want_u, n_counters, config),
         **config.options(),
     )
-    return t, u
+    return t if want_t else None, u

@@ -154,7 +154,7 @@ DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 3), TENSOR, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4, **FULL), AMPERE, 2, True, small=True),
-    Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
+    Default("gemm_tail", TileConfig(128, 128, 32, 8, 4, **FULL), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 2), CDNA, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 32, 4, 2), None, 2, False, small=True),

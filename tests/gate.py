@@ -217,7 +217,7 @@ def jobs(targets: list[str]) -> list[tuple[Case, str, bool]]:
     disassembled = set()
     for name in targets:
         target = TARGETS[name]
-        for case in cases(target):
+        for case in cases():
             tile, _ = tile_of(case, target)
             ast, options = source(tiled(case, tile), target)
             key = (name, ast.hash(), str(sorted(options.items())))
@@ -266,8 +266,6 @@ def main() -> int:
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing compiles in such a process")
-    if options.write and options.target:
-        sys.exit("--write needs every target")
     targets = options.target or list(TARGETS)
 
     entries, failures = [], 0
@@ -289,7 +287,9 @@ def main() -> int:
         at = len(fields(Case)) + 2
         registers, shared = (max(int(entry[i]) for entry in there) for i in (at, at + 1))
         print(f"{target}: {len(there)} kernels, {registers} registers and {shared} bytes at most")
-    new, old = table(entries), TABLE.read_text() if TABLE.exists() else ""
+    old = TABLE.read_text() if TABLE.exists() else ""
+    others = [line for line in csv.reader(old.splitlines()[2:]) if line[0] not in targets]
+    new = table(sorted(entries + others, key=lambda entry: list(TARGETS).index(entry[0])))
     differences = []
     if options.write:
         TABLE.write_text(new)

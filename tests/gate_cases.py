@@ -1,0 +1,183 @@
+"""What the compile gate compiles: launches, one for each kernel that the library can launch.
+
+A flag that only takes code away, or that changes no register, has one representative; each such
+reduction is said where it is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fused_lowrank.kernels.core_grad import core_grad
+from fused_lowrank.kernels.gemm_tail import gemm_tail
+from fused_lowrank.kernels.shrink import shrink
+from fused_lowrank.kernels.tiles import N_COUNTERS, SMALL_M, Spec, TileConfig, padded
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One launch. Equal field order and column order of the table."""
+
+    kernel: str
+    x: str  # dtype of x; of t and g in core_grad
+    down: str  # dtype of down or up
+    core: str  # dtype of the core's factors
+    layout: str  # "forward", "transposed", or "strided": forward with no stride of 1
+    aligned: bool
+    p: int
+    q: int
+    r: int  # of the pair; 0: one matrix; -1: no core
+    flags: str  # what is stored: t, u and c(ounters); b(ias) is there; gradients a, b
+    even_k: bool
+    small: bool  # the tile for few rows
+
+
+def empty(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
+    """(M, K) as the case has it: aligned, one element out of step, or with no stride of 1."""
+    if case.aligned:
+        return empty(m, k, dtype=dtype)
+    if case.layout == "strided":
+        return empty(m, 2 * k + 1, dtype=dtype)[:, : 2 * k : 2]
+    return empty(m, k + 3, dtype=dtype)[:, :k]
+
+
+def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
+    """Make the case's call of its launcher."""
+    transposed = case.layout == "transposed"
+    m, n, k = SMALL_M if case.small else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    k += 0 if case.even_k or case.aligned else 3
+    p, q, r = case.p, case.q, case.r
+    counters = torch.empty(N_COUNTERS, dtype=torch.int32, device="meta")
+    if case.kernel == "gemm_tail":
+        x = rows(m, k, case.x, case)
+        weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
+        up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
+        bias = empty(n, dtype=case.x) if "b" in case.flags else None
+        gemm_tail(x, weight, empty(m, padded(q), dtype=case.x), up, bias, transposed, choose)
+        return
+    pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
+    if case.kernel == "core_grad":
+        t, g = empty(m, p, dtype=case.x), empty(m, q, dtype=case.x)
+        core = pair or empty(p, q, dtype=case.core)
+        core_grad(t, g, core, 0.5, ("a" in case.flags, "b" in case.flags), counters, choose)
+        return
+    if transposed:  # the way back: p is what x is multiplied down to
+        pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
+    one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
+    shrink(
+        rows(m, k, case.x, case),
+        empty(*((k, p) if transposed else (p, k)), dtype=case.down),
+        pair or one,
+        0.5,
+        transposed,
+        "t" in case.flags,
+        "u" in case.flags,
+        counters if "c" in case.flags else None,
+        choose,
+    )
+
+
+Layouts = list[tuple[str, bool]]
+Ranks = list[tuple[int, int, int, bool]]  # P, Q, r of the pair (0: one core; -1: none), K even
+
+ALIGNED: Layouts = [("forward", True), ("transposed", True)]
+UNALIGNED: Layouts = [("forward", False), ("transposed", False)]
+STRIDED: Layouts = [("strided", False)]
+# An odd K only adds masks: partial ranks have it, full ones do not.
+FULL: Ranks = [(16, 16, 0, True), (64, 64, 8, True), (128, 32, 0, True), (256, 256, 0, True)]
+FULL += [(256, 256, 64, True), (32, 256, -1, True)]
+PARTIAL: Ranks = [(8, 8, 0, False), (25, 48, 4, False), (200, 200, 48, False)]
+ODD: Ranks = [(48, 25, 4, False), (100, 100, 0, False), (200, 200, 0, False), (200, 200, 63, True)]
+# Beside x: every factor like it; an fp32 core (the usual mixture); every factor fp32.
+SAME, CORE, ALL = ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")
+
+
+def shrink_cases() -> Iterator[Case]:
+    def some(
+        x: str,
+        factors: list[tuple[str, str]],
+        layouts: Layouts,
+        ranks: Ranks,
+        smalls: Iterable[bool] = (False,),
+        flags: str = "tuc",
+    ) -> Iterator[Case]:
+        product = itertools.product(factors, layouts, ranks, smalls)
+        for (down, core), (layout, aligned), (p, q, r, even), small in product:
+            yield Case("shrink", x, down, core, layout, aligned, p, q, r, flags, even, small)
+
+    # Storing t and u and clearing counters is the most a launch can do: it stands for all.
+    yield from some("bf16", [SAME], ALIGNED, FULL + PARTIAL)
+    yield from some("bf16", [CORE], ALIGNED, FULL[:5] + PARTIAL[1:])
+    yield from some("bf16", [SAME, CORE], UNALIGNED, ODD)
+    # No stride of 1 takes more pointers than one: with one kind of factor it stands for all.
+    yield from some("bf16", [SAME], STRIDED, ODD)
+    yield from some("bf16", [ALL], ALIGNED, [FULL[0], FULL[3], FULL[4]])
+    yield from some("bf16", [ALL], UNALIGNED, ODD[2:])
+    # The tile for few rows differs for P up to 64 alone.
+    yield from some("bf16", [SAME, ALL], ALIGNED, [FULL[1], PARTIAL[1]], (True,))
+    # fp16 is laid out as bf16 is; fp32 factors beside it take one more product.
+    yield from some("fp16", [("fp16", "fp16")], ALIGNED, [FULL[4]])
+    yield from some("fp16", [ALL], ALIGNED, FULL[3:5])
+    yield from some("fp16", [ALL], UNALIGNED, ODD[2:])
+    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]])
+    yield from some("fp32", [ALL], UNALIGNED + STRIDED, [ODD[0], ODD[3]])
+    for flags in ("tu", "u", "tc", "uc"):  # forward, inference, backward for the core, and for x
+        yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
+
+
+def gemm_cases() -> Iterator[Case]:
+    def some(
+        x: str,
+        up: str,
+        layouts: Layouts,
+        ranks: list[tuple[int, bool]],
+        smalls: Iterable[bool] = (False, True),
+        flags: str = "b",
+    ) -> Iterator[Case]:
+        product = itertools.product(layouts, ranks, smalls)
+        for (layout, aligned), (q, even), small in product:
+            yield Case("gemm_tail", x, up, "", layout, aligned, 0, q, 0, flags, even, small)
+
+    # A bias only adds to a launch, so it is there; up in another dtype only changes the tail.
+    yield from some("bf16", "bf16", ALIGNED, [(16, True), (256, True), (200, False)])
+    yield from some("bf16", "bf16", UNALIGNED + STRIDED, [(200, False)])
+    yield from some("bf16", "bf16", UNALIGNED, [(64, True)], (False,))
+    yield from some("bf16", "fp32", ALIGNED + UNALIGNED, [(200, False)])
+    yield from some("bf16", "fp32", ALIGNED, [(64, True)], (False,))
+    yield from some("fp16", "fp16", ALIGNED, [(64, True)], (False,))
+    yield from some("fp16", "fp16", UNALIGNED, [(100, False)], (False,))
+    yield from some("fp32", "fp32", ALIGNED + UNALIGNED, [(200, False)])
+    yield from some("fp32", "fp32", STRIDED, [(200, False)], (False,))
+    yield from some("bf16", "bf16", ALIGNED, [(16, True)], (False,), flags="")
+
+
+def core_grad_cases() -> Iterator[Case]:
+    def some(
+        x: str, core: str, ranks: list[tuple[int, int, int]], wants: Iterable[str] = ("ab",)
+    ) -> Iterator[Case]:
+        for (p, q, r), wanted in itertools.product(ranks, wants):
+            is_aligned = p % 16 == q % 16 == 0
+            layout, even, small = "forward", True, False  # it has no such choices
+            yield Case("core_grad", x, x, core, layout, is_aligned, p, q, r, wanted, even, small)
+
+    full = [(16, 16, 0), (64, 64, 8), (256, 256, 0), (256, 256, 64)]
+    odd = [(8, 8, 0), (25, 48, 4), (200, 200, 0), (200, 16, 63)]
+    for x, core in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        yield from some(x, core, full + odd)
+    yield from some("fp16", "fp16", [full[3], odd[3]])
+    yield from some("bf16", "fp32", [full[1]], ("a", "b"))
+
+
+def cases() -> list[Case]:
+    """What is compiled for each target."""
+    return sorted(set(itertools.chain(shrink_cases(), gemm_cases(), core_grad_cases())))
