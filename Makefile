@@ -4,7 +4,10 @@
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make test    lint, types, the compile gate, all tests
 #   make gate    the compile gate alone
-#   make test-gpu  the tests on this machine's GPU, kernels compiled, not interpreted
+#   make bench   every provider over the CPU cases, and the report of all results
+#   make test-gpu   the tests on this machine's GPU, kernels compiled, not interpreted
+#   make bench-gpu  those tests, the core cases with every provider, one block, the report; in under
+#                   nine minutes, and what a cut-off leaves undone is done by the next call
 
 PYTHON ?= python3
 ENV ?= .venv
@@ -18,12 +21,22 @@ READY := $(ENV)/ready
 RUN := $(ENV)/bin/python
 endif
 
-.PHONY: demo test lint gate test-gpu
+# For a rehearsal of bench-gpu without a GPU, the device timer replaced and every size divided by 64:
+#   BENCH_TIMER=host BENCH_SHRINK=64 OMP_NUM_THREADS=1 make bench-gpu DEVICE=cpu \
+#   RESULTS=some/folder README=none
+RESULTS ?= bench/results
+README ?= README.md
+DEVICE ?= cuda
+TEST_MINUTES ?= 3
+CASE_MINUTES ?= 4
+
+.PHONY: demo test lint gate bench test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
 
 test: lint gate
+	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
@@ -34,8 +47,19 @@ lint: $(READY)
 gate: $(READY)
 	$(RUN) tests/gate.py
 
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) bench/run.py --set cpu --device cpu --out $(RESULTS)
+	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
+
 test-gpu: $(READY)
 	FUSED_LOWRANK_TEST_DEVICE=cuda $(RUN) -m pytest
+
+# A red test or a time-out shows in the output and must not keep the measuring from being done.
+bench-gpu: $(READY)
+	-FUSED_LOWRANK_TEST_DEVICE=$(DEVICE) timeout $(TEST_MINUTES)m $(RUN) -m pytest tests -n 8 -q
+	-$(RUN) bench/run.py --set core --device $(DEVICE) --out $(RESULTS) --resume --minutes $(CASE_MINUTES)
+	-$(RUN) bench/block.py --device $(DEVICE) --out $(RESULTS)
+	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 .venv/ready: requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv

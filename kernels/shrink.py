@@ -165,7 +165,7 @@ def constants(
         "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m,
-        "BLOCK_P": min(padded(p), WHOLE),
+        "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
         "BLOCK_Q": min(padded(q), config.block_n),
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),

@@ -28,8 +28,8 @@ FAULTS = {
     ),
     "core not transposed in the backward": (
         "kernels/shrink.py",
-        "core_ptrs = left_ptr + offs_q[None, :] * P + offs_p[:, None]",
-        "core_ptrs = left_ptr + offs_p[:, None] * Q + offs_q[None, :]",
+        "core_ptrs = left_ptr + offs_q[None, :] * P + offs_c[:, None]",
+        "core_ptrs = left_ptr + offs_c[:, None] * Q + offs_q[None, :]",
         f"{NUMERICS}[triton]",
     ),
     "bias added twice": (

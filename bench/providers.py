@@ -1,0 +1,258 @@
+"""Who is measured: each provider makes, from the same tensors, something that is called with x.
+
+A provider computes one of three equations: the bare layer, LoRA, or the case's own method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lowrank import planner
+from fused_lowrank.layers import METHODS
+from fused_lowrank.layers.base import LowRankLinear
+
+from .cases import Case
+
+Call = Callable[[Tensor], Tensor]
+PEERS = Path(__file__).parent / "peers"  # checkouts of others' code, ignored by git
+SETS_OF_INPUTS = 2  # x and dy rotate among these
+
+
+@dataclass
+class Tensors:
+    """The tensors of a case, which every provider shares. Factors are (down, core…, up)."""
+
+    case: Case
+    xs: list[Tensor]
+    dys: list[Tensor]
+    weight: nn.Parameter
+    method: dict[str, nn.Parameter]  # the factors of the case's method, by the layer's names
+    lora: dict[str, nn.Parameter]
+    scale: float = 0.5
+
+    def factors(self, equation: str) -> dict[str, nn.Parameter]:
+        """The factors of an equation."""
+        return {"bare": {}, "lora": self.lora, "method": self.method}[equation]
+
+    def trained(self, equation: str) -> dict[str, nn.Parameter]:
+        """Those of them that require a gradient."""
+        return {name: p for name, p in self.factors(equation).items() if p.requires_grad}
+
+    def fixed_storages(self) -> set[int]:
+        """Addresses of what is there anyway: weight and factors, not x."""
+        kept = [self.weight, *self.method.values(), *self.lora.values()]
+        return {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
+def make_tensors(case: Case, device: torch.device) -> Tensors:
+    """Random operands of the order of one, so that no sum leaves fp16; seeded by the sizes."""
+    generator = torch.Generator(device).manual_seed(case.rows * 7919 + case.k * 31 + case.n)
+
+    def normal(*size: int, fan: int = 1, dtype: torch.dtype = case.torch_dtype) -> Tensor:
+        values = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+        return values.div_(math.sqrt(fan)).to(dtype)
+
+    def frozen(value: Tensor, train: bool = False) -> nn.Parameter:
+        return nn.Parameter(value, requires_grad=train)
+
+    # A core is trained in fp32, as from_linear makes it beside a 16-bit weight.
+    core = torch.promote_types(case.torch_dtype, torch.float32)
+    m, k, n, p, r = case.rows, case.k, case.n, case.p, case.r
+    weight = frozen(normal(n, k, fan=k))
+    lora = {
+        "down": frozen(normal(r, k, fan=k), True),
+        "up": frozen(normal(n, r, fan=r), True),
+    }
+    if case.method == "lora":
+        method = lora
+    else:
+        method = {"down": frozen(normal(p, k, fan=k)), "up": frozen(normal(n, p, fan=p))}
+        if case.method == "lora_xs":
+            method["core"] = frozen(normal(r, r, fan=r, dtype=core), True)
+        else:
+            method["a_train"] = frozen(normal(p, r, fan=p, dtype=core), True)
+            method["b_train"] = frozen(normal(r, p, fan=r, dtype=core), True)
+    xs = [normal(m, k).requires_grad_() for _ in range(SETS_OF_INPUTS)]
+    dys = [normal(m, n) for _ in range(SETS_OF_INPUTS)]
+    return Tensors(case, xs, dys, weight, method, lora)
+
+
+def linear_of(tensors: Tensors) -> nn.Linear:
+    """An nn.Linear whose weight is the case's."""
+    n, k = tensors.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = tensors.weight
+    return linear
+
+
+def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, Tensors], Call]:
+    """A builder of this library's layer, reference or fused; method "" is the case's."""
+
+    def build(case: Case, tensors: Tensors) -> Call:
+        kind: type[LowRankLinear] = METHODS[method or case.method][fused]
+        keywords: dict[str, Any] = {"r": case.r, "dropout": case.dropout}
+        if issubclass(kind, METHODS["lora_mini"][0]):
+            keywords |= {"a": case.ab, "b": case.ab}
+        made = kind.from_linear(
+            linear_of(tensors), alpha=tensors.scale * case.r, defer_bases=True, **keywords
+        )
+        for name, factor in tensors.factors(factors).items():
+            setattr(made, name, factor)
+        made.bases_pending = False
+        setattr(made, "impl", impl)  # noqa: B010 - a class variable, set for one layer
+        return made.train()
+
+    return build
+
+
+def compiled(build: Callable[[Case, Tensors], Call]) -> Callable[[Case, Tensors], Call]:
+    """torch.compile of what a builder builds, for the case's shapes alone."""
+
+    def build_compiled(case: Case, tensors: Tensors) -> Call:
+        return torch.compile(build(case, tensors), fullgraph=True, dynamic=False)
+
+    return build_compiled
+
+
+def peft_layer(case: Case, tensors: Tensors) -> Call:
+    """PEFT's LoRA layer as `inject_adapter_in_model` puts it there, on our tensors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.Module()
+    model.proj = linear_of(tensors)
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=tensors.scale * case.r,
+        lora_dropout=case.dropout,
+        target_modules=["proj"],
+    )
+    made: Any = inject_adapter_in_model(config, model).proj
+    made.lora_A["default"].weight = tensors.lora["down"]
+    made.lora_B["default"].weight = tensors.lora["up"]
+    return made.train()
+
+
+def lorafusion_layer(case: Case, tensors: Tensors) -> Call:
+    """LoRAFusion's fused LoRA; it takes (batch, rows, K), and its backward needs dropout."""
+    function = importlib.import_module("lorafusion.ops.lora_v1").FusedLinearLoRA
+    down, up = tensors.lora["down"], tensors.lora["up"]
+
+    def call(x: Tensor) -> Tensor:
+        operands = (x.unsqueeze(0), tensors.weight, down, up, tensors.scale, case.dropout)
+        return function.apply(*operands).squeeze(0)
+
+    return call
+
+
+def unsloth_layer(case: Case, tensors: Tensors) -> Call:
+    """Unsloth's `LoRA_W`, an autograd Function over library GEMMs; it takes (batch, rows, K)."""
+    function = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
+    down, up = tensors.lora["down"], tensors.lora["up"]
+
+    def call(x: Tensor) -> Tensor:
+        y = function.apply(x.unsqueeze(0), tensors.weight, None, down, up, tensors.scale)
+        return y.squeeze(0)
+
+    return call
+
+
+def no_compiler(case: Case, device: torch.device) -> str | None:
+    """Why torch.compile cannot run: on a CPU it needs a C++ compiler."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            return f"no C++ compiler ({type(error).__name__})"
+    return None
+
+
+def no_kernels(case: Case, device: torch.device) -> str | None:
+    """Why the kernels cannot run compiled; interpreted they are not timed."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    x = torch.empty((1, 1), dtype=case.torch_dtype, device=device)
+    return planner.why_not_triton(x, case.p, case.p)
+
+
+def not_importable(module: str, gpu: bool, dropout: bool | None = None) -> Any:
+    """Why a peer is not there. `dropout`: the only kind of case that it takes, None for both."""
+
+    def why(case: Case, device: torch.device) -> str | None:
+        if gpu and device.type != "cuda":
+            return "needs a GPU"
+        if str(PEERS) not in sys.path:
+            sys.path.append(str(PEERS))
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            return "not installed"
+        if dropout is not None and dropout != bool(case.dropout):
+            return f"takes dropout {'above' if dropout else 'of'} 0 only"
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            return f"cannot be imported ({type(error).__name__}: {str(error)[:80]})"
+        return None
+
+    return why
+
+
+def bare(case: Case, tensors: Tensors) -> Call:
+    """The floor: the layer without an adapter."""
+    return linear_of(tensors)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who computes, which equation, how it is built and why it may be absent."""
+
+    name: str
+    equation: str  # "bare", "lora" or "method"
+    build: Callable[[Case, Tensors], Call]
+    absent: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
+    own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
+    slow: bool = False  # to set up: measured after everything else
+
+    def why_absent(self, case: Case, device: torch.device) -> str | None:
+        """Why it cannot be measured here, or None if it can."""
+        return self.absent(case, device)
+
+
+EAGER, LORA = layer("", False, "reference", "method"), layer("lora", False, "reference", "lora")
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Provider("bare", "bare", bare),
+        Provider("eager", "method", EAGER),
+        Provider("aten", "method", layer("", True, "aten", "method")),
+        Provider("triton", "method", layer("", True, "triton", "method"), no_kernels),
+        Provider("auto", "method", layer("", True, "auto", "method")),
+        Provider("eager-lora", "lora", LORA),
+        Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
+        Provider(
+            "lorafusion",
+            "lora",
+            lorafusion_layer,
+            not_importable("lorafusion.ops.lora_v1", gpu=True, dropout=True),
+            own_mask=True,
+        ),
+        Provider(
+            "unsloth",
+            "lora",
+            unsloth_layer,
+            not_importable("unsloth.kernels.fast_lora", gpu=True, dropout=False),
+        ),
+        Provider("compiled", "method", compiled(EAGER), no_compiler, own_mask=True, slow=True),
+        Provider("compiled-lora", "lora", compiled(LORA), no_compiler, own_mask=True, slow=True),
+    )
+}

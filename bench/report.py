@@ -1,0 +1,329 @@
+"""Tables and plots from the results: python bench/report.py
+
+Reads every results file in --results; writes RESULTS.md and the plots beside them and the README's
+text between its markers. A file that is truncated, of another schema or of other code is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import plots
+from bench.store import KEY, ROOT, Line, Refused, read, slug
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+HEADLINE = 8  # cases in the README's table
+OURS, PLANS = "auto", ("aten", "triton")
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+class Device:
+    """All that was measured on one device by one code. A later run's figures count."""
+
+    def __init__(self, key: Line) -> None:
+        self.key = key
+        self.cases: dict[str, Line] = {}
+        self.rows: dict[tuple[str, str], list[Line]] = {}  # (case, provider) → one row per run
+        self.ceiling: Line = {}
+        self.blocks: dict[tuple[str, int, bool], Line] = {}
+        self.runs = self.missing = 0
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Take in one file."""
+        own: dict[tuple[str, str], Line] = {}
+        for line in lines:
+            if line["kind"] == "case":
+                self.cases[line["case"]] = line
+                for row in line["rows"]:
+                    own.setdefault((line["case"], row["provider"]), row)
+            elif line["kind"] == "ceiling":
+                self.ceiling = line
+            elif line["kind"] == "block":
+                self.blocks[line["provider"], line["sequence"], line["checkpoint"]] = line
+        for where, row in own.items():
+            self.rows.setdefault(where, []).append(row)
+        self.runs, self.missing = self.runs + 1, lines[-1]["missing"]
+
+    @property
+    def providers(self) -> list[str]:
+        """Those with a figure, in the order in which they were first measured."""
+        names = [name for (_, name), rows in self.rows.items() if rows[-1]["status"] == "ok"]
+        return list(dict.fromkeys(names))
+
+    def row(self, case: str, provider: str) -> Line | None:
+        """The latest row that has figures."""
+        rows = self.rows.get((case, provider), [])
+        return rows[-1] if rows and rows[-1]["status"] == "ok" and "step" in rows[-1] else None
+
+    def relative(self, case: str, provider: str, part: str = "step") -> float | None:
+        """Time over the bare layer's, the median of ratios within a round."""
+        row = self.row(case, provider)
+        return row["relative"][part][1] if row and "relative" in row else None
+
+    def spread(self) -> tuple[int, float, float] | None:
+        """(ratios, median, largest) difference of a ratio to bare between the last two runs."""
+        differences = []
+        for (_, provider), rows in self.rows.items():
+            pair = [row["relative"]["step"][1] for row in rows[-2:] if "relative" in row]
+            if len(pair) == 2 and provider != "bare":
+                differences.append(abs(pair[1] / pair[0] - 1))
+        differences.sort()
+        count = len(differences)
+        return (count, differences[count // 2], differences[-1]) if count else None
+
+
+def load(folder: Path) -> list[Device]:
+    """The devices of all files in a folder. Raises Refused."""
+    devices: dict[str, Device] = {}
+    files = sorted(folder.glob("*.jsonl"), key=lambda p: (len(p.name), p.name))
+    if not files:
+        raise Refused(f"no results files in {folder.name}")
+    for path in files:
+        key, lines = read(path)
+        device = devices.setdefault(key["device"], Device(key))
+        if changed := [name for name in KEY if key[name] != device.key[name]]:
+            said = ", ".join(f"{name} {device.key[name]} and {key[name]}" for name in changed)
+            raise Refused(f"{path.name} is of different code or versions than the files before it "
+                          f"of the same device ({said}): remove one of them")  # fmt: skip
+        device.add(lines)
+    return list(devices.values())
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body)) + "\n"
+
+
+def by_case(device: Device, names: Sequence[str], figure: Callable[[str, str], str]) -> str:
+    """A table of one figure: cases down, providers across."""
+    head = ["case", *names]
+    return grid(head, [[case, *(figure(case, name) for name in names)] for case in device.cases])
+
+
+def floor_ms(device: Device, case: Line) -> float | None:
+    """The least time of a forward: its operations or its bytes at the measured ceilings."""
+    rate, bandwidth = device.ceiling.get(case["dtype"]), device.ceiling.get("bytes")
+    if not rate or not bandwidth:
+        return None
+    m, k, n, p = (case[name] for name in "mknp")
+    operations = 2 * m * (k * n + k * p + p * n + p * p)
+    size = ITEMSIZE[case["dtype"]] * (m * k + n * k + m * n + p * k + p * n)
+    return 1e3 * max(operations / rate, size / bandwidth)
+
+
+def about(device: Device) -> str:
+    """One line that says what was measured."""
+    key = device.key
+    driver = "" if key["driver"] == "none" else f", driver {key['driver']}"
+    threads = f", {key['threads']} CPU thread(s)" if key["threads"] else ""
+    changed = " with changes" if key["dirty"] else ""
+    left = f"; {device.missing} cases not reached" if device.missing else ""
+    return (
+        f"{key['device']}{threads}{driver}, torch {key['torch']}, triton {key['triton']}, "
+        f"Python {key['python']}, commit {key['commit']}{changed}{left}."
+    )
+
+
+def spread_line(device: Device) -> str:
+    """How far the ratios moved between two runs."""
+    spread = device.spread()
+    if not spread:
+        return ""
+    count, median, largest = spread
+    return (
+        f"\nBetween the last two runs the {count} ratios to bare moved by {median:.1%} in the "
+        f"median and by {largest:.1%} at most.\n"
+    )
+
+
+def full_text(device: Device, figures: Sequence[str]) -> str:
+    """A device's section of RESULTS.md."""
+    rows, names = device.row, device.providers
+    others = [name for name in names if name != "bare"]
+    peers = [name for name in others if name not in (OURS, *PLANS)]
+
+    def cell(get: Callable[[Line], float], digits: int = 2) -> Callable[[str, str], str]:
+        return lambda case, name: number(get(row) if (row := rows(case, name)) else None, digits)
+
+    def against(case: str, name: str) -> str:
+        own, other = device.relative(case, OURS), device.relative(case, name)
+        return number(own / other if own and other else None)
+
+    def near_floor(case: str, name: str) -> str:
+        row, least = rows(case, name), floor_ms(device, device.cases[case])
+        return f"{least / row['forward'][1]:.0%}" if row and least else "–"
+
+    def winner(case: str) -> str:
+        times = {name: device.relative(case, name) for name in PLANS}
+        there = {name: value for name, value in times.items() if value is not None}
+        return min(there, key=lambda name: there[name]) if there else "–"
+
+    parts = [
+        f"## {device.key['device']}\n\n{about(device)}\n{spread_line(device)}",
+        "### Step, as a multiple of the bare layer's time\n",
+        by_case(device, others, lambda case, name: number(device.relative(case, name))),
+        "### Forward, as a multiple of the bare layer's time\n",
+        by_case(device, others, lambda case, name: number(device.relative(case, name, "forward"))),
+        "### Step, milliseconds (median)\n",
+        by_case(device, names, cell(lambda row: row["step"][1], 3)),
+        f"### `{OURS}` as a multiple of each peer's step\n",
+        by_case(device, peers, against),
+        "### Peak memory of a step above the baseline, MiB\n",
+        by_case(device, names, cell(lambda row: row["peak"] / 2**20)),
+        "### Saved for the backward, KiB\n",
+        by_case(device, names, cell(lambda row: row["saved"] / 1024, 1)),
+        "### Error against fp64, as a multiple of the same-dtype reference's\n",
+        by_case(device, names, cell(lambda row: row["error"]["ratio"])),
+        "### Forward: least possible time over measured time\n\nThe least is the operations or "
+        "the bytes at the bandwidth and the matrix rate measured in the same run.\n",
+        by_case(device, names, near_floor),
+        "### The faster plan\n",
+        grid(["case", "plan"], [[case, winner(case)] for case in device.cases]),
+        block_text(device),
+        failures(device),
+        *(f"![{name}]({name})\n" for name in figures),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def block_text(device: Device) -> str:
+    """The whole-step table."""
+    if not device.blocks:
+        return ""
+    body = []
+    for (name, sequence, checkpoint), line in sorted(device.blocks.items(), key=lambda e: e[0][1:]):
+        ok = line["status"] == "ok"
+        tokens = f"{line['tokens_per_s']:.0f}" if ok else line["status"]
+        memory = number(line["peak"] / 2**20, 1) if ok else line["why"]
+        held = number(line["held"] / 2**20, 1) if ok else "–"
+        body.append([name, str(sequence), "yes" if checkpoint else "no", tokens, memory, held])
+    head = ["block", "sequence", "checkpointing", "tokens/s", "peak MiB", "held for backward MiB"]
+    shape = next(iter(device.blocks.values()))["shape"]
+    return f"### One transformer block, whole step ({shape})\n\n{grid(head, body)}"
+
+
+def failures(device: Device) -> str:
+    """The rows without figures, and why."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for (case, name), rows in device.rows.items():
+        if rows[-1]["status"] != "ok":
+            why.setdefault((name, f"{rows[-1]['status']}: {rows[-1]['why']}"), []).append(case)
+    body = [
+        [name, text, cases[0] if len(cases) == 1 else f"{len(cases)} cases"]
+        for (name, text), cases in why.items()
+    ]
+    return "### Not measured\n\n" + grid(["provider", "why", "where"], body) if body else ""
+
+
+def short_text(device: Device, folder: str, figures: Sequence[str]) -> str:
+    """A device's part of the README."""
+    others = [name for name in device.providers if name != "bare"]
+    body = [
+        [case, *(number(device.relative(case, name)) for name in others)]
+        for case in list(device.cases)[:HEADLINE]
+    ]
+    table = grid(["forward + backward, × bare layer", *others], body)
+    shown = "".join(f"\n![{name}]({folder}/{name})\n" for name in figures[:1])
+    return f"{about(device)}\n\n{table}{spread_line(device)}{shown}"
+
+
+def make_plots(device: Device) -> dict[str, plots.Plot]:
+    """The plots of a device by file name."""
+    stem, name = slug(device.key["device"]), device.key["device"]
+    shown = [provider for provider in device.providers if provider != "bare"]
+    time: dict[str, plots.Points] = {}
+    memory: dict[str, plots.Points] = {}
+    for case, line in device.cases.items():
+        panel = line["series"]
+        for provider in device.providers:
+            row, relative = device.row(case, provider), device.relative(case, provider)
+            if row:
+                curve = memory.setdefault(panel, {}).setdefault(provider, [])
+                curve.append((line["m"], row["peak"] / 2**20))
+            if relative and provider != "bare":
+                curve = time.setdefault(panel, {}).setdefault(provider, [])
+                curve.append((line["m"], relative))
+
+    def several(panels: dict[str, plots.Points]) -> dict[str, plots.Points]:
+        kept = [p for p in panels if max(len(points) for points in panels[p].values()) > 1]
+        return {panel: panels[panel] for panel in kept[:3]}
+
+    by_provider: plots.Points = {}
+    for provider in shown:
+        known = [(case, device.relative(case, provider)) for case in device.cases]
+        by_provider[provider] = [(case, value) for case, value in known if value]
+    label = "step, × bare layer"
+    made = {f"{stem}-cases.png": plots.dots(f"Every provider, {name}", label, by_provider)}
+    if several(time):
+        made[f"{stem}-rows.png"] = plots.over(
+            f"Time over rows, {name}", label, several(time), line=True
+        )
+        made[f"{stem}-memory.png"] = plots.over(
+            f"Peak memory of a step, {name}", "MiB", several(memory), log_y=True
+        )
+    return made
+
+
+def between_markers(text: str, inner: str) -> str:
+    """The text with what lies between the markers replaced. Raises Refused without markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise Refused(f"the README lacks the markers {BEGIN} and {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{inner}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report, or --check it: 0 as it should be, 1 out of date, 2 refused."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", default=str(ROOT / "README.md"), help='"none" for none')
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    args = parser.parse_args(argv)
+    folder: Path = args.results
+    texts: dict[Path, str] = {}
+    drawn: dict[str, plots.Plot] = {}
+    try:
+        devices = load(folder)
+        named = [(device, make_plots(device)) for device in devices]
+        sections = [full_text(device, list(made)) for device, made in named]
+        head = "# Results\n\nMade by `bench/report.py` from the files beside this one.\n"
+        texts[folder / "RESULTS.md"] = "\n".join([head, *sections])
+        drawn = {name: plot for _, made in named for name, plot in made.items()}
+        if args.readme != "none":
+            readme = Path(args.readme)
+            place = Path(str(folder.resolve().relative_to(readme.resolve().parent)))
+            inner = "\n".join(short_text(d, place.as_posix(), list(made)) for d, made in named)
+            inner += f"\nEvery table: [RESULTS.md]({place.as_posix()}/RESULTS.md)."
+            texts[readme] = between_markers(readme.read_text(), inner)
+    except (Refused, OSError, ValueError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    old: list[Any] = [
+        p.name for p, text in texts.items() if not p.exists() or p.read_text() != text
+    ]
+    old += [name for name, plot in drawn.items() if not plots.shows(folder / name, plot)]
+    if args.check:
+        if old:
+            print(f"report.py: not what the results give: {', '.join(old)}", file=sys.stderr)
+        return 1 if old else 0
+    for path, text in texts.items():
+        path.write_text(text)
+    for name, plot in drawn.items():
+        plots.save(folder / name, plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""`pytest bench/`: the smoke set by pytest-benchmark, anywhere. Figures come from run.py."""
+
+import pytest
+import torch
+
+from bench.cases import SETS, Case
+from bench.harness import Runner, make_truth, prepare
+from bench.providers import PROVIDERS, Provider, make_tensors
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+QUICK = [provider for provider in PROVIDERS.values() if not provider.slow]
+
+
+@pytest.mark.parametrize("provider", QUICK, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("case", SETS["smoke"], ids=lambda case: case.name)
+def test_step(benchmark, case: Case, provider: Provider):  # type: ignore[no-untyped-def]
+    """Forward and backward, checked first; peak and saved bytes and the error as extra_info."""
+    if why := provider.why_absent(case, DEVICE):
+        pytest.skip(why)
+    tensors = make_tensors(case, DEVICE)
+    runner = Runner(provider, case, tensors, provider.build(case, tensors))
+    truth = make_truth(case, tensors, provider.equation, not provider.own_mask)
+    row = prepare(runner, truth, DEVICE)
+
+    def step() -> None:
+        runner.step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize(DEVICE)
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(peak=row["peak"], saved=row["saved"], error=row["error"])
+    benchmark.pedantic(step, rounds=10, iterations=1, warmup_rounds=2)
