@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def peft_layer(case: Case, tensors: Tensors) -> Call:
     model.proj = linear_of(tensors)
     config = LoraConfig(
         r=case.r,
-        lora_alpha=tensors.scale * case.r,
+        lora_alpha=cast(Any, tensors.scale * case.r),  # PEFT divides by r, whatever the type
         lora_dropout=case.dropout,
         target_modules=["proj"],
     )
