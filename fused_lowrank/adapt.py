@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
 from .layers.base import why_not_adaptable
+from .targets import Patterns, check_patterns, match_saved, match_targets
 
 HOOKS = re.compile(
     r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
 )
 Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords
-Patterns = str | list[str] | tuple[str, ...] | set[str]
 
 
 def adapt(
@@ -146,136 +146,7 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-# --- which modules ---
-
-
-def check_patterns(argument: str, patterns: Any) -> None:
-    """Raise unless these are strings, or one that is a regular expression."""
-    if isinstance(patterns, str):
-        try:
-            re.compile(patterns)
-        except re.error as error:
-            raise ValueError(
-                f"{argument} is {patterns!r}: as a string it must be a regular expression ({error})"
-            ) from None
-    elif not isinstance(patterns, list | tuple | set) or not all(
-        isinstance(entry, str) for entry in patterns
-    ):
-        raise TypeError(
-            f"{argument} is {patterns!r}: it must be a list of names or a regular expression"
-        )
-
-
-def matches(name: str, patterns: Patterns) -> bool:
-    """Whether a name matches: a regular expression whole, an entry of a list also as its end."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in patterns)
-
-
-def match_saved(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
-    """The modules to train whole, by name; each pattern must match."""
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"modules_to_save: no module is called {pattern!r}")
-    return [name for name in names if matches(name, patterns)]
-
-
-def match_targets(
-    model: nn.Module, patterns: Patterns, exclude: Patterns | None, saved: list[str]
-) -> list[str]:
-    """The names of the modules to adapt; raises where one cannot be, or a pattern matches none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    modules.pop("")
-    inside_saved = tuple(name + "." for name in saved)
-
-    def left_alone(name: str) -> bool:
-        return (
-            (exclude is not None and matches(name, exclude))
-            or name in saved
-            or name.startswith(inside_saved)
-        )
-
-    if patterns == "all-linear":
-        output = output_layer(model)
-        found = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear)
-            and module is not output
-            and not left_alone(name)
-            and not never_called(modules, name)
-        ]
-        warn_of_experts(model, found)
-    else:
-        refuse_experts(model, patterns, left_alone)
-        entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in patterns]
-        for entry in entries:
-            if not any(matches(name, entry) for name in modules):
-                shown = entry if isinstance(entry, str) else entry[0]
-                raise ValueError(
-                    f"target_modules: {shown!r} matches no module; "
-                    f"the linear layers are called {', '.join(linear_names(modules))}"
-                )
-        found = [name for name in modules if matches(name, patterns) and not left_alone(name)]
-        for name in found:
-            if reason := never_called(modules, name):
-                raise ValueError(f"{name}: {reason}")
-    if not found:
-        raise ValueError(
-            f"target_modules={patterns!r} leaves no module to adapt; "
-            f"the linear layers are called {', '.join(linear_names(modules))}"
-        )
-    once = {id(modules[name]): name for name in reversed(found)}  # a module with several names
-    return list(reversed(once.values()))
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that "all-linear" leaves out."""
-    if hasattr(model, "get_output_embeddings"):
-        return model.get_output_embeddings()  # type: ignore[operator]
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return linears[-1] if linears else None
-
-
-def linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    """The distinct last parts of the linear layers' names."""
-    names = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
-    return sorted(names) or ["(there are none)"]
-
-
-def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
-    """Why a replacement of this module would never be called, or None."""
-    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return (
-            "nn.MultiheadAttention reads the weight of this layer and never calls it, so an "
-            "adapter would do nothing; exclude it"
-        )
-    return None
-
-
-def refuse_experts(model: nn.Module, patterns: Patterns, left_alone: Callable[[str], bool]) -> None:
-    """Raise if a pattern names a Parameter of MoE experts, or the module that holds them."""
-    for name, parameter in model.named_parameters():
-        holder = name.rpartition(".")[0]
-        named = matches(name, patterns) or (holder and matches(holder, patterns))
-        if parameter.dim() == 3 and named and not (left_alone(name) or left_alone(holder)):
-            raise ValueError(
-                f"target_modules: {name} is a Parameter of shape {tuple(parameter.shape)}, the "
-                "experts of a mixture; only nn.Linear can be adapted: leave it out"
-            )
-
-
-def warn_of_experts(model: nn.Module, found: list[str]) -> None:
-    """Say which experts "all-linear" does not reach."""
-    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
-    if experts:
-        warnings.warn(
-            f"'all-linear' reaches nn.Linear alone; {len(experts)} Parameters of MoE experts stay "
-            f"frozen, {experts[0]} the first",
-            stacklevel=4,
-        )
+# --- torch's encoder fast path ---
 
 
 def leave_fast_paths(model: nn.Module) -> None:
