@@ -43,14 +43,19 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in dtype, rounded to nearest even; NaN stays NaN."""
+    """x, a matrix, in dtype, rounded to nearest even; NaN stays NaN."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
         wide = x.to(tl.float32)
         bits = wide.to(tl.uint32, bitcast=True)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(wide != wide, bits | 0x00400000, nearest) & 0xFFFF0000
         x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+    y = x.to(dtype)
+    if dtype == tl.float32 and x.dtype != tl.float32:
+        # On sm_100 Triton 3.7 takes a product of fp32 for one of TF32, whatever it is told, where
+        # it can see that either operand was loaded in 16 bits. It does not see through a sum.
+        y = tl.sum(y[:, :, None], 2)
+    return y
 
 
 @triton.jit
@@ -89,6 +94,15 @@ def offset(index, stride):
 def step(count: tl.constexpr, stride):
     """How far a pointer moves when its index moves by `count`, as int64."""
     return tl.full((), count, tl.int64) * stride
+
+
+@triton.jit
+def runtime(bound: tl.constexpr):
+    """The bound of a loop, unknown to the compiler, which would unroll the loop and then spill.
+
+    Every grid here has one or two dimensions, so it is multiplied by 1.
+    """
+    return bound * tl.num_programs(2)
 
 
 @triton.jit

@@ -22,64 +22,39 @@ MAX_SPLITS = 32
 
 
 @triton.jit
-def da_tile(
+def factor_grad_tile(
     dcore_ptr,
-    b_ptr,
-    da_ptr,
-    p,
+    other_ptr,
+    out_ptr,
+    i,
     r,
-    P: tl.constexpr,
-    Q: tl.constexpr,
+    SIZE_I: tl.constexpr,
+    SIZE_J: tl.constexpr,
     R: tl.constexpr,
-    PAD_Q: tl.constexpr,
+    PAD_J: tl.constexpr,
+    DCORE_I: tl.constexpr,
+    DCORE_J: tl.constexpr,
+    OTHER_J: tl.constexpr,
+    OTHER_R: tl.constexpr,
+    OUT_I: tl.constexpr,
+    OUT_R: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """da[p:, r:] = (dcore·bᵀ)[p:, r:], one tile."""
+    """One tile of out[i, r] = sum over j of dcore[i, j]·other[j, r], each of its own strides."""
     acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
-    offs_p, offs_r = p + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
+    offs_i, offs_r = i + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
     mask_r = offs_r[None, :] < R
-    da = tl.zeros((BLOCK, BLOCK_R), acc_dtype)
-    for q in range(0, PAD_Q, BLOCK):
-        offs_q = q + tl.arange(0, BLOCK)
-        dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
+    acc = tl.zeros((BLOCK, BLOCK_R), acc_dtype)
+    for j in range(0, PAD_J, 16):  # a product of fp32 holds its operands in registers
+        offs_j = j + tl.arange(0, 16)
+        dcore_ptrs = dcore_ptr + offs_i[:, None] * DCORE_I + offs_j[None, :] * DCORE_J
         dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
-        b_ptrs = b_ptr + offs_r[None, :] * Q + offs_q[:, None]
-        b = tl.load(b_ptrs, mask_r & (offs_q[:, None] < Q), other=0.0)
-        da = dot(dcore, cast(b, acc_dtype), da)
-    da_ptrs = da_ptr + offs_p[:, None] * R + offs_r[None, :]
-    tl.store(da_ptrs, cast(da, da_ptr.dtype.element_ty), (offs_p[:, None] < P) & mask_r)
-
-
-@triton.jit
-def db_tile(
-    dcore_ptr,
-    a_ptr,
-    db_ptr,
-    q,
-    r,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    PAD_P: tl.constexpr,
-    PAD_Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """db[r:, q:] = (aᵀ·dcore)[r:, q:], one tile."""
-    acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
-    offs_q, offs_r = q + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
-    mask_r = offs_r[:, None] < R
-    db = tl.zeros((BLOCK_R, BLOCK), acc_dtype)
-    for p in range(0, PAD_P, BLOCK):
-        offs_p = p + tl.arange(0, BLOCK)
-        dcore_ptrs = dcore_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
-        dcore = tl.load(dcore_ptrs, cache_modifier=".cg")
-        a_ptrs = a_ptr + offs_p[None, :] * R + offs_r[:, None]
-        a = tl.load(a_ptrs, mask_r & (offs_p[None, :] < P), other=0.0)
-        db = dot(cast(a, acc_dtype), dcore, db)
-    db_ptrs = db_ptr + offs_r[:, None] * Q + offs_q[None, :]
-    tl.store(db_ptrs, cast(db, db_ptr.dtype.element_ty), mask_r & (offs_q[None, :] < Q))
+        other_ptrs = other_ptr + offs_j[:, None] * OTHER_J + offs_r[None, :] * OTHER_R
+        other = tl.load(other_ptrs, mask_r & (offs_j[:, None] < SIZE_J), other=0.0)
+        acc = dot(dcore, cast(other, acc_dtype), acc)
+    out_ptrs = out_ptr + offs_i[:, None] * OUT_I + offs_r[None, :] * OUT_R
+    tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), (offs_i[:, None] < SIZE_I) & mask_r)
 
 
 def core_grad_kernel(
@@ -145,17 +120,17 @@ def core_grad_kernel(
             tl.debug_barrier()
             if tl.atomic_add(counters_ptr, 1, sem="acq_rel") == tiles - 1:
                 for r in range(0, PAD_R, BLOCK_R):
-                    if WANT_A:
+                    if WANT_A:  # da = dcore·bᵀ
                         for p in range(0, PAD_P, BLOCK):
-                            da_tile(
+                            factor_grad_tile(
                                 partial_ptr, b_ptr, da_ptr, p, r,
-                                P, Q, R, PAD_Q, BLOCK, BLOCK_R,
+                                P, Q, R, PAD_Q, PAD_Q, 1, 1, Q, R, 1, BLOCK, BLOCK_R,
                             )  # fmt: skip
-                    if WANT_B:
+                    if WANT_B:  # dbᵀ = dcoreᵀ·a
                         for q in range(0, PAD_Q, BLOCK):
-                            db_tile(
+                            factor_grad_tile(
                                 partial_ptr, a_ptr, db_ptr, q, r,
-                                P, Q, R, PAD_P, PAD_Q, BLOCK, BLOCK_R,
+                                Q, P, R, PAD_P, 1, PAD_Q, R, 1, 1, Q, BLOCK, BLOCK_R,
                             )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator, aligned, cast, dot, offset, step, tile_order, variants
+from .common import accumulator, aligned, cast, dot, offset, runtime, step, tile_order, variants
 from .tiles import Choice, Spec, TileConfig, padded
 
 
@@ -65,8 +65,7 @@ def gemm_tail_kernel(
         w_ptrs += step(BLOCK_K, stride_wk)
 
     # The rank tail. u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
-    # Several steps have no constant bound: unrolled, they would load all of u at once and spill.
-    end = PAD_Q if PAD_Q == BLOCK_Q else tl.where(M > 0, PAD_Q, 0)
+    end = PAD_Q if PAD_Q == BLOCK_Q else runtime(PAD_Q)
     for q in tl.range(0, end, BLOCK_Q, num_stages=1):
         offs_q = q + tl.arange(0, BLOCK_Q)
         if TRANSPOSED:
@@ -98,7 +97,8 @@ def constants(q: int, k: int, transposed: bool, bias: bool, config: TileConfig) 
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK_Q": min(padded(q), config.block_k),
+        # Rows of up that no vector load fetches take a pointer for each element: few at a time.
+        "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
         "GROUP_M": config.group_m,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
@@ -52,7 +52,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    max_registers: int | None = None  # CUDA only: keeps ptxas from spilling for occupancy
+    max_registers: int | None = None  # of a thread; CUDA only
 
     def options(self) -> dict[str, int]:
         """The compiler's options of a launch."""
@@ -147,20 +147,19 @@ AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
 TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
 CUDA = AMPERE + TENSOR
 CDNA = ("gfx942",)
-FULL = {"max_registers": 255}
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 3), TENSOR, 2, True),
-    Default("gemm_tail", TileConfig(64, 32, 64, 4, 4, **FULL), AMPERE, 2, True, small=True),
-    Default("gemm_tail", TileConfig(128, 128, 32, 8, 4, **FULL), AMPERE, 2, True),
+    Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
+    Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 2), CDNA, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 32, 4, 2), None, 2, False, small=True),
     Default("gemm_tail", TileConfig(64, 128, 32, 8, 2), None, 2, False),
     Default("gemm_tail", TileConfig(32, 32, 16, 4, 2), small=True),
-    Default("gemm_tail", TileConfig(64, 64, 16, 8, 2, **FULL), CUDA, aligned=False),
+    Default("gemm_tail", TileConfig(64, 64, 16, 8, 2), CUDA, aligned=False),
     Default("gemm_tail", TileConfig(64, 64, 16, 4, 2)),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
     Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
@@ -168,14 +167,13 @@ DEFAULTS = (
     Default("shrink", TileConfig(64, 16, 64, 8, 3), TENSOR, 2, True, rank=128),
     Default("shrink", TileConfig(64, 16, 64, 8, 2), TENSOR, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 3), AMPERE, 2, True, rank=128),
-    Default("shrink", TileConfig(64, 16, 32, 8, 2, **FULL), AMPERE, 2, True),
+    Default("shrink", TileConfig(64, 16, 32, 8, 2), AMPERE, 2, True),
     Default("shrink", TileConfig(64, 16, 64, 4, 2), CDNA, 2, True, rank=128),
     Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 2), None, 2, False, rank=128),
-    Default("shrink", TileConfig(16, 16, 16, 8, 2, **FULL), CUDA, 2, False, True),
-    Default("shrink", TileConfig(32, 16, 16, 8, 2, **FULL), CUDA, 2, False),
-    Default("shrink", TileConfig(32, 16, 16, 8, 2), CDNA, 2, False),
-    Default("shrink", TileConfig(32, 16, 16, 4, 2), rank=64),
+    Default("shrink", TileConfig(16, 16, 16, 8, 2), CUDA, 2, False, True),
+    Default("shrink", TileConfig(32, 16, 16, 8, 2), None, 2, False),
+    Default("shrink", TileConfig(32, 16, 16, 8, 2), rank=64),
     Default("shrink", TileConfig(16, 16, 16, 8, 2)),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
@@ -184,10 +182,12 @@ DEFAULTS = (
 
 
 @functools.cache
-def _default(target: str, spec: Spec, small: bool) -> TileConfig:
-    return next(line.tile for line in DEFAULTS if line.covers(target, spec, small))
+def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
+    tile = next(line.tile for line in DEFAULTS if line.covers(target.name, spec, small))
+    # ptxas otherwise spills now and then, to run more programs side by side.
+    return replace(tile, max_registers=255) if target.backend == "cuda" else tile
 
 
 def select(target: Target, spec: Spec, m: int) -> TileConfig:
     """The default tile for a launch of `m` rows."""
-    return _default(target.name, spec, m <= SMALL_M)
+    return _default(target, spec, m <= SMALL_M)

@@ -1,11 +1,11 @@
 """The compile gate: every kernel that the library can launch, compiled for GPUs that are not here.
 
-    python tests/gate.py [--write] [--jobs N] [--target NAME]
+    python tests/gate.py [--write] [--jobs N] [--target NAME] [--sample N [--seed N]]
 
 Each launch is taken from its launcher, on meta tensors, and compiled by Triton as that launch would
 be. What comes out must not spill, must fit the target's shared memory, must use the tensor cores
 and asynchronous copies that it should, and never TF32. Its figures must be those of tests/gate.csv,
-which --write renews.
+which --write renews. --sample compiles random launches of each target instead of the table's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import triton
-from gate_cases import DTYPES, Case, cases, launch
+from gate_cases import DTYPES, Case, cases, launch, sampled
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -208,7 +208,7 @@ def examine(job: tuple[Case, str, bool]) -> tuple[Figures | None, list[str]]:
     return figures, problems(figures, target, case.kernel, tile, itemsize, case.aligned)
 
 
-def jobs(targets: list[str]) -> list[tuple[Case, str, bool]]:
+def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]:
     """(case, target, whether to read its SASS), without what compiles the same kernel again.
 
     Disassembling takes as long as compiling, so it is done once per kernel, dtype and tile.
@@ -217,7 +217,7 @@ def jobs(targets: list[str]) -> list[tuple[Case, str, bool]]:
     disassembled = set()
     for name in targets:
         target = TARGETS[name]
-        for case in cases():
+        for case in chosen:
             tile, _ = tile_of(case, target)
             ast, options = source(tiled(case, tile), target)
             key = (name, ast.hash(), str(sorted(options.items())))
@@ -263,6 +263,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="renew tests/gate.csv")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this one")
+    parser.add_argument("--sample", type=int, metavar="N", help="N random launches, no table")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing compiles in such a process")
@@ -272,7 +274,8 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        todo = jobs(targets)
+        chosen = sampled(options.sample, options.seed) if options.sample else cases()
+        todo = jobs(targets, chosen)
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             results = tqdm(pool.map(examine, todo, chunksize=4), total=len(todo), unit="kernel")
             for (case, target, _), (figures, wrong) in zip(todo, results, strict=True):
@@ -287,6 +290,9 @@ def main() -> int:
         at = len(fields(Case)) + 2
         registers, shared = (max(int(entry[i]) for entry in there) for i in (at, at + 1))
         print(f"{target}: {len(there)} kernels, {registers} registers and {shared} bytes at most")
+    if options.sample:
+        print(f"{len(todo) - failures} passed, {failures} failed, of a sample")
+        return 1 if failures else 0
     old = TABLE.read_text() if TABLE.exists() else ""
     others = [line for line in csv.reader(old.splitlines()[2:]) if line[0] not in targets]
     new = table(sorted(entries + others, key=lambda entry: list(TARGETS).index(entry[0])))

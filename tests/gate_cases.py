@@ -1,12 +1,14 @@
-"""What the compile gate compiles: launches, one for each kernel that the library can launch.
+"""What the compile gate compiles: launches that stand for every kernel the library can launch.
 
-A flag that only takes code away, or that changes no register, has one representative; each such
-reduction is said where it is made.
+P, Q and r are compile-time constants, so these are too many to name. The table has `cases`: a flag
+that only takes code away, or that changes no register, has one representative, and each such
+reduction is said where it is made. `sampled` puts the reductions to the test, at random.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -100,6 +102,7 @@ PARTIAL: Ranks = [(8, 8, 0, False), (25, 48, 4, False), (200, 200, 48, False)]
 ODD: Ranks = [(48, 25, 4, False), (100, 100, 0, False), (200, 200, 0, False), (200, 200, 63, True)]
 # Beside x: every factor like it; an fp32 core (the usual mixture); every factor fp32.
 SAME, CORE, ALL = ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")
+SAME_16, CORE_16 = ("fp16", "fp16"), ("fp16", "fp32")
 
 
 def shrink_cases() -> Iterator[Case]:
@@ -126,11 +129,15 @@ def shrink_cases() -> Iterator[Case]:
     # The tile for few rows differs for P up to 64 alone.
     yield from some("bf16", [SAME, ALL], ALIGNED, [FULL[1], PARTIAL[1]], (True,))
     # fp16 is laid out as bf16 is; fp32 factors beside it take one more product.
-    yield from some("fp16", [("fp16", "fp16")], ALIGNED, [FULL[4]])
+    yield from some("fp16", [SAME_16, CORE_16], ALIGNED, [FULL[1], FULL[4]])
+    yield from some("fp16", [SAME_16, CORE_16], UNALIGNED, [ODD[0], ODD[3]])
     yield from some("fp16", [ALL], ALIGNED, FULL[3:5])
     yield from some("fp16", [ALL], UNALIGNED, ODD[2:])
-    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]])
+    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4], (234, 234, 0, False)])
     yield from some("fp32", [ALL], UNALIGNED + STRIDED, [ODD[0], ODD[3]])
+    yield from some("fp32", [ALL], STRIDED, [(64, 256, 64, True)], (False, True))
+    # Factors narrower than x are widened as they are loaded.
+    yield from some("fp32", [SAME], ALIGNED + UNALIGNED, [ODD[0], ODD[3]])
     for flags in ("tu", "u", "tc", "uc"):  # forward, inference, backward for the core, and for x
         yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
 
@@ -149,14 +156,16 @@ def gemm_cases() -> Iterator[Case]:
             yield Case("gemm_tail", x, up, "", layout, aligned, 0, q, 0, flags, even, small)
 
     # A bias only adds to a launch, so it is there; up in another dtype only changes the tail.
-    yield from some("bf16", "bf16", ALIGNED, [(16, True), (256, True), (200, False)])
+    yield from some("bf16", "bf16", ALIGNED, [(16, True), (79, False), (256, True), (200, False)])
     yield from some("bf16", "bf16", UNALIGNED + STRIDED, [(200, False)])
-    yield from some("bf16", "bf16", UNALIGNED, [(64, True)], (False,))
+    yield from some("bf16", "bf16", UNALIGNED, [(64, True), (142, True)], (False,))
     yield from some("bf16", "fp32", ALIGNED + UNALIGNED, [(200, False)])
     yield from some("bf16", "fp32", ALIGNED, [(64, True)], (False,))
-    yield from some("fp16", "fp16", ALIGNED, [(64, True)], (False,))
-    yield from some("fp16", "fp16", UNALIGNED, [(100, False)], (False,))
-    yield from some("fp32", "fp32", ALIGNED + UNALIGNED, [(200, False)])
+    yield from some("fp16", "fp16", ALIGNED, [(64, True), (200, False)])
+    yield from some("fp16", "fp16", UNALIGNED, [(100, False)])
+    yield from some("fp16", "fp32", ALIGNED, [(64, True)], (False,))
+    yield from some("fp32", "fp32", ALIGNED + UNALIGNED, [(189, False), (200, False)])
+    yield from some("fp32", "bf16", ALIGNED + UNALIGNED, [(200, False)], (False,))
     yield from some("fp32", "fp32", STRIDED, [(200, False)], (False,))
     yield from some("bf16", "bf16", ALIGNED, [(16, True)], (False,), flags="")
 
@@ -170,14 +179,44 @@ def core_grad_cases() -> Iterator[Case]:
             layout, even, small = "forward", True, False  # it has no such choices
             yield Case("core_grad", x, x, core, layout, is_aligned, p, q, r, wanted, even, small)
 
-    full = [(16, 16, 0), (64, 64, 8), (256, 256, 0), (256, 256, 64)]
+    full = [(16, 16, 0), (64, 64, 8), (256, 256, 0), (256, 256, 64), (256, 128, 149)]
     odd = [(8, 8, 0), (25, 48, 4), (200, 200, 0), (200, 16, 63)]
     for x, core in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
         yield from some(x, core, full + odd)
-    yield from some("fp16", "fp16", [full[3], odd[3]])
+    for core in ("fp16", "fp32"):
+        yield from some("fp16", core, [full[3], odd[3]])
+    yield from some("fp32", "bf16", [full[3], odd[3]])
     yield from some("bf16", "fp32", [full[1]], ("a", "b"))
 
 
 def cases() -> list[Case]:
     """What is compiled for each target."""
     return sorted(set(itertools.chain(shrink_cases(), gemm_cases(), core_grad_cases())))
+
+
+def sampled(count: int, seed: int) -> list[Case]:
+    """Launches of any rank, dtypes, layout and flags, at random."""
+    rng = random.Random(seed)
+
+    def rank() -> int:
+        return rng.choice((16, 32, 64, 128, 256, rng.randint(1, 256), rng.randint(1, 256)))
+
+    def one() -> Case:
+        kernel = rng.choice(("shrink", "shrink", "gemm_tail", "core_grad"))
+        x, down, core = rng.choices(list(DTYPES), k=3)
+        p, q, r = rank(), rank(), rng.choice((-1, 0, 8, 16, rng.randint(1, 256)))
+        layout, aligned = rng.choice((*ALIGNED, *UNALIGNED, *STRIDED))
+        even, small = rng.random() < 0.5, rng.random() < 0.3
+        if kernel == "gemm_tail":
+            bias = rng.choice(("", "b"))
+            return Case(kernel, x, down, "", layout, aligned, 0, q, 0, bias, even, small)
+        if kernel == "core_grad":
+            wanted = rng.choice(("a", "b", "ab"))
+            is_aligned = p % 16 == q % 16 == 0
+            r = max(0, r)
+            return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
+        flags = rng.choice(("tu", "u", "tuc", "tc", "uc"))
+        q = p if r < 0 else q
+        return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
+
+    return [one() for _ in range(count)]
