@@ -1,8 +1,8 @@
 """Host time of a call, layer by layer: python bench/host.py
 
 Tiny tensors on the CPU, where the arithmetic is nothing: what is left is what a call costs the
-host. Each line is a fused layer's path cut one step lower; the last column compares it with the
-eager chain of operations that it replaces.
+host. The last column compares it with a module of the eager operations that the fused layer
+replaces; below the fused layer stand the steps that it is made of.
 """
 
 from __future__ import annotations
@@ -14,74 +14,74 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.cases import Case, parse
 from bench.providers import PROVIDERS, Tensors, make_tensors
-from fused_lowrank import functional, ops, planner
-from fused_lowrank.functional import lowrank_linear
+from fused_lowrank import lowrank_linear, ops
 
 Calls = dict[str, Callable[[], Any]]
 KINDS = ("xs4", "mini4x8", "lora4")
+EAGER = "eager module"
+
+
+class Chain(torch.nn.Module):
+    """The case's layer as one would write it: a module around the chain of operations."""
+
+    weight: torch.nn.Parameter
+    down: torch.nn.Parameter
+    core: torch.nn.Parameter
+    a_train: torch.nn.Parameter
+    b_train: torch.nn.Parameter
+    up: torch.nn.Parameter
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self.weight, self.scale = tensors.weight, tensors.scale
+        self.names = tuple(tensors.method)
+        for name, factor in tensors.method.items():
+            self.register_parameter(name, factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """W·x and the low-rank path, added."""
+        u = linear(x, self.down)
+        if "core" in self.names:
+            u = u @ self.core
+        elif "a_train" in self.names:
+            u = u @ (self.a_train @ self.b_train)
+        return linear(x, self.weight) + linear(u * self.scale, self.up)
 
 
 def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
     """(forward without gradients, forward and backward) by name, from the layer downwards."""
-    x, dy, weight = tensors.xs[0], tensors.dys[0], tensors.weight
-    eager, fused = (PROVIDERS[name].build(case, tensors) for name in ("eager", "auto"))
-    bare = PROVIDERS["bare"].build(case, tensors)
-    factors, scale = tensors.method, tensors.scale
+    x, dy, weight, scale = tensors.xs[0], tensors.dys[0], tensors.weight, tensors.scale
+    factors = tensors.method
     down, up = factors["down"], factors["up"]
     a = factors["core"] if "core" in factors else factors.get("a_train")
-    b = factors.get("b_train")
-    core = ops.join(a, b)
-    operands = (x, None, weight, down, a, b, up, None)
+    core = ops.join(a, factors.get("b_train"))
     leaves = [x, *tensors.trained("method").values()]
-
-    def function() -> torch.Tensor:
-        return lowrank_linear(x, weight, down, core, up, scale=scale)
-
-    def chain() -> torch.Tensor:
-        t = torch.nn.functional.linear(x, down)
-        u = t if a is None else (t @ a if b is None else t @ (a @ b))
-        return torch.nn.functional.linear(x, weight) + torch.nn.functional.linear(u * scale, up)
-
-    def checks() -> None:
-        functional.check(x, weight, down, a, b, up, None, scale, 0.0)
-        planner.implementation("auto", x, case.p, case.p)
-
-    def primitives() -> torch.Tensor:
-        _, u = ops.Aten.shrink(x, down, core, scale, False, True, True)
-        return ops.Aten.gemm_tail(x, weight, u, up, None, False)
-
-    def apply() -> torch.Tensor:
-        return ops.LowRankLinear.apply(*operands, scale, "aten")
-
-    def step(call: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(call(), leaves, dy)
-
-    forward: Calls = {
-        "eager layer": lambda: eager(x),
-        "eager chain, no module": chain,
-        "fused layer": lambda: fused(x),
-        "lowrank_linear": function,
-        "checks and choice": checks,
-        "ops.forward": lambda: ops.forward(*operands, scale, "aten", False),
-        "primitives": primitives,
-        "bare layer": lambda: bare(x),
+    layers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        EAGER: Chain(tensors),
+        "fused layer": PROVIDERS["auto"].build(case, tensors),
+        "lowrank_linear": lambda x: lowrank_linear(x, weight, down, core, up, scale=scale),
+        "its operations": lambda x: ops.small(x, weight, down, core, up, None, scale),
+        "fused layer, aten": PROVIDERS["aten"].build(case, tensors),
+        "reference layer": PROVIDERS["eager"].build(case, tensors),
+        "bare layer": PROVIDERS["bare"].build(case, tensors),
     }
-    both: Calls = {
-        "eager layer": step(lambda: eager(x)),
-        "eager chain, no module": step(chain),
-        "fused layer": step(lambda: fused(x)),
-        "lowrank_linear": step(function),
-        "Function.apply": step(apply),
-    }
+
+    def step(call: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(call(x), leaves, dy)
+
+    forward: Calls = {name: partial(call, x) for name, call in layers.items()}
+    both: Calls = {name: step(call) for name, call in layers.items() if name != "bare layer"}
     return forward, both
 
 
@@ -122,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     for kind in KINDS:
         for what, figures in measure(kind, args.reps, args.dtype).items():
-            print(f"\n{kind}, {what}{'':>20} µs   / eager layer")
+            print(f"\n{kind}, {what}{'':>20} µs   / {EAGER}")
             for name, value in figures.items():
-                print(f"  {name:28}{value:10.1f}{value / figures['eager layer']:14.2f}")
+                print(f"  {name:28}{value:10.1f}{value / figures[EAGER]:15.2f}")
     return 0
 
 

@@ -65,8 +65,11 @@ def lowrank_linear(
     except AttributeError:
         check_kinds(x=x, weight=weight, down=down, core=a, up=up, bias=bias)
         raise
+    dropping = training and dropout_p > 0.0
+    if impl == "auto" and not dropping and planner.small(x):
+        return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
-    low = torch.nn.functional.dropout(x, dropout_p) if training and dropout_p > 0.0 else None
+    low = torch.nn.functional.dropout(x, dropout_p) if dropping else None
 
     if impl == "reference":
         with ops.no_autocast(x):

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import planner
-from .reference import Core, product, through_core
+from .reference import Core, like, product, through_core
 
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
 Wanted = Any  # a Tensor, or None where it was not wanted
@@ -110,21 +111,21 @@ class Aten:
         want_u: bool,
         counters: OptTensor = None,
     ) -> tuple[Wanted, Wanted]:
-        down, matrix = down.to(x.dtype), product(core)
+        down, matrix = like(down, x.dtype), product(core)
         t = x @ (down if transposed else down.t())
         if not want_u:
             return t, None
         if matrix is None:
             return t, (t if scale == 1.0 else t * scale)
-        u = t.to(matrix.dtype) @ (matrix.t() if transposed else matrix)
-        return t, (u if scale == 1.0 else u.mul_(scale)).to(x.dtype)
+        u = like(t, matrix.dtype) @ (matrix.t() if transposed else matrix)
+        return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype)
 
     @staticmethod
     def gemm_tail(
         x: Tensor, weight: Tensor, u: Tensor, up: Tensor, bias: OptTensor, transposed: bool
     ) -> Tensor:
-        up = up.to(x.dtype)
-        y = torch.nn.functional.linear(x, weight, bias)
+        up = like(up, x.dtype)
+        y = linear(x, weight, bias)
         return y.addmm_(u, up if transposed else up.t())
 
     @staticmethod
@@ -255,6 +256,27 @@ def saved(
         low if needs.down else None,
         weight if needs.x else None,
     )
+
+
+def small(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    core: Core,
+    up: Tensor,
+    bias: OptTensor,
+    scale: float,
+) -> Tensor:
+    """y, by library operations that autograd itself differentiates: the least work for the host.
+
+    t is all that it saves of size M where down, up and weight are frozen, as `LowRankLinear` does;
+    its backward makes dx in two parts and adds them, which costs another pass over M × K.
+    """
+    rows = fold(x)
+    t, matrix = linear(rows, like(down, x.dtype)), product(core)
+    u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
+    y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class LowRankLinear(torch.autograd.Function):

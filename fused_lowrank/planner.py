@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "triton", "aten", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = 1 << 16  # elements of x up to which, on a CPU, the host's work is most of a call's
 PINNED: dict[str, TileConfig] = {}  # kernel name → tile, by testing.pinned_tiles
 
 
@@ -88,6 +89,16 @@ def why_not_triton(x: torch.Tensor, p: int, q: int) -> str | None:
     if max(p, q) > MAX_RANK:
         return f"down has P={p} and up has Q={q}: the kernels take at most {MAX_RANK}"
     return None
+
+
+def small(x: torch.Tensor) -> bool:
+    """Whether a call of "auto" is one whose time is the host's, not the arithmetic's."""
+    return (
+        x.is_cpu
+        and x.numel() <= SMALL
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:

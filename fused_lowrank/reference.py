@@ -10,11 +10,18 @@ from torch.nn.functional import linear
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
+def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in this dtype. `.to` costs the host, also where there is nothing to convert."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def product(core: Core) -> torch.Tensor | None:
     """The core as one matrix: itself, or a·b in the wider of their dtypes."""
     if not isinstance(core, tuple):
         return core
     a, b = core
+    if a.dtype == b.dtype:
+        return a @ b
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype) @ b.to(dtype)
 
@@ -24,7 +31,7 @@ def through_core(t: torch.Tensor, core: Core, scale: float) -> torch.Tensor:
     matrix = product(core)
     if matrix is None:
         return t * scale
-    return (t.to(matrix.dtype) @ matrix * scale).to(t.dtype)
+    return like(like(t, matrix.dtype) @ matrix * scale, t.dtype)
 
 
 def lowrank_linear_reference(
@@ -44,6 +51,6 @@ def lowrank_linear_reference(
     (N, Q), bias (N,) → (..., N). down and up are used in x's dtype; the product with core is taken
     in core's. Differentiable any number of times.
     """
-    t = linear(x if low is None else low, down.to(x.dtype))
+    t = linear(x if low is None else low, like(down, x.dtype))
     u = through_core(t, core, scale)
-    return linear(x, weight, bias) + linear(u, up.to(x.dtype))
+    return linear(x, weight, bias) + linear(u, like(up, x.dtype))

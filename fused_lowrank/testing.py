@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,10 @@ def measure(ours: Call, reference: Call, operands: dict[str, Any], dy: Tensor) -
         absolute["scale"] = abs(absolute["scale"])
     sizes = results(reference, absolute, dy.double().abs())
 
+    core = operands.get("core")
+    factors = core if isinstance(core, tuple) else (operands["x"] if core is None else core,)
+    product = functools.reduce(torch.promote_types, (factor.dtype for factor in factors))
+
     measured = []
     for name, tensor in got.items():
         if tensor.shape != same[name].shape or tensor.dtype != same[name].dtype:
@@ -104,8 +109,8 @@ def measure(ours: Call, reference: Call, operands: dict[str, Any], dy: Tensor) -
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
                 f"the reference's {tuple(same[name].shape)} {same[name].dtype}"
             )
-        # A gradient in a wider dtype than x's still carries x's roundings.
-        unit = max(torch.finfo(d).eps for d in (tensor.dtype, operands["x"].dtype)) / 2
+        # Whatever is wider than x still carries x's roundings, and those of the core's product.
+        unit = max(torch.finfo(d).eps for d in (tensor.dtype, operands["x"].dtype, product)) / 2
         measured.append(
             Measured(
                 name,

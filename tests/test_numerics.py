@@ -57,31 +57,31 @@ def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     method = draw(st.sampled_from(["core", "pair", "none"]))
     q = p if method == "none" else q
     dtype = draw(st.sampled_from(DTYPES))
-    wide = draw(st.booleans())  # factors in fp32
+    other = draw(st.sampled_from([dtype, dtype, *DTYPES]))  # of some factors
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
-    def values(*size: int, wide: bool = False, std: float = 1.0) -> torch.Tensor:
+    def values(*size: int, kind: torch.dtype = dtype, std: float = 1.0) -> torch.Tensor:
         tensor = torch.randn(size, generator=generator) * std
-        tensor = tensor.to(torch.float32 if wide else dtype).to(device)
+        tensor = tensor.to(kind).to(device)
         return tensor.requires_grad_(draw(st.booleans()))
 
+    either = st.sampled_from([dtype, other])
     operands = {
         "x": values(*lead, k),
         "weight": values(n, k, std=k**-0.5),
-        "down": values(p, k, wide=wide and draw(st.booleans()), std=k**-0.5),
+        "down": values(p, k, kind=draw(either), std=k**-0.5),
         "core": None,
-        "up": values(n, q, wide=wide and draw(st.booleans()), std=q**-0.5),
+        "up": values(n, q, kind=draw(either), std=q**-0.5),
         "bias": values(n) if draw(st.booleans()) else None,
         "scale": draw(st.sampled_from([1.0, 0.5, 3.0, -1.7])),
     }
     if method == "core":
-        operands["core"] = values(p, q, wide=wide, std=p**-0.5)
+        operands["core"] = values(p, q, kind=other, std=p**-0.5)
     elif method == "pair":
         r = draw(st.integers(1, 40))
-        half = wide and draw(st.booleans())
         operands["core"] = (
-            values(p, r, wide=wide, std=p**-0.5),
-            values(r, q, wide=half, std=r**-0.5),
+            values(p, r, kind=other, std=p**-0.5),
+            values(r, q, kind=draw(either), std=r**-0.5),
         )
     for name in ("x", "weight"):
         tensor = operands[name]
@@ -95,7 +95,7 @@ def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     return operands, dy, draw(st.booleans()) and max(p, q) <= 128
 
 
-@pytest.mark.parametrize("impl", ["triton", "aten"])
+@pytest.mark.parametrize("impl", ["triton", "aten", "auto"])
 def test_error_budget(impl: str, device: torch.device) -> None:
     """No tensor's error is above the budget, and pooled it is no larger than the reference's."""
     measured = []
@@ -147,7 +147,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("impl", ["triton", "aten"])
+@pytest.mark.parametrize("impl", ["triton", "aten", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("everything", [False, True])
 def test_fused_layers(

@@ -15,6 +15,7 @@ from fused_lowrank.testing import measure, pinned_tiles
 
 CORES = ("core", "pair", "none")
 FUSED = ("triton", "aten")
+EAGER = (*FUSED, "auto")  # few rows on a CPU go a way of their own
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -145,7 +146,7 @@ def test_gradgradcheck_of_the_reference(core: str, device: torch.device) -> None
     assert torch.autograd.gradgradcheck(call, [made["x"]])
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", EAGER)
 @pytest.mark.parametrize("core", ["core", "pair"])
 def test_saves_t_and_nothing_else_of_m(core: str, impl: str, device: torch.device) -> None:
     """M·P elements, and the same few others whatever M is."""
@@ -237,7 +238,7 @@ def test_double_backward_is_refused(impl: str, device: torch.device) -> None:
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", EAGER)
 def test_backward_twice_over_a_retained_graph(impl: str, device: torch.device) -> None:
     """Saved tensors are not written to: a second pass gives the same bits."""
     made = operands(device, "pair")
@@ -272,7 +273,7 @@ def test_opcheck(train: tuple[str, ...], impl: str, core: str, device: torch.dev
     )
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", EAGER)
 def test_operands_are_not_written_to(impl: str, device: torch.device) -> None:
     """Forward and backward leave every operand, and dy, as it was."""
     made = operands(device, train=("x", "weight", "down", "core", "up", "bias"))
@@ -285,7 +286,7 @@ def test_operands_are_not_written_to(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", EAGER)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_nan_and_inf_go_where_the_reference_puts_them(
     value: float, impl: str, core: str, device: torch.device
@@ -306,7 +307,7 @@ def test_nan_and_inf_go_where_the_reference_puts_them(
             assert torch.equal(kind(ours), kind(theirs))
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", EAGER)
 def test_bitwise_reproducible(impl: str, device: torch.device) -> None:
     """The same call gives the same bits, the split sums of the core gradient included."""
     made = operands(device, "pair", m=1500, k=16, n=16)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 from torch.nn.utils import parametrize
 
+from .. import ops, planner
 from ..functional import lowrank_linear
 from ..reference import Core
 
@@ -154,16 +155,19 @@ class LowRankLinear(nn.Module):
         """(..., in_features) → (..., out_features)."""
         if self.disabled:
             return dense(x, self.base_weight, self.bias)
-        if self.merged:
+        if self._original is not None:
             return dense(x, self.weight, self.bias)
-        self._require_factors()
+        if self.bases_pending:
+            self._require_factors()
+        operands = x, self.weight, self.down, self.core_factors, self.up, self.bias
+        if self.impl == "auto" and not (self.dropout and self.training):
+            try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
+                if planner.small(x):
+                    return ops.small(*operands, self.scale)
+            except (AttributeError, IndexError, RuntimeError):
+                pass  # the checks in lowrank_linear say it better
         return lowrank_linear(
-            x,
-            self.weight,
-            self.down,
-            self.core_factors,
-            self.up,
-            self.bias,
+            *operands,
             scale=self.scale,
             dropout_p=self.dropout,
             training=self.training,
