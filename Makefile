@@ -4,7 +4,7 @@
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make test    lint, types, the compile gate, all tests
 #   make gate    the compile gate alone
-#   make bench   every provider over the CPU cases, and the report of all results
+#   make bench   every provider over the CPU cases, a small block, and the report of all results
 #   make test-gpu   the tests on this machine's GPU, kernels compiled, not interpreted
 #   make bench-gpu  those tests, the core cases with every provider, one block, the report; in under
 #                   nine minutes, and what a cut-off leaves undone is done by the next call
@@ -36,6 +36,7 @@ demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
 
 test: lint gate
+	$(RUN) bench/report.py --check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
@@ -49,6 +50,7 @@ gate: $(READY)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) bench/run.py --set cpu --device cpu --out $(RESULTS)
+	OMP_NUM_THREADS=1 $(RUN) bench/block.py --device cpu --out $(RESULTS)
 	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 test-gpu: $(READY)
