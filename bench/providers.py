@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lowrank import planner
+from fused_lowrank.kernels.tiles import SMALL_M, TENSOR, VARIANTS, TileConfig
 from fused_lowrank.layers import METHODS
 from fused_lowrank.layers.base import LowRankLinear
 
@@ -25,6 +26,7 @@ from .cases import Case
 
 Call = Callable[[Tensor], Tensor]
 PEERS = Path(__file__).parent / "peers"  # checkouts of others' code, ignored by git
+GPU = torch.cuda.is_available()
 SETS_OF_INPUTS = 2  # x and dy rotate among these
 
 
@@ -186,6 +188,18 @@ def no_kernels(case: Case, device: torch.device) -> str | None:
     return planner.why_not_triton(x, case.p, case.p)
 
 
+def no_variant(case: Case, device: torch.device) -> str | None:
+    """Why the tile sets to be compared with the defaults cannot be launched."""
+    if why := no_kernels(case, device):
+        return why
+    target = planner.target(device)
+    if target is None or target.name not in TENSOR:
+        return f"is for {', '.join(TENSOR)}"
+    if case.dtype == "fp32" or case.rows <= SMALL_M:
+        return f"is for 16 bits and more than {SMALL_M} rows"
+    return None
+
+
 def not_importable(module: str, gpu: bool, dropout: bool | None = None) -> Any:
     """Why a peer is not there. `dropout`: the only kind of case that it takes, None for both."""
 
@@ -222,6 +236,7 @@ class Provider:
     absent: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
     own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
     slow: bool = False  # to set up: measured after everything else
+    tiles: dict[str, TileConfig] = field(default_factory=dict)  # instead of the defaults
 
     def why_absent(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot be measured here, or None if it can."""
@@ -229,14 +244,19 @@ class Provider:
 
 
 EAGER, LORA = layer("", False, "reference", "method"), layer("lora", False, "reference", "lora")
+TRITON = layer("", True, "triton", "method")
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("bare", "bare", bare),
         Provider("eager", "method", EAGER),
         Provider("aten", "method", layer("", True, "aten", "method")),
-        Provider("triton", "method", layer("", True, "triton", "method"), no_kernels),
-        Provider("auto", "method", layer("", True, "auto", "method")),
+        Provider("triton", "method", TRITON, no_kernels, own_mask=True),
+        *(
+            Provider(f"triton:{name}", "method", TRITON, no_variant, own_mask=True, tiles=tiles)
+            for name, tiles in VARIANTS.items()
+        ),
+        Provider("auto", "method", layer("", True, "auto", "method"), own_mask=GPU),
         Provider("eager-lora", "lora", LORA),
         Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
         Provider(

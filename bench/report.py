@@ -19,7 +19,7 @@ from bench.store import KEY, ROOT, Line, Refused, read, slug
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADLINE = 8  # cases in the README's table
-OURS, PLANS = "auto", ("aten", "triton")
+OURS = "auto"
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -95,6 +95,11 @@ def load(folder: Path) -> list[Device]:
     return list(devices.values())
 
 
+def is_plan(name: str) -> bool:
+    """Whether a provider is one of our plans, "triton:…" with other tiles than the defaults."""
+    return name.partition(":")[0] in ("aten", "triton")
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A figure, or a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -152,7 +157,7 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
     """A device's section of RESULTS.md."""
     rows, names = device.row, device.providers
     others = [name for name in names if name != "bare"]
-    peers = [name for name in others if name not in (OURS, *PLANS)]
+    peers = [name for name in others if name != OURS and not is_plan(name)]
 
     def cell(get: Callable[[Line], float], digits: int = 2) -> Callable[[str, str], str]:
         return lambda case, name: number(get(row) if (row := rows(case, name)) else None, digits)
@@ -166,7 +171,7 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
         return f"{least / row['forward'][1]:.0%}" if row and least else "–"
 
     def winner(case: str) -> str:
-        times = {name: device.relative(case, name) for name in PLANS}
+        times = {name: device.relative(case, name) for name in names if is_plan(name)}
         there = {name: value for name, value in times.items() if value is not None}
         return min(there, key=lambda name: there[name]) if there else "–"
 

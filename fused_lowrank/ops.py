@@ -9,7 +9,8 @@
                  dcore = core_grad(t, g, scale)
 
 Saved for backward is t (M, P), and x only if down or the weight is trained. Operands are 2-D here;
-`low` is x after dropout, or None where that is x itself; the core is a, or the pair a·b, or None.
+the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone. It is done
+either before, and `low` is then x after it; or by the kernels, which take the mask from `seed`.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from . import planner
 from .reference import Core, like, product, through_core
 
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
+Dropout = tuple[Tensor, float] | None  # inside the kernels: the seed and the probability
 Wanted = Any  # a Tensor, or None where it was not wanted
 
 
@@ -66,22 +68,29 @@ class Triton:
         want_t: bool,
         want_u: bool,
         counters: OptTensor = None,
+        dropout: Dropout = None,
     ) -> tuple[Wanted, Wanted]:
         from .kernels.shrink import shrink
 
         choose = planner.tiles(x.device)
         down, core = down.contiguous(), contiguous(core)
-        return shrink(x, down, core, scale, transposed, want_t, want_u, counters, choose)
+        return shrink(x, down, core, scale, transposed, want_t, want_u, counters, dropout, choose)
 
     @staticmethod
     def gemm_tail(
-        x: Tensor, weight: Tensor, u: Tensor, up: Tensor, bias: OptTensor, transposed: bool
+        x: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        up: Tensor,
+        bias: OptTensor,
+        transposed: bool,
+        dropout: Dropout = None,
     ) -> Tensor:
         from .kernels.gemm_tail import gemm_tail
 
         bias = None if bias is None else bias.contiguous()
         choose = planner.tiles(x.device)
-        return gemm_tail(x, weight, u, up.contiguous(), bias, transposed, choose)
+        return gemm_tail(x, weight, u, up.contiguous(), bias, transposed, dropout, choose)
 
     @staticmethod
     def core_grad(
@@ -110,6 +119,7 @@ class Aten:
         want_t: bool,
         want_u: bool,
         counters: OptTensor = None,
+        dropout: Dropout = None,
     ) -> tuple[Wanted, Wanted]:
         down, matrix = like(down, x.dtype), product(core)
         t = x @ (down if transposed else down.t())
@@ -122,7 +132,13 @@ class Aten:
 
     @staticmethod
     def gemm_tail(
-        x: Tensor, weight: Tensor, u: Tensor, up: Tensor, bias: OptTensor, transposed: bool
+        x: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        up: Tensor,
+        bias: OptTensor,
+        transposed: bool,
+        dropout: Dropout = None,
     ) -> Tensor:
         up = like(up, x.dtype)
         y = linear(x, weight, bias)
@@ -183,15 +199,17 @@ def forward(
     b: OptTensor,
     up: Tensor,
     bias: OptTensor,
+    seed: OptTensor,
     scale: float,
+    dropout_p: float,
     impl: str,
     want_t: bool,
 ) -> tuple[Tensor, Wanted]:
     """(y, t), t only if wanted."""
     with no_autocast(x):
-        do = primitives(impl, x)
+        do, dropout = primitives(impl, x), None if seed is None else (seed, dropout_p)
         rows = x if low is None else low
-        t, u = do.shrink(rows, down, join(a, b), scale, False, want_t, True)
+        t, u = do.shrink(rows, down, join(a, b), scale, False, want_t, True, None, dropout)
         return do.gemm_tail(x, weight, u, up, bias, False), (t if want_t else None)
 
 
@@ -205,7 +223,9 @@ def backward(
     a: OptTensor,
     b: OptTensor,
     up: Tensor,
+    seed: OptTensor,
     scale: float,
+    dropout_p: float,
     impl: str,
     needs: Needs,
 ) -> list[Wanted]:
@@ -215,7 +235,7 @@ def backward(
     (or down, without dropout), low if down does and there is dropout.
     """
     with no_autocast(dy):
-        do = primitives(impl, dy)
+        do, dropout = primitives(impl, dy), None if seed is None else (seed, dropout_p)
         core, p = join(a, b), down.shape[0]
         need_core = needs.a or needs.b
         need_v = needs.x or needs.low or needs.down
@@ -223,15 +243,16 @@ def backward(
         v: Wanted = None
         if need_core or need_v:
             counters = do.counters(dy) if need_core else None
-            g, v = do.shrink(dy, up, core, scale, True, need_core, need_v, counters)
+            back = scale if dropout is None else scale / (1.0 - dropout_p)
+            g, v = do.shrink(dy, up, core, back, True, need_core, need_v, counters)
         grads: dict[str, Wanted] = dict.fromkeys(Needs._fields)
         if needs.low:  # dropout lies between x and low: their gradients are two
             grads["low"] = v[:, :p] @ down.to(dy.dtype)
         if needs.x:
-            separate = needs.low
-            grads["x"] = (
-                dy @ weight if separate else do.gemm_tail(dy, weight.t(), v, down, None, True)
-            )
+            if needs.low:
+                grads["x"] = dy @ weight
+            else:
+                grads["x"] = do.gemm_tail(dy, weight.t(), v, down, None, True, dropout)
         if need_core:
             grads["a"], grads["b"] = do.core_grad(t, g, core, scale, (needs.a, needs.b), counters)
         if needs.down:
@@ -283,19 +304,20 @@ class LowRankLinear(torch.autograd.Function):
     """The eager call. Leading dimensions of x are folded here."""
 
     @staticmethod
-    def forward(ctx, x, low, weight, down, a, b, up, bias, scale, impl):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, low, weight, down, a, b, up, bias, seed, scale, dropout_p, impl):  # type: ignore[no-untyped-def]
         needs = Needs(*ctx.needs_input_grad[:8])
         lead = x.shape[:-1]
         x, low = fold(x), None if low is None else fold(low)
         want_t = needs.a or needs.b or needs.up
-        y, t = forward(x, low, weight, down, a, b, up, bias, scale, impl, want_t)
-        ctx.save_for_backward(*saved(needs, t, x, low, weight), down, a, b, up)
-        ctx.needs, ctx.scale, ctx.impl, ctx.lead = needs, scale, impl, lead
+        rest = seed, scale, dropout_p, impl
+        y, t = forward(x, low, weight, down, a, b, up, bias, *rest, want_t)
+        ctx.save_for_backward(*saved(needs, t, x, low, weight), down, a, b, up, seed)
+        ctx.needs, ctx.rest, ctx.lead = needs, rest[1:], lead
         return y.view(*lead, y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        operands = *ctx.saved_tensors, ctx.scale, ctx.impl, ctx.needs
+        operands = *ctx.saved_tensors, *ctx.rest, ctx.needs
         with torch.no_grad():
             grads = backward(fold(dy), *operands)
         for i in (0, 1):
@@ -303,7 +325,7 @@ class LowRankLinear(torch.autograd.Function):
                 grads[i] = grads[i].view(*ctx.lead, grads[i].shape[-1])
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_double_backward(grads)
-        return (*grads, None, None)
+        return (*grads, None, None, None, None)
 
 
 class _Undifferentiable(torch.autograd.Function):
@@ -343,16 +365,19 @@ def forward_op(
     b: OptTensor,
     up: Tensor,
     bias: OptTensor,
+    seed: OptTensor,
     scale: float,
+    dropout_p: float,
     impl: str,
     want_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, t = forward(x, low, weight, down, a, b, up, bias, scale, impl, want_t)
+    rest = seed, scale, dropout_p, impl, want_t
+    y, t = forward(x, low, weight, down, a, b, up, bias, *rest)
     return y, x.new_empty(0) if t is None else t
 
 
 @forward_op.register_fake
-def _(x, low, weight, down, a, b, up, bias, scale, impl, want_t):  # type: ignore[no-untyped-def]
+def _(x, low, weight, down, a, b, up, bias, seed, scale, dropout_p, impl, want_t):  # type: ignore[no-untyped-def]
     t = x.new_empty((x.shape[0], down.shape[0]) if want_t else 0)
     return x.new_empty((x.shape[0], weight.shape[0])), t
 
@@ -368,16 +393,19 @@ def backward_op(
     a: OptTensor,
     b: OptTensor,
     up: Tensor,
+    seed: OptTensor,
     scale: float,
+    dropout_p: float,
     impl: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    grads = backward(dy, t, x, low, weight, down, a, b, up, scale, impl, Needs(*needs))
+    rest = seed, scale, dropout_p, impl, Needs(*needs)
+    grads = backward(dy, t, x, low, weight, down, a, b, up, *rest)
     return [dy.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @backward_op.register_fake
-def _(dy, t, x, low, weight, down, a, b, up, scale, impl, needs):  # type: ignore[no-untyped-def]
+def _(dy, t, x, low, weight, down, a, b, up, seed, scale, dropout_p, impl, needs):  # type: ignore[no-untyped-def]
     m, n = dy.shape
     k = down.shape[1]
     dx, dweight, dbias = dy.new_empty((m, k)), dy.new_empty((n, k)), dy.new_empty(n)
@@ -389,20 +417,20 @@ def _(dy, t, x, low, weight, down, a, b, up, scale, impl, needs):  # type: ignor
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, low, weight, down, a, b, up, _, scale, impl, want_t = inputs
+    x, low, weight, down, a, b, up, _, seed, scale, dropout_p, impl, want_t = inputs
     needs = Needs(*ctx.needs_input_grad[:8])
     t = output[1] if want_t else None
-    ctx.save_for_backward(*saved(needs, t, x, low, weight), down, a, b, up)
-    ctx.needs, ctx.scale, ctx.impl = needs, scale, impl
+    ctx.save_for_backward(*saved(needs, t, x, low, weight), down, a, b, up, seed)
+    ctx.needs, ctx.rest = needs, (scale, dropout_p, impl)
     ctx.set_materialize_grads(False)
 
 
 def _op_backward(ctx, dy, dt):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 11
-    grads = backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.impl, list(ctx.needs))
+        return (None,) * 13
+    grads = backward_op(dy, *ctx.saved_tensors, *ctx.rest, list(ctx.needs))
     wanted = [grad if need else None for need, grad in zip(ctx.needs, grads, strict=True)]
-    return (*wanted, None, None, None)
+    return (*wanted, None, None, None, None, None)
 
 
 forward_op.register_autograd(_op_backward, setup_context=_setup_context)

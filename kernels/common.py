@@ -8,6 +8,7 @@ meaningless: its bf16 dot is garbage (triton issue 5424) and its fp32 → bf16 c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+Dropout = tuple[torch.Tensor, float] | None  # the seed, int64 (1,), and the probability
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -85,6 +87,23 @@ def dot_mixed(a, b):
 
 
 @triton.jit
+def kept(seed_ptr, first_m, first_k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether dropout keeps x[m, k], for a tile of x: a function of the seed, m and k alone.
+
+    One Philox call, 128 bits, decides eight columns: each is dropped if its 16 bits, as a number,
+    are below `threshold`. first_k and BLOCK_K are multiples of 8.
+    """
+    rows = (first_m + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    eighths = (first_k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
+    rows, eighths = tl.broadcast(rows, eighths)
+    zero = tl.zeros_like(rows)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), rows, eighths, zero, zero)
+    words = tl.join(tl.join(a, b), tl.join(c, d))
+    draws = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(draws, (BLOCK_M, BLOCK_K)) >= threshold
+
+
+@triton.jit
 def offset(index, stride):
     """index · stride as int64: tensors of 2³¹ elements and more are addressed in full."""
     return index.to(tl.int64) * stride
@@ -129,6 +148,19 @@ def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Any]:
         True: triton.jit(kernel, do_not_specialize=runtime),
         False: triton.jit(kernel, do_not_specialize=others, do_not_specialize_on_alignment=strides),
     }
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent launch has: one for each multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 3  # the interpreter: several tiles for a program
+
+
+def threshold(dropout_p: float) -> int:
+    """What `kept` compares 16 random bits with: dropout_p to 2⁻¹⁷."""
+    return round(dropout_p * 65536)
 
 
 def aligned(tensors: Iterable[torch.Tensor | None], sizes: Iterable[int]) -> bool:

@@ -4,6 +4,11 @@
 
 One fp32 accumulator, one rounding; y is written once and never read. The backward is the same
 kernel: dx = dy·W + v·down is gemm_tail(dy, Wᵀ, v, down, transposed).
+
+It exists twice: with a program per tile that reads and writes by pointers, for any strides; and
+persistent, for Hopper and later, where x, W and y go through tensor descriptors (bulk copies by the
+tensor memory accelerator) and rows and columns beyond the edge need no masks. u and up are read by
+pointers in both.
 """
 
 from __future__ import annotations
@@ -11,9 +16,76 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import accumulator, aligned, cast, dot, offset, runtime, step, tile_order, variants
+from .common import (
+    INTERPRETED,
+    Dropout,
+    accumulator,
+    aligned,
+    cast,
+    dot,
+    kept,
+    multiprocessors,
+    offset,
+    runtime,
+    step,
+    threshold,
+    tile_order,
+    variants,
+)
 from .tiles import Choice, Spec, TileConfig, padded
+
+
+@triton.jit
+def add_tail(
+    acc,
+    u_ptr,
+    up_ptr,
+    bias_ptr,
+    seed_ptr,
+    threshold,
+    first_m,
+    first_n,
+    M,
+    N,
+    Q: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """acc + u·upᵀ + bias, one tile; with DROPOUT only where `kept` is u·upᵀ added.
+
+    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
+    """
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m[:, None] < M, offs_n[None, :] < N
+    tail = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype) if DROPOUT else acc
+    end = PAD_Q if PAD_Q == BLOCK_Q else runtime(PAD_Q)
+    for q in tl.range(0, end, BLOCK_Q, num_stages=1):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        if TRANSPOSED:
+            up_ptrs = up_ptr + offset(offs_q[:, None], N) + offs_n[None, :]
+        else:
+            up_ptrs = up_ptr + offset(offs_n[None, :], Q) + offs_q[:, None]
+        u = tl.load(u_ptr + offset(offs_m[:, None], PAD_Q) + offs_q[None, :], mask_m, other=0.0)
+        up = tl.load(up_ptrs, mask_n & (offs_q[:, None] < Q), other=0.0)
+        tail = dot(u, cast(up, dtype), tail)
+    if DROPOUT:
+        keep = kept(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
+        acc += tl.where(keep, tail, 0.0)
+    else:
+        acc = tail
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, offs_n < N, other=0.0)
+        acc += bias[None, :].to(acc.dtype)
+    return acc
 
 
 def gemm_tail_kernel(
@@ -22,7 +94,9 @@ def gemm_tail_kernel(
     u_ptr,
     up_ptr,
     bias_ptr,
+    seed_ptr,
     y_ptr,
+    threshold,
     M,
     N,
     K,
@@ -34,6 +108,7 @@ def gemm_tail_kernel(
     PAD_Q: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # up lies as (Q, N)
     HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,  # of what is added to x·Wᵀ, by `kept`
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,35 +139,95 @@ def gemm_tail_kernel(
         x_ptrs += step(BLOCK_K, stride_xk)
         w_ptrs += step(BLOCK_K, stride_wk)
 
-    # The rank tail. u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
-    end = PAD_Q if PAD_Q == BLOCK_Q else runtime(PAD_Q)
-    for q in tl.range(0, end, BLOCK_Q, num_stages=1):
-        offs_q = q + tl.arange(0, BLOCK_Q)
-        if TRANSPOSED:
-            up_ptrs = up_ptr + offset(offs_q[:, None], N) + offs_n[None, :]
-        else:
-            up_ptrs = up_ptr + offset(offs_n[None, :], Q) + offs_q[:, None]
-        u = tl.load(u_ptr + offset(offs_m[:, None], PAD_Q) + offs_q[None, :], mask_m, other=0.0)
-        up = tl.load(up_ptrs, mask_n & (offs_q[:, None] < Q), other=0.0)
-        acc = dot(u, cast(up, dtype), acc)
-
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, offs_n < N, other=0.0)
-        acc += bias[None, :].to(acc.dtype)
+    acc = add_tail(
+        acc, u_ptr, up_ptr, bias_ptr, seed_ptr, threshold, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
+        Q, PAD_Q, TRANSPOSED, HAS_BIAS, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q,
+    )  # fmt: skip
     y_ptrs = y_ptr + offset(offs_m[:, None], N) + offs_n[None, :]
     tl.store(y_ptrs, cast(acc, dtype), mask_m & mask_n)
 
 
-KERNELS = variants(gemm_tail_kernel, runtime=["M"])
+KERNELS = variants(gemm_tail_kernel, runtime=["M", "threshold", "seed_ptr"])
 
 
-def constants(q: int, k: int, transposed: bool, bias: bool, config: TileConfig) -> dict[str, int]:
+@triton.jit
+def split_columns(x):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "seed_ptr"])
+def gemm_tail_persistent_kernel(
+    x_desc,
+    w_desc,
+    u_ptr,
+    up_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_desc,
+    threshold,
+    M,
+    N,
+    K,
+    Q: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # up lies as (Q, N)
+    W_ROWS_ARE_K: tl.constexpr,  # W lies as (K, N): its rows are what is summed over
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched while the shrink that makes u may still run
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
+        first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dtype))
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([first_m, k])
+            w = w_desc.load([k, first_n]) if W_ROWS_ARE_K else w_desc.load([first_n, k]).T
+            acc = dot(x, w, acc)
+
+        if OVERLAP and not INTERPRETED:
+            gdc_wait()
+        # y is stored in parts: the tile as a whole would take the shared memory of a stage. With
+        # dropout the tail has sums of its own, and those of a quarter are all that fits.
+        if not DROPOUT:
+            acc = add_tail(
+                acc, u_ptr, up_ptr, bias_ptr, seed_ptr, threshold, first_m, first_n, M, N,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+            )  # fmt: skip
+        halves = split_columns(acc)
+        for i in tl.static_range(2):
+            column = first_n + i * (BLOCK_N // 2)
+            if DROPOUT:
+                quarters = split_columns(halves[i])
+                for j in tl.static_range(2):
+                    part = add_tail(
+                        quarters[j], u_ptr, up_ptr, bias_ptr, seed_ptr, threshold,
+                        first_m, column + j * (BLOCK_N // 4), M, N,
+                        Q, PAD_Q, TRANSPOSED, HAS_BIAS, True, BLOCK_M, BLOCK_N // 4, BLOCK_Q,
+                    )  # fmt: skip
+                    y_desc.store([first_m, column + j * (BLOCK_N // 4)], cast(part, dtype))
+            else:
+                y_desc.store([first_m, column], cast(halves[i], dtype))
+
+
+def constants(
+    q: int, k: int, transposed: bool, bias: bool, dropout: bool, config: TileConfig
+) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     return {
         "Q": q,
         "PAD_Q": padded(q),
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
+        "DROPOUT": dropout,
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -110,13 +245,15 @@ def gemm_tail(
     up: torch.Tensor,
     bias: torch.Tensor | None,
     transposed: bool,
+    dropout: Dropout,
     choose: Choice,
 ) -> torch.Tensor:
     """y = x·weightᵀ + bias + u·upᵀ, of shape (M, N), contiguous, in x's dtype.
 
     x (M, K) and weight (N, K) of one dtype and any strides; u (M, padded(Q)), zero beyond Q; up
     (N, Q), or (Q, N) if `transposed`, of any float dtype; bias (N,) or None; M, N, K at least 1.
-    All but x and weight contiguous.
+    All but x and weight contiguous. With `dropout` (seed, p), u·upᵀ is added only where a `shrink`
+    with the same, of an x of y's shape, keeps x.
     """
     m, k = x.shape
     n = weight.shape[0]
@@ -124,25 +261,56 @@ def gemm_tail(
     is_aligned = (
         x.stride(1) == 1
         and 1 in weight.stride()
+        and x.stride(0) > 0 < min(weight.stride())
         and aligned((x, weight, u, up, bias), (n, k, x.stride(0), max(weight.stride())))
     )
-    spec = Spec("gemm_tail", x.element_size(), up.element_size(), is_aligned, 16, padded(q))
+    sizes = x.element_size(), up.element_size()
+    spec = Spec("gemm_tail", *sizes, is_aligned, 16, padded(q), dropout is not None)
     config = choose(spec, m)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    KERNELS[is_aligned][grid](
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    values = constants(q, k, transposed, bias is not None, dropout is not None, config)
+    seed, drop_p = (u, 0.0) if dropout is None else dropout
+    if config.persistent:
+        del values["EVEN_K"]
+        w_rows_are_k = weight.stride(1) != 1
+        rows = weight.t() if w_rows_are_k else weight
+        block_w = [config.block_n, config.block_k]
+        block_y = [config.block_m, config.block_n // (2 if dropout is None else 4)]
+        gemm_tail_persistent_kernel[(min(tiles, multiprocessors(x.device)),)](
+            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(rows, block_w[::-1] if w_rows_are_k else block_w),
+            u,
+            up,
+            bias,
+            seed,
+            TensorDescriptor.from_tensor(y, block_y),
+            threshold(drop_p),
+            m,
+            n,
+            k,
+            W_ROWS_ARE_K=w_rows_are_k,
+            OVERLAP=config.overlap,
+            **values,
+            **config.options(),
+            **({"launch_pdl": True} if config.overlap else {}),
+        )
+        return y
+    KERNELS[is_aligned][(tiles,)](
         x,
         weight,
         u,
         up,
         bias,
+        seed,
         y,
+        threshold(drop_p),
         m,
         n,
         k,
         *x.stride(),
         *weight.stride(),
-        **constants(q, k, transposed, bias is not None, config),
+        **values,
         **config.options(),
     )
     return y

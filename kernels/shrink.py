@@ -14,8 +14,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .common import accumulator, aligned, cast, dot, dot_mixed, offset, promote, step, variants
+from .common import (
+    INTERPRETED,
+    Dropout,
+    accumulator,
+    aligned,
+    cast,
+    dot,
+    dot_mixed,
+    kept,
+    offset,
+    promote,
+    step,
+    threshold,
+    variants,
+)
 from .tiles import Choice, Spec, TileConfig, padded
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
@@ -31,7 +46,10 @@ def shrink_kernel(
     t_ptr,
     u_ptr,
     counters_ptr,
+    seed_ptr,
     scale,
+    low_scale,
+    threshold,
     M,
     K,
     stride_xm,
@@ -45,8 +63,10 @@ def shrink_kernel(
     TRANSPOSED: tl.constexpr,  # down lies as (K, P), core (Q, P), left (r, P), right (Q, r)
     STORE_T: tl.constexpr,
     STORE_U: tl.constexpr,
+    DROPOUT: tl.constexpr,  # of x, by `kept`; low_scale is then 1 / (1 - p)
     N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,  # of t · core: t as a whole does not fit beside it if P is large
     BLOCK_Q: tl.constexpr,
@@ -55,6 +75,8 @@ def shrink_kernel(
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    if OVERLAP and not INTERPRETED:
+        gdc_launch_dependents()
     if N_COUNTERS > 0 and pid == 0:
         tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
 
@@ -77,12 +99,16 @@ def shrink_kernel(
         else:
             x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
             down = tl.load(down_ptrs, mask_p & (offs_k[:, None] < K - k), other=0.0)
+        if DROPOUT:
+            x = tl.where(kept(seed_ptr, pid * BLOCK_M, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, cast(down, dtype), acc)
         x_ptrs += step(BLOCK_K, stride_xk)
         down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
 
     # x may hold Inf, and Inf · 0 is NaN: the padding is set to zero after the dot.
     acc = tl.where(mask_p, acc, 0.0)
+    if DROPOUT:
+        acc *= low_scale
     t = cast(acc, dtype)
     t_ptrs = t_ptr + offset(offs_m[:, None], P)
     if STORE_T:
@@ -137,7 +163,7 @@ def shrink_kernel(
                 tl.store(u_ptrs + offs_q[None, :], cast(u, dtype), mask_m)
 
 
-KERNELS = variants(shrink_kernel, runtime=["M"])
+KERNELS = variants(shrink_kernel, runtime=["M", "threshold", "seed_ptr"])
 
 
 def constants(
@@ -148,6 +174,7 @@ def constants(
     transposed: bool,
     want_t: bool,
     want_u: bool,
+    dropout: bool,
     counters: int,
     config: TileConfig,
 ) -> dict[str, int]:
@@ -162,8 +189,10 @@ def constants(
         "TRANSPOSED": transposed,
         "STORE_T": want_t,
         "STORE_U": want_u,
+        "DROPOUT": dropout,
         "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
+        "OVERLAP": config.overlap,
         "BLOCK_M": config.block_m,
         "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
         "BLOCK_Q": min(padded(q), config.block_n),
@@ -181,6 +210,7 @@ def shrink(
     want_t: bool,
     want_u: bool,
     counters: torch.Tensor | None,
+    dropout: Dropout,
     choose: Choice,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(t, u): t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype.
@@ -188,7 +218,8 @@ def shrink(
     u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
     K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
     float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
-    (r, P). `counters`, int32, is set to zero for the core_grad that follows.
+    (r, P). `counters`, int32, is set to zero for the core_grad that follows. With `dropout`
+    (seed, p), x is dropout(x).
     """
     m, k = x.shape
     p = down.shape[1 if transposed else 0]
@@ -203,7 +234,9 @@ def shrink(
         q, r = core.shape[0 if transposed else 1], 0
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
     is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
-    spec = Spec("shrink", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    sizes = x.element_size(), factor_itemsize
+    spec = Spec("shrink", *sizes, is_aligned, padded(p), padded(q), dropout is not None)
+    seed, drop_p = (x, 0.0) if dropout is None else dropout
     config = choose(spec, m)
     store_t = want_t or (want_u and core is not None and padded(p) > WHOLE)
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
@@ -217,11 +250,16 @@ def shrink(
         x if t is None else t,
         x if u is None else u,
         x if counters is None else counters,
+        seed,
         float(scale),
+        1.0 / (1.0 - drop_p),
+        threshold(drop_p),
         m,
         k,
         *x.stride(),
-        **constants(p, q, r, k, transposed, store_t, want_u, n_counters, config),
+        **constants(
+            p, q, r, k, transposed, store_t, want_u, dropout is not None, n_counters, config
+        ),
         **config.options(),
     )
     return t if want_t else None, u

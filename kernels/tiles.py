@@ -37,6 +37,11 @@ TARGETS = {
     )
 }
 
+AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
+TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
+CUDA = AMPERE + TENSOR
+CDNA = ("gfx942",)
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -53,6 +58,8 @@ class TileConfig:
     num_stages: int
     group_m: int = 8
     max_registers: int | None = None  # of a thread; CUDA only
+    persistent: bool = False  # gemm_tail by tensor descriptors, one program per multiprocessor
+    overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
 
     def options(self) -> dict[str, int]:
         """The compiler's options of a launch."""
@@ -70,6 +77,7 @@ class Spec:
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
     pad_p: int  # padded(P)
     pad_q: int
+    dropout: bool = False  # by the kernel itself
 
     @property
     def wide(self) -> bool:
@@ -95,7 +103,8 @@ def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
     else:
         stage = (min(n, spec.pad_p) + min(n, spec.pad_q)) * m * spec.itemsize
     buffers = config.num_stages if target.backend == "cuda" else max(1, config.num_stages - 1)
-    return buffers * stage
+    stored = m * (n // 2) * spec.itemsize if config.persistent else 0
+    return buffers * stage + stored
 
 
 def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
@@ -113,10 +122,18 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and spec.pad_p <= MAX_RANK
         and spec.pad_q <= MAX_RANK
         and (spec.kernel != "core_grad" or tiles < N_COUNTERS)
+        and (not config.persistent or has_descriptors(target, spec))
+        and (not config.overlap or target.name in TENSOR)
         and held <= 128 * threads
         and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
         and shared_bytes(config, target, spec) <= target.shared
     )
+
+
+def has_descriptors(target: Target, spec: Spec) -> bool:
+    """Whether a launch can go through tensor descriptors, and pays for it."""
+    there = target.name in TENSOR and spec.kernel == "gemm_tail"
+    return there and spec.itemsize == 2 and spec.aligned
 
 
 @dataclass(frozen=True)
@@ -131,10 +148,11 @@ class Default:
     wide: bool | None = None
     rank: int = MAX_RANK  # padded(P) at most
     small: bool | None = None  # at most SMALL_M rows
+    dropout: bool | None = None
 
     def covers(self, target: str, spec: Spec, small: bool) -> bool:
-        asked = (self.itemsize, self.aligned, self.wide, self.small)
-        given = (spec.itemsize, spec.aligned, spec.wide, small)
+        asked = (self.itemsize, self.aligned, self.wide, self.small, self.dropout)
+        given = (spec.itemsize, spec.aligned, spec.wide, small, spec.dropout)
         return (
             self.kernel == spec.kernel
             and (self.targets is None or target in self.targets)
@@ -143,18 +161,19 @@ class Default:
         )
 
 
-AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
-TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
-CUDA = AMPERE + TENSOR
-CDNA = ("gfx942",)
+PERSISTENT = TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)
+SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to the tail
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
-    Default("gemm_tail", TileConfig(128, 256, 64, 8, 3), TENSOR, 2, True),
+    Default("gemm_tail", SPLIT, TENSOR, 2, True, dropout=True),
+    Default("gemm_tail", SPLIT, ("sm_100",), 2, True, True),
+    Default("gemm_tail", PERSISTENT, TENSOR, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
+    Default("gemm_tail", TileConfig(128, 128, 64, 8, 2), CDNA, 2, True, True),
     Default("gemm_tail", TileConfig(128, 256, 64, 8, 2), CDNA, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 32, 4, 2), None, 2, False, small=True),
     Default("gemm_tail", TileConfig(64, 128, 32, 8, 2), None, 2, False),
@@ -179,6 +198,18 @@ DEFAULTS = (
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
 )  # fmt: skip
+
+# Tile sets to be measured beside the defaults on sm_90 and sm_100, by kernel, for 16-bit operands
+# that are aligned. With "overlap" both kernels fit on one multiprocessor, for P up to 64.
+VARIANTS: dict[str, dict[str, TileConfig]] = {
+    "pointers": {"gemm_tail": replace(PERSISTENT, persistent=False)},
+    "deep": {"gemm_tail": replace(PERSISTENT, num_stages=4)},
+    "narrow": {"gemm_tail": replace(PERSISTENT, block_n=128, num_warps=4, num_stages=4)},
+    "overlap": {
+        "gemm_tail": replace(PERSISTENT, overlap=True),
+        "shrink": TileConfig(64, 16, 64, 4, 3, max_registers=128, overlap=True),
+    },
+}
 
 
 @functools.cache

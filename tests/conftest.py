@@ -2,6 +2,9 @@
 compiled kernels on a GPU. Every empty tensor is poisoned, so that what is not written shows."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DEVICE = os.environ.get("FUSED_LOWRANK_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -33,3 +36,41 @@ def _seed():
 def device() -> torch.device:
     """The device under test."""
     return torch.device(DEVICE)
+
+
+@contextmanager
+def _counted_launches() -> Iterator[Counter]:
+    """How often each kernel is launched."""
+    import triton
+
+    counts: Counter = Counter()
+    if triton.knobs.runtime.interpret:
+        from triton.runtime import interpreter
+
+        original = interpreter.GridExecutor.__call__
+
+        def call(self, *args, **kwargs):
+            counts[self.fn.__name__] += 1
+            return original(self, *args, **kwargs)
+
+        interpreter.GridExecutor.__call__ = call
+        try:
+            yield counts
+        finally:
+            interpreter.GridExecutor.__call__ = original
+    else:
+
+        def hook(metadata):
+            counts[metadata.get()["name"]] += 1
+
+        triton.knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            yield counts
+        finally:
+            triton.knobs.runtime.launch_enter_hook.remove(hook)
+
+
+@pytest.fixture
+def counted_launches():
+    """A context manager: how often each kernel is launched in it, by the kernels' names."""
+    return _counted_launches

@@ -34,11 +34,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fused_lowrank.kernels.tiles import TARGETS, Spec, Target, TileConfig, is_valid, select
+from fused_lowrank.kernels.tiles import (
+    TARGETS,
+    TENSOR,
+    VARIANTS,
+    Spec,
+    Target,
+    TileConfig,
+    is_valid,
+    select,
+)
 
 TABLE = Path(__file__).with_name("gate.csv")
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SASS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDGSTS", "STL", "LDL")
+SASS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDGSTS", "UTMALDG", "UTMASTG", "STL", "LDL")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Figures:
     mma: str  # its tensor core instruction, as PTX or amdgcn call it
     n_mma: int
     n_async: int  # cp.async: copies from global to shared memory
+    n_bulk_load: int  # of tensors, by descriptor
+    n_bulk_store: int
     n_tf32: int
     sass: str = ""  # what became of it in machine code, where that is read
 
@@ -102,6 +113,8 @@ def read_amdgcn(text: str, shared: int) -> Figures:
         mma="v_mfma" if mma else "",
         n_mma=len(mma),
         n_async=0,
+        n_bulk_load=0,
+        n_bulk_store=0,
         n_tf32=sum("xf32" in name for name in mma),
     )
 
@@ -121,6 +134,8 @@ def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
         mma="+".join(sorted({name for name, _ in mma})),
         n_mma=len(mma),
         n_async=len(re.findall(r"\bcp\.async\.c[ag]\.", ptx)),
+        n_bulk_load=len(re.findall(r"\bcp\.async\.bulk\.tensor\.2d\.shared", ptx)),
+        n_bulk_store=len(re.findall(r"\bcp\.async\.bulk\.tensor\.2d\.global", ptx)),
         n_tf32=sum("tf32" in kind for _, kind in mma) + opcodes["TF32"],
         sass=" ".join(f"{name}:{opcodes[name]}" for name in SASS if opcodes[name]),
     )
@@ -170,17 +185,23 @@ def problems(
         if kernel != "core_grad" and figures.sass and f"{opcode}:" not in figures.sass:
             found.append(f"no {opcode} in SASS: {figures.sass}")
         copies = kernel == "gemm_tail" and aligned and target.backend == "cuda"
-        if copies and not figures.n_async:
+        if copies and not (tile.persistent or figures.n_async):
             found.append("no asynchronous copies (cp.async)")
+        if tile.persistent and not (figures.n_bulk_load >= 2 and figures.n_bulk_store >= 2):
+            found.append(
+                f"{figures.n_bulk_load} bulk loads and {figures.n_bulk_store} bulk stores: "
+                "x, W and both halves of y should have one each"
+            )
     return found
 
 
 def tile_of(case: Case, target: Target) -> tuple[TileConfig, Spec]:
-    """The tile that `select` gives the case's launch, and for what."""
+    """The tile of the case's launch, its variant's or the one that `select` gives, and for what."""
     chosen: list[tuple[TileConfig, Spec]] = []
 
     def choose(spec: Spec, m: int) -> TileConfig:
-        chosen.append((select(target, spec, m), spec))
+        pinned = VARIANTS[case.variant][case.kernel] if case.variant else None
+        chosen.append((pinned or select(target, spec, m), spec))
         return chosen[0][0]
 
     captured(lambda: launch(case, choose))
@@ -218,6 +239,8 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
     for name in targets:
         target = TARGETS[name]
         for case in chosen:
+            if case.variant and name not in TENSOR:
+                continue
             tile, _ = tile_of(case, target)
             ast, options = source(tiled(case, tile), target)
             key = (name, ast.hash(), str(sorted(options.items())))
@@ -231,7 +254,8 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
 def row(case: Case, target: str, figures: Figures) -> list[str]:
     tile, _ = tile_of(case, TARGETS[target])
     sides = "x".join(map(str, (tile.block_m, tile.block_n, tile.block_k)))
-    shape = f"{sides} w{tile.num_warps} s{tile.num_stages}"
+    kind = (" persistent" if tile.persistent else "") + (" overlap" if tile.overlap else "")
+    shape = f"{sides} w{tile.num_warps} s{tile.num_stages}{kind}"
     values = (target, *astuple(case), shape, *astuple(figures))
     return [str(int(value) if isinstance(value, bool) else value) for value in values]
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import N_COUNTERS, SMALL_M, Spec, TileConfig, padded
+from fused_lowrank.kernels.tiles import N_COUNTERS, SMALL_M, VARIANTS, Spec, TileConfig, padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,9 +35,10 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
-    flags: str  # what is stored: t, u and c(ounters); b(ias) is there; gradients a, b
+    flags: str  # what is stored: t, u and c(ounters); b(ias) or d(ropout); gradients a, b
     even_k: bool
     small: bool  # the tile for few rows
+    variant: str = ""  # the tile set of that name instead of the default
 
 
 def empty(*shape: int, dtype: str) -> torch.Tensor:
@@ -60,12 +61,15 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
     counters = torch.empty(N_COUNTERS, dtype=torch.int32, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    dropout = (seed, 0.1) if "d" in case.flags else None
     if case.kernel == "gemm_tail":
         x = rows(m, k, case.x, case)
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
-        gemm_tail(x, weight, empty(m, padded(q), dtype=case.x), up, bias, transposed, choose)
+        u = empty(m, padded(q), dtype=case.x)
+        gemm_tail(x, weight, u, up, bias, transposed, dropout, choose)
         return
     pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
     if case.kernel == "core_grad":
@@ -85,6 +89,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         "t" in case.flags,
         "u" in case.flags,
         counters if "c" in case.flags else None,
+        dropout,
         choose,
     )
 
@@ -138,6 +143,13 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], STRIDED, [(64, 256, 64, True)], (False, True))
     # Factors narrower than x are widened as they are loaded.
     yield from some("fp32", [SAME], ALIGNED + UNALIGNED, [ODD[0], ODD[3]])
+    # Dropout of x is in the forward alone.
+    for layouts, ranks in ((ALIGNED[:1], FULL[:5] + PARTIAL), (UNALIGNED[:1] + STRIDED, ODD)):
+        yield from some("bf16", [CORE], layouts, ranks, flags="tud")
+    yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], (True,), flags="tud")
+    yield from some("fp16", [CORE_16], ALIGNED[:1], [FULL[1], FULL[4]], flags="tud")
+    yield from some("fp32", [ALL], ALIGNED[:1], [FULL[1], FULL[4]], flags="tud")
+    yield from some("fp32", [ALL], STRIDED, [ODD[0], ODD[3]], flags="tud")
     for flags in ("tu", "u", "tc", "uc"):  # forward, inference, backward for the core, and for x
         yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
 
@@ -168,6 +180,13 @@ def gemm_cases() -> Iterator[Case]:
     yield from some("fp32", "bf16", ALIGNED + UNALIGNED, [(200, False)], (False,))
     yield from some("fp32", "fp32", STRIDED, [(200, False)], (False,))
     yield from some("bf16", "bf16", ALIGNED, [(16, True)], (False,), flags="")
+    # Dropout masks the tail of the backward alone.
+    aligned, unaligned = ALIGNED[1:], UNALIGNED[1:]
+    yield from some("bf16", "bf16", aligned, [(16, True), (64, True), (256, True)], flags="d")
+    yield from some("bf16", "bf16", aligned + unaligned, [(200, False)], flags="d")
+    yield from some("fp16", "fp16", aligned + unaligned, [(79, False)], flags="d")
+    yield from some("bf16", "fp32", aligned, [(200, False)], flags="d")
+    yield from some("fp32", "fp32", aligned + unaligned, [(64, True), (189, False)], flags="d")
 
 
 def core_grad_cases() -> Iterator[Case]:
@@ -189,9 +208,26 @@ def core_grad_cases() -> Iterator[Case]:
     yield from some("bf16", "fp32", [full[1]], ("a", "b"))
 
 
+def variant_cases() -> Iterator[Case]:
+    for variant, tiles in VARIANTS.items():
+        for (layout, aligned), rank, dtype in itertools.product(
+            ALIGNED, (16, 48, 64), ("bf16", "fp16")
+        ):
+            if rank == 64 or dtype == "bf16":
+                common = (layout, aligned)
+                gemm = Case("gemm_tail", dtype, dtype, "", *common, 0, rank, 0, "b", True, False)
+                shrink = Case(
+                    "shrink", dtype, dtype, "fp32", *common, rank, rank, 0, "tuc", True, False
+                )
+                for case in (gemm, shrink):
+                    if case.kernel in tiles:
+                        yield replace(case, variant=variant)
+
+
 def cases() -> list[Case]:
     """What is compiled for each target."""
-    return sorted(set(itertools.chain(shrink_cases(), gemm_cases(), core_grad_cases())))
+    made = (shrink_cases(), gemm_cases(), core_grad_cases(), variant_cases())
+    return sorted(set(itertools.chain(*made)))
 
 
 def sampled(count: int, seed: int) -> list[Case]:
@@ -208,14 +244,15 @@ def sampled(count: int, seed: int) -> list[Case]:
         layout, aligned = rng.choice((*ALIGNED, *UNALIGNED, *STRIDED))
         even, small = rng.random() < 0.5, rng.random() < 0.3
         if kernel == "gemm_tail":
-            bias = rng.choice(("", "b"))
+            bias = rng.choice(("", "b", "d"))
+            layout = "transposed" if bias == "d" and aligned else layout
             return Case(kernel, x, down, "", layout, aligned, 0, q, 0, bias, even, small)
         if kernel == "core_grad":
             wanted = rng.choice(("a", "b", "ab"))
             is_aligned = p % 16 == q % 16 == 0
             r = max(0, r)
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
-        flags = rng.choice(("tu", "u", "tuc", "tc", "uc"))
+        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 

@@ -39,6 +39,7 @@ def check_a_sample_passes() -> None:
     for case, target in (
         (GEMM, "sm_90"),
         (UNALIGNED, "sm_90"),
+        (replace(GEMM, x="fp32"), "sm_100"),
         (SHRINK, "sm_80"),
         (SHRINK, "sm_100"),
         (SHRINK, "gfx942"),
@@ -71,6 +72,8 @@ def check_missing_instructions_are_found() -> None:
     assert "no HGMMA in SASS" in wrong
     assert "no wgmma" in "; ".join(gate.problems(figures, SM_90, "shrink", tile, 2, True))
     assert "no tensor core" in "; ".join(gate.problems(figures, SM_90, "core_grad", tile, 2, True))
+    persistent = replace(tile, persistent=True)
+    assert "bulk" in "; ".join(gate.problems(figures, SM_90, "gemm_tail", persistent, 2, True))
     one_stage = TileConfig(64, 64, 32, 4, 1)
     assert "no asynchronous copies" in found(GEMM, SM_80, one_stage)
 
@@ -94,13 +97,13 @@ def check_tf32_is_found() -> None:
 
 
 def check_an_empty_kernel_is_found() -> None:
-    figures = gate.Figures(4, 0, 0, "", 0, 0, 0)
+    figures = gate.Figures(4, 0, 0, "", 0, 0, 0, 0, 0)
     wrong = gate.problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
     assert "empty" in "; ".join(wrong)
 
 
 def check_what_differs_from_the_table_is_found() -> None:
-    figures = gate.Figures(100, 1024, 0, "", 0, 0, 0)
+    figures = gate.Figures(100, 1024, 0, "", 0, 0, 0, 0, 0)
     old = gate.table([gate.row(SHRINK, "sm_90", figures)])
     new = gate.table([gate.row(SHRINK, "sm_90", replace(figures, registers=101))])
     assert len(gate.stale(new, old, ["sm_90"])) == 2
@@ -126,7 +129,7 @@ def check_variants() -> None:
                 assert list(ast.signature) == kernel.arg_names
                 attrs = {kernel.arg_names[i]: said for (i,), said in ast.attrs.items() if said}
                 free = {name for name, kind in ast.signature.items() if kind != "constexpr"}
-                never = {"M", "rows", "scale"}
+                never = {"M", "rows", "threshold", "seed_ptr", "scale", "low_scale"}
                 assert set(attrs) == (free - never if case.aligned else set()), (case, attrs)
                 assert all(["tt.divisibility", 16] in said for said in attrs.values())
                 for (i,), value in ast.constants.items():
@@ -138,7 +141,7 @@ def check_sizes_of_one_are_not_specialised() -> None:
     tile = TileConfig(64, 64, 32, 4, 2)
 
     def call() -> None:
-        gemm_tail.gemm_tail(x, x[:1], u, x[:1], None, False, lambda *_: tile)
+        gemm_tail.gemm_tail(x, x[:1], u, x[:1], None, False, None, lambda *_: tile)
 
     ast, _ = gate.source(call, SM_90)
     assert all(ast.signature[name] == "i32" for name in ("M", "N", "K"))

@@ -22,7 +22,7 @@ FAULTS = {
     ),
     "scale dropped in the backward": (
         "fused_lowrank/ops.py",
-        "do.shrink(dy, up, core, scale, True,",
+        "do.shrink(dy, up, core, back, True,",
         "do.shrink(dy, up, core, 1.0, True,",
         f"{NUMERICS}[aten]",
     ),
@@ -49,6 +49,18 @@ FAULTS = {
         ', input_precision="ieee"',
         "",
         "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+    ),
+    "TF32 where a factor is loaded in 16 bits": (
+        "kernels/common.py",
+        "y = tl.sum(y[:, :, None], 2)",
+        "pass",
+        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+    ),
+    "the tail of the backward not masked": (
+        "kernels/gemm_tail.py",
+        "acc += tl.where(keep, tail, 0.0)",
+        "acc += tail",
+        "tests/test_dropout.py::test_a_call_is_the_equation_under_the_mask",
     ),
     "padding of t left as the dot gave it": (
         "kernels/shrink.py",

@@ -16,6 +16,7 @@ from fused_lowrank import (
     LoraMiniLinear,
     LoraXSLinear,
     lowrank_linear,
+    planner,
 )
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_tiles, pooled_ratio
@@ -137,6 +138,44 @@ def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch
         torch.randn(70, 80, device=device),
     )
     assert pooled_ratio(errors) < 0.95
+
+
+@pytest.mark.parametrize("rank", [16, 100])
+@pytest.mark.parametrize("rows", [1, 80, 333])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_persistent_gemm_tail(
+    overlap: bool,
+    dtype: torch.dtype,
+    rows: int,
+    rank: int,
+    device: torch.device,
+    counted_launches,
+) -> None:
+    """By tensor descriptors, several tiles to a program, W read along either of its sides."""
+    target = planner.target(device)
+    if target.name not in ("sm_90", "sm_100"):
+        pytest.skip(f"{target.name} has no tensor descriptors")
+    sizes = {"x": (rows, 112), "weight": (176, 112), "down": (rank, 112), "up": (176, rank)}
+    made = {name: torch.randn(s, device=device).to(dtype) for name, s in sizes.items()}
+    for name in ("down", "up"):
+        made[name] *= rank**-0.5
+    made["core"] = torch.randn(rank, rank, device=device).requires_grad_()
+    made["bias"] = torch.randn(176, device=device).to(dtype)
+    made["x"].requires_grad_()
+    tiles = {
+        "gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True, overlap=overlap),
+        "shrink": TileConfig(16, 16, 64, 4, 2, overlap=overlap),
+    }
+    with pinned_tiles(**tiles), counted_launches() as counts:
+        errors = measure(
+            lambda **operands: lowrank_linear(**operands, impl="triton"),
+            reference,
+            made,
+            torch.randn(rows, 176, device=device),
+        )
+    assert counts["gemm_tail_persistent_kernel"] == 2  # forward and backward
+    assert all(m.within for m in errors), [m for m in errors if not m.within]
 
 
 METHODS = {

@@ -1,6 +1,5 @@
 """What a call saves, launches, refuses and promises, beside being right (test_numerics)."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,36 +45,6 @@ def operands(
             if tensor is not None:
                 tensor.requires_grad_()
     return made
-
-
-@contextmanager
-def counted_launches() -> Iterator[Counter]:
-    """How often each kernel is launched."""
-    counts: Counter = Counter()
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        original = interpreter.GridExecutor.__call__
-
-        def call(self, *args, **kwargs):
-            counts[self.fn.__name__] += 1
-            return original(self, *args, **kwargs)
-
-        interpreter.GridExecutor.__call__ = call
-        try:
-            yield counts
-        finally:
-            interpreter.GridExecutor.__call__ = original
-    else:
-
-        def hook(metadata):
-            counts[metadata.get()["name"]] += 1
-
-        triton.knobs.runtime.launch_enter_hook.add(hook)
-        try:
-            yield counts
-        finally:
-            triton.knobs.runtime.launch_enter_hook.remove(hook)
 
 
 class DeviceOps(TorchDispatchMode):
@@ -192,7 +161,7 @@ def test_saves_only_what_the_gradients_need(
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_launches(core: str, device: torch.device) -> None:
+def test_launches(core: str, device: torch.device, counted_launches) -> None:
     """Two forward; three backward, or fewer where a gradient is not needed."""
     for train, backward in (
         (("x", "core"), {"shrink_kernel": 1, "gemm_tail_kernel": 1, "core_grad_kernel": 1}),
@@ -261,15 +230,15 @@ def test_opcheck(train: tuple[str, ...], impl: str, core: str, device: torch.dev
     a, b = made["core"] if core == "pair" else (made["core"], None)
     want_t = any(t is not None and t.requires_grad for t in (a, b, made["up"]))
     args = (made["x"], None, made["weight"], made["down"], a, b, made["up"], made["bias"])
-    torch.library.opcheck(ops.forward_op, (*args, 0.5, impl, want_t))
+    torch.library.opcheck(ops.forward_op, (*args, None, 0.5, 0.0, impl, want_t))
 
     with torch.no_grad():
-        y, t = ops.forward_op(*args, 0.5, impl, True)
+        y, t = ops.forward_op(*args, None, 0.5, 0.0, impl, True)
     needs = [True, False, True, True, a is not None, b is not None, True, True]
     rest = (made["weight"], made["down"], a, b, made["up"])
     rest = tuple(None if part is None else part.detach() for part in rest)
     torch.library.opcheck(
-        ops.backward_op, (y, t, made["x"].detach(), None, *rest, 0.5, impl, needs)
+        ops.backward_op, (y, t, made["x"].detach(), None, *rest, None, 0.5, 0.0, impl, needs)
     )
 
 

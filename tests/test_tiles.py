@@ -29,8 +29,8 @@ ITEMSIZES = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 8))
 
 
 def specs():
-    sides = itertools.product(KERNELS, ITEMSIZES, (True, False), PADDED, PADDED)
-    return [Spec(kernel, *sizes, even, p, q) for kernel, sizes, even, p, q in sides]
+    sides = itertools.product(KERNELS, ITEMSIZES, (True, False), PADDED, PADDED, (False, True))
+    return [Spec(kernel, *sizes, even, p, q, drop) for kernel, sizes, even, p, q, drop in sides]
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -1,0 +1,155 @@
+"""Dropout inside the kernels: the mask, and a call with it against the equation under that mask."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.utils.checkpoint import checkpoint
+
+from fused_lowrank import FusedLoraXSLinear, lowrank_linear, planner
+from fused_lowrank.kernels.common import kept, threshold
+from fused_lowrank.kernels.tiles import TileConfig
+from fused_lowrank.reference import lowrank_linear_reference
+from fused_lowrank.testing import measure, pinned_tiles
+
+
+@triton.jit
+def mask_kernel(seed_ptr, out_ptr, threshold, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, k = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
+    mask = kept(seed_ptr, m, k, threshold, BLOCK_M, BLOCK_K)
+    at = (m + tl.arange(0, BLOCK_M))[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
+    tl.store(out_ptr + at, mask.to(tl.int8))
+
+
+def mask(seed: torch.Tensor, m: int, k: int, p: float, block: int = 32) -> torch.Tensor:
+    """What dropout keeps of an x (m, k)."""
+    tiles = triton.cdiv(m, block), triton.cdiv(k, block)
+    whole = torch.empty([block * n for n in tiles], dtype=torch.int8, device=seed.device)
+    mask_kernel[tiles](seed, whole, threshold(p), whole.shape[1], block, block)
+    return whole[:m, :k].bool()
+
+
+def seeds(device: torch.device, *values: int) -> list[torch.Tensor]:
+    """Seeds as a call draws them."""
+    return [torch.tensor([value], device=device) for value in values]
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_the_mask_is_random(p: float, device: torch.device) -> None:
+    """Its rate is 1 - p; rows, columns, neighbours and other seeds are independent of it."""
+    size = 512
+    one, other = (mask(seed, size, size, p).float() for seed in seeds(device, 5, 2**61 + 5))
+    sigma = math.sqrt(p * (1 - p))
+
+    def near(value: torch.Tensor, expected: float, samples: int, sigmas: float = 5.0) -> bool:
+        return bool((value - expected).abs().max() <= sigmas * sigma / math.sqrt(samples))
+
+    assert near(one.mean(), 1 - p, size**2)
+    for along in (0, 1):
+        assert near(one.mean(along), 1 - p, size)
+    centred, theirs = ((kept - (1 - p)) / sigma for kept in (one, other))
+    for distance in (1, 2, 3, 4, 7, 8, 16, 32, 64):
+        assert (centred[:, distance:] * centred[:, :-distance]).mean().abs() < 5 / size
+        assert (centred[distance:] * centred[:-distance]).mean().abs() < 5 / size
+    assert (centred * theirs).mean().abs() < 5 / size
+
+
+def test_the_mask_depends_on_the_seed_and_the_place_alone(device: torch.device) -> None:
+    """Whatever the tile; one seed gives the same bits again."""
+    (seed,) = seeds(device, 77)
+    first = mask(seed, 100, 90, 0.3)
+    assert torch.equal(first, mask(seed, 100, 90, 0.3, block=64))
+    assert torch.equal(first, mask(seed, 100, 90, 0.3, block=8))
+    assert torch.equal(first[:50, :40], mask(seed, 50, 40, 0.3))
+
+
+TILES = {
+    "defaults": {},
+    "small": {
+        "shrink": TileConfig(16, 16, 16, 4, 1),
+        "gemm_tail": TileConfig(16, 32, 16, 4, 1, group_m=2),
+    },
+    "persistent": {"gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True)},
+}
+
+
+@pytest.mark.parametrize("core", ["core", "pair"])
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_is_the_equation_under_the_mask(
+    dtype: torch.dtype, tiles: str, core: str, device: torch.device, monkeypatch
+) -> None:
+    """Forward and backward see the same mask, and what is kept is scaled by 1 / (1 - p)."""
+    descriptors = dtype == torch.bfloat16 and planner.target(device).name in ("sm_90", "sm_100")
+    if tiles == "persistent" and not descriptors:
+        pytest.skip("tensor descriptors are for 16 bits on sm_90 and sm_100")
+    rows, k, n, rank, p = 100, 112, 176, 20, 0.25
+    sizes = {"x": (rows, k), "weight": (n, k), "down": (rank, k), "up": (n, rank), "bias": (n,)}
+    made = {name: torch.randn(s, device=device).to(dtype) for name, s in sizes.items()}
+    for name in ("down", "up"):
+        made[name] *= rank**-0.5
+    parts = [(rank, rank)] if core == "core" else [(rank, 3), (3, rank)]
+    factors = tuple(torch.randn(s, device=device).requires_grad_() for s in parts)
+    made["core"] = factors[0] if core == "core" else factors
+    made["x"].requires_grad_()
+    (seed,) = seeds(device, 123456789)
+    keep = mask(seed, rows, k, p)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
+
+    def under_mask(x, **rest):
+        return lowrank_linear_reference(x, low=x * keep / (1 - p), scale=0.5, **rest)
+
+    def ours(**operands):
+        return lowrank_linear(**operands, scale=0.5, dropout_p=p, training=True, impl="triton")
+
+    with pinned_tiles(**TILES[tiles]):
+        errors = measure(ours, under_mask, made, torch.randn(rows, n, device=device))
+    assert len(errors) == 2 + len(factors)
+    assert all(m.within for m in errors), [m for m in errors if not m.within]
+
+
+def layer(device: torch.device, dropout: float = 0.3) -> FusedLoraXSLinear:
+    """A layer whose dropout shows."""
+    made = FusedLoraXSLinear(64, 48, r=8, dropout=dropout, device=device)
+    made.impl = "triton"
+    with torch.no_grad():
+        made.core.normal_()
+    return made
+
+
+def test_no_mask_is_saved(device: torch.device) -> None:
+    """t and the seed, and neither a mask nor x."""
+    kept_shapes: list[torch.Size] = []
+    made, x = layer(device), torch.randn(70, 64, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept_shapes.append(t.shape) or t, lambda t: t
+    ):
+        made(x)
+    assert [shape for shape in kept_shapes if 70 in shape] == [(70, 8)]
+    assert kept_shapes.count((1,)) == 1
+
+
+def test_each_call_draws_from_the_generator(device: torch.device) -> None:
+    """Other calls, other masks; the generator's state decides; in evaluation there is none."""
+    made, x = layer(device), torch.randn(70, 64, device=device)
+    torch.manual_seed(1)
+    first, second = made(x), made(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, made(x))
+    assert not torch.equal(first, second)
+    made.eval()
+    whole = lowrank_linear(x, made.weight, made.down, made.core, made.up, made.bias, impl="triton")
+    assert torch.equal(made(x), whole)
+
+
+def test_checkpointing_recomputes_under_the_same_mask(device: torch.device) -> None:
+    """Bit for bit the gradients of a call that kept what it needed."""
+    made, x = layer(device), torch.randn(70, 64, device=device, requires_grad=True)
+    dy = torch.randn(70, 48, device=device)
+    found = []
+    for call in (made, lambda x: checkpoint(made, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        found.append(torch.autograd.grad(call(x), [x, made.core], dy))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
