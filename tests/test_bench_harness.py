@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import block, cases, harness, host, report, run, timers
 from bench.providers import PROVIDERS, Provider, layer, make_tensors
 from bench.store import Refused, Store, key_id, read
+from fused_lowrank import planner
+from fused_lowrank.kernels.tiles import TileConfig
 
 CPU = torch.device("cpu")
 CASE = cases.parse("tiny", "square", 8, "fp32")
@@ -142,6 +144,21 @@ def test_a_failure_is_a_row_that_says_so(rows, name, status, why):
 def test_the_rest_goes_on(rows):
     assert all(rows[name]["status"] == "ok" for name in ("bare", "eager", "auto", "sleeps"))
     assert {rows[name]["reps"] for name in ("bare", "eager", "auto")} == {5}
+
+
+def test_a_tile_set_is_pinned_while_its_provider_runs():
+    tiles = {"shrink": TileConfig(16, 16, 16, 4, 1)}
+    seen = []
+
+    def build(case, tensors):
+        call = PROVIDERS["eager"].build(case, tensors)
+        return lambda x: seen.append(dict(planner.PINNED)) or call(x)
+
+    pinned = Provider("pinned", "method", build, tiles=tiles)
+    harness.measure_case(CASE, [PROVIDERS["bare"], pinned], timers.HostTimer(CPU), CPU, QUICK)
+    assert len(seen) > QUICK.min_reps
+    assert all(there == tiles for there in seen)
+    assert not planner.PINNED
 
 
 @pytest.mark.parametrize("case", cases.SETS["smoke"], ids=lambda case: case.name)

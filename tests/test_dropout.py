@@ -153,3 +153,15 @@ def test_checkpointing_recomputes_under_the_same_mask(device: torch.device) -> N
         torch.manual_seed(3)
         found.append(torch.autograd.grad(call(x), [x, made.core], dy))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compiled_forward_and_backward_see_one_mask(device: torch.device) -> None:
+    """Without a bias y is linear in x under a mask, so that ⟨dy, y⟩ = ⟨dx, x⟩."""
+    made = layer(device, 0.5)
+    made.bias = None
+    x = torch.randn(70, 64, device=device, requires_grad=True)
+    dy = torch.randn(70, 48, device=device)
+    y = torch.compile(made, fullgraph=True)(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close((dx * x).sum(), (dy * y).sum())
+    assert not torch.allclose(y, made(x))
