@@ -180,6 +180,7 @@ DEFAULTS = (
     Default("gemm_tail", TileConfig(32, 32, 16, 4, 2), small=True),
     Default("gemm_tail", TileConfig(64, 64, 16, 8, 2), CUDA, aligned=False),
     Default("gemm_tail", TileConfig(64, 64, 16, 4, 2)),
+    Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True, dropout=True),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
     Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 4, 4), CUDA, 2, True, rank=64),
