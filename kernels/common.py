@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+N_ARRIVALS = 4096  # counters of `arrivals`
 Dropout = tuple[torch.Tensor, float] | None  # the seed, int64 (1,), and the probability
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -156,6 +157,24 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 3  # the interpreter: several tiles for a program
+
+
+@functools.cache
+def _counters(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(N_ARRIVALS, dtype=torch.int32, device=device)
+
+
+def arrivals(device: torch.device) -> torch.Tensor:
+    """Counters for programs of one launch to meet at, int32 (N_ARRIVALS,): zero, one set a stream.
+
+    Whatever a launch counts in them it sets to zero again before it ends. In a graph that is being
+    captured they are the graph's own, zeroed in it: two graphs may run side by side.
+    """
+    if device.type != "cuda":
+        return _counters(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(N_ARRIVALS, dtype=torch.int32, device=device)
+    return _counters(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def threshold(dropout_p: float) -> int:

@@ -38,6 +38,97 @@ WHOLE = 128  # padded(P) up to which t goes from registers into t · core
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
+@triton.jit
+def store_t_and_u(
+    acc,
+    t_ptr,
+    u_ptr,
+    left_ptr,
+    right_ptr,
+    first_m,
+    M,
+    scale,
+    low_scale,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    PAD_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STORE_T: tl.constexpr,
+    STORE_U: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """t and u of BLOCK_M rows, from the sum x·downᵀ as the dots left it."""
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_p = tl.arange(0, PAD_P)
+    mask_m = offs_m[:, None] < M
+    mask_p = offs_p[None, :] < P
+
+    # x may hold Inf, and Inf · 0 is NaN: the padding is set to zero after the dot.
+    acc = tl.where(mask_p, acc, 0.0)
+    if DROPOUT:
+        acc *= low_scale
+    t = cast(acc, dtype)
+    t_ptrs = t_ptr + offset(offs_m[:, None], P)
+    if STORE_T:
+        tl.store(t_ptrs + offs_p[None, :], t, mask_m & mask_p)
+    if STORE_U:
+        u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
+        if R < 0:
+            tl.store(u_ptrs + offs_p[None, :], cast(acc * scale, dtype), mask_m)
+        else:
+            core_dtype: tl.constexpr = promote(
+                left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
+            )
+            if BLOCK_P < PAD_P:
+                tl.debug_barrier()  # t is stored: it is read again below, BLOCK_P columns at a time
+            for q in range(0, PAD_Q, BLOCK_Q):
+                offs_q = q + tl.arange(0, BLOCK_Q)
+                mask_q = offs_q[None, :] < Q
+                u = tl.zeros((BLOCK_M, BLOCK_Q), accumulator(core_dtype))
+                for p in range(0, PAD_P, BLOCK_P):
+                    offs_c = p + tl.arange(0, BLOCK_P)
+                    mask_c = offs_c[:, None] < P
+                    if BLOCK_P < PAD_P:
+                        mask_t = mask_m & (offs_c[None, :] < P)
+                        part = tl.load(t_ptrs + offs_c[None, :], mask_t, other=0.0)
+                    else:
+                        part = t
+                    if R == 0:
+                        if TRANSPOSED:
+                            core_ptrs = left_ptr + offs_q[None, :] * P + offs_c[:, None]
+                        else:
+                            core_ptrs = left_ptr + offs_c[:, None] * Q + offs_q[None, :]
+                        core = tl.load(core_ptrs, mask_c & mask_q, other=0.0)
+                    else:
+                        core = tl.zeros((BLOCK_P, BLOCK_Q), accumulator(core_dtype))
+                        for r in range(0, PAD_R, BLOCK_R):
+                            offs_r = r + tl.arange(0, BLOCK_R)
+                            if TRANSPOSED:
+                                left_ptrs = left_ptr + offs_r[None, :] * P + offs_c[:, None]
+                                right_ptrs = right_ptr + offs_q[None, :] * R + offs_r[:, None]
+                            else:
+                                left_ptrs = left_ptr + offs_c[:, None] * R + offs_r[None, :]
+                                right_ptrs = right_ptr + offs_r[:, None] * Q + offs_q[None, :]
+                            left = tl.load(left_ptrs, mask_c & (offs_r[None, :] < R), other=0.0)
+                            right = tl.load(right_ptrs, (offs_r[:, None] < R) & mask_q, other=0.0)
+                            core = dot(cast(left, core_dtype), cast(right, core_dtype), core)
+                        core = cast(core, core_dtype)
+                    if core_dtype == tl.float32 and dtype != tl.float32:
+                        u += dot_mixed(part, core)
+                    else:
+                        u = dot(cast(part, core_dtype), core, u)
+                u = tl.where(mask_q, u * scale, 0.0)
+                tl.store(u_ptrs + offs_q[None, :], cast(u, dtype), mask_m)
+
+
 def shrink_kernel(
     x_ptr,
     down_ptr,
@@ -105,62 +196,11 @@ def shrink_kernel(
         x_ptrs += step(BLOCK_K, stride_xk)
         down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
 
-    # x may hold Inf, and Inf · 0 is NaN: the padding is set to zero after the dot.
-    acc = tl.where(mask_p, acc, 0.0)
-    if DROPOUT:
-        acc *= low_scale
-    t = cast(acc, dtype)
-    t_ptrs = t_ptr + offset(offs_m[:, None], P)
-    if STORE_T:
-        tl.store(t_ptrs + offs_p[None, :], t, mask_m & mask_p)
-    if STORE_U:
-        u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
-        if R < 0:
-            tl.store(u_ptrs + offs_p[None, :], cast(acc * scale, dtype), mask_m)
-        else:
-            core_dtype: tl.constexpr = promote(
-                left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
-            )
-            if BLOCK_P < PAD_P:
-                tl.debug_barrier()  # t is stored: it is read again below, BLOCK_P columns at a time
-            for q in range(0, PAD_Q, BLOCK_Q):
-                offs_q = q + tl.arange(0, BLOCK_Q)
-                mask_q = offs_q[None, :] < Q
-                u = tl.zeros((BLOCK_M, BLOCK_Q), accumulator(core_dtype))
-                for p in range(0, PAD_P, BLOCK_P):
-                    offs_c = p + tl.arange(0, BLOCK_P)
-                    mask_c = offs_c[:, None] < P
-                    if BLOCK_P < PAD_P:
-                        mask_t = mask_m & (offs_c[None, :] < P)
-                        part = tl.load(t_ptrs + offs_c[None, :], mask_t, other=0.0)
-                    else:
-                        part = t
-                    if R == 0:
-                        if TRANSPOSED:
-                            core_ptrs = left_ptr + offs_q[None, :] * P + offs_c[:, None]
-                        else:
-                            core_ptrs = left_ptr + offs_c[:, None] * Q + offs_q[None, :]
-                        core = tl.load(core_ptrs, mask_c & mask_q, other=0.0)
-                    else:
-                        core = tl.zeros((BLOCK_P, BLOCK_Q), accumulator(core_dtype))
-                        for r in range(0, PAD_R, BLOCK_R):
-                            offs_r = r + tl.arange(0, BLOCK_R)
-                            if TRANSPOSED:
-                                left_ptrs = left_ptr + offs_r[None, :] * P + offs_c[:, None]
-                                right_ptrs = right_ptr + offs_q[None, :] * R + offs_r[:, None]
-                            else:
-                                left_ptrs = left_ptr + offs_c[:, None] * R + offs_r[None, :]
-                                right_ptrs = right_ptr + offs_r[:, None] * Q + offs_q[None, :]
-                            left = tl.load(left_ptrs, mask_c & (offs_r[None, :] < R), other=0.0)
-                            right = tl.load(right_ptrs, (offs_r[:, None] < R) & mask_q, other=0.0)
-                            core = dot(cast(left, core_dtype), cast(right, core_dtype), core)
-                        core = cast(core, core_dtype)
-                    if core_dtype == tl.float32 and dtype != tl.float32:
-                        u += dot_mixed(part, core)
-                    else:
-                        u = dot(cast(part, core_dtype), core, u)
-                u = tl.where(mask_q, u * scale, 0.0)
-                tl.store(u_ptrs + offs_q[None, :], cast(u, dtype), mask_m)
+    store_t_and_u(
+        acc, t_ptr, u_ptr, left_ptr, right_ptr, pid * BLOCK_M, M, scale, low_scale,
+        P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, STORE_U, DROPOUT,
+        BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+    )  # fmt: skip
 
 
 KERNELS = variants(shrink_kernel, runtime=["M", "threshold", "seed_ptr"])
