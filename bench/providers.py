@@ -184,8 +184,7 @@ def no_kernels(case: Case, device: torch.device) -> str | None:
     """Why the kernels cannot run compiled; interpreted they are not timed."""
     if device.type != "cuda":
         return "needs a GPU"
-    x = torch.empty((1, 1), dtype=case.torch_dtype, device=device)
-    return planner.why_not_triton(x, case.p, case.p)
+    return planner.why_not_triton(device, case.torch_dtype, case.p, case.p)
 
 
 def no_variant(case: Case, device: torch.device) -> str | None:

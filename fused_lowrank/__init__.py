@@ -7,6 +7,7 @@ Importing this initialises no GPU and needs no Triton.
 
 from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .adapter_file import load_adapter, save_adapter
+from .explain import explain
 from .functional import lowrank_linear
 from .layers import (
     FusedLoraLinear,
@@ -27,6 +28,7 @@ __all__ = [
     "LoraXSLinear",
     "adapt",
     "disable_adapters",
+    "explain",
     "init_bases",
     "load_adapter",
     "lowrank_linear",

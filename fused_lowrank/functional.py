@@ -40,9 +40,10 @@ def lowrank_linear(
         bias: (N,) of x's dtype, or None.
         scale: factor of the low-rank term.
         dropout_p: probability with which an element of x is zeroed on the low-rank path, while
-            `training`; the kernels take it to the nearest 2⁻¹⁶.
+            `training`, taken to the nearest 2⁻¹⁶.
         training: whether dropout is on.
-        impl: "auto", "triton", "aten" or "reference"; see `fused_lowrank.planner`.
+        impl: "auto", "triton", "aten" or "reference"; see `fused_lowrank.planner`. Within it the
+            plan is chosen by the sizes and the device: `fused_lowrank.explain` says which.
 
     Returns:
         y (..., N) in x's dtype.
@@ -69,24 +70,21 @@ def lowrank_linear(
     if impl == "auto" and not dropping and planner.small(x):
         return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
-    low = seed = None
-    if dropping and impl == "triton" and not down.requires_grad:
-        seed = torch.randint(2**62, (1,), device=x.device)  # the kernels make the mask from it
-    elif dropping:
-        low = torch.nn.functional.dropout(x, dropout_p)
-
     if impl == "reference":
+        low = torch.nn.functional.dropout(x, dropout_p) if dropping else None
         with ops.no_autocast(x):
             core = ops.join(a, b)
             return lowrank_linear_reference(x, weight, down, core, up, bias, scale=scale, low=low)
-    operands = (x, low, weight, down, a, b, up, bias)
+    # Whoever needs the mask makes it from this, forward and backward.
+    seed = torch.randint(2**62, (1,), device=x.device) if dropping else None
+    operands = (x, weight, down, a, b, up, bias)
     rest = seed, scale, dropout_p, impl
     wants_grad = torch.is_grad_enabled() and any(
         operand is not None and operand.requires_grad for operand in operands
     )
     if wants_grad and not torch.compiler.is_compiling():
         return ops.LowRankLinear.apply(*operands, *rest)
-    folded = (ops.fold(x), None if low is None else ops.fold(low), *operands[2:])
+    folded = (ops.fold(x), *operands[1:])
     if torch.compiler.is_compiling():
         want_t = wants_grad and any(f is not None and f.requires_grad for f in (a, b, up))
         y, _ = ops.forward_op(*folded, *rest, want_t)

@@ -1,17 +1,27 @@
-"""Which implementation computes a call, and with which tiles.
+"""Which implementation computes a call, by which plan, and with which tiles.
 
 triton     this library's kernels: a GPU, or Triton's interpreter
 aten       the framework's GEMM and an in-place addmm_, with our own backward: any device
+auto       whatever is fastest on the device: the kernels or library GEMMs
 reference  the equation in plain torch, differentiated by autograd: any device
+
+Within an implementation a plan is chosen for each `Pass`: by what was measured, where something
+was (`tuning`), otherwise by its cost on paper (`costs`). A pass keeps its plan while the process
+lives.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from . import costs, tuning
+from .costs import Pass
 
 if TYPE_CHECKING:
     from .kernels.tiles import Choice, Spec, Target, TileConfig
@@ -20,6 +30,7 @@ IMPLEMENTATIONS = ("auto", "triton", "aten", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = 1 << 16  # elements of x up to which, on a CPU, the host's work is most of a call's
 PINNED: dict[str, TileConfig] = {}  # kernel name → tile, by testing.pinned_tiles
+PINNED_PLAN: list[str] = []  # at most one, by testing.pinned_plan
 
 
 @functools.cache
@@ -45,25 +56,31 @@ def target(device: torch.device) -> Target | None:
         return TARGETS["sm_90"] if device.type == "cpu" and interpreted() else None
     if torch.version.hip:
         return TARGETS["gfx942"]
+    properties = torch.cuda.get_device_properties(device)
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return None
     # Consumer parts (8.6, 8.9, 12.x) have 99 KiB of shared memory, data-centre parts more.
     exact = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
-    return TARGETS[exact.get(capability, "sm_89")]
+    taken = TARGETS[exact.get(capability, "sm_89")]
+    shared = getattr(properties, "shared_memory_per_block_optin", taken.shared)
+    return replace(taken, shared=min(taken.shared, shared))
 
 
 @functools.cache
-def tiles(device: torch.device) -> Choice:
-    """How the launches on `device` choose their tiles."""
-    from .kernels.tiles import is_valid, select
+def tiles(device: torch.device, variant: str = "") -> Choice:
+    """How the launches on `device` choose their tiles; `variant` names a set instead."""
+    from .kernels.tiles import VARIANTS, is_valid, select
 
     where = target(device)
+    assert where is not None, "whoever plans a launch has asked why_not_triton"
+    instead = VARIANTS[variant] if variant else {}
 
     def choose(spec: Spec, m: int) -> TileConfig:
         pinned = PINNED.get(spec.kernel)
         if pinned is None:
-            return select(where, spec, m)
+            other = instead.get(spec.kernel)
+            return other if other and is_valid(other, where, spec) else select(where, spec, m)
         if not is_valid(pinned, where, spec):
             raise ValueError(f"the pinned {pinned} is not valid for {spec}")
         return pinned
@@ -71,23 +88,46 @@ def tiles(device: torch.device) -> Choice:
     return choose
 
 
-def why_not_triton(x: torch.Tensor, p: int, q: int) -> str | None:
-    """Why the kernels cannot compute this call, or None if they can."""
+def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> str | None:
+    """Why the kernels cannot compute this, or None if they can."""
     if not has_triton():
         return "Triton is not installed (pip install triton)"
     from .kernels.tiles import MAX_RANK
 
-    if target(x.device) is None:
-        if x.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    if target(device) is None:
+        if device.type == "cuda":
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return (
-            f"x is on {x.device}: the kernels need a GPU, or TRITON_INTERPRET=1 in the environment "
+            f"x is on {device}: the kernels need a GPU, or TRITON_INTERPRET=1 in the environment "
             "before triton is imported"
         )
-    if x.dtype not in KERNEL_DTYPES and not interpreted():
-        return f"x is {x.dtype}: the kernels take float32, float16 and bfloat16"
+    if dtype not in KERNEL_DTYPES and not interpreted():
+        return f"x is {dtype}: the kernels take float32, float16 and bfloat16"
     if max(p, q) > MAX_RANK:
         return f"down has P={p} and up has Q={q}: the kernels take at most {MAX_RANK}"
+    return None
+
+
+def spec_of(kernel: str, at: Pass) -> Spec:
+    """A launch of a pass, its factors in x's dtype."""
+    from .kernels.tiles import Spec, padded
+
+    size = at.dtype.itemsize
+    p = 16 if kernel == "gemm_tail" else padded(at.p)
+    masked = at.dropout and at.back == (kernel == "gemm_tail")
+    return Spec(kernel, size, size, at.regular, p, padded(at.q), masked)
+
+
+def why_not_variant(at: Pass, variant: str) -> str | None:
+    """Why a pass cannot take the tiles of that name, or None if it can."""
+    from .kernels.tiles import SMALL_M, VARIANTS, is_valid
+
+    where = target(at.device)
+    fits = where is not None and all(
+        is_valid(tile, where, spec_of(kernel, at)) for kernel, tile in VARIANTS[variant].items()
+    )
+    if not fits or at.dtype.itemsize != 2 or not at.regular or at.m <= SMALL_M:
+        return f"{variant!r} is for 16 bits, multiples of 16 and more than {SMALL_M} rows"
     return None
 
 
@@ -95,21 +135,81 @@ def small(x: torch.Tensor) -> bool:
     """Whether a call of "auto" is one whose time is the host's, not the arithmetic's."""
     return (
         x.is_cpu
+        and not PINNED_PLAN
         and x.numel() <= SMALL
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
 
+def bucket(rows: int) -> int:
+    """The numbers of rows that share a plan: up to a power of two."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
 def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:
-    """The implementation for `asked`: "auto" is triton on a GPU where it can, otherwise aten.
+    """`asked`, checked.
 
     Raises ValueError for an unknown one, RuntimeError if "triton" is asked for and cannot do it.
     """
     if asked not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {asked!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if asked == "auto":
-        return "triton" if x.device.type == "cuda" and not why_not_triton(x, p, q) else "aten"
-    if asked == "triton" and (reason := why_not_triton(x, p, q)):
+    if asked == "triton" and (reason := why_not_triton(x.device, x.dtype, p, q)):
         raise RuntimeError(f"impl='triton' cannot compute this: {reason}. impl='auto' can.")
     return asked
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of a pass, and why."""
+
+    plans: tuple[str, ...]  # the best first; the others are for when it cannot be launched
+    why: str
+
+
+CHOSEN: dict[tuple[Pass, str], Decision] = {}
+Names = Callable[[str, Pass], list[str]]
+
+
+def decide(at: Pass, impl: str, names: Names, compute: Callable[[str], Any] | None) -> Decision:
+    """The decision for a pass, made anew. Nothing is measured without `compute`."""
+    candidates = names(impl, at)
+    if len(candidates) == 1:
+        return Decision(tuple(candidates), "no other plan computes this")
+    on_paper = sorted(candidates, key=lambda name: costs.predict(name, at).seconds)
+    mode = tuning.mode()
+    if mode == "off":
+        return Decision(tuple(on_paper), "least cost on paper; FUSED_LOWRANK_TUNE is off")
+    times = tuning.known(at.device).get(tuning.name_of(at), {})
+    missing = [name for name in candidates if name not in times]
+    if missing and mode == "full" and compute and tuning.possible(at.device):
+        times = {**times, **tuning.measure(at.device, missing, compute)}
+        tuning.write(at.device, tuning.name_of(at), times)
+    measured = sorted((name for name in candidates if name in times), key=lambda name: times[name])
+    if not measured:
+        return Decision(tuple(on_paper), "least cost on paper; nothing has been measured")
+    said = ", ".join(f"{name} {times[name] * 1e3:.3f} ms" for name in measured)
+    rest = [name for name in on_paper if name not in measured]
+    return Decision((*measured, *rest), f"measured: {said}")
+
+
+def carry_out(at: Pass, impl: str, names: Names, compute: Callable[[str], Any]) -> Any:
+    """compute(plan) by the plan of the pass.
+
+    A plan that the device turns out to have too little for (shared memory, registers) is given up
+    with a warning; its place is taken by the next.
+    """
+    key = at, impl
+    decision = CHOSEN.get(key)
+    if decision is None:
+        decision = CHOSEN.setdefault(key, decide(at, impl, names, compute))
+    try:
+        return compute(decision.plans[0])
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources" or len(decision.plans) == 1:
+            raise
+        left = decision.plans[1:]
+        given_up = f"{decision.plans[0]} cannot be launched here ({error})"
+        tuning.warn_once(f"{given_up}: {left[0]} takes its place")
+        CHOSEN[key] = replace(decision, plans=left)
+        return carry_out(at, impl, names, compute)

@@ -33,6 +33,17 @@ def pinned_tiles(**tiles: TileConfig) -> Iterator[None]:
         planner.PINNED.update(before)
 
 
+@contextmanager
+def pinned_plan(name: str) -> Iterator[None]:
+    """Compute every pass by the plan of that name (`plans.PLANS`), chosen or not."""
+    before = list(planner.PINNED_PLAN)
+    planner.PINNED_PLAN[:] = [name]
+    try:
+        yield
+    finally:
+        planner.PINNED_PLAN[:] = before
+
+
 @dataclass(frozen=True)
 class Measured:
     """The error of one tensor against fp64, beside that of the reference in the same dtype."""

@@ -1,34 +1,25 @@
-"""Dropout inside the kernels: the mask, and a call with it against the equation under that mask."""
+"""Dropout: the masks, the kernels' and torch's, and a call against the equation under its mask."""
 
 import math
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-from fused_lowrank import FusedLoraXSLinear, lowrank_linear, planner
-from fused_lowrank.kernels.common import kept, threshold
+from fused_lowrank import FusedLoraXSLinear, lowrank_linear, planner, plans
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.reference import lowrank_linear_reference
 from fused_lowrank.testing import measure, pinned_tiles
 
-
-@triton.jit
-def mask_kernel(seed_ptr, out_ptr, threshold, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    m, k = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
-    mask = kept(seed_ptr, m, k, threshold, BLOCK_M, BLOCK_K)
-    at = (m + tl.arange(0, BLOCK_M))[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
-    tl.store(out_ptr + at, mask.to(tl.int8))
+IMPLS = ("triton", "aten")
 
 
-def mask(seed: torch.Tensor, m: int, k: int, p: float, block: int = 32) -> torch.Tensor:
+def mask(impl: str, seed: torch.Tensor, m: int, k: int, p: float) -> torch.Tensor:
     """What dropout keeps of an x (m, k)."""
-    tiles = triton.cdiv(m, block), triton.cdiv(k, block)
-    whole = torch.empty([block * n for n in tiles], dtype=torch.int8, device=seed.device)
-    mask_kernel[tiles](seed, whole, threshold(p), whole.shape[1], block, block)
-    return whole[:m, :k].bool()
+    plan = plans.SPLIT if impl == "triton" else plans.ATEN
+    kept = plan.dropped(torch.ones(m, k, device=seed.device), (seed, p))
+    assert ((kept == 0) | (kept == 1)).all()
+    return kept.bool()
 
 
 def seeds(device: torch.device, *values: int) -> list[torch.Tensor]:
@@ -36,11 +27,12 @@ def seeds(device: torch.device, *values: int) -> list[torch.Tensor]:
     return [torch.tensor([value], device=device) for value in values]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_the_mask_is_random(p: float, device: torch.device) -> None:
+def test_the_mask_is_random(p: float, impl: str, device: torch.device) -> None:
     """Its rate is 1 - p; rows, columns, neighbours and other seeds are independent of it."""
     size = 512
-    one, other = (mask(seed, size, size, p).float() for seed in seeds(device, 5, 2**61 + 5))
+    one, other = (mask(impl, seed, size, size, p).float() for seed in seeds(device, 5, 2**61 + 5))
     sigma = math.sqrt(p * (1 - p))
 
     def near(value: torch.Tensor, expected: float, samples: int, sigmas: float = 5.0) -> bool:
@@ -56,13 +48,20 @@ def test_the_mask_is_random(p: float, device: torch.device) -> None:
     assert (centred * theirs).mean().abs() < 5 / size
 
 
-def test_the_mask_depends_on_the_seed_and_the_place_alone(device: torch.device) -> None:
-    """Whatever the tile; one seed gives the same bits again."""
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_seed_gives_the_same_bits_again(impl: str, device: torch.device) -> None:
+    """And another seed others."""
+    one, other = seeds(device, 77, 78)
+    first = mask(impl, one, 100, 90, 0.3)
+    assert torch.equal(first, mask(impl, one, 100, 90, 0.3))
+    assert not torch.equal(first, mask(impl, other, 100, 90, 0.3))
+
+
+def test_the_kernels_mask_depends_on_the_seed_and_the_place_alone(device: torch.device) -> None:
+    """Whatever the size of x, hence its tile."""
     (seed,) = seeds(device, 77)
-    first = mask(seed, 100, 90, 0.3)
-    assert torch.equal(first, mask(seed, 100, 90, 0.3, block=64))
-    assert torch.equal(first, mask(seed, 100, 90, 0.3, block=8))
-    assert torch.equal(first[:50, :40], mask(seed, 50, 40, 0.3))
+    first = mask("triton", seed, 100, 300, 0.3)
+    assert torch.equal(first[:50, :40], mask("triton", seed, 50, 40, 0.3))
 
 
 TILES = {
@@ -75,13 +74,17 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("core", ["core", "pair"])
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("core", ["core", "pair", "none"])
+@pytest.mark.parametrize("tiles", [*TILES, "aten"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_call_is_the_equation_under_the_mask(
     dtype: torch.dtype, tiles: str, core: str, device: torch.device, monkeypatch
 ) -> None:
-    """Forward and backward see the same mask, and what is kept is scaled by 1 / (1 - p)."""
+    """Forward and backward see the same mask, and what is kept is scaled by 1 / (1 - p).
+
+    Without a core down is trained: its gradient sees the mask as well.
+    """
+    impl = "aten" if tiles == "aten" else "triton"
     descriptors = dtype == torch.bfloat16 and planner.target(device).name in ("sm_90", "sm_100")
     if tiles == "persistent" and not descriptors:
         pytest.skip("tensor descriptors are for 16 bits on sm_90 and sm_100")
@@ -90,39 +93,41 @@ def test_a_call_is_the_equation_under_the_mask(
     made = {name: torch.randn(s, device=device).to(dtype) for name, s in sizes.items()}
     for name in ("down", "up"):
         made[name] *= rank**-0.5
-    parts = [(rank, rank)] if core == "core" else [(rank, 3), (3, rank)]
+    parts = {"core": [(rank, rank)], "pair": [(rank, 3), (3, rank)], "none": []}[core]
     factors = tuple(torch.randn(s, device=device).requires_grad_() for s in parts)
-    made["core"] = factors[0] if core == "core" else factors
+    made["core"] = {"core": factors[:1], "pair": [factors], "none": [None]}[core][0]
+    made["down"].requires_grad_(core == "none")
     made["x"].requires_grad_()
     (seed,) = seeds(device, 123456789)
-    keep = mask(seed, rows, k, p)
+    keep = mask(impl, seed, rows, k, p)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
 
     def under_mask(x, **rest):
         return lowrank_linear_reference(x, low=x * keep / (1 - p), scale=0.5, **rest)
 
     def ours(**operands):
-        return lowrank_linear(**operands, scale=0.5, dropout_p=p, training=True, impl="triton")
+        return lowrank_linear(**operands, scale=0.5, dropout_p=p, training=True, impl=impl)
 
-    with pinned_tiles(**TILES[tiles]):
+    with pinned_tiles(**TILES.get(tiles, {})):
         errors = measure(ours, under_mask, made, torch.randn(rows, n, device=device))
-    assert len(errors) == 2 + len(factors)
+    assert len(errors) == 2 + (len(factors) or 1)
     assert all(m.within for m in errors), [m for m in errors if not m.within]
 
 
-def layer(device: torch.device, dropout: float = 0.3) -> FusedLoraXSLinear:
+def layer(impl: str, device: torch.device, dropout: float = 0.3) -> FusedLoraXSLinear:
     """A layer whose dropout shows."""
     made = FusedLoraXSLinear(64, 48, r=8, dropout=dropout, device=device)
-    made.impl = "triton"
+    made.impl = impl
     with torch.no_grad():
         made.core.normal_()
     return made
 
 
-def test_no_mask_is_saved(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_mask_is_saved(impl: str, device: torch.device) -> None:
     """t and the seed, and neither a mask nor x."""
     kept_shapes: list[torch.Size] = []
-    made, x = layer(device), torch.randn(70, 64, device=device, requires_grad=True)
+    made, x = layer(impl, device), torch.randn(70, 64, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept_shapes.append(t.shape) or t, lambda t: t
     ):
@@ -131,22 +136,24 @@ def test_no_mask_is_saved(device: torch.device) -> None:
     assert kept_shapes.count((1,)) == 1
 
 
-def test_each_call_draws_from_the_generator(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_call_draws_from_the_generator(impl: str, device: torch.device) -> None:
     """Other calls, other masks; the generator's state decides; in evaluation there is none."""
-    made, x = layer(device), torch.randn(70, 64, device=device)
+    made, x = layer(impl, device), torch.randn(70, 64, device=device)
     torch.manual_seed(1)
     first, second = made(x), made(x)
     torch.manual_seed(1)
     assert torch.equal(first, made(x))
     assert not torch.equal(first, second)
     made.eval()
-    whole = lowrank_linear(x, made.weight, made.down, made.core, made.up, made.bias, impl="triton")
+    whole = lowrank_linear(x, made.weight, made.down, made.core, made.up, made.bias, impl=impl)
     assert torch.equal(made(x), whole)
 
 
-def test_checkpointing_recomputes_under_the_same_mask(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_checkpointing_recomputes_under_the_same_mask(impl: str, device: torch.device) -> None:
     """Bit for bit the gradients of a call that kept what it needed."""
-    made, x = layer(device), torch.randn(70, 64, device=device, requires_grad=True)
+    made, x = layer(impl, device), torch.randn(70, 64, device=device, requires_grad=True)
     dy = torch.randn(70, 48, device=device)
     found = []
     for call in (made, lambda x: checkpoint(made, x, use_reentrant=False)):
@@ -155,9 +162,10 @@ def test_checkpointing_recomputes_under_the_same_mask(device: torch.device) -> N
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_compiled_forward_and_backward_see_one_mask(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiled_forward_and_backward_see_one_mask(impl: str, device: torch.device) -> None:
     """Without a bias y is linear in x under a mask, so that ⟨dy, y⟩ = ⟨dx, x⟩."""
-    made = layer(device, 0.5)
+    made = layer(impl, device, 0.5)
     made.bias = None
     x = torch.randn(70, 64, device=device, requires_grad=True)
     dy = torch.randn(70, 48, device=device)

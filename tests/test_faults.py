@@ -22,8 +22,8 @@ FAULTS = {
     ),
     "scale dropped in the backward": (
         "fused_lowrank/ops.py",
-        "do.shrink(dy, up, core, back, True,",
-        "do.shrink(dy, up, core, 1.0, True,",
+        "operands = dy, weight.t(), up, core, down, None, back",
+        "operands = dy, weight.t(), up, core, down, None, 1.0",
         f"{NUMERICS}[aten]",
     ),
     "core not transposed in the backward": (
@@ -82,8 +82,8 @@ FAULTS = {
     ),
     "x saved for the backward": (
         "fused_lowrank/ops.py",
-        "need_x = needs.weight or (needs.down and low is None)",
-        "need_x = True",
+        "(x if needs.weight or needs.down else None)",
+        "x",
         "tests/test_ops.py::test_saves_t_and_nothing_else_of_m",
     ),
 }

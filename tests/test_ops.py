@@ -8,7 +8,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lowrank import lowrank_linear, ops
+from fused_lowrank import lowrank_linear, ops, plans
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_tiles
 
@@ -229,16 +229,16 @@ def test_opcheck(train: tuple[str, ...], impl: str, core: str, device: torch.dev
     made = operands(device, core, train=train)
     a, b = made["core"] if core == "pair" else (made["core"], None)
     want_t = any(t is not None and t.requires_grad for t in (a, b, made["up"]))
-    args = (made["x"], None, made["weight"], made["down"], a, b, made["up"], made["bias"])
+    args = (made["x"], made["weight"], made["down"], a, b, made["up"], made["bias"])
     torch.library.opcheck(ops.forward_op, (*args, None, 0.5, 0.0, impl, want_t))
 
     with torch.no_grad():
         y, t = ops.forward_op(*args, None, 0.5, 0.0, impl, True)
-    needs = [True, False, True, True, a is not None, b is not None, True, True]
+    needs = [True, True, True, a is not None, b is not None, True, True]
     rest = (made["weight"], made["down"], a, b, made["up"])
     rest = tuple(None if part is None else part.detach() for part in rest)
     torch.library.opcheck(
-        ops.backward_op, (y, t, made["x"].detach(), None, *rest, None, 0.5, 0.0, impl, needs)
+        ops.backward_op, (y, t, made["x"].detach(), *rest, None, 0.5, 0.0, impl, needs)
     )
 
 
@@ -309,8 +309,14 @@ def test_offsets_beyond_int32(big: str, device: torch.device) -> None:
 def test_dropout(impl: str, device: torch.device) -> None:
     """On the low-rank input alone, in training alone, with one mask forward and backward."""
     made = operands(device, train=("x", "down", "core"))
+    ones = torch.ones_like(made["x"])
     torch.manual_seed(1)
-    mask = torch.nn.functional.dropout(torch.ones_like(made["x"]), 0.25)
+    if impl == "reference":
+        mask = torch.nn.functional.dropout(ones, 0.25)
+    else:
+        plan = plans.SPLIT if impl == "triton" else plans.ATEN
+        seed = torch.randint(2**62, (1,), device=device)
+        mask = plan.dropped(ones, (seed, 0.25)) / 0.75
     assert 0.6 < (mask > 0).float().mean() < 0.9
 
     def dropped(**call: torch.Tensor) -> torch.Tensor:

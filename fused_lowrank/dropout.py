@@ -1,0 +1,40 @@
+"""Dropout in plain torch, on any device, from a seed: no mask need be kept.
+
+Whether x[m, k] is kept is a function of the seed and of the element's place: its 16 bits of the
+splitmix64 stream (Steele, Lea and Flood, OOPSLA 2014) that starts at the seed. The kernels have a
+generator of their own (`kept` in kernels/common.py).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Dropout = tuple[Tensor, float] | None  # the seed, int64 (1,), and the probability
+
+
+def signed(value: int) -> int:
+    """The int64 of the same 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+GAMMA = signed(0x9E3779B97F4A7C15)
+# (shift right, then multiply): int64 shifts carry the sign, so what they shift in is masked off
+ROUNDS = ((30, signed(0xBF58476D1CE4E5B9)), (27, signed(0x94D049BB133111EB)), (31, 1))
+
+
+def kept(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """1 where an element of `like` is kept and 0 where it is dropped, in its shape and dtype."""
+    words = torch.arange(1, math.ceil(like.numel() / 4) + 1, device=like.device)
+    words = words.mul_(GAMMA).add_(seed)
+    for shift, factor in ROUNDS:
+        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+        if factor != 1:
+            words.mul_(factor)
+    draws = words.view(torch.int16)[: like.numel()].view(like.shape)
+    return (draws >= round(dropout_p * 65536) - 32768).to(like.dtype)
+
+
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """x with zeros where it is dropped, not scaled by 1 / (1 - p); x itself without dropout."""
+    return x if dropout is None else x * kept(x, *dropout)

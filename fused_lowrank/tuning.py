@@ -1,0 +1,207 @@
+"""Measured times of plans, kept in a file of the user's.
+
+FUSED_LOWRANK_TUNE  off     costs on paper decide: the choice depends on shape and device alone
+                    cached  what the file has decides, costs on paper where it has nothing (default)
+                    full    what the file lacks is measured, once, and put into it
+
+There is a file for each device, `plans-<device>.json` in $XDG_CACHE_HOME/fused_lowrank (by default
+~/.cache/fused_lowrank). It is of one driver, one set of versions and one state of the kernels'
+sources; a file of others is not used, and replaced when something is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .costs import Pass
+
+MODES = ("off", "cached", "full")
+REPETITIONS = 7
+Times = dict[str, float]  # a plan's name → its median seconds
+
+
+def mode() -> str:
+    """The value of FUSED_LOWRANK_TUNE. Raises ValueError for an unknown one."""
+    value = os.environ.get("FUSED_LOWRANK_TUNE", "cached")
+    if value not in MODES:
+        raise ValueError(f"FUSED_LOWRANK_TUNE is {value!r}: it must be one of {', '.join(MODES)}")
+    return value
+
+
+def name_of(at: Pass) -> str:
+    """A pass as the file names it; its device is the file's."""
+    flags = [name for name in ("back", "regular", "dropout", "want_u") if getattr(at, name)]
+    sizes = f"m{at.m} k{at.k} n{at.n} p{at.p} q{at.q}"
+    return " ".join([str(at.dtype).removeprefix("torch."), sizes, *flags])
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads} threads"
+
+
+@functools.cache
+def identity(device: torch.device) -> dict[str, str]:
+    """What measured times are valid for."""
+    from . import kernels
+
+    digest = hashlib.sha256()
+    sources = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    for path in [*sources, Path(__file__).with_name("plans.py")]:
+        digest.update(path.name.encode() + path.read_bytes())
+    driver = "none"
+    if device.type == "cuda":
+        driver = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
+    try:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    except ImportError:
+        triton = "absent"
+    return {
+        "device": device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton,
+        "sources": digest.hexdigest()[:16],
+    }
+
+
+def path_of(device: torch.device) -> Path:
+    """The file of a device."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return Path(root) / "fused_lowrank" / f"plans-{slug}.json"
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A UserWarning, the first time that this text is to be said."""
+    warnings.warn(text, stacklevel=2)
+
+
+def read(device: torch.device) -> dict[str, Times]:
+    """What the file has, or nothing and a warning if it cannot be used."""
+    path = path_of(device)
+    try:
+        content = json.loads(path.read_text())
+        theirs, passes = dict(content["identity"]), content["passes"]
+        entries = {
+            str(name): {str(plan): float(seconds) for plan, seconds in times.items()}
+            for name, times in passes.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warn_once(f"{path} is not used: it cannot be read ({type(error).__name__}: {error})")
+        return {}
+    changed = [name for name, ours in identity(device).items() if theirs.get(name) != ours]
+    if changed:
+        warn_once(
+            f"{path} is not used: its {', '.join(changed)} is not that of here and now; "
+            "FUSED_LOWRANK_TUNE=full measures again"
+        )
+        return {}
+    return entries
+
+
+@functools.cache
+def known(device: torch.device) -> dict[str, Times]:
+    """What the file had when it was first asked for, and what was measured since."""
+    return read(device)
+
+
+def write(device: torch.device, name: str, times: Times) -> None:
+    """Put one pass into the file, atomically, beside what other processes have put there."""
+    known(device)[name] = times
+    path = path_of(device)
+    content = {"identity": identity(device), "passes": {**read(device), **known(device)}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warn_once(f"{path} cannot be written ({error}): what is measured is kept for this process")
+
+
+def possible(device: torch.device) -> bool:
+    """Whether something may be measured now: not in a captured graph nor in a trace."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def measure(device: torch.device, names: Sequence[str], compute: Callable[[str], Any]) -> Times:
+    """Median seconds of each plan that runs. One that cannot be launched, or finds no memory, is
+    left out; the plans take turns, with a cold cache on a GPU."""
+    clock = _gpu_clock(device) if device.type == "cuda" else _host_clock
+    samples: dict[str, list[float]] = {}
+    for name in names:
+        try:
+            compute(name)  # compiles, and warms up
+            samples[name] = []
+        except Exception as error:
+            if not is_lack(error):
+                raise
+            release(device)
+    for _ in range(REPETITIONS):
+        for name in list(samples):
+            try:
+                samples[name].append(clock(lambda name=name: compute(name)))  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                del samples[name]
+                release(device)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def is_lack(error: Exception) -> bool:
+    """Whether an error says that the device has too little for a plan: memory, registers, …"""
+    lacks = ("OutOfResources", "OutOfMemoryError", "PTXASError")
+    return isinstance(error, MemoryError) or type(error).__name__ in lacks
+
+
+def release(device: torch.device) -> None:
+    """Give back what the allocator holds."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _host_clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def clock(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock

@@ -1,0 +1,329 @@
+"""Which plan computes a pass: by cost on paper, by measured times, and when things go wrong."""
+
+import json
+import time
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_lowrank import FusedLoraXSLinear, LoraXSLinear, costs, explain, planner, plans, tuning
+from fused_lowrank.costs import Pass, Peaks
+from fused_lowrank.testing import pinned_plan
+
+CPU = torch.device("cpu")
+H200 = Peaks(67e12 * 0.75, 989e12 * 0.75, 4.8e12 * 0.9, 3e-6)
+
+
+def at(m: int = 512, k: int = 1024, n: int = 1024, rank: int = 16, **other: object) -> Pass:
+    """A pass on the CPU, in float32, unless said otherwise."""
+    values = {"device": CPU, "dtype": torch.float32, "back": False, "regular": True}
+    values |= {"dropout": False, "want_u": False, **other}
+    return Pass(m=m, k=k, n=n, p=rank, q=rank, **values)
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """tune(mode): FUSED_LOWRANK_TUNE in a process that has just started, its cache of its own."""
+
+    def start(mode: str) -> None:
+        monkeypatch.setenv("FUSED_LOWRANK_TUNE", mode)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        planner.CHOSEN.clear()
+        for cached in (tuning.known, tuning.identity, tuning.warn_once):
+            cached.cache_clear()
+
+    yield start
+    start("off")
+
+
+class Fake:
+    """Plans "a" and "b" of a pass: how long each takes, or what it raises."""
+
+    def __init__(self, **behaviour: float | Exception) -> None:
+        self.behaviour = behaviour
+        self.calls: list[str] = []
+
+    def names(self, impl: str, at: Pass) -> list[str]:
+        return list(self.behaviour)
+
+    def compute(self, name: str) -> str:
+        self.calls.append(name)
+        does = self.behaviour[name]
+        if isinstance(does, Exception):
+            raise does
+        time.sleep(does)
+        return name
+
+    def carry_out(self, of: Pass) -> str:
+        return planner.carry_out(of, "auto", self.names, self.compute)
+
+
+@pytest.fixture(autouse=True)
+def _costs_of_fakes(monkeypatch):
+    """On paper "a" is cheaper than "b"."""
+    real = costs.predict
+    fakes = {"a": costs.Cost(1.0, 1.0, 1, 1.0), "b": costs.Cost(1.0, 1.0, 1, 2.0)}
+    monkeypatch.setattr(
+        costs, "predict", lambda plan, of: fakes[plan] if plan in fakes else real(plan, of)
+    )
+
+
+def test_off_depends_on_paper_alone(tune) -> None:
+    """Nothing is measured, no file is read or written."""
+    tune("full")
+    Fake(a=0.01, b=0.0).carry_out(at())
+    tune("off")
+    fake = Fake(a=0.01, b=0.0)
+    assert fake.carry_out(at()) == "a"
+    assert fake.calls == ["a"]
+
+
+def test_full_measures_once_and_cached_reads_it(tune) -> None:
+    """The faster plan is taken, and taken again by a process that measures nothing."""
+    tune("full")
+    fake = Fake(a=0.01, b=0.0)
+    assert fake.carry_out(at()) == "b"
+    assert fake.calls.count("a") == 1 + tuning.REPETITIONS
+    fake.calls.clear()
+    assert fake.carry_out(at()) == "b"
+    assert fake.calls == ["b"]
+    tune("cached")
+    later = Fake(a=0.01, b=0.0)
+    assert later.carry_out(at()) == "b"
+    assert later.calls == ["b"]
+    assert later.carry_out(at(m=1024)) == "a"  # of which nothing is known
+    assert later.calls == ["b", "a"]
+
+
+def test_full_measures_only_what_the_file_lacks(tune) -> None:
+    """A plan that is new is measured beside those that are known."""
+    tune("full")
+    Fake(b=0.01, a=0.02).carry_out(at())
+    tune("full")
+    fake = Fake(a=0.02, b=0.01, aten=0.0)
+    assert fake.carry_out(at()) == "aten"
+    assert "b" not in fake.calls
+
+
+def test_a_bucket_keeps_its_plan_while_the_process_lives(tune) -> None:
+    """Whatever a file says later."""
+    tune("cached")
+    fake = Fake(a=0.0, b=0.0)
+    assert fake.carry_out(at()) == "a"
+    tuning.write(CPU, tuning.name_of(at()), {"a": 2.0, "b": 1.0})
+    assert fake.carry_out(at()) == "a"
+
+
+def test_rows_share_a_bucket() -> None:
+    """Up to a power of two."""
+    assert [planner.bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 4097)] == [1, 2, 4, 4, 8, 8, 16, 8192]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"identity": {"device": "x"',
+        "[1, 2]",
+        '{"identity": {}, "passes": {"p": {"a": "fast"}}}',
+        '{"identity": 3, "passes": {}}',
+        '{"identity": {"torch": "1.0"}, "passes": {}}',
+    ],
+)
+def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(content: str, tune) -> None:
+    """Truncated, foreign, of other versions: calls work, and what is measured replaces it."""
+    tune("cached")
+    path = tuning.path_of(CPU)
+    path.parent.mkdir()
+    path.write_text(content)
+    fake = Fake(a=0.0, b=0.0)
+    with pytest.warns(UserWarning, match="is not used") as caught:
+        assert [fake.carry_out(at(m=m)) for m in (512, 64)] == ["a", "a"]
+    assert len(caught) == 1
+    assert path.read_text() == content
+    tune("full")
+    with pytest.warns(UserWarning, match="is not used"):
+        assert Fake(a=0.01, b=0.0).carry_out(at()) == "b"
+    assert list(json.loads(path.read_text())["passes"]) == [tuning.name_of(at())]
+
+
+def test_a_file_of_other_sources_is_not_used(tune) -> None:
+    """Times are those of the kernels that were measured."""
+    tune("full")
+    Fake(a=0.01, b=0.0).carry_out(at())
+    path = tuning.path_of(CPU)
+    path.write_text(path.read_text().replace(tuning.identity(CPU)["sources"], "others"))
+    tune("cached")
+    with pytest.warns(UserWarning, match="its sources is not that of here"):
+        assert Fake(a=0.0, b=0.0).carry_out(at()) == "a"
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tune, tmp_path) -> None:
+    """What was measured still counts in this process."""
+    tune("full")
+    (tmp_path / "fused_lowrank").write_text("a file where the folder should be")
+    fake = Fake(a=0.01, b=0.0)
+    with pytest.warns(UserWarning, match="cannot be") as caught:
+        assert [fake.carry_out(at(m=m)) for m in (512, 64)] == ["b", "b"]
+    assert len({str(warning.message) for warning in caught}) == len(caught) <= 2
+
+
+def test_two_processes_write_beside_each_other(tune) -> None:
+    """Neither loses what the other has put there; nothing half-written is left."""
+    tune("full")
+    Fake(a=0.0, b=0.0).carry_out(at())
+    known = dict(tuning.known(CPU))
+    tune("full")
+    tuning.known(CPU).clear()  # read before the other wrote
+    Fake(a=0.0, b=0.0).carry_out(at(m=64))
+    assert set(tuning.read(CPU)) == {*known, tuning.name_of(at(m=64))}
+    assert [p.name for p in tuning.path_of(CPU).parent.iterdir()] == [tuning.path_of(CPU).name]
+
+
+class Traced(TorchDispatchMode):
+    """What a tracer looks like."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_measured_in_a_trace(tune) -> None:
+    """A trace would take the measured calls for the program's own."""
+    tune("full")
+    fake = Fake(a=0.0, b=0.0)
+    with Traced():
+        assert fake.carry_out(at()) == "a"
+    assert fake.calls == ["a"]
+
+
+def test_out_of_memory_while_measuring_leaves_the_call_working(tune) -> None:
+    """The plan that fits is taken; where none could be measured, the one of least cost is tried."""
+    tune("full")
+    fake = Fake(a=torch.OutOfMemoryError("full"), b=0.0)
+    assert fake.carry_out(at()) == "b"
+    fake = Fake(a=torch.OutOfMemoryError("full"), b=MemoryError())
+    assert planner.decide(at(m=64), "auto", fake.names, fake.compute).plans == ("a", "b")
+
+
+def test_other_errors_are_not_hidden(tune) -> None:
+    """A bug of a plan is not a lack of the device's."""
+    tune("full")
+    with pytest.raises(ZeroDivisionError):
+        Fake(a=ZeroDivisionError(), b=0.0).carry_out(at())
+
+
+class OutOfResources(Exception):
+    """As Triton says that a launch wants more than there is."""
+
+
+@pytest.mark.parametrize("mode", ["off", "full"])
+def test_a_plan_that_cannot_be_launched_is_skipped(mode: str, tune) -> None:
+    """With one warning and for good, or without a word where it shows in measuring."""
+    tune(mode)
+    fake = Fake(a=OutOfResources("shared memory, required 300000, limit 232448"), b=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [fake.carry_out(at()) for _ in range(3)] == ["b"] * 3
+    assert fake.calls.count("a") == 1
+    assert [("b takes its place" in str(w.message)) for w in caught] == [True] * (mode == "off")
+
+
+def test_the_last_plan_says_why_it_cannot(tune) -> None:
+    """There is nothing left to take."""
+    tune("off")
+    with pytest.raises(OutOfResources):
+        Fake(a=OutOfResources()).carry_out(at())
+
+
+def test_an_unknown_mode_is_refused(tune) -> None:
+    """By name."""
+    tune("sometimes")
+    with pytest.raises(ValueError, match=r"FUSED_LOWRANK_TUNE is 'sometimes'.*off, cached, full"):
+        Fake(a=0.0, b=0.0).carry_out(at())
+
+
+@pytest.mark.parametrize("rank", [4, 16, 256])
+@pytest.mark.parametrize("back", [False, True])
+def test_costs_grow_with_the_work(back: bool, rank: int) -> None:
+    """Each plan's cost is above the floor, and the floor above that of the bare layer."""
+    for m in (1, 16, 512, 8192):
+        of = at(m, 4096, 1024, rank, back=back)
+        floor, bare = costs.least(of), costs.least(of, adapted=False)
+        assert bare.seconds < floor.seconds
+        for plan in plans.PLANS:
+            cost, more = costs.predict(plan, of), costs.predict(plan, of._replace(n=2048))
+            assert floor.operations <= cost.operations * 1.0001
+            assert cost.seconds < more.seconds
+            assert floor.seconds <= cost.seconds
+
+
+def test_the_choice_on_paper_for_a_gpu(monkeypatch) -> None:
+    """Few rows in one launch where there is such a plan; library steps lose to fused ones."""
+    monkeypatch.setattr(costs, "peaks", lambda device: H200)
+    gpu = torch.device("cuda:0")
+    for m in (1024, 8192):
+        of = at(m, 4096, 4096, device=gpu, dtype=torch.bfloat16)
+        seconds = {plan: costs.predict(plan, of).seconds for plan in ("split", "first", "aten")}
+        assert min(seconds.values()) < seconds["aten"]
+    assert costs.predict("split", of).seconds < 1.15 * costs.least(of, adapted=False).seconds
+
+
+def test_an_unknown_gpu_has_peaks(monkeypatch) -> None:
+    """From its multiprocessors and generation."""
+
+    class Properties:
+        name, major, multi_processor_count = "NVIDIA Z1000", 10, 100
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    peaks = costs.peaks.__wrapped__(torch.device("cuda:0"))
+    assert 0 < peaks.wide < peaks.narrow
+    assert peaks.bandwidth > 0
+    Properties.name = "NVIDIA H200"
+    assert costs.peaks.__wrapped__(torch.device("cuda:0")).bandwidth == pytest.approx(4.32e12)
+
+
+def test_plans_of_a_cpu() -> None:
+    """Library steps in either order, in one order where a mask lies between them."""
+    assert plans.plan_names("auto", at()) == ["aten", "first"]
+    assert plans.plan_names("auto", at(back=True, dropout=True)) == ["aten"]
+    assert plans.plan_names("aten", at()) == ["aten"]
+
+
+def test_a_pinned_plan_that_cannot_says_why(device: torch.device) -> None:
+    """Rather than another one's result under its name."""
+    layer = FusedLoraXSLinear(96, 64, r=4, dropout=0.5, device=device)
+    y = layer(torch.randn(5, 96, device=device, requires_grad=True))
+    with pinned_plan("first"), pytest.raises(RuntimeError, match=r"first cannot.*dropout"):
+        y.sum().backward()
+
+
+def test_explain_says_what_a_call_does(device: torch.device, capsys) -> None:
+    """Plan, costs, floor, tiles and why, for both passes; a call then takes that plan."""
+    planner.CHOSEN.clear()
+    layer = FusedLoraXSLinear(256, 512, r=8, device=device)
+    layer.impl = "triton"
+    explain(layer, 300)
+    said = capsys.readouterr().out
+    for text in ("256 → 512", "P = 8", "300 rows", "forward: ", "backward: ", "why: ", "GFLOP",
+                 "MB", "floor", "bare layer", "TileConfig", "rows up to 512"):  # fmt: skip
+        assert text in said, text
+    assert not planner.CHOSEN
+    layer(torch.randn(300, 256, device=device, requires_grad=True)).sum().backward()
+    taken = {(key.back, decision.plans[0]) for (key, _), decision in planner.CHOSEN.items()}
+    for back, plan in taken:
+        assert f"{'backward' if back else 'forward'}: {plan}," in said
+    assert len(taken) == 2
+
+
+def test_explain_where_no_plan_is_chosen(capsys) -> None:
+    """Small calls on a CPU, and the reference layers; other things are refused."""
+    explain(FusedLoraXSLinear(64, 64, r=4), 1)
+    assert "chain of library operations" in capsys.readouterr().out
+    explain(LoraXSLinear(64, 64, r=4), 1)
+    assert "no plan" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="layer is a Linear"):
+        explain(torch.nn.Linear(4, 4), 1)
+    with pytest.raises(ValueError, match="rows is 0"):
+        explain(FusedLoraXSLinear(64, 64, r=4), 0)
