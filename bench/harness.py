@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fused_lowrank.reference import lowrank_linear_reference
-from fused_lowrank.testing import Measured, Results, mapped, pinned_tiles, pooled_ratio, results
+from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case
 from .providers import Call, Provider, Tensors, make_tensors
@@ -280,7 +280,7 @@ def time_all(
         for runner in order.sample(runners, len(runners)):  # nobody always follows the same
             name = runner.provider.name
             try:
-                with pinned_tiles(**runner.provider.tiles):
+                with runner.provider.pinned():
                     sample = timer.sample(runner.forward(done), runner.backward(done), runner.hold)
             except Exception as error:
                 rows[name] = failure(runner.provider, error, device)
@@ -337,7 +337,7 @@ def measure_case(
             if key not in truths:
                 truths[key] = make_truth(case, tensors, *key)
             runner = Runner(provider, case, tensors, provider.build(case, tensors))
-            with pinned_tiles(**provider.tiles):
+            with provider.pinned():
                 rows[provider.name] = prepare(runner, truths[key], device)
             runners.append(runner)
         except Exception as error:

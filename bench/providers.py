@@ -10,6 +10,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from fused_lowrank import planner
-from fused_lowrank.kernels.tiles import SMALL_M, TENSOR, VARIANTS, TileConfig
+from fused_lowrank.costs import Pass
 from fused_lowrank.layers import METHODS
 from fused_lowrank.layers.base import LowRankLinear
+from fused_lowrank.plans import PLANS, Split, plan_names
+from fused_lowrank.testing import pinned_plan
 
 from .cases import Case
 
 Call = Callable[[Tensor], Tensor]
 PEERS = Path(__file__).parent / "peers"  # checkouts of others' code, ignored by git
-GPU = torch.cuda.is_available()
 SETS_OF_INPUTS = 2  # x and dy rotate among these
 
 
@@ -180,23 +182,30 @@ def no_compiler(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def no_kernels(case: Case, device: torch.device) -> str | None:
-    """Why the kernels cannot run compiled; interpreted they are not timed."""
-    if device.type != "cuda":
+def passes(case: Case, device: torch.device) -> tuple[Pass, Pass]:
+    """The forward and the backward of a case, as the planner sees them."""
+    m, dropout = planner.bucket(case.rows), case.dropout > 0.0
+    regular = device.type == "cuda" and (case.k | case.n) % 16 == 0
+    kind, p = (device, case.torch_dtype, m), case.p
+    forward = Pass(*kind, case.k, case.n, p, p, False, regular, dropout, False)
+    trains_down = case.method == "lora"
+    return forward, Pass(*kind, case.n, case.k, p, p, True, regular, dropout, trains_down)
+
+
+def planned(case: Case, device: torch.device) -> list[str]:
+    """The plans that would be chosen on paper, forward and backward; "auto" for none."""
+    x = torch.empty(1, case.k, device=device, dtype=case.torch_dtype).expand(case.rows, case.k)
+    if planner.small(x) and not case.dropout:
+        return ["auto", "auto"]
+    pair = passes(case, device)
+    return [planner.decide(at, "auto", plan_names, None, "off").plans[0] for at in pair]
+
+
+def no_plan(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a plan cannot compute a case; kernels that are interpreted are not timed."""
+    if isinstance(PLANS[name], Split) and device.type != "cuda":
         return "needs a GPU"
-    return planner.why_not_triton(device, case.torch_dtype, case.p, case.p)
-
-
-def no_variant(case: Case, device: torch.device) -> str | None:
-    """Why the tile sets to be compared with the defaults cannot be launched."""
-    if why := no_kernels(case, device):
-        return why
-    target = planner.target(device)
-    if target is None or target.name not in TENSOR:
-        return f"is for {', '.join(TENSOR)}"
-    if case.dtype == "fp32" or case.rows <= SMALL_M:
-        return f"is for 16 bits and more than {SMALL_M} rows"
-    return None
+    return next(filter(None, (PLANS[name].why_not(at) for at in passes(case, device))), None)
 
 
 def not_importable(module: str, gpu: bool, dropout: bool | None = None) -> Any:
@@ -235,27 +244,28 @@ class Provider:
     absent: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
     own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
     slow: bool = False  # to set up: measured after everything else
-    tiles: dict[str, TileConfig] = field(default_factory=dict)  # instead of the defaults
+    plan: str = ""  # computes by this one, whatever the planner would choose
 
     def why_absent(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot be measured here, or None if it can."""
+        if self.plan:
+            return no_plan(self.plan, case, device)
         return self.absent(case, device)
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """Inside, the provider's plan is taken."""
+        return pinned_plan(self.plan) if self.plan else nullcontext()
 
 
 EAGER, LORA = layer("", False, "reference", "method"), layer("lora", False, "reference", "lora")
-TRITON = layer("", True, "triton", "method")
+AUTO = layer("", True, "auto", "method")
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("bare", "bare", bare),
         Provider("eager", "method", EAGER),
-        Provider("aten", "method", layer("", True, "aten", "method")),
-        Provider("triton", "method", TRITON, no_kernels, own_mask=True),
-        *(
-            Provider(f"triton:{name}", "method", TRITON, no_variant, own_mask=True, tiles=tiles)
-            for name, tiles in VARIANTS.items()
-        ),
-        Provider("auto", "method", layer("", True, "auto", "method"), own_mask=GPU),
+        *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in PLANS),
+        Provider("auto", "method", AUTO, own_mask=True),
         Provider("eager-lora", "lora", LORA),
         Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
         Provider(

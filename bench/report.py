@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import plots
 from bench.store import KEY, ROOT, Line, Refused, read, slug
+from fused_lowrank.plans import PLANS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADLINE = 8  # cases in the README's table
@@ -96,8 +97,8 @@ def load(folder: Path) -> list[Device]:
 
 
 def is_plan(name: str) -> bool:
-    """Whether a provider is one of our plans, "triton:…" with other tiles than the defaults."""
-    return name.partition(":")[0] in ("aten", "triton")
+    """Whether a provider is one of our plans."""
+    return name in PLANS
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -170,11 +171,6 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
         row, least = rows(case, name), floor_ms(device, device.cases[case])
         return f"{least / row['forward'][1]:.0%}" if row and least else "–"
 
-    def winner(case: str) -> str:
-        times = {name: device.relative(case, name) for name in names if is_plan(name)}
-        there = {name: value for name, value in times.items() if value is not None}
-        return min(there, key=lambda name: there[name]) if there else "–"
-
     parts = [
         f"## {device.key['device']}\n\n{about(device)}\n{spread_line(device)}",
         "### Step, as a multiple of the bare layer's time\n",
@@ -194,13 +190,38 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
         "### Forward: least possible time over measured time\n\nThe least is the operations or "
         "the bytes at the bandwidth and the matrix rate measured in the same run.\n",
         by_case(device, names, near_floor),
-        "### The faster plan\n",
-        grid(["case", "plan"], [[case, winner(case)] for case in device.cases]),
+        planner_text(device),
         block_text(device),
         failures(device),
         *(f"![{name}]({name})\n" for name in figures),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def planner_text(device: Device) -> str:
+    """The plans chosen on paper against the fastest of those that were measured."""
+    body, extra = [], []
+    for case, line in device.cases.items():
+        for part, chosen in zip(("forward", "backward"), line["planned"], strict=True):
+            there = {name for name in device.providers if is_plan(name)} | {chosen}
+            known = [(device.relative(case, name, part), name) for name in sorted(there)]
+            times = {name: value for value, name in known if value is not None}
+            if chosen not in times or len(times) < 2:
+                continue
+            best = min(times, key=lambda name: times[name])
+            extra.append(times[chosen] / times[best] - 1)
+            body.append([case, part, chosen, best, f"{extra[-1]:.1%}"])
+    if not body:
+        return ""
+    off = sorted(cost for cost in extra if cost)
+    said = f"The choice is the fastest in {len(extra) - len(off)} of {len(extra)} passes"
+    if off:
+        said += (
+            f"; elsewhere it costs {off[len(off) // 2]:.1%} in the median, {off[-1]:.1%} at most"
+        )
+    head = ["case", "pass", "chosen", "fastest", "costs"]
+    text = "“auto” is the chain of library operations that small calls on a CPU take"
+    return f"### The plans chosen on paper\n\n{said}. {text}.\n\n{grid(head, body)}"
 
 
 def block_text(device: Device) -> str:

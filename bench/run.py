@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import cases, harness, timers
-from bench.providers import PROVIDERS, Provider
+from bench.providers import PROVIDERS, Provider, planned
 from bench.store import Line, Refused, Store, make_key
 
 Job = tuple[cases.Case, list[Provider]]
@@ -38,7 +38,9 @@ def jobs(store: Store, chosen: Sequence[cases.Case], names: Sequence[str]) -> li
     return left
 
 
-def case_line(case: cases.Case, rows: list[harness.Row], seconds: float) -> Line:
+def case_line(
+    case: cases.Case, rows: list[harness.Row], seconds: float, device: torch.device
+) -> Line:
     """A case and its rows, as the file keeps them."""
     about = {
         "series": case.name.replace(f"/m{case.m}/", "/"),
@@ -49,6 +51,7 @@ def case_line(case: cases.Case, rows: list[harness.Row], seconds: float) -> Line
         "method": case.method,
         "dtype": case.dtype,
         "dropout": case.dropout,
+        "planned": planned(case, device),
     }
     return {"kind": "case", "case": case.name, **about, "seconds": seconds, "rows": rows}
 
@@ -148,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             rows = harness.measure_case(case, providers, timer, device, settings)
         except harness.Poisoned as poisoned:  # keep what is known; go on in a fresh process
-            store.add(case_line(case, [poisoned.row], time.monotonic() - started))
+            store.add(case_line(case, [poisoned.row], time.monotonic() - started, device))
             print(f"{case.name}: {poisoned}: starting again", file=sys.stderr)
             spent = (time.monotonic() - begun) / 60
             again = sys.argv if argv is None else [__file__, *argv]
             os.execv(sys.executable, [sys.executable, *again, "--resume", "--minutes",
                                       str(max(0.0, args.minutes - spent))])  # fmt: skip
-        store.add(case_line(case, rows, time.monotonic() - started))
+        store.add(case_line(case, rows, time.monotonic() - started, device))
         done += 1
     store.end(len(left) - done)
     print(table([line for line in store.lines[first:] if line["kind"] == "case"]))

@@ -22,7 +22,7 @@ import torch
 
 from fused_lowrank.planner import has_triton
 
-SCHEMA = 1
+SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[1]
 KEY = ("device", "driver", "threads", "python", "torch", "triton", "commit", "dirty", "code")
 MEASURING = ("cases", "providers", "timers", "harness", "block")

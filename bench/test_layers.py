@@ -20,10 +20,12 @@ def test_step(benchmark, case: Case, provider: Provider):  # type: ignore[no-unt
     tensors = make_tensors(case, DEVICE)
     runner = Runner(provider, case, tensors, provider.build(case, tensors))
     truth = make_truth(case, tensors, provider.equation, not provider.own_mask)
-    row = prepare(runner, truth, DEVICE)
+    with provider.pinned():
+        row = prepare(runner, truth, DEVICE)
 
     def step() -> None:
-        runner.step()
+        with provider.pinned():
+            runner.step()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize(DEVICE)
 

@@ -171,13 +171,18 @@ CHOSEN: dict[tuple[Pass, str], Decision] = {}
 Names = Callable[[str, Pass], list[str]]
 
 
-def decide(at: Pass, impl: str, names: Names, compute: Callable[[str], Any] | None) -> Decision:
-    """The decision for a pass, made anew. Nothing is measured without `compute`."""
+def decide(
+    at: Pass, impl: str, names: Names, compute: Callable[[str], Any] | None, mode: str = ""
+) -> Decision:
+    """The decision for a pass, made anew. Nothing is measured without `compute`.
+
+    `mode` is that of FUSED_LOWRANK_TUNE, and read from there if it is not given.
+    """
     candidates = names(impl, at)
     if len(candidates) == 1:
         return Decision(tuple(candidates), "no other plan computes this")
     on_paper = sorted(candidates, key=lambda name: costs.predict(name, at).seconds)
-    mode = tuning.mode()
+    mode = mode or tuning.mode()
     if mode == "off":
         return Decision(tuple(on_paper), "least cost on paper; FUSED_LOWRANK_TUNE is off")
     times = tuning.known(at.device).get(tuning.name_of(at), {})

@@ -61,6 +61,11 @@ class TileConfig:
     persistent: bool = False  # gemm_tail by tensor descriptors, one program per multiprocessor
     overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
 
+    def __str__(self) -> str:
+        sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        kinds = [name for name in ("persistent", "overlap") if getattr(self, name)]
+        return " ".join([sides, f"w{self.num_warps}", f"s{self.num_stages}", *kinds])
+
     def options(self) -> dict[str, int]:
         """The compiler's options of a launch."""
         chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -216,6 +221,12 @@ VARIANTS: dict[str, dict[str, TileConfig]] = {
 @functools.cache
 def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
     tile = next(line.tile for line in DEFAULTS if line.covers(target.name, spec, small))
+    # A device with less shared memory than its kind: fewer stages, then less of K at a time.
+    while not is_valid(tile, target, spec) and (tile.num_stages > 1 or tile.block_k > 16):
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        else:
+            tile = replace(tile, block_k=tile.block_k // 2)
     # ptxas otherwise spills now and then, to run more programs side by side.
     return replace(tile, max_registers=255) if target.backend == "cuda" else tile
 

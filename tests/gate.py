@@ -253,10 +253,7 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
 
 def row(case: Case, target: str, figures: Figures) -> list[str]:
     tile, _ = tile_of(case, TARGETS[target])
-    sides = "x".join(map(str, (tile.block_m, tile.block_n, tile.block_k)))
-    kind = (" persistent" if tile.persistent else "") + (" overlap" if tile.overlap else "")
-    shape = f"{sides} w{tile.num_warps} s{tile.num_stages}{kind}"
-    values = (target, *astuple(case), shape, *astuple(figures))
+    values = (target, *astuple(case), tile, *astuple(figures))
     return [str(int(value) if isinstance(value, bool) else value) for value in values]
 
 

@@ -15,7 +15,6 @@ from bench import block, cases, harness, host, report, run, timers
 from bench.providers import PROVIDERS, Provider, layer, make_tensors
 from bench.store import Refused, Store, key_id, read
 from fused_lowrank import planner
-from fused_lowrank.kernels.tiles import TileConfig
 
 CPU = torch.device("cpu")
 CASE = cases.parse("tiny", "square", 8, "fp32")
@@ -94,7 +93,7 @@ def no_rehearsal():
 @pytest.fixture(scope="module")
 def rows() -> dict:
     fakes = [Provider(name, "method", build) for name, build in FAKES.items()]
-    names = ("bare", "eager", "auto", "triton")
+    names = ("bare", "eager", "auto", "split")
     several = [*(PROVIDERS[n] for n in names), *fakes]
     measured = harness.measure_case(CASE, several, timers.HostTimer(CPU), CPU, QUICK)
     return {row["provider"]: row for row in measured}
@@ -132,7 +131,7 @@ def test_saved_bytes_are_exactly_t(rows):
         ("raises", "error", "ZeroDivisionError: nothing to divide"),
         ("exhausts", "out of memory", "no memory left"),
         ("fails late", "error", "ZeroDivisionError"),
-        ("triton", "absent", "needs a GPU"),
+        ("split", "absent", "needs a GPU"),
     ],
 )
 def test_a_failure_is_a_row_that_says_so(rows, name, status, why):
@@ -146,29 +145,29 @@ def test_the_rest_goes_on(rows):
     assert {rows[name]["reps"] for name in ("bare", "eager", "auto")} == {5}
 
 
-def test_a_tile_set_is_pinned_while_its_provider_runs():
-    tiles = {"shrink": TileConfig(16, 16, 16, 4, 1)}
+def test_a_plan_is_pinned_while_its_provider_runs():
     seen = []
 
     def build(case, tensors):
         call = PROVIDERS["eager"].build(case, tensors)
-        return lambda x: seen.append(dict(planner.PINNED)) or call(x)
+        return lambda x: seen.append(list(planner.PINNED_PLAN)) or call(x)
 
-    pinned = Provider("pinned", "method", build, tiles=tiles)
+    pinned = Provider("pinned", "method", build, plan="first")
     harness.measure_case(CASE, [PROVIDERS["bare"], pinned], timers.HostTimer(CPU), CPU, QUICK)
     assert len(seen) > QUICK.min_reps
-    assert all(there == tiles for there in seen)
-    assert not planner.PINNED
+    assert all(there == ["first"] for there in seen)
+    assert not planner.PINNED_PLAN
 
 
 @pytest.mark.parametrize("case", cases.SETS["smoke"], ids=lambda case: case.name)
 def test_dropout_and_every_method_are_checked(case):
     """A provider that forgets the low-rank term is refused in every kind of case."""
     tensors = make_tensors(case, CPU)
-    truth = harness.make_truth(case, tensors, "method", True)
-    for name in ("eager", "aten"):
+    for name in ("aten", "eager"):
+        truth = harness.make_truth(case, tensors, "method", not PROVIDERS[name].own_mask)
         call = PROVIDERS[name].build(case, tensors)
-        harness.Runner(PROVIDERS[name], case, tensors, call).check(truth)
+        with PROVIDERS[name].pinned():
+            harness.Runner(PROVIDERS[name], case, tensors, call).check(truth)
     bare = PROVIDERS["bare"].build(case, tensors)
 
     def forgets(x: torch.Tensor) -> torch.Tensor:
@@ -231,7 +230,7 @@ def test_unknown_names_are_refused_with_the_known_ones(arguments, said, tmp_path
 def measure(folder: Path, *more: str) -> int:
     """A run of the command line, quickly."""
     arguments = ["--device", "cpu", "--timer", "host", "--seconds", "0", "--out", str(folder)]
-    return run.main([*arguments, "--providers", "bare,eager,auto,triton", *more])
+    return run.main([*arguments, "--providers", "bare,eager,auto,first,split", *more])
 
 
 @pytest.fixture(scope="module")

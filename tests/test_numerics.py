@@ -147,6 +147,25 @@ def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch
     assert pooled_ratio(errors) < 0.95
 
 
+def test_why_no_plan_multiplies_by_the_sum_of_weights(device: torch.device) -> None:
+    """x·(W + ΔW) in bfloat16 loses most of a small ΔW to rounding; the two terms apart do not."""
+    weight = (torch.randn(256, 256, device=device) / 16).bfloat16()
+    down = (torch.randn(8, 256, device=device) / 16).bfloat16()
+    up = (torch.randn(256, 8, device=device) * 5e-4).bfloat16()
+    x = torch.randn(512, 256, device=device).bfloat16()
+    delta = up.double() @ down.double()
+    assert delta.norm() / weight.double().norm() < 0.002
+    base, effect = (x.double() @ matrix.double().t() for matrix in (weight, delta))
+
+    def lost(y: torch.Tensor) -> float:
+        return float((y - base - effect).norm() / effect.norm())
+
+    summed = (weight.double() + delta).bfloat16().double()
+    assert lost(x.double() @ summed.t()) > 0.5  # exact sums: what is lost is in the weight
+    ours = lowrank_linear(x.float(), weight.float(), down.float(), None, up.float(), impl="triton")
+    assert lost(ours.double()) < 1e-3
+
+
 @pytest.mark.parametrize("rank", [16, 100])
 @pytest.mark.parametrize("rows", [1, 80, 333])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -307,7 +307,7 @@ def test_explain_says_what_a_call_does(device: torch.device, capsys) -> None:
     explain(layer, 300)
     said = capsys.readouterr().out
     for text in ("256 → 512", "P = 8", "300 rows", "forward: ", "backward: ", "why: ", "GFLOP",
-                 "MB", "floor", "bare layer", "TileConfig", "rows up to 512"):  # fmt: skip
+                 "MB", "floor", "bare layer", "shrink: ", "gemm_tail: ", "rows up to 512"):  # fmt: skip
         assert text in said, text
     assert not planner.CHOSEN
     layer(torch.randn(300, 256, device=device, requires_grad=True)).sum().backward()

@@ -40,6 +40,16 @@ def test_every_default_is_valid(target):
         assert is_valid(tile, target, spec), (spec, m, tile)
 
 
+def test_a_device_with_less_shared_memory_gets_smaller_tiles():
+    less = replace(TARGETS["sm_90"], shared=64 * 1024)
+    smaller = 0
+    for spec, m in itertools.product(specs(), ROWS):
+        tile = select(less, spec, m)
+        assert is_valid(tile, less, spec), (spec, m, tile)
+        smaller += tile != select(TARGETS["sm_90"], spec, m)
+    assert smaller
+
+
 def test_every_line_is_the_default_of_something():
     reached = {
         next(line for line in DEFAULTS if line.covers(target, spec, small))
