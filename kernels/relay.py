@@ -162,13 +162,12 @@ def constants(
     want_t: bool,
     bias: bool,
     counters: int,
-    wide_up: bool,
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     # The tail has the registers that the sums and the core's product leave.
     rows_of_up = 8192 // config.block_n
-    if r > 0 or wide_up or not (transposed or q % 16 == 0):
+    if r > 0 or not (transposed or q % 16 == 0):
         rows_of_up = 16
     return {
         "P": p,
@@ -186,7 +185,7 @@ def constants(
         "BLOCK_K": config.block_k,
         "BLOCK_U": min(padded(q), 32),
         "BLOCK_Q": min(padded(q), rows_of_up),
-        "BLOCK_R": min(padded(max(r, 1)), 32),
+        "BLOCK_R": 16,
         "GROUP_M": config.group_m,
     }
 
@@ -213,7 +212,7 @@ def spec_of(
     transposed: bool,
 ) -> Spec:
     """What the launch of `relay` with these operands is."""
-    left, right, _ = factors(down, core, transposed)
+    left, right, r = factors(down, core, transposed)
     p, q = down.shape[1 if transposed else 0], up.shape[0 if transposed else 1]
     row_of_down = down.shape[1] * down.element_size()
     is_aligned = (
@@ -225,8 +224,9 @@ def spec_of(
             (weight.shape[0], x.shape[1], x.stride(0), max(weight.stride()), row_of_down),
         )
     )
-    factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
-    return Spec("relay", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    factor_itemsize = max(down.element_size(), up.element_size())  # no tile depends on the core's
+    rank = padded(max(p, r))  # a pair's r is bounded as P is
+    return Spec("relay", x.element_size(), factor_itemsize, is_aligned, rank, padded(q))
 
 
 def has_flags(m: int, config: TileConfig) -> bool:
@@ -272,7 +272,6 @@ def relay(
     block_w, block_down = [config.block_n, config.block_k], [padded(p), config.block_k]
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     n_counters = 0 if counters is None else counters.numel()
-    wide_up = up.element_size() > x.element_size()
     relay_kernel[(min(tiles, multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(rows, block_w[::-1] if w_rows_are_k else block_w),
@@ -291,7 +290,7 @@ def relay(
         n,
         k,
         W_ROWS_ARE_K=w_rows_are_k,
-        **constants(p, q, r, transposed, want_t, bias is not None, n_counters, wide_up, config),
+        **constants(p, q, r, transposed, want_t, bias is not None, n_counters, config),
         **config.options(),
     )
     return y, t

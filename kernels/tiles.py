@@ -75,7 +75,7 @@ class Spec:
 
     kernel: str  # "shrink", "gemm_tail", "core_grad" or "relay"
     itemsize: int  # of x, in bytes
-    factor_itemsize: int  # of the widest of down, core and up that the kernel reads
+    factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
     pad_p: int  # padded(P)
     pad_q: int
@@ -212,6 +212,7 @@ DEFAULTS = (
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
     Default("relay", SPLIT, ("sm_100",), 2, True, rank=RELAY_RANK, dropout=False),
+    Default("relay", SPLIT, ("sm_90",), 2, True, True, rank=RELAY_RANK, dropout=False),
     Default("relay", PERSISTENT, ("sm_90",), 2, True, rank=RELAY_RANK, dropout=False),
 )  # fmt: skip
 

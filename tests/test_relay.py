@@ -189,6 +189,7 @@ def test_what_it_cannot_do_is_refused(device: torch.device) -> None:
         {"weight": made["weight"][:-1], "up": made["up"][:-1]},
         {"x": made["x"].float(), "weight": made["weight"].float()},
         {"down": made["down"].repeat(5, 1), "core": made["core"].repeat(5, 1)},
+        {"core": (made["core"].repeat(1, 5), made["core"].repeat(5, 1))},
     ):
         other = spec_of(**{**made, **change}, transposed=False)
         assert not is_possible(SM_90, other, M)
