@@ -166,9 +166,7 @@ def constants(
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     # The tail has the registers that the sums and the core's product leave.
-    rows_of_up = 8192 // config.block_n
-    if r > 0 or not (transposed or q % 16 == 0):
-        rows_of_up = 16
+    rows_of_up = 16 if r > 0 else 8192 // config.block_n
     return {
         "P": p,
         "Q": q,
@@ -214,14 +212,15 @@ def spec_of(
     """What the launch of `relay` with these operands is."""
     left, right, r = factors(down, core, transposed)
     p, q = down.shape[1 if transposed else 0], up.shape[0 if transposed else 1]
-    row_of_down = down.shape[1] * down.element_size()
+    ranks = p, q, max(r, 0)
     is_aligned = (
         x.stride(1) == 1
         and 1 in weight.stride()
         and x.stride(0) > 0 < min(weight.stride())
+        and all(rank % 8 == 0 for rank in ranks)  # 16 bytes: down's rows, and no spills in t·core
         and aligned(
             (x, weight, down, left, right, up, bias),
-            (weight.shape[0], x.shape[1], x.stride(0), max(weight.stride()), row_of_down),
+            (weight.shape[0], x.shape[1], x.stride(0), max(weight.stride())),
         )
     )
     factor_itemsize = max(down.element_size(), up.element_size())  # no tile depends on the core's

@@ -286,8 +286,8 @@ def sampled(count: int, seed: int) -> list[Case]:
             layout, aligned = rng.choice(ALIGNED)
             x, flags = rng.choice(("bf16", "fp16")), rng.choice(("", "t", "b", "c", "tbc"))
             p = rng.choice((16, 32, RELAY_RANK, rng.randint(1, RELAY_RANK)))
-            p = -p // 8 * -8 if layout == "transposed" else p
-            q, r = p if r < 0 else q, min(r, RELAY_RANK)
+            p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, min(r, RELAY_RANK)))
+            q = p if r < 0 else q
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
         flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
         q = p if r < 0 else q
