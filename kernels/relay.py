@@ -225,6 +225,8 @@ def spec_of(
     )
     factor_itemsize = max(down.element_size(), up.element_size())  # no tile depends on the core's
     rank = padded(max(p, r))  # a pair's r is bounded as P is
+    if r > 0 and x.dtype == torch.float16 and max(left.element_size(), right.element_size()) > 2:
+        rank *= 2  # t itself is then multiplied as two values, beside a pair's product: it spills
     return Spec("relay", x.element_size(), factor_itemsize, is_aligned, rank, padded(q))
 
 

@@ -235,7 +235,7 @@ def relay_cases() -> Iterator[Case]:
 
     yield from some("bf16", "bf16", "fp32", [(16, 16, 0), (64, 64, 0), (64, 64, 8), (48, 200, 0)])
     yield from some("bf16", "fp32", "fp32", [(64, 64, -1), (64, 200, 64)])
-    yield from some("fp16", "fp16", "fp32", [(64, 64, 0), (64, 64, 8)])
+    yield from some("fp16", "fp16", "fp32", [(64, 64, 0), (32, 64, 32)])
 
 
 def variant_cases() -> Iterator[Case]:
@@ -286,7 +286,9 @@ def sampled(count: int, seed: int) -> list[Case]:
             layout, aligned = rng.choice(ALIGNED)
             x, flags = rng.choice(("bf16", "fp16")), rng.choice(("", "t", "b", "c", "tbc"))
             p = rng.choice((16, 32, RELAY_RANK, rng.randint(1, RELAY_RANK)))
-            p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, min(r, RELAY_RANK)))
+            most = RELAY_RANK // 2 if x == "fp16" and r > 0 else RELAY_RANK
+            p, r = min(p, most), min(r, most)
+            p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, r))
             q = p if r < 0 else q
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
         flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
