@@ -181,7 +181,7 @@ def constants(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK_U": min(padded(q), config.block_n // 8),
+        "BLOCK_U": min(padded(q), max(16, config.block_n // 8)),
         "BLOCK_Q": min(padded(q), rows_of_up),
         "BLOCK_R": 16,
         "GROUP_M": config.group_m,
