@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
+RELAY_RANK = 64  # padded(P) at most: relay holds rows of t beside its tile of y
 N_COUNTERS = 32  # of core_grad: one per tile, one for all tiles together; a power of two
 
 
@@ -48,7 +49,8 @@ class TileConfig:
     """One program's tile: `block_m` rows of the output (of the reduction in `core_grad`).
 
     `gemm_tail` makes block_m × block_n of y, block_k of K at a time. `shrink` holds all of P and
-    makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore.
+    makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
+    makes tiles as `gemm_tail` does, and holds all of P beside those of the first column.
     """
 
     block_m: int
@@ -58,7 +60,7 @@ class TileConfig:
     num_stages: int
     group_m: int = 8
     max_registers: int | None = None  # of a thread; CUDA only
-    persistent: bool = False  # gemm_tail by tensor descriptors, one program per multiprocessor
+    persistent: bool = False  # by tensor descriptors, one program per multiprocessor
     overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
 
     def __str__(self) -> str:
@@ -76,9 +78,9 @@ class TileConfig:
 class Spec:
     """What a launch is, as far as its tile depends on it."""
 
-    kernel: str  # "shrink", "gemm_tail" or "core_grad"
+    kernel: str  # "shrink", "gemm_tail", "core_grad" or "relay"
     itemsize: int  # of x, in bytes
-    factor_itemsize: int  # of the widest of down, core and up that the kernel reads
+    factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
     pad_p: int  # padded(P)
     pad_q: int
@@ -103,6 +105,8 @@ def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
     m, n, k = config.block_m, config.block_n, config.block_k
     if spec.kernel == "gemm_tail":
         stage = (m + n) * k * spec.itemsize
+    elif spec.kernel == "relay":
+        stage = ((m + n) * spec.itemsize + spec.pad_p * spec.factor_itemsize) * k
     elif spec.kernel == "shrink":
         stage = (m * spec.itemsize + spec.pad_p * max(spec.itemsize, spec.factor_itemsize)) * k
     else:
@@ -116,7 +120,9 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     """Whether `config` can be launched for `spec` on `target` and keeps its sums in registers."""
     m, n, k = config.block_m, config.block_n, config.block_k
     threads = config.num_warps * target.warp_size
-    held = {"gemm_tail": m * n, "shrink": m * (spec.pad_p + n), "core_grad": n * n}[spec.kernel]
+    held = {"gemm_tail": m * n, "shrink": m * (spec.pad_p + n), "core_grad": n * n}
+    held["relay"] = m * (n + spec.pad_p)
+    sums = 160 if spec.kernel == "relay" else 128  # in the registers of a thread
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
     tiles = max(1, spec.pad_p // n) * max(1, spec.pad_q // n)
@@ -127,9 +133,10 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and spec.pad_p <= MAX_RANK
         and spec.pad_q <= MAX_RANK
         and (spec.kernel != "core_grad" or tiles < N_COUNTERS)
-        and (not config.persistent or has_descriptors(target, spec))
+        and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
+        and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
         and (not config.overlap or target.name in TENSOR)
-        and held <= 128 * threads
+        and held[spec.kernel] <= sums * threads
         and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
         and shared_bytes(config, target, spec) <= target.shared
     )
@@ -139,6 +146,12 @@ def has_descriptors(target: Target, spec: Spec) -> bool:
     """Whether a launch can go through tensor descriptors, and pays for it."""
     there = target.name in TENSOR and spec.kernel == "gemm_tail"
     return there and spec.itemsize == 2 and spec.aligned
+
+
+def has_relay(target: Target, spec: Spec) -> bool:
+    """Whether the whole layer can be one launch, as far as its operands go."""
+    there = target.name in TENSOR and spec.kernel == "relay" and not spec.dropout
+    return there and spec.itemsize == 2 and spec.aligned and spec.pad_p <= RELAY_RANK
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class Default:
 
 
 PERSISTENT = TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)
-SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to the tail
+SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to the tail, or to t
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
@@ -203,6 +216,9 @@ DEFAULTS = (
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
+    Default("relay", SPLIT, ("sm_100",), 2, True, rank=RELAY_RANK, dropout=False),
+    Default("relay", SPLIT, ("sm_90",), 2, True, True, rank=RELAY_RANK, dropout=False),
+    Default("relay", PERSISTENT, ("sm_90",), 2, True, rank=RELAY_RANK, dropout=False),
 )  # fmt: skip
 
 # Tile sets to be measured beside the defaults on sm_90 and sm_100, by kernel, for 16-bit operands

@@ -239,7 +239,7 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
     for name in targets:
         target = TARGETS[name]
         for case in chosen:
-            if case.variant and name not in TENSOR:
+            if (case.variant or case.kernel == "relay") and name not in TENSOR:
                 continue
             tile, _ = tile_of(case, target)
             ast, options = source(tiled(case, tile), target)

@@ -16,8 +16,17 @@ import torch
 
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.gemm_tail import gemm_tail
+from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import N_COUNTERS, SMALL_M, VARIANTS, Spec, TileConfig, padded
+from fused_lowrank.kernels.tiles import (
+    N_COUNTERS,
+    RELAY_RANK,
+    SMALL_M,
+    VARIANTS,
+    Spec,
+    TileConfig,
+    padded,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -80,9 +89,18 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if transposed:  # the way back: p is what x is multiplied down to
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
     one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
+    x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)
+    if case.kernel == "relay":
+        weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
+        up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
+        bias = empty(n, dtype=case.x) if "b" in case.flags else None
+        cleared = counters if "c" in case.flags else None
+        core, stored = pair or one, "t" in case.flags
+        relay(x, weight, down, core, up, bias, 0.5, transposed, stored, cleared, choose)
+        return
     shrink(
-        rows(m, k, case.x, case),
-        empty(*((k, p) if transposed else (p, k)), dtype=case.down),
+        x,
+        down,
         pair or one,
         0.5,
         transposed,
@@ -208,6 +226,18 @@ def core_grad_cases() -> Iterator[Case]:
     yield from some("bf16", "fp32", [full[1]], ("a", "b"))
 
 
+def relay_cases() -> Iterator[Case]:
+    """For sm_90 and sm_100 alone."""
+
+    def some(x: str, down: str, core: str, ranks: list[tuple[int, int, int]]) -> Iterator[Case]:
+        for (layout, aligned), (p, q, r) in itertools.product(ALIGNED, ranks):
+            yield Case("relay", x, down, core, layout, aligned, p, q, r, "tbc", True, False)
+
+    yield from some("bf16", "bf16", "fp32", [(16, 16, 0), (64, 64, 0), (64, 64, 8), (48, 200, 0)])
+    yield from some("bf16", "fp32", "fp32", [(64, 64, -1), (64, 200, 64)])
+    yield from some("fp16", "fp16", "fp32", [(64, 64, 0), (32, 64, 32)])
+
+
 def variant_cases() -> Iterator[Case]:
     for variant, tiles in VARIANTS.items():
         for (layout, aligned), rank, dtype in itertools.product(
@@ -226,7 +256,7 @@ def variant_cases() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """What is compiled for each target."""
-    made = (shrink_cases(), gemm_cases(), core_grad_cases(), variant_cases())
+    made = (shrink_cases(), gemm_cases(), core_grad_cases(), relay_cases(), variant_cases())
     return sorted(set(itertools.chain(*made)))
 
 
@@ -238,7 +268,7 @@ def sampled(count: int, seed: int) -> list[Case]:
         return rng.choice((16, 32, 64, 128, 256, rng.randint(1, 256), rng.randint(1, 256)))
 
     def one() -> Case:
-        kernel = rng.choice(("shrink", "shrink", "gemm_tail", "core_grad"))
+        kernel = rng.choice(("shrink", "shrink", "gemm_tail", "core_grad", "relay"))
         x, down, core = rng.choices(list(DTYPES), k=3)
         p, q, r = rank(), rank(), rng.choice((-1, 0, 8, 16, rng.randint(1, 256)))
         layout, aligned = rng.choice((*ALIGNED, *UNALIGNED, *STRIDED))
@@ -252,6 +282,15 @@ def sampled(count: int, seed: int) -> list[Case]:
             is_aligned = p % 16 == q % 16 == 0
             r = max(0, r)
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
+        if kernel == "relay":
+            layout, aligned = rng.choice(ALIGNED)
+            x, flags = rng.choice(("bf16", "fp16")), rng.choice(("", "t", "b", "c", "tbc"))
+            p = rng.choice((16, 32, RELAY_RANK, rng.randint(1, RELAY_RANK)))
+            most = RELAY_RANK // 2 if x == "fp16" and r > 0 else RELAY_RANK
+            p, r = min(p, most), min(r, most)
+            p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, r))
+            q = p if r < 0 else q
+            return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
         flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)

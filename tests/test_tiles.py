@@ -12,30 +12,34 @@ from fused_lowrank.kernels.tiles import (
     DEFAULTS,
     MAX_RANK,
     N_COUNTERS,
+    RELAY_RANK,
     SMALL_M,
     TARGETS,
     Spec,
     TileConfig,
+    has_relay,
     is_valid,
     padded,
     select,
 )
 
-KERNELS = ("gemm_tail", "shrink", "core_grad")
+KERNELS = ("gemm_tail", "shrink", "core_grad", "relay")
 PADDED = (16, 32, 64, 128, 256)
 ROWS = (1, SMALL_M, SMALL_M + 1, 1 << 20)
 # (itemsize of x, of the widest factor): fp64 is for gradcheck alone, in the interpreter.
 ITEMSIZES = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 8))
 
 
-def specs():
+def specs(target):
+    """What can be launched there."""
     sides = itertools.product(KERNELS, ITEMSIZES, (True, False), PADDED, PADDED, (False, True))
-    return [Spec(kernel, *sizes, even, p, q, drop) for kernel, sizes, even, p, q, drop in sides]
+    every = [Spec(kernel, *sizes, even, p, q, drop) for kernel, sizes, even, p, q, drop in sides]
+    return [spec for spec in every if spec.kernel != "relay" or has_relay(target, spec)]
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_default_is_valid(target):
-    for spec, m in itertools.product(specs(), ROWS):
+    for spec, m in itertools.product(specs(target), ROWS):
         tile = select(target, spec, m)
         assert is_valid(tile, target, spec), (spec, m, tile)
 
@@ -52,8 +56,9 @@ def test_a_device_with_less_shared_memory_gets_smaller_tiles():
 
 def test_every_line_is_the_default_of_something():
     reached = {
-        next(line for line in DEFAULTS if line.covers(target, spec, small))
-        for target, spec, small in itertools.product(TARGETS, specs(), (True, False))
+        next(line for line in DEFAULTS if line.covers(name, spec, small))
+        for name, target in TARGETS.items()
+        for spec, small in itertools.product(specs(target), (True, False))
     }
     assert reached == set(DEFAULTS)
 
@@ -68,6 +73,8 @@ def test_padded_is_a_power_of_two_that_holds_the_rank():
 VALID = TileConfig(128, 128, 32, 8, 3)
 GEMM = Spec("gemm_tail", 2, 2, True, 16, 16)
 SHRINK = replace(GEMM, kernel="shrink")
+RELAY = replace(GEMM, kernel="relay")
+PERSISTENT = TileConfig(128, 256, 64, 8, 3, persistent=True)
 CORE_GRAD = Spec("core_grad", 2, 2, True, 256, 256)
 
 
@@ -84,17 +91,26 @@ CORE_GRAD = Spec("core_grad", 2, 2, True, 256, 256)
         (replace(VALID, block_m=256, num_warps=4), replace(SHRINK, pad_p=256)),
         (VALID, replace(SHRINK, pad_p=2 * MAX_RANK)),
         (TileConfig(32, 32, 16, 4, 2), CORE_GRAD),  # more tiles than counters
+        (replace(PERSISTENT, persistent=False), RELAY),
+        (replace(PERSISTENT, num_warps=4), RELAY),  # sums beyond registers
+        (replace(PERSISTENT, num_stages=4), RELAY),  # shared memory
+        (PERSISTENT, replace(RELAY, pad_p=2 * RELAY_RANK)),
+        (PERSISTENT, replace(RELAY, aligned=False)),
+        (PERSISTENT, replace(RELAY, itemsize=4, factor_itemsize=4)),
+        (PERSISTENT, replace(RELAY, dropout=True)),
     ],
 )
 def test_what_cannot_run_is_not_valid(tile, spec):
     assert is_valid(VALID, TARGETS["sm_90"], GEMM)
+    assert is_valid(PERSISTENT, TARGETS["sm_90"], RELAY)
+    assert not is_valid(PERSISTENT, TARGETS["sm_80"], RELAY)
     assert not is_valid(tile, TARGETS["sm_90"], spec)
 
 
 def test_core_grad_has_a_counter_for_every_tile():
-    for target, spec in itertools.product(TARGETS.values(), specs()):
-        side = select(target, spec, 1).block_n
-        if spec.kernel == "core_grad":
+    for target in TARGETS.values():
+        for spec in (spec for spec in specs(target) if spec.kernel == "core_grad"):
+            side = select(target, spec, 1).block_n
             tiles = max(1, spec.pad_p // side) * max(1, spec.pad_q // side)
             assert tiles + 1 <= N_COUNTERS
 
