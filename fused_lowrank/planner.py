@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,13 @@ def interpreted() -> bool:
     from .kernels.common import INTERPRETED
 
     return bool(INTERPRETED.value)
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels may run on the device, asked without importing Triton for it."""
+    simulated = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return has_triton() and (device.type == "cuda" or simulated)
 
 
 @functools.cache
@@ -140,6 +148,21 @@ def small(x: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def why_not_relay(at: Pass) -> str | None:
+    """Why a pass cannot be one persistent launch, or None if it can."""
+    from .kernels.relay import is_possible
+    from .kernels.tiles import SMALL_M
+
+    where = target(at.device)
+    if at.dropout or at.want_u:
+        return "has no dropout, and gives no u"
+    if at.m <= SMALL_M or at.p % 8 or at.q % 8:
+        return f"is for more than {SMALL_M} rows, P and Q multiples of 8"
+    if where is None or not is_possible(where, spec_of("relay", at), at.m):
+        return "is for 16 bits, multiples of 16, P up to 64, on sm_90 and sm_100"
+    return None
 
 
 def bucket(rows: int) -> int:

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from . import planner
 from .costs import Pass
 from .dropout import Dropout, dropped, kept
+from .kernels.tiles import VARIANTS
 from .reference import Core, like, product
 
 OptTensor = Tensor | None
@@ -245,8 +246,35 @@ class Mixed(Split):
     gemm_tail = First.gemm_tail
 
 
+class Relay(Split):
+    """Our one persistent launch for many rows."""
+
+    kernels = ("relay",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.proven = "relay", False
+
+    def why_not(self, at: Pass) -> str | None:
+        """Where there are no tensor descriptors, and beyond the kernel's ranks and rows."""
+        return super().why_not(at) or planner.why_not_relay(at)
+
+    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
+        """(y, t, None) in one launch."""
+        from .kernels.relay import relay
+
+        counters, _ = rest
+        factors = down.contiguous(), contiguous(core), up.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        choose = planner.tiles(x.device)
+        return *relay(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
+
+
 ATEN, SPLIT = Aten(), Split()
-PLANS: dict[str, Aten] = {plan.name: plan for plan in (ATEN, First(), SPLIT, Mixed())}
+PLANS: dict[str, Aten] = {
+    plan.name: plan
+    for plan in (ATEN, First(), SPLIT, *(Split(name) for name in VARIANTS), Mixed(), Relay())
+}
 
 
 def plan_names(impl: str, at: Pass) -> list[str]:
@@ -268,7 +296,7 @@ def describe(
 ) -> Pass:
     """What a plan is chosen by."""
     (m, k), n = x.shape, weight.shape[0]
-    regular = x.is_cuda and (
+    regular = planner.has_kernels(x.device) and (
         (k | n | x.stride(0)) % 16 == 0
         and x.stride(1) == 1
         and 1 in weight.stride()
