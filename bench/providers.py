@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -234,6 +235,27 @@ def bare(case: Case, tensors: Tensors) -> Call:
     return linear_of(tensors)
 
 
+def our_gemm(plan: str) -> Callable[[Case, Tensors], Call]:
+    """A builder of the bare layer by our own GEMM, which a plan can be no faster than."""
+    gemm = PLANS[plan].gemm_tail
+
+    class Gemm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return gemm(x, weight, None, None, None, False)  # type: ignore[arg-type]
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            (weight,) = ctx.saved_tensors
+            return gemm(dy, weight.t(), None, None, None, True), None  # type: ignore[arg-type]
+
+    def build(case: Case, tensors: Tensors) -> Call:
+        return lambda x: Gemm.apply(x, tensors.weight)
+
+    return build
+
+
 @dataclass(frozen=True)
 class Provider:
     """Who computes, which equation, how it is built and why it may be absent."""
@@ -263,6 +285,10 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("bare", "bare", bare),
+        *(
+            Provider(plan.replace("split", "gemm"), "bare", our_gemm(plan), partial(no_plan, plan))
+            for plan in ("split", "split:deep", "split:narrow", "split:pointers")
+        ),
         Provider("eager", "method", EAGER),
         *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in PLANS),
         Provider("auto", "method", AUTO, own_mask=True),

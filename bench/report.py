@@ -158,7 +158,7 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
     """A device's section of RESULTS.md."""
     rows, names = device.row, device.providers
     others = [name for name in names if name != "bare"]
-    peers = [name for name in others if name != OURS and not is_plan(name)]
+    peers = [n for n in others if n != OURS and not is_plan(n) and not n.startswith("gemm")]
 
     def cell(get: Callable[[Line], float], digits: int = 2) -> Callable[[str, str], str]:
         return lambda case, name: number(get(row) if (row := rows(case, name)) else None, digits)

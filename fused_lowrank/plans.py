@@ -204,12 +204,13 @@ class Split(Aten):
         return shrink(x, down, core, scale, back, want_t, want_u, counters, dropout, choose)
 
     def gemm_tail(self, x, weight, u, up, bias, back, dropout=None):  # type: ignore[no-untyped-def]
-        """y in one launch."""
+        """y in one launch; without u and up it is the base by itself."""
         from .kernels.gemm_tail import gemm_tail
 
+        up = None if up is None else up.contiguous()
         bias = None if bias is None else bias.contiguous()
         choose = planner.tiles(x.device, self.variant)
-        return gemm_tail(x, weight, u, up.contiguous(), bias, back, dropout, choose)
+        return gemm_tail(x, weight, u, up, bias, back, dropout, choose)
 
     def core_grad(self, t, g, core, scale, want, counters):  # type: ignore[no-untyped-def]
         """The core's gradients in one launch."""

@@ -61,13 +61,13 @@ def add_tail(
 ):
     """acc + u·upᵀ + bias, one tile; with DROPOUT only where `kept` is u·upᵀ added.
 
-    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q.
+    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m[:, None] < M, offs_n[None, :] < N
     tail = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype) if DROPOUT else acc
-    end = PAD_Q if PAD_Q == BLOCK_Q else runtime(PAD_Q)
+    end = PAD_Q if PAD_Q <= BLOCK_Q else runtime(PAD_Q)
     for q in tl.range(0, end, BLOCK_Q, num_stages=1):
         offs_q = q + tl.arange(0, BLOCK_Q)
         if TRANSPOSED:
@@ -224,7 +224,7 @@ def constants(
     """The compile-time arguments of a launch."""
     return {
         "Q": q,
-        "PAD_Q": padded(q),
+        "PAD_Q": padded(q) if q else 0,
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
         "DROPOUT": dropout,
@@ -241,8 +241,8 @@ def constants(
 def gemm_tail(
     x: torch.Tensor,
     weight: torch.Tensor,
-    u: torch.Tensor,
-    up: torch.Tensor,
+    u: torch.Tensor | None,
+    up: torch.Tensor | None,
     bias: torch.Tensor | None,
     transposed: bool,
     dropout: Dropout,
@@ -253,11 +253,14 @@ def gemm_tail(
     x (M, K) and weight (N, K) of one dtype and any strides; u (M, padded(Q)), zero beyond Q; up
     (N, Q), or (Q, N) if `transposed`, of any float dtype; bias (N,) or None; M, N, K at least 1.
     All but x and weight contiguous. With `dropout` (seed, p), u·upᵀ is added only where a `shrink`
-    with the same, of an x of y's shape, keeps x.
+    with the same, of an x of y's shape, keeps x. Without u and up it is the base GEMM by itself,
+    which the rest of the layer is measured by.
     """
     m, k = x.shape
     n = weight.shape[0]
-    q = up.shape[0 if transposed else 1]
+    if u is None or up is None:
+        u = up = weight.new_empty(0)
+    q = up.shape[0 if transposed else 1] if up.numel() else 0
     is_aligned = (
         x.stride(1) == 1
         and 1 in weight.stride()

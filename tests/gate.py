@@ -64,6 +64,7 @@ class Figures:
     n_bulk_store: int
     n_tf32: int
     sass: str = ""  # what became of it in machine code, where that is read
+    loop: int = 0  # instructions of its main loop there: the first with most matrix instructions
 
 
 def captured(call: Callable[[], None]) -> tuple[JITFunction, tuple, dict]:
@@ -125,7 +126,8 @@ def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
         file.write(cubin)
         file.flush()
         usage = cuobjdump("-res-usage", file.name)
-        opcodes = read_sass(cuobjdump("-sass", file.name)) if sass else Counter()
+        code = cuobjdump("-sass", file.name) if sass else ""
+    opcodes = read_sass(code)
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     return Figures(
         registers=registers,
@@ -138,6 +140,7 @@ def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
         n_bulk_store=len(re.findall(r"\bcp\.async\.bulk\.tensor\.2d\.global", ptx)),
         n_tf32=sum("tf32" in kind for _, kind in mma) + opcodes["TF32"],
         sass=" ".join(f"{name}:{opcodes[name]}" for name in SASS if opcodes[name]),
+        loop=main_loop(code),
     )
 
 
@@ -152,6 +155,28 @@ def read_sass(text: str) -> Counter:
     counts = Counter(opcode.split(".")[0] for opcode in opcodes)
     counts["TF32"] = sum("TF32" in opcode for opcode in opcodes)
     return counts
+
+
+def main_loop(text: str) -> int:
+    """The length of the shortest loop among those with the most matrix instructions in one pass.
+
+    A loop is what lies between a branch backwards and where it goes; one around others is none.
+    """
+    code = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
+    ]
+    spans = []
+    for at, instruction in code:
+        there = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        if there and int(there[1], 16) < at:
+            spans.append((int(there[1], 16), at))
+    inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    found = []
+    for first, last in inner:
+        body = [instruction for at, instruction in code if first <= at <= last]
+        found.append((-sum("MMA." in line for line in body), len(body)))
+    return min(found)[1] if found and min(found)[0] else 0
 
 
 def wanted_mma(target: Target, block_m: int) -> tuple[str, str]:

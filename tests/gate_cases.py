@@ -75,9 +75,9 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if case.kernel == "gemm_tail":
         x = rows(m, k, case.x, case)
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
-        up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
+        up = empty(*((q, n) if transposed else (n, q)), dtype=case.down) if q else None
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
-        u = empty(m, padded(q), dtype=case.x)
+        u = empty(m, padded(q), dtype=case.x) if q else None
         gemm_tail(x, weight, u, up, bias, transposed, dropout, choose)
         return
     pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
@@ -197,7 +197,7 @@ def gemm_cases() -> Iterator[Case]:
     yield from some("fp32", "fp32", ALIGNED + UNALIGNED, [(189, False), (200, False)])
     yield from some("fp32", "bf16", ALIGNED + UNALIGNED, [(200, False)], (False,))
     yield from some("fp32", "fp32", STRIDED, [(200, False)], (False,))
-    yield from some("bf16", "bf16", ALIGNED, [(16, True)], (False,), flags="")
+    yield from some("bf16", "bf16", ALIGNED, [(0, True), (16, True)], (False,), flags="")
     # Dropout masks the tail of the backward alone.
     aligned, unaligned = ALIGNED[1:], UNALIGNED[1:]
     yield from some("bf16", "bf16", aligned, [(16, True), (64, True), (256, True)], flags="d")

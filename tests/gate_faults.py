@@ -9,7 +9,7 @@ import os
 import tempfile
 from dataclasses import fields, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import gate
 import torch
@@ -18,7 +18,7 @@ import triton.language as tl
 from gate_cases import DTYPES, Case, cases, empty, launch
 
 from fused_lowrank.kernels import core_grad, gemm_tail, shrink
-from fused_lowrank.kernels.tiles import TARGETS, Target, TileConfig
+from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
 
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
 GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)
@@ -61,6 +61,25 @@ def check_shared_memory_is_found() -> None:
     assert "shared memory" in found(GEMM, SM_90, tile)
 
 
+def check_a_tail_leaves_the_main_loop_as_it_was() -> None:
+    """On Hopper: the bare GEMM's loop and bulk copies, and a step more of HGMMA for 16 of Q."""
+    tiles = [TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)]
+    tiles += [tile for name in ("deep", "narrow") for tile in VARIANTS[name].values()]
+    for tile, layout in product(tiles, ("forward", "transposed")):
+        figures = []
+        for rank in (0, 16, 64):
+            case = replace(GEMM, layout=layout, q=rank, even_k=True)
+            figures.append(gate.compiled(partial(launch, case, lambda *_, t=tile: t), SM_90, True))
+        counts = [dict(part.split(":") for part in f.sass.split()) for f in figures]
+        loops = [f.loop for f in figures]
+        assert 40 < min(loops) <= max(loops) <= min(loops) + 2, figures  # of addresses
+        assert all(c["UTMALDG"] == counts[0]["UTMALDG"] for c in counts), counts
+        assert all(int(c["UTMASTG"]) == 2 for c in counts), counts
+        steps = [int(c["HGMMA"]) - int(counts[0]["HGMMA"]) for c in counts]
+        per_step = int(counts[0]["HGMMA"]) // (tile.block_k // 16)
+        assert steps == [0, per_step, 4 * per_step], counts
+
+
 def check_missing_instructions_are_found() -> None:
     fp32 = replace(GEMM, x="fp32", down="fp32")
     tile = TileConfig(64, 64, 16, 4, 2)
@@ -79,7 +98,7 @@ def check_missing_instructions_are_found() -> None:
 
 
 @triton.jit
-def product(x_ptr, y_ptr, PRECISION: tl.constexpr):
+def squared(x_ptr, y_ptr, PRECISION: tl.constexpr):
     at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     x = tl.load(x_ptr + at)
     tl.store(y_ptr + at, tl.dot(x, x, input_precision=PRECISION))
@@ -90,7 +109,7 @@ def check_tf32_is_found() -> None:
     tile = TileConfig(64, 64, 64, 4, 1)
     asked = [(target, precision) for target in TARGETS.values() for precision in ("tf32", "ieee")]
     for target, precision in [*asked, (SM_90, None)]:  # None: what a dot takes that is told nothing
-        call = partial(product[(1,)], x, x, precision)
+        call = partial(squared[(1,)], x, x, precision)
         figures = gate.compiled(call, target, sass=target is SM_90)
         wrong = "; ".join(gate.problems(figures, target, "gemm_tail", tile, 4, True))
         assert ("TF32" in wrong) == (precision != "ieee"), (target.name, precision, figures)

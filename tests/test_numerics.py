@@ -17,6 +17,7 @@ from fused_lowrank import (
     LoraXSLinear,
     lowrank_linear,
     planner,
+    plans,
 )
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_plan, pinned_tiles, pooled_ratio
@@ -202,6 +203,30 @@ def test_persistent_gemm_tail(
         )
     assert counts["gemm_tail_persistent_kernel"] == 2  # forward and backward
     assert all(m.within for m in errors), [m for m in errors if not m.within]
+
+
+@pytest.mark.parametrize("tile", ["pointers", "persistent"])
+def test_gemm_without_a_tail(tile: str, device: torch.device) -> None:
+    """The base by itself, along either side of W."""
+    tiles = {"pointers": SMALL_TILES["gemm_tail"]}
+    tiles["persistent"] = TileConfig(64, 64, 32, 4, 2, persistent=True)
+    if planner.target(device).name not in ("sm_90", "sm_100") and tile == "persistent":
+        pytest.skip("no tensor descriptors here")
+    made = {"x": torch.randn(100, 112, device=device), "weight": torch.randn(176, 112)}
+    made = {name: tensor.to(device).bfloat16() for name, tensor in made.items()}
+    dy = torch.randn(100, 176, device=device).bfloat16()
+
+    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return plans.SPLIT.gemm_tail(x, weight, None, None, None, False)
+
+    def back(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return plans.SPLIT.gemm_tail(x, weight.t(), None, None, None, True)
+
+    with pinned_tiles(gemm_tail=tiles[tile]):
+        errors = measure(ours, torch.nn.functional.linear, made, dy)
+        way_back = {"x": dy, "weight": made["weight"]}
+        errors += measure(back, lambda x, weight: x @ weight, way_back, made["x"])
+    assert all(m.within for m in errors), errors
 
 
 METHODS = {
