@@ -35,7 +35,7 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
-    flags: str  # what is stored: t, u and c(ounters); b(ias) or d(ropout); gradients a, b
+    flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b
     even_k: bool
     small: bool  # the tile for few rows
     variant: str = ""  # the tile set of that name instead of the default
@@ -57,7 +57,8 @@ def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     """Make the case's call of its launcher."""
     transposed = case.layout == "transposed"
-    m, n, k = SMALL_M if case.small else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    m, n, k = 2 * SMALL_M if "s" in case.flags else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    m = SMALL_M if case.small else m
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
     counters = torch.empty(N_COUNTERS, dtype=torch.int32, device="meta")
@@ -131,7 +132,12 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("bf16", [SAME], STRIDED, ODD)
     yield from some("bf16", [ALL], ALIGNED, [FULL[0], FULL[3], FULL[4]])
     yield from some("bf16", [ALL], UNALIGNED, ODD[2:])
-    # The tile for few rows differs for P up to 64 alone.
+    # Few row tiles share K among programs, which only adds to a launch.
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1], FULL[4], PARTIAL[1]], flags="tucs")
+    yield from some("bf16", [CORE], UNALIGNED[:1] + STRIDED, ODD[1:3], flags="tucs")
+    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]], flags="tucs")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tuds")
+    # The tile for few rows differs for P up to 64 alone; it shares K.
     yield from some("bf16", [SAME, ALL], ALIGNED, [FULL[1], PARTIAL[1]], (True,))
     # fp16 is laid out as bf16 is; fp32 factors beside it take one more product.
     yield from some("fp16", [SAME_16, CORE_16], ALIGNED, [FULL[1], FULL[4]])
@@ -252,7 +258,7 @@ def sampled(count: int, seed: int) -> list[Case]:
             is_aligned = p % 16 == q % 16 == 0
             r = max(0, r)
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
-        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
+        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc")) + rng.choice(("", "s"))
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 

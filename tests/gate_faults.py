@@ -129,7 +129,7 @@ def check_variants() -> None:
                 assert list(ast.signature) == kernel.arg_names
                 attrs = {kernel.arg_names[i]: said for (i,), said in ast.attrs.items() if said}
                 free = {name for name, kind in ast.signature.items() if kind != "constexpr"}
-                never = {"M", "rows", "threshold", "seed_ptr", "scale", "low_scale"}
+                never = {"M", "rows", "depth", "threshold", "seed_ptr", "scale", "low_scale"}
                 assert set(attrs) == (free - never if case.aligned else set()), (case, attrs)
                 assert all(["tt.divisibility", 16] in said for said in attrs.values())
                 for (i,), value in ast.constants.items():
