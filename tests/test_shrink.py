@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
+import triton
 
 from fused_lowrank.kernels import shrink as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
@@ -88,6 +87,25 @@ def test_split_over_k(
     again = launched(**made, transposed=transposed)
     assert not arrivals(device).any()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU has an order of its own")
+def test_the_order_of_the_programs_changes_no_bit(device: torch.device, monkeypatch) -> None:
+    """Parts of all row tiles come in turn, last to first."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(module, "splits", lambda *_: 4)
+    made = operands(device, "core", 20, torch.float32)
+    first = launched(**made)
+    start = interpreter_builder.set_grid_idx
+
+    def other(x: int, y: int, z: int) -> None:
+        tiles, parts, _ = interpreter_builder.grid_dim
+        at = tiles * parts - 1 - (x * parts + y)
+        start(at % tiles, at // tiles, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", other)
+    assert all(torch.equal(a, b) for a, b in zip(first, launched(**made), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
