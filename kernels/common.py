@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-N_ARRIVALS = 4096  # counters of `arrivals`
+N_ARRIVALS = 4096  # counters of `arrivals`: more than any device has multiprocessors
 Dropout = tuple[torch.Tensor, float] | None  # the seed, int64 (1,), and the probability
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -134,6 +134,25 @@ def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first_m + (pid % per_group) % rows, (pid % per_group) // rows
 
 
+@triton.jit
+def gathered(acc, ptrs, index, count, stride, counter_ptr):
+    """The sum of acc over `count` programs, and whether this is the one that has it: the last.
+
+    Each stores its own at ptrs + index·stride, then arrives at the counter; the last to arrive adds
+    them in the order of their index, so that the sum is bitwise reproducible, and sets the counter
+    back to zero. In every other program the sum is its own part alone.
+    """
+    tl.store(ptrs + index * stride, acc)
+    tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
+    if last:
+        acc = tl.zeros_like(acc)
+        for i in tl.range(0, count, loop_unroll_factor=4):  # four loads under way at a time
+            acc += tl.load(ptrs + i * stride, cache_modifier=".cg")
+        tl.store(counter_ptr, 0)
+    return acc, last
+
+
 def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Any]:
     """The kernel, compiled in exactly two specialisations of its integers and pointers.
 
@@ -153,10 +172,11 @@ def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Any]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent launch has: one for each multiprocessor."""
+    """How many there are: as many programs as a persistent launch has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 3  # the interpreter: several tiles for a program
+    # The interpreter: few, for several tiles to a program. The compile gate: as many as a GPU has.
+    return 4 if device.type == "cpu" else 128
 
 
 @functools.cache

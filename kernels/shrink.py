@@ -7,6 +7,9 @@ x is read once; both sums are kept in fp32; t is rounded to x's dtype, as in the
 core beside a 16-bit x is multiplied on tensor cores as two bf16 values, far more exactly than u is
 rounded (`dot_mixed`). The backward is the same kernel: g, v = shrink(dy, up, core, scale,
 transposed), with g = dy·up and v = scale · g · coreᵀ.
+
+Where the row tiles are too few to fill the device, K is split over programs: each stores its part
+of x·downᵀ, and the last to arrive adds them in the order of their index and goes on to t and u.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from .common import (
     Dropout,
     accumulator,
     aligned,
+    arrivals,
     cast,
     dot,
     dot_mixed,
+    gathered,
     kept,
+    multiprocessors,
     offset,
     promote,
     step,
@@ -34,6 +40,8 @@ from .common import (
 from .tiles import Choice, Spec, TileConfig, padded
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
+MIN_BLOCKS = 4  # of K for a program: fewer, and the partial sums cost more than x
+MAX_SPLITS = 32
 
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -138,9 +146,12 @@ def shrink_kernel(
     u_ptr,
     counters_ptr,
     seed_ptr,
+    partial_ptr,
+    arrivals_ptr,
     scale,
     low_scale,
     threshold,
+    depth,
     M,
     K,
     stride_xm,
@@ -157,6 +168,7 @@ def shrink_kernel(
     DROPOUT: tl.constexpr,  # of x, by `kept`; low_scale is then 1 / (1 - p)
     N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # K, over programs of `depth` blocks each
     OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,  # of t · core: t as a whole does not fit beside it if P is large
@@ -165,10 +177,15 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pid = tl.program_id(0)
+    pid, split = tl.program_id(0), 0
+    first_k, end_k = 0, K
+    if SPLIT:
+        split = tl.program_id(1)
+        first_k = split * depth * BLOCK_K
+        end_k = min(K, first_k + depth * BLOCK_K)
     if OVERLAP and not INTERPRETED:
         gdc_launch_dependents()
-    if N_COUNTERS > 0 and pid == 0:
+    if N_COUNTERS > 0 and pid + split == 0:
         tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
 
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -182,8 +199,11 @@ def shrink_kernel(
         down_ptrs = down_ptr + offs_k[:, None] * P + offs_p[None, :]
     else:
         down_ptrs = down_ptr + offset(offs_p[None, :], K) + offs_k[:, None]
+    if SPLIT:
+        x_ptrs += offset(first_k, stride_xk)
+        down_ptrs += offset(first_k, P if TRANSPOSED else 1)
     acc = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
-    for k in range(0, K, BLOCK_K):
+    for k in range(first_k, end_k, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask_m, other=0.0)
             down = tl.load(down_ptrs, mask_p, other=0.0)
@@ -196,14 +216,23 @@ def shrink_kernel(
         x_ptrs += step(BLOCK_K, stride_xk)
         down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
 
-    store_t_and_u(
-        acc, t_ptr, u_ptr, left_ptr, right_ptr, pid * BLOCK_M, M, scale, low_scale,
-        P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, STORE_U, DROPOUT,
-        BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
-    )  # fmt: skip
+    last = True
+    if SPLIT:  # the partial sums lie as (splits, row tiles, BLOCK_M, PAD_P)
+        tile: tl.constexpr = BLOCK_M * PAD_P
+        in_tile = tl.arange(0, BLOCK_M)[:, None] * PAD_P + offs_p[None, :]
+        acc, last = gathered(
+            acc, partial_ptr + pid * tile + in_tile, split, tl.num_programs(1),
+            tl.num_programs(0) * tile, arrivals_ptr + pid,
+        )  # fmt: skip
+    if last:
+        store_t_and_u(
+            acc, t_ptr, u_ptr, left_ptr, right_ptr, pid * BLOCK_M, M, scale, low_scale,
+            P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, STORE_U, DROPOUT,
+            BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+        )  # fmt: skip
 
 
-KERNELS = variants(shrink_kernel, runtime=["M", "threshold", "seed_ptr"])
+KERNELS = variants(shrink_kernel, runtime=["M", "depth", "threshold", "seed_ptr"])
 
 
 def constants(
@@ -216,6 +245,7 @@ def constants(
     want_u: bool,
     dropout: bool,
     counters: int,
+    split: bool,
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
@@ -232,6 +262,7 @@ def constants(
         "DROPOUT": dropout,
         "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
+        "SPLIT": split,
         "OVERLAP": config.overlap,
         "BLOCK_M": config.block_m,
         "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
@@ -239,6 +270,28 @@ def constants(
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),
     }
+
+
+def splits(tiles: int, blocks: int, device: torch.device) -> int:
+    """How many programs share a row tile's blocks of K: so many that they about fill the device.
+
+    Each has at least MIN_BLOCKS. Of more row tiles than multiprocessors none is split.
+    """
+    return max(1, min(multiprocessors(device) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
+
+
+def unpacked(
+    down: torch.Tensor, core: Core, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+    """(left, right, P, Q, R) of a launch; in place of a factor that is not there lies another."""
+    p = down.shape[1 if transposed else 0]
+    if core is None:
+        return down, down, p, p, -1
+    if isinstance(core, tuple):
+        left, right = core[::-1] if transposed else core
+        q = right.shape[0 if transposed else 1]
+        return left, right, p, q, core[1].shape[0]
+    return core, core, p, core.shape[0 if transposed else 1], 0
 
 
 def shrink(
@@ -262,16 +315,7 @@ def shrink(
     (seed, p), x is dropout(x).
     """
     m, k = x.shape
-    p = down.shape[1 if transposed else 0]
-    if core is None:
-        left = right = down
-        q, r = p, -1
-    elif isinstance(core, tuple):
-        left, right = core[::-1] if transposed else core
-        q, r = (core[0].shape[0] if transposed else core[1].shape[1]), core[1].shape[0]
-    else:
-        left = right = core
-        q, r = core.shape[0 if transposed else 1], 0
+    left, right, p, q, r = unpacked(down, core, transposed)
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
     is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
     sizes = x.element_size(), factor_itemsize
@@ -282,7 +326,18 @@ def shrink(
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
     n_counters = 0 if counters is None else counters.numel()
-    KERNELS[is_aligned][(triton.cdiv(m, config.block_m),)](
+    tiles, blocks = triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k)
+    # A program that lets the next launch start must not leave its part of u to another.
+    parts = 1 if config.overlap else splits(tiles, blocks, x.device)
+    depth = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, depth)  # none without a block
+    partial = arrived = x
+    if parts > 1:
+        size = parts, tiles * config.block_m, padded(p)
+        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partial = torch.empty(size, dtype=sum_dtype, device=x.device)
+        arrived = arrivals(x.device)
+    KERNELS[is_aligned][(tiles, parts)](
         x,
         down,
         left,
@@ -291,14 +346,27 @@ def shrink(
         x if u is None else u,
         x if counters is None else counters,
         seed,
+        partial,
+        arrived,
         float(scale),
         1.0 / (1.0 - drop_p),
         threshold(drop_p),
+        depth,
         m,
         k,
         *x.stride(),
         **constants(
-            p, q, r, k, transposed, store_t, want_u, dropout is not None, n_counters, config
+            p,
+            q,
+            r,
+            k,
+            transposed,
+            store_t,
+            want_u,
+            dropout is not None,
+            n_counters,
+            parts > 1,
+            config,
         ),
         **config.options(),
     )

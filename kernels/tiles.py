@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 RELAY_RANK = 64  # padded(P) at most: relay holds rows of t beside its tile of y
+FEW_M = 32  # up to here one of decode does, which has at most SMALL_M
 N_COUNTERS = 32  # of core_grad: one per tile, one for all tiles together; a power of two
 
 
@@ -50,7 +51,8 @@ class TileConfig:
 
     `gemm_tail` makes block_m × block_n of y, block_k of K at a time. `shrink` holds all of P and
     makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
-    makes tiles as `gemm_tail` does, and holds all of P beside those of the first column.
+    makes tiles as `gemm_tail` does, and holds all of P beside those of the first column. `decode`
+    makes block_m × block_n of y, and in some programs all of t, with all rows in the one tile.
     """
 
     block_m: int
@@ -78,7 +80,7 @@ class TileConfig:
 class Spec:
     """What a launch is, as far as its tile depends on it."""
 
-    kernel: str  # "shrink", "gemm_tail", "core_grad" or "relay"
+    kernel: str  # "shrink", "gemm_tail", "core_grad", "decode" or "relay"
     itemsize: int  # of x, in bytes
     factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
@@ -107,8 +109,9 @@ def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
         stage = (m + n) * k * spec.itemsize
     elif spec.kernel == "relay":
         stage = ((m + n) * spec.itemsize + spec.pad_p * spec.factor_itemsize) * k
-    elif spec.kernel == "shrink":
-        stage = (m * spec.itemsize + spec.pad_p * max(spec.itemsize, spec.factor_itemsize)) * k
+    elif spec.kernel in ("shrink", "decode"):
+        rows = m if spec.kernel == "shrink" else m + n
+        stage = (rows * spec.itemsize + spec.pad_p * max(spec.itemsize, spec.factor_itemsize)) * k
     else:
         stage = (min(n, spec.pad_p) + min(n, spec.pad_q)) * m * spec.itemsize
     buffers = config.num_stages if target.backend == "cuda" else max(1, config.num_stages - 1)
@@ -116,15 +119,27 @@ def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
     return buffers * stage + stored
 
 
+def room(target: Target, spec: Spec) -> int:
+    """How many sums a thread may hold.
+
+    In `decode` those of t beside those of y leave room for the pointers of all three operands, and
+    for the operands themselves where products are not on tensor cores.
+    """
+    if spec.kernel != "decode":
+        return 160 if spec.kernel == "relay" else 128
+    if target.backend == "hip":
+        return 16 if spec.itemsize == 2 and spec.aligned else 8
+    return 64 if spec.itemsize == 2 else 16
+
+
 def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     """Whether `config` can be launched for `spec` on `target` and keeps its sums in registers."""
     m, n, k = config.block_m, config.block_n, config.block_k
     threads = config.num_warps * target.warp_size
-    held = {"gemm_tail": m * n, "shrink": m * (spec.pad_p + n), "core_grad": n * n}
-    held["relay"] = m * (n + spec.pad_p)
-    sums = 160 if spec.kernel == "relay" else 128  # in the registers of a thread
+    held = {"gemm_tail": m * n, "core_grad": n * n}.get(spec.kernel, m * (spec.pad_p + n))
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
+    loaded["decode"] = (m + n + spec.pad_p) * k
     tiles = max(1, spec.pad_p // n) * max(1, spec.pad_q // n)
     return (
         all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
@@ -136,7 +151,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
         and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
         and (not config.overlap or target.name in TENSOR)
-        and held[spec.kernel] <= sums * threads
+        and held <= room(target, spec) * threads
         and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
         and shared_bytes(config, target, spec) <= target.shared
     )
@@ -165,7 +180,7 @@ class Default:
     aligned: bool | None = None
     wide: bool | None = None
     rank: int = MAX_RANK  # padded(P) at most
-    small: bool | None = None  # at most SMALL_M rows
+    small: bool | None = None  # at most SMALL_M rows; of decode, FEW_M
     dropout: bool | None = None
 
     def covers(self, target: str, spec: Spec, small: bool) -> bool:
@@ -213,6 +228,15 @@ DEFAULTS = (
     Default("shrink", TileConfig(32, 16, 16, 8, 2), None, 2, False),
     Default("shrink", TileConfig(32, 16, 16, 8, 2), rank=64),
     Default("shrink", TileConfig(16, 16, 16, 8, 2)),
+    Default("decode", TileConfig(64, 32, 64, 4, 4), ("sm_100",), 2, True, True, rank=64),
+    Default("decode", TileConfig(64, 64, 64, 4, 5), TENSOR, 2, True, rank=64, small=True),
+    Default("decode", TileConfig(64, 64, 64, 4, 4), TENSOR, 2, True, rank=64),
+    Default("decode", TileConfig(64, 64, 64, 4, 3), AMPERE, 2, True, rank=64, small=True),
+    Default("decode", TileConfig(64, 64, 64, 8, 3), AMPERE, 2, True, rank=64),
+    Default("decode", TileConfig(64, 64, 64, 8, 2), CUDA, 2, True, rank=128),
+    Default("decode", TileConfig(64, 32, 32, 8, 2), CDNA, 2, False),
+    Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
+    Default("decode", TileConfig(64, 32, 16, 8, 2)),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
@@ -238,7 +262,7 @@ VARIANTS: dict[str, dict[str, TileConfig]] = {
 def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
     tile = next(line.tile for line in DEFAULTS if line.covers(target.name, spec, small))
     # A device with less shared memory than its kind: fewer stages, then less of K at a time.
-    while not is_valid(tile, target, spec) and (tile.num_stages > 1 or tile.block_k > 16):
+    while shared_bytes(tile, target, spec) > target.shared and tile.num_stages * tile.block_k > 16:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         else:
@@ -248,5 +272,10 @@ def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
 
 
 def select(target: Target, spec: Spec, m: int) -> TileConfig:
-    """The default tile for a launch of `m` rows."""
-    return _default(target, spec, m <= SMALL_M)
+    """The default tile for a launch of `m` rows.
+
+    That of `decode` has as few rows as hold them. It need not be valid: for a large P it cannot be.
+    """
+    if spec.kernel != "decode":
+        return _default(target, spec, m <= SMALL_M)
+    return replace(_default(target, spec, m <= FEW_M), block_m=min(padded(m), SMALL_M))

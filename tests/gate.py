@@ -209,7 +209,7 @@ def problems(
             found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
         if kernel != "core_grad" and figures.sass and f"{opcode}:" not in figures.sass:
             found.append(f"no {opcode} in SASS: {figures.sass}")
-        copies = kernel == "gemm_tail" and aligned and target.backend == "cuda"
+        copies = kernel in ("gemm_tail", "decode") and aligned and target.backend == "cuda"
         if copies and not (tile.persistent or figures.n_async):
             found.append("no asynchronous copies (cp.async)")
         if tile.persistent and not (figures.n_bulk_load >= 2 and figures.n_bulk_store >= 2):

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from fused_lowrank.kernels.core_grad import core_grad
+from fused_lowrank.kernels.decode import decode
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
 from fused_lowrank.kernels.tiles import (
+    FEW_M,
     N_COUNTERS,
     RELAY_RANK,
     SMALL_M,
@@ -44,9 +46,9 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
-    flags: str  # what is stored: t, u and c(ounters); b(ias) or d(ropout); gradients a, b
+    flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b
     even_k: bool
-    small: bool  # the tile for few rows
+    small: bool  # the tile for few rows; for fewer still in decode
     variant: str = ""  # the tile set of that name instead of the default
 
 
@@ -66,7 +68,11 @@ def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     """Make the case's call of its launcher."""
     transposed = case.layout == "transposed"
-    m, n, k = SMALL_M if case.small else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    m, n, k = 2 * SMALL_M if "s" in case.flags else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    if case.kernel == "decode":
+        m, n = FEW_M if case.small else SMALL_M, n if "s" in case.flags else 2**16
+    elif case.small:
+        m = SMALL_M
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
     counters = torch.empty(N_COUNTERS, dtype=torch.int32, device="meta")
@@ -90,13 +96,13 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
     one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
     x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)
-    if case.kernel == "relay":
+    zeroed = counters if "c" in case.flags else None
+    if case.kernel in ("decode", "relay"):
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
-        cleared = counters if "c" in case.flags else None
-        core, stored = pair or one, "t" in case.flags
-        relay(x, weight, down, core, up, bias, 0.5, transposed, stored, cleared, choose)
+        factors, whole = (down, pair or one, up), decode if case.kernel == "decode" else relay
+        whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, zeroed, choose)
         return
     shrink(
         x,
@@ -106,7 +112,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         transposed,
         "t" in case.flags,
         "u" in case.flags,
-        counters if "c" in case.flags else None,
+        zeroed,
         dropout,
         choose,
     )
@@ -149,7 +155,12 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("bf16", [SAME], STRIDED, ODD)
     yield from some("bf16", [ALL], ALIGNED, [FULL[0], FULL[3], FULL[4]])
     yield from some("bf16", [ALL], UNALIGNED, ODD[2:])
-    # The tile for few rows differs for P up to 64 alone.
+    # Few row tiles share K among programs, which only adds to a launch.
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1], FULL[4], PARTIAL[1]], flags="tucs")
+    yield from some("bf16", [CORE], UNALIGNED[:1] + STRIDED, ODD[1:3], flags="tucs")
+    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]], flags="tucs")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tuds")
+    # The tile for few rows differs for P up to 64 alone; it shares K.
     yield from some("bf16", [SAME, ALL], ALIGNED, [FULL[1], PARTIAL[1]], (True,))
     # fp16 is laid out as bf16 is; fp32 factors beside it take one more product.
     yield from some("fp16", [SAME_16, CORE_16], ALIGNED, [FULL[1], FULL[4]])
@@ -238,6 +249,32 @@ def relay_cases() -> Iterator[Case]:
     yield from some("fp16", "fp16", "fp32", [(64, 64, 0), (32, 64, 32)])
 
 
+def decode_cases() -> Iterator[Case]:
+    def some(
+        x: str,
+        factors: list[tuple[str, str]],
+        layouts: Layouts,
+        ranks: Ranks,
+        smalls: Iterable[bool] = (False,),
+        flags: str = "tcbs",
+    ) -> Iterator[Case]:
+        product = itertools.product(factors, layouts, ranks, smalls)
+        for (down, core), (layout, aligned), (p, q, r, even), small in product:
+            yield Case("decode", x, down, core, layout, aligned, p, q, r, flags, even, small)
+
+    # Sharing K adds to a launch; so do t, the counters and a bias. P has what every target holds.
+    both, few = (False, True), (True,)
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1], PARTIAL[1]], both)
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[2]], few)
+    yield from some("bf16", [SAME], ALIGNED[1:], [FULL[5]], both)
+    yield from some("bf16", [ALL], ALIGNED[:1], [FULL[1]], few)
+    yield from some("bf16", [CORE], UNALIGNED + STRIDED, [ODD[0]], few)
+    yield from some("fp16", [CORE_16], ALIGNED[1:], [FULL[1]], both)
+    yield from some("fp32", [ALL], ALIGNED, [FULL[0]], both)
+    yield from some("fp32", [ALL], STRIDED, [ODD[0]], few)
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
+
+
 def variant_cases() -> Iterator[Case]:
     for variant, tiles in VARIANTS.items():
         for (layout, aligned), rank, dtype in itertools.product(
@@ -256,7 +293,8 @@ def variant_cases() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """What is compiled for each target."""
-    made = (shrink_cases(), gemm_cases(), core_grad_cases(), relay_cases(), variant_cases())
+    made = (shrink_cases(), gemm_cases(), core_grad_cases(), decode_cases(), relay_cases())
+    made = (*made, variant_cases())
     return sorted(set(itertools.chain(*made)))
 
 
@@ -268,7 +306,8 @@ def sampled(count: int, seed: int) -> list[Case]:
         return rng.choice((16, 32, 64, 128, 256, rng.randint(1, 256), rng.randint(1, 256)))
 
     def one() -> Case:
-        kernel = rng.choice(("shrink", "shrink", "gemm_tail", "core_grad", "relay"))
+        kernels = "shrink", "shrink", "gemm_tail", "core_grad", "decode", "relay"
+        kernel = rng.choice(kernels)
         x, down, core = rng.choices(list(DTYPES), k=3)
         p, q, r = rank(), rank(), rng.choice((-1, 0, 8, 16, rng.randint(1, 256)))
         layout, aligned = rng.choice((*ALIGNED, *UNALIGNED, *STRIDED))
@@ -291,7 +330,11 @@ def sampled(count: int, seed: int) -> list[Case]:
             p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, r))
             q = p if r < 0 else q
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
-        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc"))
+        if kernel == "decode":
+            p = min(p, 32)  # what every target holds, for any dtype
+            flags, q = rng.choice(("b", "tc")) + rng.choice(("", "s")), p if r < 0 else q
+            return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, True)
+        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc")) + rng.choice(("", "s"))
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from gate_cases import DTYPES, Case, cases, empty, launch
 
-from fused_lowrank.kernels import core_grad, gemm_tail, shrink
+from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
 from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
 
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
 GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)
 UNALIGNED = replace(GEMM, aligned=False)
 SHRINK = Case("shrink", "bf16", "bf16", "fp32", "forward", True, 64, 64, 8, "tuc", True, False)
+DECODE = replace(SHRINK, kernel="decode", flags="tcbs", small=True)
 CORE_GRAD = Case("core_grad", "bf16", "bf16", "fp32", "forward", True, 16, 16, 0, "ab", True, False)
 
 
@@ -44,6 +45,8 @@ def check_a_sample_passes() -> None:
         (SHRINK, "sm_100"),
         (SHRINK, "gfx942"),
         (CORE_GRAD, "sm_89"),
+        (DECODE, "sm_90"),
+        (DECODE, "gfx942"),
     ):
         _, wrong = gate.examine((case, target, True))
         assert not wrong, (case, target, wrong)
@@ -137,6 +140,7 @@ def check_variants() -> None:
         (gemm_tail, (GEMM, UNALIGNED)),
         (shrink, (SHRINK, replace(SHRINK, aligned=False, even_k=False))),
         (core_grad, (CORE_GRAD, replace(CORE_GRAD, aligned=False, p=25))),
+        (decode, (DECODE, replace(DECODE, aligned=False, even_k=False))),
     ):
         for case in launches:
             tile = TileConfig(64, 64, 32, 4, 2)
@@ -148,7 +152,16 @@ def check_variants() -> None:
                 assert list(ast.signature) == kernel.arg_names
                 attrs = {kernel.arg_names[i]: said for (i,), said in ast.attrs.items() if said}
                 free = {name for name, kind in ast.signature.items() if kind != "constexpr"}
-                never = {"M", "rows", "threshold", "seed_ptr", "scale", "low_scale"}
+                never = {
+                    "M",
+                    "rows",
+                    "splits",
+                    "depth",
+                    "threshold",
+                    "seed_ptr",
+                    "scale",
+                    "low_scale",
+                }
                 assert set(attrs) == (free - never if case.aligned else set()), (case, attrs)
                 assert all(["tt.divisibility", 16] in said for said in attrs.values())
                 for (i,), value in ast.constants.items():

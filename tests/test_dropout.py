@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import FusedLoraXSLinear, lowrank_linear, planner, plans
+from fused_lowrank.kernels import shrink
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.reference import lowrank_linear_reference
 from fused_lowrank.testing import measure, pinned_tiles
@@ -70,6 +71,7 @@ TILES = {
         "shrink": TileConfig(16, 16, 16, 4, 1),
         "gemm_tail": TileConfig(16, 32, 16, 4, 1, group_m=2),
     },
+    "split": {"shrink": TileConfig(16, 16, 16, 4, 1)},
     "persistent": {"gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True)},
 }
 
@@ -101,6 +103,8 @@ def test_a_call_is_the_equation_under_the_mask(
     (seed,) = seeds(device, 123456789)
     keep = mask(impl, seed, rows, k, p)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
+    if tiles == "split":
+        monkeypatch.setattr(shrink, "splits", lambda *_: 3)
 
     def under_mask(x, **rest):
         return lowrank_linear_reference(x, low=x * keep / (1 - p), scale=0.5, **rest)

@@ -1,0 +1,336 @@
+"""decode: the whole layer for few rows, in one launch.
+
+    y = x·Wᵀ + bias + u·upᵀ         x (M, K)   W (N, K)   bias (N,)   up (N, Q)   y (M, N)
+    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or 1
+
+All rows are one tile, and reading W is what takes the time, so K is split over programs until they
+fill the device. A program is one slice of K of one column tile of y. The slices of the first tile
+also make x·downᵀ, from the x that they have anyway; the last of them to finish goes through the
+core and publishes u. The last slice of each tile adds up the tile, waits for u and adds the tail.
+Partial sums are added in the order of their index, so y is bitwise reproducible.
+
+Slices are handed out by a ticket, those of the first tile first. So whoever waits for u waits for
+programs that are running, in whatever order the device starts them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    accumulator,
+    aligned,
+    arrivals,
+    cast,
+    dot,
+    gathered,
+    multiprocessors,
+    offset,
+    step,
+    variants,
+)
+from .gemm_tail import add_tail
+from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, store_t_and_u, unpacked
+from .tiles import Choice, Spec, TileConfig, padded
+
+# What the counters of a launch count; a counter for each column tile follows.
+TICKETS = tl.constexpr(0)
+PUBLISHED = tl.constexpr(1)  # 1: u is there
+DONE = tl.constexpr(2)  # column tiles
+LOW = tl.constexpr(3)  # slices of x·downᵀ
+TILES = tl.constexpr(4)
+
+
+@triton.jit
+def slice_sums(
+    x_ptr,
+    w_ptr,
+    down_ptr,
+    first_n,
+    first_k,
+    end_k,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    P: tl.constexpr,
+    PAD_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WITH_LOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x·Wᵀ of one column tile and, WITH_LOW, x·downᵀ, both over K from first_k to end_k."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_m, offs_n = tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    offs_p, offs_k = tl.arange(0, PAD_P), tl.arange(0, BLOCK_K)
+    mask_m, mask_n, mask_p = offs_m[:, None] < M, offs_n[None, :] < N, offs_p[None, :] < P
+    x_ptrs = x_ptr + offset(offs_m[:, None], stride_xm) + offset(offs_k[None, :], stride_xk)
+    w_ptrs = w_ptr + offset(offs_n[None, :], stride_wn) + offset(offs_k[:, None], stride_wk)
+    x_ptrs += offset(first_k, stride_xk)
+    w_ptrs += offset(first_k, stride_wk)
+    if TRANSPOSED:
+        down_ptrs = down_ptr + offset(first_k + offs_k[:, None], P) + offs_p[None, :]
+    else:
+        down_ptrs = down_ptr + offset(offs_p[None, :], K) + (first_k + offs_k[:, None])
+    acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dtype))
+    low = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
+    for k in range(first_k, end_k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask_m, other=0.0)
+            w = tl.load(w_ptrs, mask_n, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
+            w = tl.load(w_ptrs, mask_n & (offs_k[:, None] < K - k), other=0.0)
+        acc = dot(x, w, acc)
+        x_ptrs += step(BLOCK_K, stride_xk)
+        w_ptrs += step(BLOCK_K, stride_wk)
+        if WITH_LOW:
+            mask_down = mask_p if EVEN_K else mask_p & (offs_k[:, None] < K - k)
+            low = dot(x, cast(tl.load(down_ptrs, mask_down, other=0.0), dtype), low)
+            down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
+    return acc, low
+
+
+def decode_kernel(
+    x_ptr,
+    w_ptr,
+    down_ptr,
+    left_ptr,
+    right_ptr,
+    up_ptr,
+    bias_ptr,
+    t_ptr,
+    u_ptr,
+    y_ptr,
+    counters_ptr,
+    partial_ptr,
+    partial_low_ptr,
+    arrivals_ptr,
+    scale,
+    splits,
+    depth,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the one matrix `left`; -1: the core is 1
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    PAD_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # each of the five factors lies the other way round
+    HAS_BIAS: tl.constexpr,
+    STORE_T: tl.constexpr,
+    N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # K, over `splits` programs of `depth` blocks each
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # of t · core
+    BLOCK_U: tl.constexpr,  # columns of u made at a time
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,  # of u · upᵀ
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    ticket = tl.atomic_add(arrivals_ptr + TICKETS, 1, sem="relaxed")
+    tile, tiles = ticket // splits, tl.num_programs(0) // splits
+    split, first_n = ticket % splits, tile * BLOCK_N
+    first_k = split * depth * BLOCK_K
+    end_k = min(K, first_k + depth * BLOCK_K)
+    if N_COUNTERS > 0 and ticket == 0:
+        tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
+
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    if tile == 0:
+        acc, low = slice_sums(
+            x_ptr, w_ptr, down_ptr, first_n, first_k, end_k, M, N, K,
+            stride_xm, stride_xk, stride_wn, stride_wk,
+            P, PAD_P, TRANSPOSED, EVEN_K, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        whole = True
+        if SPLIT:  # the partial sums of x·downᵀ lie as (splits, BLOCK_M, PAD_P)
+            low_ptrs = partial_low_ptr + rows * PAD_P + tl.arange(0, PAD_P)[None, :]
+            low, whole = gathered(low, low_ptrs, split, splits, BLOCK_M * PAD_P, arrivals_ptr + LOW)
+        if whole:
+            store_t_and_u(
+                low, t_ptr, u_ptr, left_ptr, right_ptr, 0, M, scale, 1.0,
+                P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, True, False,
+                BLOCK_M, BLOCK_P, BLOCK_U, BLOCK_R,
+            )  # fmt: skip
+            tl.debug_barrier()  # every thread's part of u is stored before it is published
+            tl.atomic_xchg(arrivals_ptr + PUBLISHED, 1, sem="release")
+    else:
+        acc, _ = slice_sums(
+            x_ptr, w_ptr, down_ptr, first_n, first_k, end_k, M, N, K,
+            stride_xm, stride_xk, stride_wn, stride_wk,
+            P, PAD_P, TRANSPOSED, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+    whole = True
+    if SPLIT:  # those of y lie as (column tiles, splits, BLOCK_M, BLOCK_N)
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        in_tile = rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        acc, whole = gathered(
+            acc, partial_ptr + tile * splits * size + in_tile, split, splits, size,
+            arrivals_ptr + TILES + tile,
+        )  # fmt: skip
+    if whole:
+        # `add_tail` reads u by ordinary loads, and none finds an older u in the first-level cache:
+        # nobody reads u before it is published, and to acquire is to empty that cache. By adding 0
+        # the flag is read, not written: compiled, this is a load that acquires.
+        while tl.atomic_add(arrivals_ptr + PUBLISHED, 0, sem="acquire") == 0:
+            pass
+        acc = add_tail(
+            acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, 0, first_n, M, N,
+            Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+        )  # fmt: skip
+        offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(y_ptr + offset(rows, N) + offs_n, cast(acc, dtype), (rows < M) & (offs_n < N))
+        if tl.atomic_add(arrivals_ptr + DONE, 1, sem="acq_rel") == tiles - 1:
+            # Nobody draws a ticket or waits any more.
+            tl.store(arrivals_ptr + TICKETS, 0)
+            tl.store(arrivals_ptr + PUBLISHED, 0)
+            tl.store(arrivals_ptr + DONE, 0)
+
+
+KERNELS = variants(decode_kernel, runtime=["M", "splits", "depth"])
+
+
+def constants(
+    p: int,
+    q: int,
+    r: int,
+    k: int,
+    transposed: bool,
+    bias: bool,
+    store_t: bool,
+    counters: int,
+    split: bool,
+    config: TileConfig,
+) -> dict[str, int]:
+    """The compile-time arguments of a launch."""
+    return {
+        "P": p,
+        "Q": q,
+        "R": r,
+        "PAD_P": padded(p),
+        "PAD_Q": padded(q),
+        "PAD_R": padded(max(r, 1)),
+        "TRANSPOSED": transposed,
+        "HAS_BIAS": bias,
+        "STORE_T": store_t,
+        "N_COUNTERS": counters,
+        "EVEN_K": k % config.block_k == 0,
+        "SPLIT": split,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
+        "BLOCK_U": 16,
+        "BLOCK_R": min(padded(max(r, 1)), 32),
+        # Rows of up that no vector load fetches take a pointer for each element: few at a time.
+        "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
+    }
+
+
+def splits(tiles: int, blocks: int, device: torch.device) -> int:
+    """How many programs share a column tile's blocks of K: about two to a multiprocessor in all.
+
+    Each has at least MIN_BLOCKS. A tile that is not split needs no counter, so that there are
+    always enough of them.
+    """
+    programs = 2 * multiprocessors(device)
+    return max(1, min((programs + tiles // 2) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
+
+
+def decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    transposed: bool,
+    want_t: bool,
+    counters: torch.Tensor | None,
+    choose: Choice,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, t): what `gemm_tail` gives for the u of `shrink`; t, (M, P), is None if not wanted.
+
+    The operands are as `shrink` and `gemm_tail` take them, with the one `transposed`; M is at most
+    the rows of a tile. `counters`, int32, is set to zero for the core_grad that follows.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    left, right, p, q, r = unpacked(down, core, transposed)
+    is_aligned = (
+        x.stride(1) == 1
+        and 1 in weight.stride()
+        and x.stride(0) > 0 < min(weight.stride())
+        and aligned(
+            (x, weight, down, left, right, up, bias),
+            (n, k, x.stride(0), max(weight.stride())),
+        )
+    )
+    factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
+    spec = Spec("decode", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    config = choose(spec, m)
+    if m > config.block_m:
+        raise ValueError(f"x has {m} rows: a tile of {config} holds {config.block_m}")
+    tiles, blocks = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
+    depth = triton.cdiv(blocks, splits(tiles, blocks, x.device))
+    parts = triton.cdiv(blocks, depth)  # none without a block
+    store_t = want_t or (core is not None and padded(p) > WHOLE)
+    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
+    u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    partial = partial_low = x
+    if parts > 1:
+        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        size = tiles, parts, config.block_m, config.block_n
+        partial = torch.empty(size, dtype=sum_dtype, device=x.device)
+        size_low = parts, config.block_m, padded(p)
+        partial_low = torch.empty(size_low, dtype=sum_dtype, device=x.device)
+    n_counters = 0 if counters is None else counters.numel()
+    KERNELS[is_aligned][(tiles * parts,)](
+        x,
+        weight,
+        down,
+        left,
+        right,
+        up,
+        bias,
+        x if t is None else t,
+        u,
+        y,
+        x if counters is None else counters,
+        partial,
+        partial_low,
+        arrivals(x.device),
+        float(scale),
+        parts,
+        depth,
+        m,
+        n,
+        k,
+        *x.stride(),
+        *weight.stride(),
+        **constants(
+            p, q, r, k, transposed, bias is not None, store_t, n_counters, parts > 1, config
+        ),
+        **config.options(),
+    )
+    return y, t if want_t else None

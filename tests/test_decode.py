@@ -1,0 +1,237 @@
+"""decode: a layer of few rows in one launch, against fp64, and the counters it leaves behind."""
+
+import itertools
+
+import pytest
+import torch
+import triton
+
+from fused_lowrank.kernels import decode as module
+from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
+from fused_lowrank.kernels.tiles import N_COUNTERS, SMALL_M, TileConfig, padded
+from fused_lowrank.reference import Core, lowrank_linear_reference
+from fused_lowrank.testing import measure, pooled_ratio
+
+TILE = TileConfig(16, 32, 32, 4, 1)  # of at most 16 rows
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CORES = ("core", "pair", "none")
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def operands(
+    device: torch.device,
+    core: str = "core",
+    *,
+    m: int = 5,
+    k: int = 139,
+    n: int = 43,
+    p: int = 20,
+    q: int = 25,
+    dtype: torch.dtype = torch.float32,
+    other: torch.dtype = torch.float32,
+) -> dict:
+    """Operands of a call, as the forward has them: two column tiles, five blocks of K."""
+    q = p if core == "none" else q
+
+    def values(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return (torch.randn(size, device=device) * size[-1] ** -0.5).to(dtype)
+
+    factors = {
+        "core": values(p, q, dtype=other),
+        "pair": (values(p, 7, dtype=other), values(7, q, dtype=other)),
+        "none": None,
+    }
+    return {
+        "x": torch.randn(m, k, device=device).to(dtype),
+        "weight": values(n, k),
+        "down": values(p, k),
+        "core": factors[core],
+        "up": values(n, q),
+        "bias": values(n),
+    }
+
+
+def turned(factor: Core) -> Core:
+    """A factor as a transposed call takes it."""
+    if isinstance(factor, tuple):
+        return tuple(part.t().contiguous() for part in reversed(factor))
+    return None if factor is None else factor.t().contiguous()
+
+
+def launched(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    transposed: bool = False,
+    want_t: bool = True,
+    counters: torch.Tensor | None = None,
+    tile: TileConfig = TILE,
+) -> Result:
+    """(y, t) by the kernel, which leaves its counters at zero."""
+    if transposed:
+        down, core, up = turned(down), turned(core), turned(up)
+    # As many rows as hold them, as `select` does.
+    choose = lambda spec, m: TileConfig(  # noqa: E731
+        max(tile.block_m, min(padded(m), SMALL_M)), tile.block_n, tile.block_k, 4, tile.num_stages
+    )
+    result = module.decode(
+        x, weight, down, core, up, bias, 0.5, transposed, want_t, counters, choose
+    )
+    assert not arrivals(x.device).any()
+    return result
+
+
+def check(made: dict, **how: object) -> list:
+    """y and t are within the budget; what was measured."""
+    low = {name: made[name] for name in ("x", "down")}
+    y = measure(
+        lambda **call: launched(**call, **how)[0],
+        lambda **call: lowrank_linear_reference(**call, scale=0.5),
+        made,
+        torch.ones(()),
+    )
+    t = measure(
+        lambda **call: launched(**{**made, **call}, **how)[1],
+        lambda x, down: x @ down.to(x.dtype).t(),
+        low,
+        torch.ones(()),
+    )
+    assert all(m.within for m in y + t), y + t
+    return y + t
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("asked", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_budget(
+    dtype: torch.dtype, asked: int, core: str, transposed: bool, device: torch.device, monkeypatch
+) -> None:
+    """Of one program to a column tile, and of several, the last of which has less to do."""
+    monkeypatch.setattr(module, "splits", lambda *_: asked)
+    measured = []
+    for other, m in ((dtype, 5), (torch.float32, 33)):
+        made = operands(device, core, m=m, dtype=dtype, other=other)
+        measured += check(made, transposed=transposed)
+    assert pooled_ratio(measured) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"m": 1, "k": 1, "n": 1, "p": 1, "q": 1},
+        {"m": 64, "k": 96, "n": 64, "p": 16, "q": 32},
+        {"p": 150, "q": 3},
+        {"p": 3, "q": 150},
+        {"p": 256, "q": 256},
+        {"k": 64, "n": 301},
+        {"k": 700, "n": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes(dtype: torch.dtype, sizes: dict, device: torch.device) -> None:
+    """With as many programs as the device asks for."""
+    check(operands(device, dtype=dtype, **sizes))
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+@pytest.mark.parametrize("layout", ["column-major", "sliced", "broadcast"])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_strides(name: str, layout: str, asked: int, device: torch.device, monkeypatch) -> None:
+    """x and W are read where they lie."""
+    monkeypatch.setattr(module, "splits", lambda *_: asked)
+    made = operands(device, dtype=torch.bfloat16)
+    rows = made[name]
+    if layout == "broadcast":
+        made[name] = rows[:1].expand(rows.shape)
+    else:
+        wide = torch.full((rows.shape[0], 2 * rows.shape[1] + 3), torch.nan, device=device)
+        wide = wide.to(rows.dtype)[:, 2:-1:2] if layout == "sliced" else rows.t().contiguous().t()
+        made[name] = wide.copy_(rows)
+    expected = launched(**{**made, name: made[name].contiguous()})
+    assert all(torch.equal(*pair) for pair in zip(launched(**made), expected, strict=True))
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_nan_and_inf_go_where_the_reference_puts_them(
+    value: float, core: str, asked: int, device: torch.device, monkeypatch
+) -> None:
+    """Padding turns no Inf into NaN, and no other row is touched."""
+    monkeypatch.setattr(module, "splits", lambda *_: asked)
+    made = operands(device, core)
+    made["x"][3, 70] = value
+    y, t = launched(**made)
+    expected = lowrank_linear_reference(**made, scale=0.5), made["x"] @ made["down"].t()
+    for ours, theirs in zip((y, t), expected, strict=True):
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(ours), kind(theirs))
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+def test_the_same_bits_whatever_else_is_wanted(
+    asked: int, device: torch.device, monkeypatch
+) -> None:
+    """Again, without t, with counters for core_grad, which are then zero; bias is added once."""
+    monkeypatch.setattr(module, "splits", lambda *_: asked)
+    made = operands(device, p=150, dtype=torch.bfloat16)
+    y, t = launched(**made)
+    counters = torch.full((N_COUNTERS,), 7, dtype=torch.int32, device=device)
+    again = launched(**made, counters=counters)
+    assert not counters.any()
+    assert torch.equal(y, again[0])
+    assert torch.equal(t, again[1])
+    other, none = launched(**made, want_t=False)
+    assert none is None
+    assert torch.equal(y, other)
+    check({**made, "bias": None})
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU has an order of its own")
+def test_no_order_of_the_programs_is_assumed(device: torch.device, monkeypatch) -> None:
+    """Started last to first, those that make u still hold the first tickets: nobody waits."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(module, "splits", lambda *_: 4)
+    made = operands(device)
+    y, t = launched(**made)
+    start = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(
+        interpreter_builder,
+        "set_grid_idx",
+        lambda x, *rest: start(interpreter_builder.grid_dim[0] - 1 - x, *rest),
+    )
+    again = launched(**made)
+    assert torch.equal(y, again[0])
+    assert torch.equal(t, again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_launch(dtype: torch.dtype, device: torch.device, counted_launches) -> None:
+    made = operands(device, dtype=dtype)
+    with counted_launches() as counts:
+        launched(**made)
+    assert counts == {"decode_kernel": 1}
+
+
+def test_more_rows_than_a_tile_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="65 rows"):
+        launched(**operands(device, m=65))
+
+
+def test_splits_fill_the_device_about_twice(device: torch.device) -> None:
+    """None where the column tiles do; never less than MIN_BLOCKS of K to a program."""
+    there = multiprocessors(device)
+    for tiles, blocks in itertools.product((1, 2, 5, there, 3 * there, 50 * there), (1, 7, 8, 999)):
+        found = module.splits(tiles, blocks, device)
+        assert 1 <= found <= module.MAX_SPLITS
+        assert found == 1 or found * module.MIN_BLOCKS <= blocks
+        assert found == 1 or tiles * found <= 3 * there
+        assert found == 1 or tiles + module.TILES.value <= N_ARRIVALS
+    assert module.splits(there, 999, device) == 2
