@@ -150,18 +150,23 @@ def small(x: torch.Tensor) -> bool:
     )
 
 
-def why_not_relay(at: Pass) -> str | None:
-    """Why a pass cannot be one persistent launch, or None if it can."""
+def why_not_one_launch(at: Pass, kernel: str) -> str | None:
+    """Why `decode` or `relay` cannot compute a pass, or None if it can."""
     from .kernels.relay import is_possible
-    from .kernels.tiles import SMALL_M
+    from .kernels.tiles import SMALL_M, is_valid, select
 
-    where = target(at.device)
+    where, spec = target(at.device), spec_of(kernel, at)
     if at.dropout or at.want_u:
         return "has no dropout, and gives no u"
-    if at.m <= SMALL_M or at.p % 8 or at.q % 8:
-        return f"is for more than {SMALL_M} rows, P and Q multiples of 8"
-    if where is None or not is_possible(where, spec_of("relay", at), at.m):
-        return "is for 16 bits, multiples of 16, P up to 64, on sm_90 and sm_100"
+    if (at.m <= SMALL_M) != (kernel == "decode"):
+        return f"is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
+    if kernel == "decode":
+        # A core in float32 beside 16 bits is usual, and takes more.
+        several = (spec, replace(spec, factor_itemsize=max(4, spec.itemsize)))
+        fits = where and all(is_valid(select(where, each, at.m), where, each) for each in several)
+        return None if fits else "holds no such P beside its part of y"
+    if at.p % 8 or at.q % 8 or where is None or not is_possible(where, spec, at.m):
+        return "is for 16 bits, multiples of 16, ranks in 8s and P up to 64, on sm_90 and sm_100"
     return None
 
 

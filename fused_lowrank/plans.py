@@ -223,7 +223,7 @@ class Split(Aten):
         """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
         from .kernels.dropout import dropped
 
-        return x if dropout is None else dropped(x, *dropout)
+        return x if dropout is None else dropped(x, *dropout, planner.tiles(x.device))
 
     def tiles(self, at: Pass) -> list[tuple[str, Any]]:
         """The kernels of a pass, and the tiles that they take."""
@@ -247,34 +247,42 @@ class Mixed(Split):
     gemm_tail = First.gemm_tail
 
 
-class Relay(Split):
-    """Our one persistent launch for many rows."""
+class OneLaunch(Split):
+    """The whole pass in one launch: `decode` for few rows, `relay` for many."""
 
-    kernels = ("relay",)
-
-    def __init__(self) -> None:
+    def __init__(self, name: str, proven: bool) -> None:
         super().__init__()
-        self.name, self.proven = "relay", False
+        self.name, self.proven, self.kernels = name, proven, (name,)
 
     def why_not(self, at: Pass) -> str | None:
-        """Where there are no tensor descriptors, and beyond the kernel's ranks and rows."""
-        return super().why_not(at) or planner.why_not_relay(at)
+        """Where the kernel is not for so many rows, for such ranks, or for this device."""
+        return super().why_not(at) or planner.why_not_one_launch(at, self.name)
 
     def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
         """(y, t, None) in one launch."""
+        from .kernels.decode import decode
         from .kernels.relay import relay
 
+        launch = decode if self.name == "decode" else relay
         counters, _ = rest
         factors = down.contiguous(), contiguous(core), up.contiguous()
         bias = None if bias is None else bias.contiguous()
         choose = planner.tiles(x.device)
-        return *relay(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
+        return *launch(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
 
 
 ATEN, SPLIT = Aten(), Split()
 PLANS: dict[str, Aten] = {
     plan.name: plan
-    for plan in (ATEN, First(), SPLIT, *(Split(name) for name in VARIANTS), Mixed(), Relay())
+    for plan in (
+        ATEN,
+        First(),
+        SPLIT,
+        *(Split(name) for name in VARIANTS),
+        Mixed(),
+        OneLaunch("decode", proven=True),
+        OneLaunch("relay", proven=False),
+    )
 }
 
 

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import aligned, kept, offset, threshold, variants
-
-BLOCK_M, BLOCK_K = 16, 256
+from .tiles import Choice, Spec
 
 
 def dropped_kernel(
@@ -40,11 +39,23 @@ def dropped_kernel(
 KERNELS = variants(dropped_kernel, runtime=["M", "threshold", "seed_ptr"])
 
 
-def dropped(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
+def dropped(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, choose: Choice) -> torch.Tensor:
     """x (M, K), of any strides, with zeros where it is dropped; not scaled by 1 / (1 - p)."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     is_aligned = x.stride(1) == 1 and aligned((x, y), (k, x.stride(0)))
-    KERNELS[is_aligned][(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BLOCK_K))](
-        x, y, seed, threshold(dropout_p), m, k, *x.stride(), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K
+    config = choose(
+        Spec("dropped", x.element_size(), x.element_size(), is_aligned, 16, 16, True), m
+    )
+    KERNELS[is_aligned][(triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k))](
+        x,
+        y,
+        seed,
+        threshold(dropout_p),
+        m,
+        k,
+        *x.stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        **config.options(),
     )
     return y

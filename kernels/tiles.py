@@ -53,6 +53,7 @@ class TileConfig:
     makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
     makes tiles as `gemm_tail` does, and holds all of P beside those of the first column. `decode`
     makes block_m × block_n of y, and in some programs all of t, with all rows in the one tile.
+    `dropped` makes block_m × block_k.
     """
 
     block_m: int
@@ -80,7 +81,7 @@ class TileConfig:
 class Spec:
     """What a launch is, as far as its tile depends on it."""
 
-    kernel: str  # "shrink", "gemm_tail", "core_grad", "decode" or "relay"
+    kernel: str  # "shrink", "gemm_tail", "core_grad", "decode", "relay" or "dropped"
     itemsize: int  # of x, in bytes
     factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
@@ -139,7 +140,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     held = {"gemm_tail": m * n, "core_grad": n * n}.get(spec.kernel, m * (spec.pad_p + n))
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
-    loaded["decode"] = (m + n + spec.pad_p) * k
+    loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k}
     tiles = max(1, spec.pad_p // n) * max(1, spec.pad_q // n)
     return (
         all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
@@ -237,6 +238,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 32, 32, 8, 2), CDNA, 2, False),
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),
+    Default("dropped", TileConfig(16, 16, 256, 4, 1)),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),

@@ -205,9 +205,10 @@ def problems(
         mma, opcode = wanted_mma(target, tile.block_m)
         if kernel == "core_grad" and not figures.n_mma:
             found.append("no tensor core instruction")
-        if kernel != "core_grad" and mma not in figures.mma.split("+"):
+        gemm = kernel not in ("core_grad", "dropped")
+        if gemm and mma not in figures.mma.split("+"):
             found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
-        if kernel != "core_grad" and figures.sass and f"{opcode}:" not in figures.sass:
+        if gemm and figures.sass and f"{opcode}:" not in figures.sass:
             found.append(f"no {opcode} in SASS: {figures.sass}")
         copies = kernel in ("gemm_tail", "decode") and aligned and target.backend == "cuda"
         if copies and not (tile.persistent or figures.n_async):

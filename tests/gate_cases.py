@@ -16,6 +16,7 @@ import torch
 
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.decode import decode
+from fused_lowrank.kernels.dropout import dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
@@ -85,6 +86,9 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
         u = empty(m, padded(q), dtype=case.x) if q else None
         gemm_tail(x, weight, u, up, bias, transposed, dropout, choose)
+        return
+    if case.kernel == "dropped":
+        dropped(rows(m, k, case.x, case), seed, 0.1, choose)
         return
     pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
     if case.kernel == "core_grad":
@@ -275,6 +279,13 @@ def decode_cases() -> Iterator[Case]:
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
 
 
+def dropped_cases() -> Iterator[Case]:
+    for (x, even), (layout, aligned) in itertools.product(
+        (("bf16", True), ("fp32", False)), (*ALIGNED[:1], *STRIDED)
+    ):
+        yield Case("dropped", x, x, "", layout, aligned, 0, 0, 0, "d", even, False)
+
+
 def variant_cases() -> Iterator[Case]:
     for variant, tiles in VARIANTS.items():
         for (layout, aligned), rank, dtype in itertools.product(
@@ -294,7 +305,7 @@ def variant_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """What is compiled for each target."""
     made = (shrink_cases(), gemm_cases(), core_grad_cases(), decode_cases(), relay_cases())
-    made = (*made, variant_cases())
+    made = (*made, dropped_cases(), variant_cases())
     return sorted(set(itertools.chain(*made)))
 
 

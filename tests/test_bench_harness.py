@@ -217,7 +217,7 @@ def test_sizes_of_the_sets():
     [
         (["--set", "nope"], "unknown set nope; known: smoke, cpu, core, full"),
         (["--case", "nope"], "unknown case nope; known: tiny.square/lora_xs"),
-        (["--providers", "bare,nope"], "unknown provider nope; known: bare, eager"),
+        (["--providers", "bare,nope"], "unknown provider nope; known: bare, gemm"),
         (["--timer", "nope"], "unknown timer nope; known: host, device"),
     ],
 )

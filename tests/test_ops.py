@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lowrank import lowrank_linear, ops, plans
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.testing import measure, pinned_tiles
+from fused_lowrank.testing import measure, pinned_plan, pinned_tiles
 
 CORES = ("core", "pair", "none")
 FUSED = ("triton", "aten")
@@ -160,37 +160,47 @@ def test_saves_only_what_the_gradients_need(
     assert [shape for shape in kept if 64 in shape] == [(64, widths[name]) for name in rows_of]
 
 
+LAUNCHES = {  # of a pass, and of a backward's shrink by itself
+    "split": {"shrink_kernel": 1, "gemm_tail_kernel": 1},
+    "decode": {"decode_kernel": 1},
+}
+
+
+@pytest.mark.parametrize("plan", LAUNCHES)
 @pytest.mark.parametrize("core", CORES)
-def test_launches(core: str, device: torch.device, counted_launches) -> None:
-    """Two forward; three backward, or fewer where a gradient is not needed."""
+def test_launches(core: str, plan: str, device: torch.device, counted_launches) -> None:
+    """At most two forward and three backward, fewer where a gradient is not needed."""
+    grad = {"core_grad_kernel": 1} if core != "none" else {}
     for train, backward in (
-        (("x", "core"), {"shrink_kernel": 1, "gemm_tail_kernel": 1, "core_grad_kernel": 1}),
-        (("core",), {"shrink_kernel": 1, "core_grad_kernel": 1}),
-        (("x",), {"shrink_kernel": 1, "gemm_tail_kernel": 1}),
+        (("x", "core"), {**LAUNCHES[plan], **grad}),
+        (("core",), {"shrink_kernel": 1, **grad}),
+        (("x",), LAUNCHES[plan]),
     ):
-        if core == "none":
-            backward = {name: n for name, n in backward.items() if name != "core_grad_kernel"}
-            if "x" not in train:
-                continue
+        if core == "none" and "x" not in train:
+            continue
         made = operands(device, core, train=train)
-        with counted_launches() as counts:
-            y = lowrank_linear(**made, impl="triton")
-        assert counts == {"shrink_kernel": 1, "gemm_tail_kernel": 1}
-        with counted_launches() as counts:
-            y.backward(torch.randn_like(y))
-        assert counts == backward
+        with pinned_plan(plan):
+            with counted_launches() as counts:
+                y = lowrank_linear(**made, impl="triton")
+            assert counts == LAUNCHES[plan]
+            with counted_launches() as counts:
+                y.backward(torch.randn_like(y))
+            assert counts == backward
 
 
+@pytest.mark.parametrize("plan", LAUNCHES)
 @pytest.mark.parametrize("core", CORES)
-def test_nothing_else_runs_on_the_device(core: str, device: torch.device) -> None:
+def test_nothing_else_runs_on_the_device(core: str, plan: str, device: torch.device) -> None:
     """Beside the launches there are views and allocations, forward and backward."""
     made = operands(device, core)
     leaves = [t for t in (made["x"], made["core"]) if isinstance(t, torch.Tensor)]
     leaves += [*made["core"]] if core == "pair" else []
     dy = torch.randn(37, 20, device=device)
-    with DeviceOps() as mode, interpreter_runs_natively(mode):
-        y = lowrank_linear(**made, scale=0.5, impl="triton")
-        torch.autograd.grad(y, leaves, dy)
+    with pinned_plan(plan):
+        lowrank_linear(**made, impl="triton")  # the first on a stream clears its counters
+        with DeviceOps() as mode, interpreter_runs_natively(mode):
+            y = lowrank_linear(**made, scale=0.5, impl="triton")
+            torch.autograd.grad(y, leaves, dy)
     assert mode.ran == []
     with DeviceOps() as mode:  # the mode does see what runs
         lowrank_linear(**made, scale=0.5, impl="aten")

@@ -23,7 +23,7 @@ from fused_lowrank.kernels.tiles import (
     select,
 )
 
-KERNELS = ("gemm_tail", "shrink", "core_grad", "decode", "relay")
+KERNELS = ("gemm_tail", "shrink", "core_grad", "decode", "relay", "dropped")
 PADDED = (16, 32, 64, 128, 256)
 ROWS = (1, SMALL_M, SMALL_M + 1, 1 << 20)
 # (itemsize of x, of the widest factor): fp64 is for gradcheck alone, in the interpreter.
