@@ -235,6 +235,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 64, 4, 3), AMPERE, 2, True, rank=64, small=True),
     Default("decode", TileConfig(64, 64, 64, 8, 3), AMPERE, 2, True, rank=64),
     Default("decode", TileConfig(64, 64, 64, 8, 2), CUDA, 2, True, rank=128),
+    Default("decode", TileConfig(64, 64, 16, 8, 2), CDNA, 2, True, True),
     Default("decode", TileConfig(64, 32, 32, 8, 2), CDNA, 2, False),
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),

@@ -212,6 +212,27 @@ def test_no_order_of_the_programs_is_assumed(device: torch.device, monkeypatch) 
     assert torch.equal(t, again[1])
 
 
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU has an order of its own")
+def test_tiles_do_not_meet_each_other(device: torch.device, monkeypatch) -> None:
+    """The slices of the two tiles arrive in turn, as they do where programs run side by side."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(module, "splits", lambda *_: 4)
+    made = operands(device)
+    y, t = launched(**made)
+    tickets = (3, 2, 4, 0, 1, 5)  # three slices to a tile, of two blocks of K at most
+    start = interpreter_builder.set_grid_idx
+
+    def dealt(x: int, *rest: int) -> None:
+        arrivals(device)[module.TICKETS.value] = tickets[x]
+        start(x, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", dealt)
+    again = launched(**made)
+    assert torch.equal(y, again[0])
+    assert torch.equal(t, again[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_launch(dtype: torch.dtype, device: torch.device, counted_launches) -> None:
     made = operands(device, dtype=dtype)
