@@ -36,6 +36,9 @@ def explain(layer: LowRankLinear, rows: int) -> None:
         f"{type(layer).__name__} {k} → {n}, P = {p}, Q = {q}, {str(dtype).removeprefix('torch.')} "
         f"on {tuning.device_name(device)}, {rows} rows"
     )
+    if layer.merged or layer.disabled:
+        print("the adapter is merged or disabled: this is the bare layer")
+        return
     x = torch.empty(1, k, dtype=dtype, device=device).expand(rows, k)
     if layer.impl == "reference":
         print("the equation in plain torch: no plan is chosen")
@@ -46,7 +49,7 @@ def explain(layer: LowRankLinear, rows: int) -> None:
     dropout, trains_down = layer.dropout > 0.0, layer.down.requires_grad
     for back in (False, True):
         sizes = (n, k, q, p) if back else (k, n, p, q)
-        regular = device.type == "cuda" and (k | n) % 16 == 0
+        regular = planner.has_kernels(device) and (k | n) % 16 == 0
         at = Pass(device, dtype, planner.bucket(rows), *sizes, back, regular, dropout,
                   back and trains_down)  # fmt: skip
         print("\n".join(lines(at, layer.impl)))

@@ -139,17 +139,6 @@ def why_not_variant(at: Pass, variant: str) -> str | None:
     return None
 
 
-def small(x: torch.Tensor) -> bool:
-    """Whether a call of "auto" is one whose time is the host's, not the arithmetic's."""
-    return (
-        x.is_cpu
-        and not PINNED_PLAN
-        and x.numel() <= SMALL
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
 def why_not_one_launch(at: Pass, kernel: str) -> str | None:
     """Why `decode` or `relay` cannot compute a pass, or None if it can."""
     from .kernels.relay import is_possible
@@ -168,6 +157,17 @@ def why_not_one_launch(at: Pass, kernel: str) -> str | None:
     if at.p % 8 or at.q % 8 or where is None or not is_possible(where, spec, at.m):
         return "is for 16 bits, multiples of 16, ranks in 8s and P up to 64, on sm_90 and sm_100"
     return None
+
+
+def small(x: torch.Tensor) -> bool:
+    """Whether a call of "auto" is one whose time is the host's, not the arithmetic's."""
+    return (
+        x.is_cpu
+        and not PINNED_PLAN
+        and x.numel() <= SMALL
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def bucket(rows: int) -> int:
@@ -214,11 +214,12 @@ def decide(
     if mode == "off":
         return Decision(tuple(on_paper), "least cost on paper; FUSED_LOWRANK_TUNE is off")
     times = tuning.known(at.device).get(tuning.name_of(at), {})
-    missing = [name for name in candidates if name not in times]
-    if missing and mode == "full" and compute and tuning.possible(at.device):
-        times = {**times, **tuning.measure(at.device, missing, compute)}
+    lacking = any(name not in times for name in candidates)
+    if lacking and mode == "full" and compute and tuning.possible(at.device):
+        times = tuning.measure(at.device, candidates, compute)
         tuning.write(at.device, tuning.name_of(at), times)
-    measured = sorted((name for name in candidates if name in times), key=lambda name: times[name])
+    there = [name for name in candidates if times.get(name, tuning.NEVER) < tuning.NEVER]
+    measured = sorted(there, key=lambda name: times[name])
     if not measured:
         return Decision(tuple(on_paper), "least cost on paper; nothing has been measured")
     said = ", ".join(f"{name} {times[name] * 1e3:.3f} ms" for name in measured)
@@ -239,7 +240,7 @@ def carry_out(at: Pass, impl: str, names: Names, compute: Callable[[str], Any]) 
     try:
         return compute(decision.plans[0])
     except Exception as error:
-        if type(error).__name__ != "OutOfResources" or len(decision.plans) == 1:
+        if not tuning.is_lack(error) or len(decision.plans) == 1:
             raise
         left = decision.plans[1:]
         given_up = f"{decision.plans[0]} cannot be launched here ({error})"

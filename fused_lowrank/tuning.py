@@ -33,6 +33,7 @@ from .costs import Pass
 MODES = ("off", "cached", "full")
 REPETITIONS = 7
 Times = dict[str, float]  # a plan's name → its median seconds
+NEVER = float("inf")
 
 
 def mode() -> str:
@@ -151,18 +152,24 @@ def possible(device: torch.device) -> bool:
 
 
 def measure(device: torch.device, names: Sequence[str], compute: Callable[[str], Any]) -> Times:
-    """Median seconds of each plan that runs. One that cannot be launched, or finds no memory, is
-    left out; the plans take turns, with a cold cache on a GPU."""
+    """Median seconds of each plan; the plans take turns, with a cold cache on a GPU.
+
+    A plan for which the device has too little takes for ever; one that finds no memory now is left
+    out.
+    """
     clock = _gpu_clock(device) if device.type == "cuda" else _host_clock
+    times: Times = {}
     samples: dict[str, list[float]] = {}
     for name in names:
         try:
             compute(name)  # compiles, and warms up
             samples[name] = []
+        except (torch.OutOfMemoryError, MemoryError):
+            release(device)
         except Exception as error:
             if not is_lack(error):
                 raise
-            release(device)
+            times[name] = NEVER
     for _ in range(REPETITIONS):
         for name in list(samples):
             try:
@@ -170,13 +177,12 @@ def measure(device: torch.device, names: Sequence[str], compute: Callable[[str],
             except torch.OutOfMemoryError:
                 del samples[name]
                 release(device)
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return {**times, **{name: statistics.median(several) for name, several in samples.items()}}
 
 
 def is_lack(error: Exception) -> bool:
-    """Whether an error says that the device has too little for a plan: memory, registers, …"""
-    lacks = ("OutOfResources", "OutOfMemoryError", "PTXASError")
-    return isinstance(error, MemoryError) or type(error).__name__ in lacks
+    """Whether an error says that the device has too little for a launch: registers, …"""
+    return type(error).__name__ in ("OutOfResources", "PTXASError")  # Triton's, if it is there
 
 
 def release(device: torch.device) -> None:
