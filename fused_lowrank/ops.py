@@ -52,6 +52,13 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """x's GPU is the current one inside: kernels are launched on that, wherever x is."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
 def fold(x: Tensor) -> Tensor:
     """(..., K) as (M, K), a view wherever the strides allow."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -78,7 +85,7 @@ def forward(
 ) -> tuple[Tensor, Wanted]:
     """(y, t), t only if wanted."""
     dropout = None if seed is None else (seed, dropout_p)
-    with no_autocast(x):
+    with no_autocast(x), on_device(x):
         operands = x, weight, down, join(a, b), up, bias, scale
         _, y, t, _, _ = plans.layer(impl, *operands, False, want_t, False, dropout=dropout)
         return y, (t if want_t else None)
@@ -108,7 +115,7 @@ def backward(
     core, p = join(a, b), down.shape[0]
     want_g = needs.a or needs.b
     grads: dict[str, Wanted] = dict.fromkeys(Needs._fields)
-    with no_autocast(dy):
+    with no_autocast(dy), on_device(dy):
         # t has been divided by 1 - p where there was dropout; v is here, for dx and ddown.
         back = scale if dropout is None else scale / (1.0 - dropout_p)
         plan = plans.ATEN

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +206,18 @@ def test_nothing_else_runs_on_the_device(core: str, plan: str, device: torch.dev
     with DeviceOps() as mode:  # the mode does see what runs
         lowrank_linear(**made, scale=0.5, impl="aten")
     assert "addmm_" in mode.ran
+
+
+def test_a_kernel_is_launched_where_its_operands_are(monkeypatch) -> None:
+    """A model that lies on several GPUs is called with whichever is current."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or device)
+    for index, expected in ((0, []), (1, [torch.device("cuda:1")])):
+        ops.on_device(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)))
+        assert entered == expected
+    ops.on_device(torch.empty(0))
+    assert len(entered) == 1
 
 
 @pytest.mark.parametrize("impl", FUSED)
