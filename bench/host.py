@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.cases import Case, parse
-from bench.providers import PROVIDERS, Tensors, make_tensors
+from bench.providers import PROVIDERS, Tensors, layer, make_tensors
 from fused_lowrank import lowrank_linear, ops
 
 Calls = dict[str, Callable[[], Any]]
@@ -72,7 +72,7 @@ def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
         "fused layer": PROVIDERS["auto"].build(case, tensors),
         "lowrank_linear": lambda x: lowrank_linear(x, weight, down, core, up, scale=scale),
         "its operations": lambda x: ops.small(x, weight, down, core, up, None, scale),
-        "fused layer, aten": PROVIDERS["aten"].build(case, tensors),
+        "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),
     }

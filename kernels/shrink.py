@@ -328,7 +328,7 @@ def shrink(
     n_counters = 0 if counters is None else counters.numel()
     tiles, blocks = triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k)
     # A program that lets the next launch start must not leave its part of u to another.
-    parts = 1 if config.overlap else splits(tiles, blocks, x.device)
+    parts = 1 if config.overlap or config.whole_k else splits(tiles, blocks, x.device)
     depth = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, depth)  # none without a block
     partial = arrived = x

@@ -65,6 +65,7 @@ class TileConfig:
     max_registers: int | None = None  # of a thread; CUDA only
     persistent: bool = False  # by tensor descriptors, one program per multiprocessor
     overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
+    whole_k: bool = False  # shrink does not split K: the partial sums would spill
 
     def __str__(self) -> str:
         sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
@@ -214,7 +215,8 @@ DEFAULTS = (
     Default("gemm_tail", TileConfig(32, 32, 16, 4, 2), small=True),
     Default("gemm_tail", TileConfig(64, 64, 16, 8, 2), CUDA, aligned=False),
     Default("gemm_tail", TileConfig(64, 64, 16, 4, 2)),
-    Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True, dropout=True),
+    Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True, rank=64, dropout=True),
+    Default("shrink", TileConfig(64, 16, 32, 4, 2, whole_k=True), CDNA, 2, True, dropout=True),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
     Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 4, 4), CUDA, 2, True, rank=64),
@@ -222,8 +224,9 @@ DEFAULTS = (
     Default("shrink", TileConfig(64, 16, 64, 8, 2), TENSOR, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 3), AMPERE, 2, True, rank=128),
     Default("shrink", TileConfig(64, 16, 32, 8, 2), AMPERE, 2, True),
-    Default("shrink", TileConfig(64, 16, 64, 4, 2), CDNA, 2, True, rank=128),
-    Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True),
+    Default("shrink", TileConfig(64, 16, 64, 4, 2), CDNA, 2, True, rank=64),
+    Default("shrink", TileConfig(64, 16, 64, 4, 2, whole_k=True), CDNA, 2, True, rank=128),
+    Default("shrink", TileConfig(64, 16, 32, 4, 2, whole_k=True), CDNA, 2, True),
     Default("shrink", TileConfig(64, 16, 32, 8, 2), None, 2, False, rank=128),
     Default("shrink", TileConfig(16, 16, 16, 8, 2), CUDA, 2, False, True),
     Default("shrink", TileConfig(32, 16, 16, 8, 2), None, 2, False),

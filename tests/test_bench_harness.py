@@ -205,6 +205,19 @@ def test_host_times_every_part(kind):
     assert all(value > 0 for several in figures.values() for value in several.values())
 
 
+def test_the_choice_on_paper_is_held_against_the_fastest_plan():
+    device = report.Device({"device": "x"})
+    rows = []
+    for name, forward, backward in (("aten", 1.2, 1.5), ("first", 1.5, 1.2), ("eager", 1.0, 1.0)):
+        relative = {"forward": [forward] * 3, "backward": [backward] * 3, "step": [1.0] * 3}
+        rows.append({"provider": name, "status": "ok", "step": [1.0] * 3, "relative": relative})
+    line = {"kind": "case", "case": "c", "rows": rows, "planned": ["aten", "aten"]}
+    device.add([line, {"kind": "end", "missing": 0}])
+    text = report.planner_text(device)
+    assert "the fastest in 1 of 2 passes; elsewhere it costs 25.0% in the median" in text
+    assert "| c | backward | aten | first | 25.0% |" in text
+
+
 def test_sizes_of_the_sets():
     assert len(cases.SETS["core"]) <= 40
     for chosen in cases.SETS.values():

@@ -55,7 +55,10 @@ def test_one_seed_gives_the_same_bits_again(impl: str, device: torch.device) -> 
     one, other = seeds(device, 77, 78)
     first = mask(impl, one, 100, 90, 0.3)
     assert torch.equal(first, mask(impl, one, 100, 90, 0.3))
-    assert not torch.equal(first, mask(impl, other, 100, 90, 0.3))
+    second = mask(impl, other, 100, 90, 0.3)
+    for shift in range(9):  # nor the same ones at another place
+        same = (first.flatten()[shift:] == second.flatten()[: second.numel() - shift]).float()
+        assert same.mean() < 0.7
 
 
 def test_the_kernels_mask_depends_on_the_seed_and_the_place_alone(device: torch.device) -> None:
