@@ -19,22 +19,24 @@ def signed(value: int) -> int:
 
 
 GAMMA = signed(0x9E3779B97F4A7C15)
-# (shift right, then multiply): int64 shifts carry the sign, so what they shift in is masked off
+# Shift right, xor, multiply. int64 shifts carry the sign: what they shift in is masked off.
 ROUNDS = ((30, signed(0xBF58476D1CE4E5B9)), (27, signed(0x94D049BB133111EB)), (31, 1))
 
 
 def kept(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     """1 where an element of `like` is kept and 0 where it is dropped, in its shape and dtype."""
     words = torch.arange(1, math.ceil(like.numel() / 4) + 1, device=like.device)
-    words = words.mul_(GAMMA).add_(seed)
+    words, shifted = words.mul_(GAMMA).add_(seed), torch.empty_like(words)
     for shift, factor in ROUNDS:
-        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+        torch.bitwise_right_shift(words, shift, out=shifted)
+        words.bitwise_xor_(shifted.bitwise_and_((1 << (64 - shift)) - 1))
         if factor != 1:
             words.mul_(factor)
     draws = words.view(torch.int16)[: like.numel()].view(like.shape)
-    return (draws >= round(dropout_p * 65536) - 32768).to(like.dtype)
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.ge(draws, round(dropout_p * 65536) - 32768, out=mask)
 
 
 def dropped(x: Tensor, dropout: Dropout) -> Tensor:
     """x with zeros where it is dropped, not scaled by 1 / (1 - p); x itself without dropout."""
-    return x if dropout is None else x * kept(x, *dropout)
+    return x if dropout is None else kept(x, *dropout).mul_(x)

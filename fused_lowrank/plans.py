@@ -88,7 +88,7 @@ class Aten:
         y = self.base(x, weight, bias)
         if dropout is None:
             return y.addmm_(u, up)
-        return y.addcmul_(u @ up, kept(y, *dropout))
+        return y.add_(kept(y, *dropout).mul_(u @ up))
 
     def layer(
         self,
