@@ -10,7 +10,7 @@ mixed    our shrink, then as `first`
 decode   our one launch for few rows
 relay    our one persistent launch for many rows
 
-`choose` asks the planner for the one that a pass takes.
+`layer` carries out a pass by the one that the planner chooses for it.
 """
 
 from __future__ import annotations
