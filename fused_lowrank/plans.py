@@ -149,16 +149,7 @@ class First(Aten):
         """Where a mask lies between the two, there is nothing to add to."""
         return "has no dropout on the way back" if at.dropout and at.back else super().why_not(at)
 
-    def gemm_tail(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        up: Tensor,
-        bias: OptTensor,
-        back: bool,
-        dropout: Dropout = None,
-    ) -> Tensor:
+    def gemm_tail(self, x, weight, u, up, bias, back, dropout=None):  # type: ignore[no-untyped-def]
         """x·Wᵀ + bias + u·upᵀ."""
         up = like(up, x.dtype) if back else like(up, x.dtype).t()
         u = u[:, : up.shape[0]]  # the kernels' u is padded

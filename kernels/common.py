@@ -202,6 +202,19 @@ def threshold(dropout_p: float) -> int:
     return round(dropout_p * 65536)
 
 
+def gemm_aligned(
+    x: torch.Tensor, weight: torch.Tensor, others: Iterable[torch.Tensor | None]
+) -> bool:
+    """`aligned` for a launch of x·weightᵀ: each of the two has a stride of 1 as well."""
+    sizes = *weight.shape, x.stride(0), max(weight.stride())
+    return (
+        x.stride(1) == 1
+        and 1 in weight.stride()
+        and x.stride(0) > 0 < min(weight.stride())
+        and aligned((x, weight, *others), sizes)
+    )
+
+
 def aligned(tensors: Iterable[torch.Tensor | None], sizes: Iterable[int]) -> bool:
     """Whether a launch may take the variant for multiples of 16 (addresses in bytes)."""
     return all(size % 16 == 0 for size in sizes) and all(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import accumulator, aligned, cast, dot, offset, variants
-from .tiles import N_COUNTERS, Choice, Spec, TileConfig, padded
+from .tiles import N_COUNTERS, Choice, Spec, TileConfig, padded, rank_constants
 
 MIN_ROWS = 256  # per program: fewer, and the partial sums cost more than the rows
 MAX_SPLITS = 32
@@ -142,12 +142,7 @@ def constants(
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     return {
-        "P": p,
-        "Q": q,
-        "R": r,
-        "PAD_P": padded(p),
-        "PAD_Q": padded(q),
-        "PAD_R": padded(max(r, 1)),
+        **rank_constants(p, q, r),
         "WANT_A": want_a,
         "WANT_B": want_b,
         "BLOCK_M": config.block_m,

@@ -21,11 +21,11 @@ import triton.language as tl
 
 from .common import (
     accumulator,
-    aligned,
     arrivals,
     cast,
     dot,
     gathered,
+    gemm_aligned,
     multiprocessors,
     offset,
     step,
@@ -33,7 +33,7 @@ from .common import (
 )
 from .gemm_tail import add_tail
 from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, store_t_and_u, unpacked
-from .tiles import Choice, Spec, TileConfig, padded
+from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 # What the counters of a launch count; a counter for each column tile follows.
 TICKETS = tl.constexpr(0)
@@ -223,12 +223,7 @@ def constants(
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     return {
-        "P": p,
-        "Q": q,
-        "R": r,
-        "PAD_P": padded(p),
-        "PAD_Q": padded(q),
-        "PAD_R": padded(max(r, 1)),
+        **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
         "STORE_T": store_t,
@@ -276,15 +271,7 @@ def decode(
     """
     (m, k), n = x.shape, weight.shape[0]
     left, right, p, q, r = unpacked(down, core, transposed)
-    is_aligned = (
-        x.stride(1) == 1
-        and 1 in weight.stride()
-        and x.stride(0) > 0 < min(weight.stride())
-        and aligned(
-            (x, weight, down, left, right, up, bias),
-            (n, k, x.stride(0), max(weight.stride())),
-        )
-    )
+    is_aligned = gemm_aligned(x, weight, (down, left, right, up, bias))
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
     spec = Spec("decode", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
     config = choose(spec, m)

@@ -23,9 +23,9 @@ from .common import (
     INTERPRETED,
     Dropout,
     accumulator,
-    aligned,
     cast,
     dot,
+    gemm_aligned,
     kept,
     multiprocessors,
     offset,
@@ -261,12 +261,7 @@ def gemm_tail(
     if u is None or up is None:
         u = up = weight.new_empty(0)
     q = up.shape[0 if transposed else 1] if up.numel() else 0
-    is_aligned = (
-        x.stride(1) == 1
-        and 1 in weight.stride()
-        and x.stride(0) > 0 < min(weight.stride())
-        and aligned((x, weight, u, up, bias), (n, k, x.stride(0), max(weight.stride())))
-    )
+    is_aligned = gemm_aligned(x, weight, (u, up, bias))
     sizes = x.element_size(), up.element_size()
     spec = Spec("gemm_tail", *sizes, is_aligned, 16, padded(q), dropout is not None)
     config = choose(spec, m)

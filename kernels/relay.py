@@ -20,16 +20,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import (
     N_ARRIVALS,
     accumulator,
-    aligned,
     arrivals,
     cast,
     dot,
+    gemm_aligned,
     multiprocessors,
     tile_order,
 )
 from .gemm_tail import add_tail, split_columns
-from .shrink import Core, store_t_and_u
-from .tiles import Choice, Spec, Target, TileConfig, has_relay, padded, select
+from .shrink import Core, store_t_and_u, unpacked
+from .tiles import Choice, Spec, Target, TileConfig, has_relay, padded, rank_constants, select
 
 # Where in `arrivals` the tickets are drawn, where programs that are done are counted, and where the
 # flags begin: one for each row of tiles, set when its u is there.
@@ -168,12 +168,7 @@ def constants(
     # The tail has the registers that the sums and the core's product leave.
     rows_of_up = 16 if r > 0 else 8192 // config.block_n
     return {
-        "P": p,
-        "Q": q,
-        "R": r,
-        "PAD_P": padded(p),
-        "PAD_Q": padded(q),
-        "PAD_R": padded(max(r, 1)),
+        **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
         "STORE_T": want_t,
         "HAS_BIAS": bias,
@@ -188,18 +183,6 @@ def constants(
     }
 
 
-def factors(
-    down: torch.Tensor, core: Core, transposed: bool
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The core as `relay_kernel` has it: left, right and R."""
-    if core is None:
-        return down, down, -1
-    if isinstance(core, tuple):
-        left, right = core[::-1] if transposed else core
-        return left, right, core[1].shape[0]
-    return core, core, 0
-
-
 def spec_of(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -210,19 +193,11 @@ def spec_of(
     transposed: bool,
 ) -> Spec:
     """What the launch of `relay` with these operands is."""
-    left, right, r = factors(down, core, transposed)
-    p, q = down.shape[1 if transposed else 0], up.shape[0 if transposed else 1]
+    left, right, p, q, r = unpacked(down, core, transposed)
     ranks = p, q, max(r, 0)
-    is_aligned = (
-        x.stride(1) == 1
-        and 1 in weight.stride()
-        and x.stride(0) > 0 < min(weight.stride())
-        and all(rank % 8 == 0 for rank in ranks)  # 16 bytes: down's rows, and no spills in t·core
-        and aligned(
-            (x, weight, down, left, right, up, bias),
-            (weight.shape[0], x.shape[1], x.stride(0), max(weight.stride())),
-        )
-    )
+    # Ranks in 8s: the 16 bytes of down's rows, and no spills in t·core.
+    in_eights = all(rank % 8 == 0 for rank in ranks)
+    is_aligned = in_eights and gemm_aligned(x, weight, (down, left, right, up, bias))
     factor_itemsize = max(down.element_size(), up.element_size())  # no tile depends on the core's
     rank = padded(max(p, r))  # a pair's r is bounded as P is
     if r > 0 and x.dtype == torch.float16 and max(left.element_size(), right.element_size()) > 2:
@@ -259,8 +234,7 @@ def relay(
     contiguous and in x's dtype; t is None unless it is wanted.
     """
     (m, k), n = x.shape, weight.shape[0]
-    p, q = down.shape[1 if transposed else 0], up.shape[0 if transposed else 1]
-    left, right, r = factors(down, core, transposed)
+    left, right, p, q, r = unpacked(down, core, transposed)
     spec = spec_of(x, weight, down, core, up, bias, transposed)
     config = choose(spec, m)
     if not (spec.aligned and has_flags(m, config)):

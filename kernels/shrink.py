@@ -37,7 +37,7 @@ from .common import (
     threshold,
     variants,
 )
-from .tiles import Choice, Spec, TileConfig, padded
+from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
 MIN_BLOCKS = 4  # of K for a program: fewer, and the partial sums cost more than x
@@ -250,12 +250,7 @@ def constants(
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     return {
-        "P": p,
-        "Q": q,
-        "R": r,
-        "PAD_P": padded(p),
-        "PAD_Q": padded(q),
-        "PAD_R": padded(max(r, 1)),
+        **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
         "STORE_T": want_t,
         "STORE_U": want_u,

@@ -104,6 +104,18 @@ def padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def rank_constants(p: int, q: int, r: int) -> dict[str, int]:
+    """What a kernel is told of the ranks; r is 0 where there is no pair, and -1 without a core."""
+    return {
+        "P": p,
+        "Q": q,
+        "R": r,
+        "PAD_P": padded(p),
+        "PAD_Q": padded(q),
+        "PAD_R": padded(max(r, 1)),
+    }
+
+
 def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
     """Shared memory of the pipelined operands, an estimate: the compile gate reads the true one."""
     m, n, k = config.block_m, config.block_n, config.block_k
