@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels.tiles import SMALL_M
+
 
 class Pass(NamedTuple):
     """One pass through a layer, as far as the choice of its plan depends on it."""
@@ -77,7 +79,8 @@ FEW_ROWS, DECODE = 0.7, 0.85  # of the bandwidth
 MEETING = 2e-6  # seconds for which programs of one launch wait for each other
 # A relay's first column makes t as well, and the others wait for it: this, over N, is lost.
 RELAY = 85.0
-ADDED = 8  # bytes
+# On a CPU a GEMM that adds to what is there is slow in 16 bits: as many bytes more, for each of y.
+ADDED = 8
 
 
 @functools.cache
@@ -119,7 +122,6 @@ def steps(plan: str, at: Pass) -> list[Step]:
     size, m, n, k = at.dtype.itemsize, at.m, at.n, at.k
     x, w, y = m * k * size, n * k * size, m * n * size
     down, up, t, u = at.p * k * size, n * at.q * size, m * at.p * size, m * at.q * size
-    few = m <= 64
     base = 2.0 * m * n * k
     way_down, way_up, core = 2.0 * m * k * at.p, 2.0 * m * n * at.q, 2.0 * m * at.p * at.q
     kind = plan.partition(":")[0]
@@ -129,14 +131,12 @@ def steps(plan: str, at: Pass) -> list[Step]:
     if kind == "aten":
         return [*shrink, Step(base, x + w + y), Step(way_up, 2 * y + u + up)]
     if kind in ("first", "mixed"):
-        # Where it adds in 16 bits, oneDNN makes a float32 copy of y.
-        copy = ADDED * m * n if at.device.type == "cpu" and size == 2 else 0
-        steps = [*shrink, Step(way_up, y + u + up), Step(base, x + w + 2 * y)]
-        return [*steps, Step(0.0, copy)] if copy else steps
+        added = ADDED * m * n if at.device.type == "cpu" and size == 2 else 0
+        return [*shrink, Step(way_up, y + u + up + added), Step(base, x + w + 2 * y)]
     tail_too = base + way_up, x + w + y + u + up
     if kind == "split":
         fast = PERSISTENT if at.regular and size == 2 else POINTERS
-        return [*shrink, Step(*tail_too, FEW_ROWS if few else fast)]
+        return [*shrink, Step(*tail_too, FEW_ROWS if m <= SMALL_M else fast)]
     everything = base + way_up + way_down + core, x + w + y + down + up + t + 2 * u
     if kind == "decode":
         return [Step(*everything, DECODE, MEETING)]

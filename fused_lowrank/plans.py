@@ -288,7 +288,10 @@ def plan_names(impl: str, at: Pass) -> list[str]:
         names = list(PLANS)
     else:
         names = [name for name in PLANS if name not in kernels]
-    return [name for name in names if PLANS[name].proven and not PLANS[name].why_not(at)]
+    names = [name for name in names if PLANS[name].proven and not PLANS[name].why_not(at)]
+    # The kernels' dropout mask is not torch's, and the two passes of a step must have one mask.
+    masked = [name for name in names if name in kernels] if at.dropout else []
+    return masked or names
 
 
 def describe(

@@ -295,6 +295,40 @@ def test_plans_of_a_cpu() -> None:
     assert plans.plan_names("aten", at()) == ["aten"]
 
 
+@pytest.fixture
+def hopper(monkeypatch) -> torch.device:
+    """A device that the planner takes for an H200."""
+    tiles = pytest.importorskip("fused_lowrank.kernels.tiles")
+    monkeypatch.setattr(planner, "target", lambda device: tiles.TARGETS["sm_90"])
+    monkeypatch.setattr(costs, "peaks", lambda device: H200)
+    return torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_plans_of_a_gpu(back: bool, hopper: torch.device) -> None:
+    """Library steps and kernels; in one launch where rows are few; none that is not proven."""
+    pair = {"device": hopper, "dtype": torch.bfloat16, "back": back}
+    many, few = at(8192, **pair), at(64, **pair)
+    assert plans.plan_names("auto", many) == ["aten", "first", "split", "mixed"]
+    assert plans.plan_names("auto", few) == ["aten", "first", "split", "mixed", "decode"]
+    assert plans.plan_names("triton", few) == ["split", "decode"]
+    assert plans.plan_names("auto", few._replace(p=300)) == ["aten", "first"]
+    assert plans.plan_names("auto", few._replace(want_u=True)) == plans.plan_names("auto", many)
+    assert planner.decide(few, "auto", plans.plan_names, None, "off").plans[0] == "decode"
+    assert planner.decide(many, "auto", plans.plan_names, None, "off").plans[0] != "aten"
+
+
+@pytest.mark.parametrize("rank", [16, 300])
+def test_dropout_has_one_mask_forward_and_backward(rank: int, hopper: torch.device) -> None:
+    """The kernels' and torch's differ: whichever plans two passes take, they are of one kind."""
+    kinds = set()
+    for back in (False, True):
+        of = at(8192, rank=rank, device=hopper, dtype=torch.bfloat16, back=back, dropout=True)
+        names = plans.plan_names("auto", of)
+        kinds |= {isinstance(plans.PLANS[name], plans.Split) for name in names}
+    assert kinds == {rank == 16}
+
+
 def test_a_pinned_plan_that_cannot_says_why(device: torch.device) -> None:
     """Rather than another one's result under its name."""
     layer = FusedLoraXSLinear(96, 64, r=4, dropout=0.5, device=device)
