@@ -198,7 +198,7 @@ def test_persistent_gemm_tail(
         "gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True, overlap=overlap),
         "shrink": TileConfig(16, 16, 64, 4, 2, overlap=overlap),
     }
-    with pinned_tiles(**tiles), counted_launches() as counts:
+    with pinned_plan("split"), pinned_tiles(**tiles), counted_launches() as counts:
         errors = measure(
             lambda **operands: lowrank_linear(**operands, impl="triton"),
             reference,
