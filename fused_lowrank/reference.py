@@ -2,12 +2,57 @@
 measured against.
 
     y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ
+
+The core is one for all rows or, in a bank of adapters, one for each (`Rows`).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
+SLOT_BITS = 32  # of a handle; above them lies the generation
+NONE = -1  # the handle of no adapter
+
+
+class Rows(NamedTuple):
+    """A core for each row: row m has those of line m // repeat of `handles`, k of them, summed.
+
+    core[m] = Σ over j of weights[i, j] · scales[slot] · table[slot],   i = m // repeat,
+    slot = handles[i, j] mod 2³²
+
+    A handle is generation · 2³² + slot, or NONE: no adapter, and nothing of the table is read. One
+    whose slot is not in the table, or is of another generation there, counts as NONE and sets
+    `refused`.
+    """
+
+    table: torch.Tensor  # (slots, P, Q), or (slots, P, r) where there is a `right`
+    right: torch.Tensor | None  # (slots, r, Q): a core is the product of the two
+    handles: torch.Tensor  # int64 (lines, k)
+    weights: torch.Tensor | None  # float32 (lines, k); None: 1
+    scales: torch.Tensor  # float32 (slots,)
+    generations: torch.Tensor  # int32 (slots,)
+    refused: torch.Tensor  # int32 (1,)
+    repeat: int  # rows to a line
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slot, valid), both (lines, k): the slot is 0 where the handle is NONE or refused."""
+        slot, generation = self.handles & (1 << SLOT_BITS) - 1, self.handles >> SLOT_BITS
+        valid = (self.handles >= 0) & (slot < len(self.generations))
+        slot = slot.where(valid, 0)
+        valid &= self.generations[slot] == generation
+        self.refused.logical_or_((~valid & (self.handles != NONE)).any())
+        return slot.where(valid, 0), valid
+
+    def turned(self) -> "Rows":
+        """The same with every core transposed."""
+        if self.right is None:
+            return self._replace(table=self.table.mT)
+        return self._replace(table=self.right.mT, right=self.table.mT)
+
+
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+AnyCore = Core | Rows
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,8 +71,31 @@ def product(core: Core) -> torch.Tensor | None:
     return a.to(dtype) @ b.to(dtype)
 
 
-def through_core(t: torch.Tensor, core: Core, scale: float) -> torch.Tensor:
+def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+    """u[m] = scale · t[m] · core[m], in float32 or wider and returned in t's dtype.
+
+    A row without an adapter is zero by selection: its t may be NaN.
+    """
+    wide = torch.promote_types(rows.table.dtype, torch.float32)
+    lines, k = rows.handles.shape
+    slots, valid = rows.slots()
+    t_lines = t.reshape(lines, rows.repeat, t.shape[-1]).to(wide)
+    u = t_lines.new_zeros(())
+    for j in range(k):
+        slot, factor = slots[:, j], rows.scales[slots[:, j]].to(wide) * scale
+        if rows.weights is not None:
+            factor = factor * rows.weights[:, j]
+        part = t_lines @ rows.table[slot].to(wide)
+        if rows.right is not None:
+            part = part @ rows.right[slot].to(wide)
+        u = u + (part * factor[:, None, None]).where(valid[:, j, None, None], 0.0)
+    return like(u.reshape(*t.shape[:-1], u.shape[-1]), t.dtype)
+
+
+def through_core(t: torch.Tensor, core: AnyCore, scale: float) -> torch.Tensor:
     """u = scale · t · core, computed in core's dtype and returned in t's."""
+    if isinstance(core, Rows):
+        return through_rows(t, core, scale)
     matrix = product(core)
     if matrix is None:
         return t * scale
@@ -38,7 +106,7 @@ def lowrank_linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     down: torch.Tensor,
-    core: Core,
+    core: AnyCore,
     up: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -48,7 +116,7 @@ def lowrank_linear_reference(
     """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
 
     x (..., K), weight (N, K), down (P, K), core (P, Q) or the pair (P, r), (r, Q) or None, up
-    (N, Q), bias (N,) → (..., N). down and up are used in x's dtype; the product with core is taken
+    (N, Q), bias (N,) → (..., N); or a core for each row (`Rows`). down and up are used in x's dtype; the product with core is taken
     in core's. Differentiable any number of times.
     """
     t = linear(x if low is None else low, like(down, x.dtype))
