@@ -30,6 +30,7 @@ class Pass(NamedTuple):
     regular: bool  # x and W are multiples of 16 in sizes, strides and addresses
     dropout: bool
     want_u: bool  # u is wanted outside, as it is where down is trained
+    rows: bool = False  # a core for each row, not one for all
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,10 @@ def steps(plan: str, at: Pass) -> list[Step]:
     base = 2.0 * m * n * k
     way_down, way_up, core = 2.0 * m * k * at.p, 2.0 * m * n * at.q, 2.0 * m * at.p * at.q
     kind = plan.partition(":")[0]
-    shrink = [Step(way_down + core, x + down + t + u)]
+    cores = m * at.p * at.q * size if at.rows else 0
+    shrink = [Step(way_down + core, x + down + t + u + cores)]
     if kind in ("aten", "first"):
-        shrink = [Step(way_down, x + down + t), Step(core, t + u)]
+        shrink = [Step(way_down, x + down + t), Step(core, t + u + 3 * cores)]
     if kind == "aten":
         return [*shrink, Step(base, x + w + y), Step(way_up, 2 * y + u + up)]
     if kind in ("first", "mixed"):
@@ -137,7 +139,7 @@ def steps(plan: str, at: Pass) -> list[Step]:
     if kind == "split":
         fast = PERSISTENT if at.regular and size == 2 else POINTERS
         return [*shrink, Step(*tail_too, FEW_ROWS if m <= SMALL_M else fast)]
-    everything = base + way_up + way_down + core, x + w + y + down + up + t + 2 * u
+    everything = base + way_up + way_down + core, x + w + y + down + up + t + 2 * u + cores
     if kind == "decode":
         return [Step(*everything, DECODE, MEETING)]
     if kind == "relay":

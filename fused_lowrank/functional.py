@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner
-from .reference import Core, lowrank_linear_reference
+from .reference import Core, Rows, lowrank_linear_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,30 +66,51 @@ def lowrank_linear(
     except AttributeError:
         check_kinds(x=x, weight=weight, down=down, core=a, up=up, bias=bias)
         raise
-    dropping = training and dropout_p > 0.0
-    if impl == "auto" and not dropping and planner.small(x):
+    dropout_p = dropout_p if training else 0.0
+    if impl == "auto" and not dropout_p and planner.small(x):
         return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
+    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl)
+
+
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    rows: Rows | None,
+    scale: float,
+    dropout_p: float,
+    impl: str,
+) -> Tensor:
+    """`lowrank_linear` of operands that have been checked, by the implementation asked for.
+
+    With `rows` the core's two places hold its tables.
+    """
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
     if impl == "reference":
-        low = torch.nn.functional.dropout(x, dropout_p) if dropping else None
+        low = torch.nn.functional.dropout(x, dropout_p) if dropout_p else None
         with ops.no_autocast(x):
-            core = ops.join(a, b)
+            core = ops.join(a, b, rows)
             return lowrank_linear_reference(x, weight, down, core, up, bias, scale=scale, low=low)
     # Whoever needs the mask makes it from this, forward and backward.
-    seed = torch.randint(2**62, (1,), device=x.device) if dropping else None
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
     operands = (x, weight, down, a, b, up, bias)
     rest = seed, scale, dropout_p, impl
     wants_grad = torch.is_grad_enabled() and any(
         operand is not None and operand.requires_grad for operand in operands
     )
     if wants_grad and not torch.compiler.is_compiling():
-        return ops.LowRankLinear.apply(*operands, *rest)
-    folded = (ops.fold(x), *operands[1:])
+        return ops.LowRankLinear.apply(*operands, *rest, rows)
     if torch.compiler.is_compiling():
+        folded = (ops.fold(x), *operands[1:])
         want_t = wants_grad and any(f is not None and f.requires_grad for f in (a, b, up))
         y, _ = ops.forward_op(*folded, *rest, want_t)
     else:
-        y, _ = ops.forward(*folded, *rest, False)
+        core = ops.join(a, b, rows)
+        y, _ = ops.forward(ops.fold(x), weight, down, core, up, bias, *rest, False)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import plans
-from .reference import Core, like, product, through_core
+from .reference import AnyCore, Core, Rows, like, product, through_core
 
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
 Wanted = Any  # a Tensor, or None where it was not wanted
@@ -64,8 +64,10 @@ def fold(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def join(a: OptTensor, b: OptTensor) -> Core:
-    """The core from its two places in an op's signature."""
+def join(a: OptTensor, b: OptTensor, rows: Rows | None = None) -> Any:
+    """The core from its two places in an op's signature; with `rows`, these are its tables."""
+    if rows is not None:
+        return rows._replace(table=a, right=b)
     return a if a is None or b is None else (a, b)
 
 
@@ -73,8 +75,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     down: Tensor,
-    a: OptTensor,
-    b: OptTensor,
+    core: AnyCore,
     up: Tensor,
     bias: OptTensor,
     seed: OptTensor,
@@ -86,7 +87,7 @@ def forward(
     """(y, t), t only if wanted."""
     dropout = None if seed is None else (seed, dropout_p)
     with no_autocast(x), on_device(x):
-        operands = x, weight, down, join(a, b), up, bias, scale
+        operands = x, weight, down, core, up, bias, scale
         _, y, t, _, _ = plans.layer(impl, *operands, False, want_t, False, dropout=dropout)
         return y, (t if want_t else None)
 
@@ -97,8 +98,7 @@ def backward(
     x: Wanted,
     weight: Wanted,
     down: Tensor,
-    a: OptTensor,
-    b: OptTensor,
+    core: AnyCore,
     up: Tensor,
     seed: OptTensor,
     scale: float,
@@ -112,8 +112,7 @@ def backward(
     weight does.
     """
     dropout = None if seed is None else (seed, dropout_p)
-    core, p = join(a, b), down.shape[0]
-    want_g = needs.a or needs.b
+    p, want_g = down.shape[0], needs.a or needs.b
     grads: dict[str, Wanted] = dict.fromkeys(Needs._fields)
     with no_autocast(dy), on_device(dy):
         # t has been divided by 1 - p where there was dropout; v is here, for dx and ddown.
@@ -176,27 +175,28 @@ class LowRankLinear(torch.autograd.Function):
     """The eager call. Leading dimensions of x are folded here."""
 
     @staticmethod
-    def forward(ctx, x, weight, down, a, b, up, bias, seed, scale, dropout_p, impl):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, down, a, b, up, bias, seed, scale, dropout_p, impl, rows=None):  # type: ignore[no-untyped-def]
         needs = Needs(*ctx.needs_input_grad[:7])
         lead = x.shape[:-1]
         x = fold(x)
         want_t = needs.a or needs.b or needs.up
         rest = seed, scale, dropout_p, impl
-        y, t = forward(x, weight, down, a, b, up, bias, *rest, want_t)
+        y, t = forward(x, weight, down, join(a, b, rows), up, bias, *rest, want_t)
         ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed)
-        ctx.needs, ctx.rest, ctx.lead = needs, rest[1:], lead
+        ctx.needs, ctx.rest, ctx.lead, ctx.rows = needs, rest[1:], lead, rows
         return y.view(*lead, y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        operands = *ctx.saved_tensors, *ctx.rest, ctx.needs
+        t, x, weight, down, a, b, up, seed = ctx.saved_tensors
+        core = join(a, b, ctx.rows)
         with torch.no_grad():
-            grads = backward(fold(dy), *operands)
+            grads = backward(fold(dy), t, x, weight, down, core, up, seed, *ctx.rest, ctx.needs)
         if grads[0] is not None:
             grads[0] = grads[0].view(*ctx.lead, grads[0].shape[-1])
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_double_backward(grads)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _Undifferentiable(torch.autograd.Function):
@@ -242,7 +242,7 @@ def forward_op(
     want_t: bool,
 ) -> tuple[Tensor, Tensor]:
     rest = seed, scale, dropout_p, impl, want_t
-    y, t = forward(x, weight, down, a, b, up, bias, *rest)
+    y, t = forward(x, weight, down, join(a, b), up, bias, *rest)
     return y, x.new_empty(0) if t is None else t
 
 
@@ -269,7 +269,7 @@ def backward_op(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     rest = seed, scale, dropout_p, impl, Needs(*needs)
-    grads = backward(dy, t, x, weight, down, a, b, up, *rest)
+    grads = backward(dy, t, x, weight, down, join(a, b), up, *rest)
     return [dy.new_empty(0) if grad is None else grad for grad in grads]
 
 

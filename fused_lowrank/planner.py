@@ -147,6 +147,8 @@ def why_not_one_launch(at: Pass, kernel: str) -> str | None:
     where, spec = target(at.device), spec_of(kernel, at)
     if at.dropout or at.want_u:
         return "has no dropout, and gives no u"
+    if at.rows and kernel == "relay":
+        return "has no core for each row"
     if (at.m <= SMALL_M) != (kernel == "decode"):
         return f"is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
     if kernel == "decode":

@@ -25,7 +25,7 @@ from . import planner
 from .costs import Pass
 from .dropout import Dropout, dropped, kept
 from .kernels.tiles import VARIANTS
-from .reference import Core, like, product
+from .reference import AnyCore, Rows, like, product, rows_grad, through_rows
 
 OptTensor = Tensor | None
 Wanted = Any  # a Tensor, or None where it was not wanted
@@ -49,7 +49,7 @@ class Aten:
         self,
         x: Tensor,
         down: Tensor,
-        core: Core,
+        core: AnyCore,
         scale: float,
         back: bool,
         want_t: bool,
@@ -58,12 +58,15 @@ class Aten:
         dropout: Dropout = None,
     ) -> tuple[Wanted, Wanted]:
         """(t, u). With `back`, down lies as (K, P) and the core as (Q, P)."""
-        down, matrix = like(down, x.dtype), product(core)
+        down = like(down, x.dtype)
         t = dropped(x, dropout) @ (down if back else down.t())
         if dropout is not None:
             t.div_(1.0 - dropout[1])
         if not want_u:
             return t, None
+        if isinstance(core, Rows):
+            return t, through_rows(t, core.turned() if back else core, scale)
+        matrix = product(core)
         if matrix is None:
             return t, (t if scale == 1.0 else t * scale)
         u = like(t, matrix.dtype) @ (matrix.t() if back else matrix)
@@ -95,7 +98,7 @@ class Aten:
         x: Tensor,
         weight: Tensor,
         down: Tensor,
-        core: Core,
+        core: AnyCore,
         up: Tensor,
         bias: OptTensor,
         scale: float,
@@ -120,6 +123,8 @@ class Aten:
         counters: OptTensor,
     ) -> tuple[Wanted, Wanted]:
         """(dcore, None), or for a pair (da, db), those that are wanted."""
+        if isinstance(core, Rows):
+            return core_grads(rows_grad(t, g, core, scale), core, want)
         a, b = core if isinstance(core, tuple) else (core, core)
         dtype = torch.promote_types(a.dtype, b.dtype)
         dcore = t.t().to(dtype) @ g.to(dtype)
@@ -147,6 +152,8 @@ class First(Aten):
 
     def why_not(self, at: Pass) -> str | None:
         """Where a mask lies between the two, there is nothing to add to."""
+        if at.rows:
+            return "has no core for each row"  # without an adapter it is not the bare layer's bits
         return "has no dropout on the way back" if at.dropout and at.back else super().why_not(at)
 
     def gemm_tail(self, x, weight, u, up, bias, back, dropout=None):  # type: ignore[no-untyped-def]
@@ -157,8 +164,20 @@ class First(Aten):
         return y.addmm_(x, weight.t())
 
 
-def contiguous(core: Core) -> Any:
+def core_grads(dcore: Tensor, rows: Rows, want: tuple[bool, bool]) -> tuple[Wanted, Wanted]:
+    """The gradients of the tables of `rows`, from those of the cores, (slots, P, Q)."""
+    a, b = rows.table, rows.right
+    if b is None:
+        return like(dcore, a.dtype), None
+    da = like(dcore @ like(b, dcore.dtype).mT, a.dtype) if want[0] else None
+    db = like(like(a, dcore.dtype).mT @ dcore, b.dtype) if want[1] else None
+    return da, db
+
+
+def contiguous(core: AnyCore) -> Any:
     """The core with each factor contiguous, as the kernels read it."""
+    if isinstance(core, Rows):  # tables that the bank has made
+        return core
     if isinstance(core, tuple):
         return core[0].contiguous(), core[1].contiguous()
     return None if core is None else core.contiguous()
@@ -208,6 +227,10 @@ class Split(Aten):
         from .kernels.core_grad import core_grad
 
         choose = planner.tiles(t.device, self.variant)
+        if isinstance(core, Rows):
+            from .kernels.core_grad import core_grad_rows
+
+            return core_grads(core_grad_rows(t, g, core, scale, choose), core, want)
         return core_grad(t, g, contiguous(core), scale, want, counters, choose)
 
     def dropped(self, x: Tensor, dropout: Dropout) -> Tensor:
@@ -295,7 +318,7 @@ def plan_names(impl: str, at: Pass) -> list[str]:
 
 
 def describe(
-    x: Tensor, weight: Tensor, p: int, q: int, back: bool, dropout: bool, want_u: bool
+    x: Tensor, weight: Tensor, p: int, q: int, back: bool, dropout: bool, want_u: bool, rows: bool
 ) -> Pass:
     """What a plan is chosen by."""
     (m, k), n = x.shape, weight.shape[0]
@@ -306,7 +329,8 @@ def describe(
         and max(weight.stride()) % 16 == 0
         and (x.data_ptr() | weight.data_ptr()) % 16 == 0
     )
-    return Pass(x.device, x.dtype, planner.bucket(m), k, n, p, q, back, regular, dropout, want_u)
+    kind = x.device, x.dtype, planner.bucket(m)
+    return Pass(*kind, k, n, p, q, back, regular, dropout, want_u, rows)
 
 
 def layer(
@@ -314,7 +338,7 @@ def layer(
     x: Tensor,
     weight: Tensor,
     down: Tensor,
-    core: Core,
+    core: AnyCore,
     up: Tensor,
     bias: OptTensor,
     scale: float,
@@ -335,7 +359,8 @@ def layer(
     if x.shape[0] == 0:  # nothing to launch
         return compute("aten")
     p, q = down.shape[back], up.shape[not back]
-    at = describe(x, weight, p, q, back, dropout is not None, want_u)
+    rows = isinstance(core, Rows)
+    at = describe(x, weight, p, q, back, dropout is not None, want_u, rows)
     for name in planner.PINNED_PLAN:
         if reason := PLANS[name].why_not(at):
             raise RuntimeError(f"the pinned plan {name} cannot compute this: it {reason}")

@@ -92,6 +92,26 @@ def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
     return like(u.reshape(*t.shape[:-1], u.shape[-1]), t.dtype)
 
 
+def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+    """dcore of each slot, (slots, P, Q): scale · Σ over its rows of factor[m] · t[m]ᵀ·g[m].
+
+    In float32 or wider. A slot's rows are added in their order, and no other row reaches it.
+    """
+    wide = torch.promote_types(rows.table.dtype, torch.float32)
+    (lines, k), p, q = rows.handles.shape, t.shape[1], g.shape[1]
+    slots, valid = rows.slots()
+    t_lines, g_lines = (side.to(wide).view(lines, rows.repeat, -1) for side in (t, g))
+    by_line = t_lines.mT @ g_lines
+    grad = by_line.new_zeros(len(rows.scales), p, q)
+    for j in range(k):
+        slot, factor = slots[:, j], rows.scales[slots[:, j]].to(wide) * scale
+        if rows.weights is not None:
+            factor = factor * rows.weights[:, j]
+        part = (by_line * factor[:, None, None]).where(valid[:, j, None, None], 0.0)
+        grad.index_add_(0, slot, part)
+    return grad
+
+
 def through_core(t: torch.Tensor, core: AnyCore, scale: float) -> torch.Tensor:
     """u = scale · t · core, computed in core's dtype and returned in t's."""
     if isinstance(core, Rows):

@@ -46,7 +46,7 @@ def mode() -> str:
 
 def name_of(at: Pass) -> str:
     """A pass as the file names it; its device is the file's."""
-    flags = [name for name in ("back", "regular", "dropout", "want_u") if getattr(at, name)]
+    flags = [name for name in ("back", "regular", "dropout", "want_u", "rows") if getattr(at, name)]
     sizes = f"m{at.m} k{at.k} n{at.n} p{at.p} q{at.q}"
     return " ".join([str(at.dtype).removeprefix("torch."), sizes, *flags])
 
