@@ -7,6 +7,7 @@ Importing this initialises no GPU and needs no Triton.
 
 from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .adapter_file import load_adapter, save_adapter
+from .bank import AdapterBank
 from .explain import explain
 from .functional import lowrank_linear
 from .layers import (
@@ -20,6 +21,7 @@ from .layers import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterBank",
     "FusedLoraLinear",
     "FusedLoraMiniLinear",
     "FusedLoraXSLinear",

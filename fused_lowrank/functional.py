@@ -59,6 +59,25 @@ def lowrank_linear(
             (impl="reference" can be differentiated twice).
     """
     a, b = split(core)
+    x, weight, bias = prepared(x, weight, down, a, b, up, bias, scale, dropout_p)
+    dropout_p = dropout_p if training else 0.0
+    if impl == "auto" and not dropout_p and planner.small(x):
+        return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
+    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl)
+
+
+def prepared(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, weight, bias) in autocast's dtype, where it is on, of operands that fit together."""
     try:
         if ops.under_autocast(x):
             x, weight, bias = autocast(x, weight, bias)
@@ -66,10 +85,7 @@ def lowrank_linear(
     except AttributeError:
         check_kinds(x=x, weight=weight, down=down, core=a, up=up, bias=bias)
         raise
-    dropout_p = dropout_p if training else 0.0
-    if impl == "auto" and not dropout_p and planner.small(x):
-        return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
-    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl)
+    return x, weight, bias
 
 
 def compute(

@@ -67,7 +67,7 @@ def fold(x: Tensor) -> Tensor:
 def join(a: OptTensor, b: OptTensor, rows: Rows | None = None) -> Any:
     """The core from its two places in an op's signature; with `rows`, these are its tables."""
     if rows is not None:
-        return rows._replace(table=a, right=b)
+        return rows if a is None else rows._replace(table=a, right=b)
     return a if a is None or b is None else (a, b)
 
 
@@ -145,7 +145,7 @@ def backward(
     return list(grads.values())
 
 
-def saved(needs: Needs, t: Wanted, x: Tensor, weight: Tensor) -> tuple[Wanted, Wanted, Wanted]:
+def saved(needs: Any, t: Wanted, x: Tensor, weight: Tensor) -> tuple[Wanted, Wanted, Wanted]:
     """(t, x, weight): what the backward will read of them, None for the rest."""
     return t, (x if needs.weight or needs.down else None), (weight if needs.x else None)
 
@@ -191,7 +191,8 @@ class LowRankLinear(torch.autograd.Function):
         t, x, weight, down, a, b, up, seed = ctx.saved_tensors
         core = join(a, b, ctx.rows)
         with torch.no_grad():
-            grads = backward(fold(dy), t, x, weight, down, core, up, seed, *ctx.rest, ctx.needs)
+            operands = fold(dy), t, x, weight, down, core, up, seed, *ctx.rest, ctx.needs
+            grads = backward(*operands)
         if grads[0] is not None:
             grads[0] = grads[0].view(*ctx.lead, grads[0].shape[-1])
         if torch.is_grad_enabled():  # create_graph=True

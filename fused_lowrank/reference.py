@@ -6,6 +6,8 @@ measured against.
 The core is one for all rows or, in a bank of adapters, one for each (`Rows`).
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ class Rows(NamedTuple):
     generations: torch.Tensor  # int32 (slots,)
     refused: torch.Tensor  # int32 (1,)
     repeat: int  # rows to a line
+    owner: object = None  # what must live as long as these are to be read
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(slot, valid), both (lines, k): the slot is 0 where the handle is NONE or refused."""
@@ -44,7 +47,7 @@ class Rows(NamedTuple):
         self.refused.logical_or_((~valid & (self.handles != NONE)).any())
         return slot.where(valid, 0), valid
 
-    def turned(self) -> "Rows":
+    def turned(self) -> Rows:
         """The same with every core transposed."""
         if self.right is None:
             return self._replace(table=self.table.mT)
@@ -136,8 +139,8 @@ def lowrank_linear_reference(
     """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
 
     x (..., K), weight (N, K), down (P, K), core (P, Q) or the pair (P, r), (r, Q) or None, up
-    (N, Q), bias (N,) → (..., N); or a core for each row (`Rows`). down and up are used in x's dtype; the product with core is taken
-    in core's. Differentiable any number of times.
+    (N, Q), bias (N,) → (..., N); or a core for each row (`Rows`). down and up are used in x's
+    dtype; the product with core is taken in core's. Differentiable any number of times.
     """
     t = linear(x if low is None else low, like(down, x.dtype))
     u = through_core(t, core, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -33,6 +34,7 @@ class LowRankLinear(nn.Module):
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: ClassVar[str] = "reference"
+    routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -108,6 +110,10 @@ class LowRankLinear(nn.Module):
     def _init_factors(self) -> None:
         raise NotImplementedError
 
+    def fill_core(self, core: Any) -> None:
+        """Give a core of this layer's shape and kind its initial values, in place."""
+        raise NotImplementedError
+
     @property
     def core_factors(self) -> Core:
         """The core as `lowrank_linear` takes it."""
@@ -153,6 +159,10 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        return self.own(x) if self.routed is None else self.routed(self, x)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The layer with its own core, whatever a bank has for it."""
         if self.disabled:
             return dense(x, self.base_weight, self.bias)
         if self._original is not None:
@@ -231,6 +241,10 @@ class LowRankLinear(nn.Module):
         """Put back the weight as it was before `merge`, the same Parameter."""
         if self._original is not None:
             (self.weight,), self._original = self._original, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the layer is in no bank."""
+        return {name: value for name, value in super().__getstate__().items() if name != "routed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self._original is not None:  # .to(), .cuda(), … move the kept weight too

@@ -89,11 +89,16 @@ class LoraMiniLinear(LowRankLinear):
 
     def _init_factors(self) -> None:
         kaiming(self.down)
-        kaiming(self.a_train.t())
-        kaiming(self.b_train.t())
+        self.fill_core(self.core_factors)
         kaiming(self.up)
+
+    def fill_core(self, core: Any) -> None:
+        """Give a pair (a, r), (r, b) its initial values."""
+        a_train, b_train = core
+        kaiming(a_train.t())
+        kaiming(b_train.t())
         if self.init == "identity":
-            self.b_train.zero_()
+            b_train.zero_()
 
     @property
     def core_factors(self) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,11 @@ class LoraXSLinear(LowRankLinear):
         down, up = svd_bases(self.weight, self.r, self.svd)
         self.down.copy_(down)
         self.up.copy_(up)
-        nn.init.normal_(self.core, std=CORE_STD)
+        self.fill_core(self.core)
+
+    def fill_core(self, core: Any) -> None:
+        """Give a core (r, r) its initial values."""
+        nn.init.normal_(core, std=CORE_STD)
 
     @property
     def core_factors(self) -> Tensor:

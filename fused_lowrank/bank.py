@@ -1,0 +1,447 @@
+"""AdapterBank: many adapters over one base, each row of a batch with its own.
+
+Adapters that share down and up differ in their cores alone, so an adapter is a slot of each layer's
+table of cores. Names are what users see. A handle is a slot and its generation, which rises when
+the slot is freed: a handle from before is refused and never reads what another adapter left there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import adapted_layers, require_adapted
+from .adapter_file import fingerprint
+from .bank_source import Cores, cores_of, fresh_cores
+from .banked import Place
+from .layers import LowRankLinear
+from .reference import NONE, SLOT_BITS
+from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge, remember
+
+Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]] | Tensor
+_keys = itertools.count(1)
+
+
+class AdapterBank:
+    """Up to `slots` adapters of one adapted model, resident on its device.
+
+    Made by `from_model`. For each adapted layer it holds one table, (slots, P, Q), at a fixed
+    address; or (slots, P, r) and (slots, r, Q) for LoRA-Mini where that is smaller.
+
+        bank = AdapterBank.from_model(model, slots=10_000)
+        bank.add("alice", "alice.safetensors")
+        with bank.use(["alice", None, "bob"]):  # one for each sequence; None: the base model
+            model(x)
+
+    Changing the bank is safe beside calls on other threads: what a call has started with stays in
+    place until it, and the backward of it, are over.
+    """
+
+    shelves: dict[str, Shelf]
+    generations: Tensor  # int32 (slots,): of each slot, those of the handles that are valid
+    refused: Tensor  # int32 (1,): whether a call met a handle that is not
+
+    def __init__(self, model: nn.Module, slots: int, dtype: torch.dtype | None = None) -> None:
+        self.layers = require_adapted(model)
+        check_layers(self.layers)
+        if not isinstance(slots, int) or not 1 <= slots < 1 << 31:
+            raise ValueError(f"slots is {slots!r}: it must be at least 1 and below 2³¹")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}: it must be a float dtype")
+        self.slots, self.key = slots, next(_keys)
+        self.device = next(iter(self.layers.values())).weight.device
+        self.shelves = {
+            name: new_shelf(layer, slots, dtype or layer.weight.dtype)
+            for name, layer in self.layers.items()
+        }
+        self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)
+        self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.training: Any = None  # what `trainable` has given out
+        self._generation = [0] * slots  # of each slot, as `generations` has it
+        self._slot: dict[str, int] = {}
+        self._free: deque[int] = deque(range(slots))
+        self._retired: deque[tuple[int, int]] = deque()  # (slot, serial)
+        self._serials = itertools.count()
+        self._running: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
+        self._fingerprints: dict[str, Tensor] = {}
+        self._lock = threading.RLock()
+        self._hooks = attach(model, self)
+
+    @classmethod
+    def from_model(
+        cls, adapted_model: nn.Module, *, slots: int, dtype: torch.dtype | None = None
+    ) -> AdapterBank:
+        """An empty bank for an adapted model, whose layers it routes from now on.
+
+        Outside `use` the model computes what it did before.
+
+        Args:
+            adapted_model: a model after `adapt` or `load_adapter`, by "lora_xs" or "lora_mini", of
+                which nothing but the core is trained.
+            slots: how many adapters it can hold.
+            dtype: of the tables; None: each layer's weight's.
+
+        Raises:
+            ValueError: no adapted layers; layers that train their frozen factors, their weight or
+                bias; merged or uninitialised ones; a model that has a bank already; slots below 1.
+        """
+        return cls(adapted_model, slots, dtype)
+
+    # --- what is in it ---
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters, in the order in which they came."""
+        with self._lock:
+            return list(self._slot)
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slot
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables, full or not."""
+        parts = [part for shelf in self.shelves.values() for part in shelf if part is not None]
+        return sum(part.nbytes for part in (*parts, self.generations, self.refused))
+
+    def __repr__(self) -> str:
+        each = self.nbytes // self.slots
+        return (
+            f"AdapterBank({len(self)} of {self.slots} slots, {len(self.layers)} layers, "
+            f"{each:,} bytes an adapter)"
+        )
+
+    # --- changing it ---
+
+    def add(self, name: str, source: Any = None) -> None:
+        """Put an adapter in, under a new name.
+
+        `source` is a file of `save_adapter`, a state_dict ({layer}.core, or {layer}.a_train and
+        .b_train, with whatever else), a model adapted alike, or None for a fresh adapter as the
+        method starts one. Its frozen factors, or their fingerprint, must be those of the bank; a
+        state_dict without them is taken at its word, at the model's own alpha. Ranks below the
+        bank's fit where its factors are the first ones of the bank's.
+
+        Raises:
+            ValueError: a name that is there, or is no string; a source that does not fit, holds
+                NaN or Inf, or was made for another base. The bank is as it was.
+            RuntimeError: the bank is full.
+        """
+        self.put([name], self._cores(source))
+
+    def replace(self, name: str, source: Any = None) -> None:
+        """Give a name another adapter. Calls under way keep the old one; needs one free slot.
+
+        Raises as `add`, and ValueError for a name that is not there.
+        """
+        cores = self._cores(source)
+        with self._lock:
+            self._known([name])
+            self.put([name], cores, new=False)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out. Calls under way keep it; its slot is free after them."""
+        with self._lock:
+            self._known([name])
+            self._retire([self._slot.pop(name)])
+
+    def put(self, names: Sequence[str], cores: Cores, new: bool = True) -> None:
+        """Put many adapters in at once, or none of them.
+
+        `cores` has for each layer (left (n, P, Q), right None, scales (n,)), or left (n, P, r) and
+        right (n, r, Q) where the bank holds pairs, checked.
+        """
+        if not names:
+            return
+        with self._lock:
+            if new:
+                self._check_new(names)
+            slots = self._take(len(names))
+            try:
+                self._write(slots, cores)
+            except BaseException:
+                self._free.extendleft(reversed(slots))
+                raise
+            old = [] if new else [self._slot[name] for name in names]
+            self._slot.update(zip(names, slots, strict=True))
+            self._retire(old)
+
+    def _cores(self, source: Any) -> Cores:
+        return fresh_cores(self) if source is None else cores_of(self, source)
+
+    def fingerprint(self, layer: str) -> Tensor:
+        """That of `adapter_file.fingerprint`, made once."""
+        if layer not in self._fingerprints:
+            self._fingerprints[layer] = fingerprint(self.layers[layer])
+        return self._fingerprints[layer]
+
+    def _check_new(self, names: Sequence[str]) -> None:
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{name!r} is no name: it must be a string that is not empty")
+            if name in self._slot:
+                raise ValueError(f"{name!r} is in the bank already: replace it, or remove it first")
+        if len(set(names)) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise ValueError(f"{twice!r} comes twice")
+
+    def _known(self, names: Sequence[str]) -> list[int]:
+        try:
+            return [self._slot[name] for name in names]
+        except (KeyError, TypeError):
+            unknown = next(n for n in names if not isinstance(n, str) or n not in self._slot)
+            raise ValueError(
+                f"{unknown!r} is not in the bank, or is there no more; it holds {len(self)} "
+                "adapters: bank.names"
+            ) from None
+
+    def _take(self, count: int) -> list[int]:
+        self._release()
+        if len(self._free) < count:
+            waiting = len(self._retired)
+            still = f", and {waiting} are kept by calls under way" if waiting else ""
+            raise RuntimeError(
+                f"the bank is full: {count} slots are needed and {len(self._free)} of {self.slots} "
+                f"are free{still}. Make it with slots={self.slots - len(self._free) + count} or "
+                "more, or remove adapters"
+            )
+        return [self._free.popleft() for _ in range(count)]
+
+    @torch.no_grad()
+    def _write(self, slots: list[int], cores: Cores) -> None:
+        first, count = slots[0], len(slots)
+        where: Any = slice(first, first + count)  # as a rule, they follow each other
+        if slots != list(range(first, first + count)):
+            where = torch.tensor(slots, device=self.device)
+        for name, shelf in self.shelves.items():
+            for part, values in zip(shelf, cores[name], strict=True):
+                if part is not None and values is not None:
+                    part.data[where] = values.to(part.device, part.dtype)
+        if self.device.type == "cuda":  # whoever learns of them may be on another stream
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _retire(self, slots: Sequence[int]) -> None:
+        serial = next(self._serials)
+        self._retired.extend((slot, serial) for slot in slots)
+        self._release()
+
+    def _release(self) -> None:
+        """Free the retired slots that no call can read any more."""
+        if not self._retired:
+            return
+        purge()
+        oldest = min(self._running.keys(), default=None)
+        freed = []
+        while self._retired and (oldest is None or self._retired[0][1] < oldest):
+            freed.append(self._retired.popleft()[0])
+        if freed:
+            if self.device.type == "cuda":  # what was launched may still be running
+                torch.cuda.synchronize(self.device)
+            for slot in freed:
+                self._generation[slot] += 1
+            self.generations[torch.tensor(freed, device=self.device)] += 1
+            self._free.extend(freed)
+
+    # --- using it ---
+
+    def handles(self, names: Names) -> Tensor:
+        """Handles of names, int64 (lines, k) on the bank's device: for a buffer that `use` reads.
+
+        They are valid until the name is replaced or removed; after that they act as None, and
+        `check` says so.
+        """
+        lines, flat = flattened(names)
+        with self._lock:
+            found = iter(self._known([name for name in flat if name is not None]))
+            numbers = [NONE if name is None else self._number(next(found)) for name in flat]
+        return torch.tensor(numbers, device=self.device).view(lines, -1)
+
+    def _number(self, slot: int) -> int:
+        return self._generation[slot] << SLOT_BITS | slot
+
+    @contextmanager
+    def use(self, names: Names, weights: Tensor | None = None) -> Iterator[None]:
+        """Within it, calls of the model in this context use the named adapters.
+
+        Args:
+            names: a name or None (the base model) for each sequence; or for each row of packed
+                input; or, for mixtures, a list of k of them for each. One name or None for the
+                whole batch is computed as a single adapter is. Or `handles` of them, int64
+                (lines,) or (lines, k) on the bank's device: these are read when the kernels run,
+                so that a captured graph serves whatever the buffer holds then.
+            weights: (lines, k), float, without gradient: each row uses the weighted sum of its k
+                adapters.
+
+        A layer's input is understood as (lines, …, K) or (lines · positions, K), or with lines ·
+        n in place of lines, as beams have it, or as having one row for each line.
+
+        Raises:
+            ValueError: an unknown name; handles or weights of another shape; an input that fits
+                none of the above.
+            TypeError: handles that are not int64; weights that require a gradient.
+            RuntimeError: at the end, where no layer of the model was called: it was another model.
+        """
+        with self._routed(self, names, weights):
+            yield
+
+    @contextmanager
+    def _routed(self, store: Any, names: Names, weights: Tensor | None) -> Iterator[Routing]:
+        with self._lock:
+            routing = self._routing(store, names, weights)
+            self._running[next(self._serials)] = routing
+        routing.outer = ACTIVE.get()
+        entered = ACTIVE.set(routing)
+        try:
+            yield routing
+        finally:
+            ACTIVE.reset(entered)
+        if routing.names and not routing.served:
+            raise RuntimeError(
+                "no layer of this bank's model was called inside bank.use: was it another model?"
+            )
+
+    def _routing(self, store: Any, names: Names, weights: Tensor | None) -> Routing:
+        if isinstance(names, Tensor):
+            routing = Routing(self.key, store, (), check_handles(names, self.device))
+        elif names is None:
+            none = torch.full((1, 1), NONE, device=self.device)
+            routing = Routing(self.key, store, (None,), none)
+        elif isinstance(names, str) and store is self:
+            (slot,) = self._known([names])
+            routing = Routing(self.key, store, (names,), slot=slot)
+        else:
+            lines = (names,) if isinstance(names, str) else tuple(names)
+            routing = Routing(self.key, store, lines, store.handles(lines))  # type: ignore[arg-type]
+        if weights is not None:
+            routing.weights = check_weights(weights, routing.handles)
+        return routing
+
+    def check(self) -> None:
+        """Raise RuntimeError if a call since the last check met a handle that is not valid.
+
+        Such rows were computed as the base model's. Waits for the device.
+        """
+        if int(self.refused):
+            self.refused.zero_()
+            raise RuntimeError(
+                "a handle was not of this bank, or its adapter had been replaced or removed: its "
+                "rows were computed without an adapter"
+            )
+
+    checkpoint_context = staticmethod(checkpoint_context)
+
+    def close(self) -> None:
+        """Take the bank off its model, which then is as before; the bank is of no more use."""
+        for layer in self.layers.values():
+            layer.routed = None
+        for hook in self._hooks:
+            hook.remove()
+
+    # --- files ---
+
+    def save(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+        """Write the adapters, or those named, to one safetensors file, whole or not at all."""
+        from .bank_file import save
+
+        save(self, path, self.names if names is None else names)
+
+    def load(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
+        """Put in all adapters of a file that `save` wrote, or none of them.
+
+        Raises ValueError for a file that is truncated, from another base, holds NaN or a name that
+        is there already, and RuntimeError where there are too few slots.
+        """
+        from .bank_file import load
+
+        load(self, path, progress)
+
+
+def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
+    """Tables of zeros; of pairs where those are smaller than cores."""
+    p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
+    device = layer.weight.device
+    scales = torch.zeros(slots, device=device)
+    if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
+        left = torch.zeros(slots, p, r, dtype=dtype, device=device)
+        return Shelf(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
+    return Shelf(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
+
+
+def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
+    """Raise unless the layers' adapters are their cores, and they are in no bank."""
+    devices = {layer.weight.device for layer in layers.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
+    for name, layer in layers.items():
+        shared = {"down", "up", "weight", "bias"} & set(layer.train_names)
+        if layer.core_factors is None or shared:
+            what = ", ".join(sorted(shared)) or "down and up"
+            raise ValueError(
+                f"{name} ({layer.method}) trains {what}, which adapters in a bank share: adapt by "
+                "lora_xs or lora_mini, training the core alone"
+            )
+        if layer.merged or layer.bases_pending:
+            state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"
+            raise ValueError(f"{name} {state} first")
+        if layer.routed is not None:
+            raise ValueError(f"{name} is in a bank already: close() that first")
+
+
+def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
+    """Route the model's layers through the bank; the hooks to be removed at the end."""
+    for name, layer in bank.layers.items():
+        layer.routed = Place(bank, name)
+    holders = [m for m in model.modules() if not isinstance(m, LowRankLinear)]
+    return [
+        module.register_forward_pre_hook(remember, with_kwargs=True)
+        for module in holders
+        if any(True for _ in adapted_layers(module))
+    ]
+
+
+def flattened(names: Names) -> tuple[int, list[str | None]]:
+    """(lines, the names of all lines in a row)."""
+    lines = [line if isinstance(line, list | tuple) else (line,) for line in names or ()]
+    if not lines or len({len(line) for line in lines}) != 1 or not lines[0]:
+        raise ValueError(
+            "names must be a list with a name or None for each sequence, or as many for each"
+        )
+    return len(lines), [name for line in lines for name in line]
+
+
+def check_handles(handles: Tensor, device: torch.device) -> Tensor:
+    """Handles of the caller's as (lines, k), the same storage."""
+    if handles.dtype != torch.int64:
+        raise TypeError(f"handles are {handles.dtype}: they must be int64, as bank.handles gives")
+    if handles.device != device:
+        raise ValueError(f"handles are on {handles.device}, but the bank on {device}")
+    if handles.dim() not in (1, 2) or handles.numel() == 0:
+        raise ValueError(f"handles are {tuple(handles.shape)}: they must be (lines,) or (lines, k)")
+    lines = handles if handles.dim() == 2 else handles[:, None]
+    if not lines.is_contiguous():
+        raise ValueError("handles must be contiguous")
+    return lines
+
+
+def check_weights(weights: Tensor, handles: Tensor | None) -> Tensor:
+    """The weights of mixtures as float32, contiguous."""
+    if handles is None or weights.shape != handles.shape:
+        there = None if handles is None else tuple(handles.shape)
+        raise ValueError(f"weights are {tuple(weights.shape)}: they must be as the names, {there}")
+    if weights.requires_grad:
+        raise TypeError("weights require a gradient, which they do not get: detach them")
+    if not weights.is_floating_point() or weights.device != handles.device:
+        raise TypeError(f"weights are {weights.dtype} on {weights.device}: float, on the bank's")
+    return weights.to(torch.float32).contiguous()

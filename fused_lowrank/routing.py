@@ -1,0 +1,239 @@
+"""Which adapters the rows of a call go to.
+
+A `Routing` belongs to the calling context: a thread or an asyncio task. Layers ask `current` for
+theirs when they run. What activation checkpointing recomputes runs later, in the backward, on
+whatever thread and in nobody's context; so modules that hold routed layers remember with which
+routing they were called on which storage (`remember`). A checkpoint keeps the storage, calls the
+module on it again, and the routing is found by it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .reference import Rows
+
+
+class Shelf(NamedTuple):
+    """The cores of one layer, by slot."""
+
+    table: Tensor  # (slots, P, Q), or (slots, P, r) where there is a `right`
+    right: Tensor | None  # (slots, r, Q)
+    scales: Tensor  # float32 (slots,)
+
+
+class Store(Protocol):
+    """Who has the shelves that a routing leads to: a bank, or what is trained of it."""
+
+    shelves: dict[str, Shelf]
+    generations: Tensor
+    refused: Tensor
+
+
+@dataclass(eq=False)
+class Routing:
+    """The adapters of a call: a line of handles for each sequence, or one for all of it."""
+
+    key: int  # of the bank
+    store: Store
+    names: Sequence[str | None]  # of the lines, or of the one; empty: the handles are the caller's
+    handles: Tensor | None = None  # int64 (lines, k)
+    weights: Tensor | None = None  # float32 (lines, k)
+    slot: int = -1  # where there are no handles
+    outer: Routing | None = None
+    served: bool = False  # whether a layer has asked for it
+    _ones: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)
+
+    @property
+    def bare(self) -> bool:
+        """Whether all of the call is the base model's."""
+        return self.names == (None,)
+
+    def rows(self, layer: str, lead: Sequence[int]) -> Rows:
+        """The cores for the rows of x, which is (*lead, K)."""
+        assert self.handles is not None
+        lines, count = self.handles.shape[0], 1
+        for size in lead:
+            count *= size
+        if count != lines and (not lead or lead[0] % lines):
+            raise ValueError(
+                f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but bank.use "
+                f"was given {lines} adapters: x must have a row for each, or its first dimension "
+                "must be the sequences, as many to each"
+            )
+        shelf, store = self.store.shelves[layer], self.store
+        return Rows(
+            *untracked(shelf),
+            self.handles,
+            self.weights,
+            shelf.scales,
+            store.generations,
+            store.refused,
+            count // lines,
+            self,
+        )
+
+    def one(self, layer: str) -> tuple[Tensor, Tensor | None, float]:
+        """(a, b, scale) of the one adapter: copies, whatever becomes of its slot."""
+        found = self._ones.get(layer)
+        if found is None:
+            table, right, scales = self.store.shelves[layer]
+            with torch.inference_mode(False):
+                b = None if right is None else right[self.slot].clone()
+                found = table[self.slot].clone(), b, float(scales[self.slot])
+            self._ones[layer] = found
+        return found
+
+
+def untracked(shelf: Shelf) -> tuple[Tensor, Tensor | None]:
+    """The tables, without autograd's check that they are not written to, unless they are trained.
+
+    Writing to one slot is no reason to refuse the backward of another.
+    """
+    table, right, _ = shelf
+    if table.requires_grad:
+        return table, right
+    return table.data, None if right is None else right.data
+
+
+ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)
+
+
+def find(head: Routing | None, key: int) -> Routing | None:
+    """The innermost routing of a bank among those that were entered."""
+    while head is not None and head.key != key:
+        head = head.outer
+    return head
+
+
+def current(key: int) -> Routing | None:
+    """The routing of a bank for the call that is running, or None outside `bank.use`.
+
+    Raises RuntimeError where a checkpoint recomputes a call and nothing says what its routing was.
+    """
+    task = torch._C._current_graph_task_id()
+    routing = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
+    if routing is not None:
+        routing.served = True
+    return routing
+
+
+# --- recomputation ---
+
+LOST = (
+    "a checkpoint recomputes a layer of a bank, and its adapters are not known any more. "
+    "Checkpoint whole modules, called with the hidden states as their first tensor; or pass "
+    "use_reentrant=False, context_fn=bank.checkpoint_context"
+)
+PURGE = 256  # memories at which those of storages that are gone are dropped
+
+
+class Memory(NamedTuple):
+    """With which routing a module was called on a storage."""
+
+    storage: StorageWeakRef
+    routing: weakref.ref[Routing] | None  # None: outside `bank.use`
+    kept: Routing | None  # where autograd keeps none: a reentrant checkpoint runs without gradients
+    certain: bool  # it was always the same while the storage lived
+
+    @property
+    def alive(self) -> bool:
+        """Whether a routed call on the storage may still be recomputed."""
+        return self.routing is not None and bool(self.routing()) and not self.storage.expired()
+
+    def recall(self) -> Routing | None:
+        """The routing; raises RuntimeError where it is uncertain, or gone."""
+        routing = None if self.routing is None else self.routing()
+        if not self.certain or (self.routing is not None and routing is None):
+            raise RuntimeError(LOST)
+        return routing
+
+
+MEMORIES: dict[int, Memory] = {}  # by the storage's address, which a weak reference keeps taken
+_lock = threading.Lock()
+_size = [PURGE]  # at which MEMORIES is purged next
+_thread = threading.local()  # .place: where a memory was recalled last, (task, node, memory)
+# .context: what checkpoint_context found, (routing,)
+
+
+def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook of the modules that hold routed layers: remember, or recall."""
+    if torch.compiler.is_compiling() or not (module.training or torch.is_grad_enabled()):
+        return
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return remember_storage(value)
+
+
+def remember_storage(x: Tensor) -> None:
+    """Remember the routing of a call on x or, in a recomputation, recall it."""
+    storage = x.untyped_storage()
+    address, task = storage._cdata, torch._C._current_graph_task_id()
+    before = MEMORIES.get(address)
+    if before is not None and before.storage.expired():
+        before = None
+    if task >= 0:
+        if before is not None:
+            _thread.place = task, torch._C._current_autograd_node(), before
+        return
+    head = ACTIVE.get()
+    weak = None if head is None else weakref.ref(head)
+    other = before is not None and before.routing != weak
+    gone = before is not None and before.routing is not None and before.routing() is None
+    kept = None if torch.is_grad_enabled() else head
+    with _lock:
+        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, gone or not other)
+        if len(MEMORIES) >= _size[0]:
+            _purge()
+
+
+def _purge() -> None:
+    for address in [key for key, memory in MEMORIES.items() if memory.storage.expired()]:
+        del MEMORIES[address]
+    _size[0] = max(PURGE, 2 * len(MEMORIES))
+
+
+def purge() -> None:
+    """Drop the memories of storages that are gone, and the routings that they kept."""
+    with _lock:
+        _purge()
+
+
+def recalled(task: int, key: int) -> Routing | None:
+    """The routing of the forward that the running backward recomputes."""
+    context = getattr(_thread, "context", None)
+    if context is not None:
+        return find(context[0], key)
+    place = getattr(_thread, "place", None)
+    if place is not None and place[:2] == (task, torch._C._current_autograd_node()):
+        return find(place[2].recall(), key)
+    with _lock:
+        alive = any(memory.alive for memory in MEMORIES.values())
+    if alive or find(ACTIVE.get(), key) is not None:
+        raise RuntimeError(LOST)
+    return None
+
+
+def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For torch.utils.checkpoint's `context_fn`: the recomputation has this call's routing."""
+    head = ACTIVE.get()
+
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        before, _thread.context = getattr(_thread, "context", None), (head,)
+        try:
+            yield
+        finally:
+            _thread.context = before
+
+    return nullcontext(), recomputing()
