@@ -51,7 +51,7 @@ class Routing:
     weights: Tensor | None = None  # float32 (lines, k)
     slot: int = -1  # where there are no handles
     outer: Routing | None = None
-    served: bool = False  # whether a layer has asked for it
+    served: bool = False  # whether a layer has asked for it, or for one inside it
     _ones: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)
 
     @property
@@ -122,9 +122,9 @@ def current(key: int) -> Routing | None:
     Raises RuntimeError where a checkpoint recomputes a call and nothing says what its routing was.
     """
     task = torch._C._current_graph_task_id()
-    routing = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
-    if routing is not None:
-        routing.served = True
+    routing = outer = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
+    while outer is not None and not outer.served:
+        outer.served, outer = True, find(outer.outer, key)
     return routing
 
 
@@ -188,11 +188,11 @@ def remember_storage(x: Tensor) -> None:
         return
     head = ACTIVE.get()
     weak = None if head is None else weakref.ref(head)
-    other = before is not None and before.routing != weak
-    gone = before is not None and before.routing is not None and before.routing() is None
+    gone = before is None or (before.routing is not None and before.routing() is None)
+    certain = gone or (before.routing == weak and before.certain)
     kept = None if torch.is_grad_enabled() else head
     with _lock:
-        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, gone or not other)
+        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, certain)
         if len(MEMORIES) >= _size[0]:
             _purge()
 

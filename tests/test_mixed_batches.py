@@ -1,0 +1,226 @@
+"""Mixed batches: each row of a call with its own adapter, against LoRA with materialised factors,
+and the promise that a row depends on its own input and its own adapter alone."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear
+from fused_lowrank.testing import pinned_plan
+
+IMPLS = ("triton", "aten")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def one_layer(
+    device: torch.device,
+    impl: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    method: str = "lora_xs",
+    k: int = 23,
+    n: int = 19,
+    r: int = 5,
+) -> tuple[nn.Sequential, FusedLoraXSLinear | FusedLoraMiniLinear]:
+    """A model of one adapted layer, computed by an implementation."""
+    linear = nn.Linear(k, n, device=device, dtype=dtype)
+    if method == "lora_xs":
+        layer = FusedLoraXSLinear.from_linear(linear, r=r, dtype=dtype)
+    else:
+        layer = FusedLoraMiniLinear.from_linear(linear, r=2, a=r + 3, b=r, dtype=dtype)
+    layer.impl = impl
+    return nn.Sequential(layer), layer
+
+
+def filled(model: nn.Sequential, slots: int, seed: int = 0) -> AdapterBank:
+    """A bank with an adapter "0", "1", … in every slot, each of its own scale."""
+    layer = model[0]
+    bank = AdapterBank.from_model(model, slots=slots, dtype=layer.weight.dtype)
+    made = torch.Generator(layer.weight.device).manual_seed(seed)
+    shelf = bank.shelves["0"]
+
+    def values(like: torch.Tensor | None) -> torch.Tensor | None:
+        if like is None:
+            return None
+        return torch.randn(like.shape, generator=made, device=like.device).to(like.dtype)
+
+    scales = 0.5 + torch.rand(slots, generator=made, device=layer.weight.device)
+    cores = values(shelf.table), values(shelf.right), scales
+    bank.put([str(slot) for slot in range(slots)], {"0": cores})
+    return bank
+
+
+def core(bank: AdapterBank, name: str) -> torch.Tensor:
+    """scale · core of an adapter, (P, Q), in float64."""
+    slot, shelf = bank._slot[name], bank.shelves["0"]
+    matrix = shelf.table[slot].double()
+    if shelf.right is not None:
+        matrix = matrix @ shelf.right[slot].double()
+    return matrix * shelf.scales[slot].double()
+
+
+def materialised(bank: AdapterBank, x: torch.Tensor, lines: list, weights: torch.Tensor | None):
+    """y of x (lines, positions, K), row by row through LoRA's A = coreᵀ·down and B = up."""
+    layer = bank.layers["0"]
+    y = torch.empty(*x.shape[:2], layer.out_features, dtype=torch.float64, device=x.device)
+    for i, line in enumerate(lines):
+        names = line if isinstance(line, list) else [line]
+        for position in range(x.shape[1]):
+            row = x[i, position].double()
+            y[i, position] = layer.weight.double() @ row + layer.bias.double()
+            for j, name in enumerate(names):
+                if name is not None:
+                    lora_a = core(bank, name).t() @ layer.down.double()
+                    factor = 1.0 if weights is None else weights[i, j].double()
+                    y[i, position] += factor * (layer.up.double() @ (lora_a @ row))
+    return y
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict:
+    """A mixed batch: one adapter, all distinct, mixtures, none, the last slot."""
+    slots, lines = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    names = st.one_of(st.none(), st.integers(0, slots - 1).map(str), st.just(str(slots - 1)))
+    mixture = draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["any", "one", "distinct", "none"]))
+    if kind == "one":
+        chosen = [[draw(names)] * mixture] * lines
+    elif kind == "distinct":
+        chosen = [[str((i + j) % slots) for j in range(mixture)] for i in range(lines)]
+    elif kind == "none":
+        chosen = [[None] * mixture] * lines
+    else:
+        chosen = [[draw(names) for _ in range(mixture)] for _ in range(lines)]
+    return {
+        "slots": slots,
+        "lines": [line[0] for line in chosen] if mixture == 1 and draw(st.booleans()) else chosen,
+        "weights": draw(st.booleans()),
+        "positions": draw(st.integers(1, 4)),
+        "method": draw(st.sampled_from(["lora_xs", "lora_mini"])),
+        "sizes": {
+            "k": draw(st.integers(9, 40)),
+            "n": draw(st.integers(9, 40)),
+            "r": draw(st.integers(2, 6)),
+        },
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@pytest.mark.parametrize("impl", (*IMPLS, "reference"))
+@settings(max_examples=60, deadline=None)
+@given(batch=batches())
+def test_every_row_is_lora_with_materialised_factors(impl: str, batch: dict) -> None:
+    """y and dx in float64."""
+    device = torch.device("cpu")
+    torch.manual_seed(batch["seed"])
+    model, layer = one_layer(device, impl, method=batch["method"], **batch["sizes"])
+    bank = filled(model, batch["slots"], batch["seed"])
+    lines, positions = batch["lines"], batch["positions"]
+    mixture = len(lines[0]) if isinstance(lines[0], list) else 1
+    weights = torch.rand(len(lines), mixture) - 0.5 if batch["weights"] else None
+    x = torch.randn(len(lines), positions, layer.in_features, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with bank.use(lines, weights):
+        y = model(ours)
+    expected = materialised(bank, theirs, lines, weights)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
+    bank.check()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits, in which NaN equals NaN."""
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(sizes[tensor.itemsize])
+
+
+def step(
+    bank: AdapterBank, model: nn.Module, x: torch.Tensor, names: list, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, dx) of a call."""
+    x = x.clone().requires_grad_()
+    with bank.use(names):
+        y = model(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [7, 70])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_depends_on_its_own_input_and_adapter_alone(
+    impl: str, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bit for bit, whatever the other rows hold and whoever's they are."""
+    model, layer = one_layer(device, impl, dtype, k=80, n=48)
+    bank = filled(model, 6)
+    x = torch.randn(rows, 80, device=device).to(dtype)
+    dy = torch.randn(rows, 48, device=device).to(dtype)
+    names = [None if i % 5 == 4 else str(i % 6) for i in range(rows)]
+    y, dx = step(bank, model, x, names, dy)
+    bank.shelves["0"].table.data[5] = float("nan")  # "5" spoils its own rows alone
+    for poison, other in itertools.product((float("nan"), float("inf"), 1e4), ("5", None, "0")):
+        for kept in (0, 4, rows - 1):
+            if names[kept] == "5":
+                continue
+            others = torch.arange(rows, device=device) != kept
+            spoiled, spoiled_dy = x.clone(), dy.clone()
+            spoiled[others], spoiled_dy[others] = poison, poison
+            given_names = [names[i] if i == kept else other for i in range(rows)]
+            now, now_dx = step(bank, model, spoiled, given_names, spoiled_dy)
+            assert torch.equal(bits(now[kept]), bits(y[kept]))
+            assert torch.equal(bits(now_dx[kept]), bits(dx[kept]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [7, 70])
+@pytest.mark.parametrize("plan", ["aten", "split", "decode"])
+def test_a_row_without_an_adapter_is_the_bare_layers(
+    plan: str, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bit for bit, by the same plan, also where its u would be NaN."""
+    if plan == "decode" and rows > 64:
+        pytest.skip("decode is for few rows")
+    model, layer = one_layer(device, "auto", dtype, k=80, n=48)
+    bank = filled(model, 2)
+    bank.shelves["0"].table.data[:] = float("nan")
+    x = torch.randn(rows, 80, device=device).to(dtype)
+    x[2, 3] = float("inf")
+    names = [None if i % 2 == 0 else "1" for i in range(rows)]
+    with pinned_plan(plan), torch.no_grad():
+        with bank.use(names):
+            y = model(x)
+        if plan == "aten":
+            bare = nn.functional.linear(x, layer.weight, layer.bias)
+        else:  # a core of zeros
+            layer.core.zero_()
+            finite = x.nan_to_num(posinf=0.0)
+            bare = layer(finite)
+            y, bare = y[torch.arange(rows) != 2], bare[torch.arange(rows) != 2]
+            names = names[:2] + names[3:]
+    none = torch.tensor([name is None for name in names])
+    assert torch.equal(bits(y[none]), bits(bare[none]))
+    assert y[~none].isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_launches_do_not_depend_on_who_is_asked_for(
+    impl: str, counted_launches, device: torch.device
+) -> None:
+    """Neither how many, nor which kernels."""
+    model, _ = one_layer(device, impl, torch.float32)
+    bank = filled(model, 6)
+    x = torch.randn(6, 23, device=device)
+    counts = []
+    for names in (["0"] * 6, [None] * 6, [str(i) for i in range(6)], ["5", None] * 3):
+        with counted_launches() as count, bank.use(names), torch.no_grad():
+            model(x)
+        counts.append(dict(count))
+    assert all(count == counts[0] for count in counts)
+    assert (sum(counts[0].values()) == 0) == (impl == "aten")

@@ -1,0 +1,308 @@
+"""Which adapters a call's rows go to: shapes, contexts, threads, checkpoints, compiled graphs."""
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from fused_lowrank import AdapterBank, adapt, disable_adapters, merge
+from fused_lowrank.routing import MEMORIES
+
+WIDTH, SLOTS = 12, 5
+
+
+class Block(nn.Module):
+    """A residual block of two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return hidden + scale * self.second(torch.tanh(self.first(hidden)))
+
+
+class Model(nn.Module):
+    """Blocks, each checkpointed by the given function, if any."""
+
+    def __init__(self, checkpointed=None) -> None:
+        super().__init__()
+        self.inp = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.checkpointed = checkpointed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x) if self.checkpointed is None else self.checkpointed(block, x)
+        return x
+
+
+def banked(model: nn.Module, device: torch.device) -> AdapterBank:
+    """The model in float64, its block layers in a bank of adapters "0", "1", …"""
+    model.to(device, torch.float64)
+    adapt(model, "lora_xs", target_modules=["first", "second"], r=3, progress=False)
+    model.requires_grad_(False)
+    bank = AdapterBank.from_model(model, slots=SLOTS)
+    bank.put(
+        [str(i) for i in range(SLOTS)],
+        {
+            name: (torch.randn(SLOTS, 3, 3), None, torch.rand(SLOTS) + 0.5)
+            for name in bank.layers
+        },
+    )
+    return bank
+
+
+@pytest.fixture
+def model(device: torch.device) -> Model:
+    """A model with a bank."""
+    made = Model()
+    made.bank = (banked(made, device),)
+    return made
+
+
+def rows(model: Model, x: torch.Tensor, names: list) -> torch.Tensor:
+    """Each sequence by itself, with its adapter for the whole call."""
+    outputs = []
+    for row, name in zip(x, names, strict=True):
+        with model.bank[0].use(name):
+            outputs.append(model(row[None]))
+    return torch.cat(outputs)
+
+
+def inputs(device: torch.device, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, WIDTH, dtype=torch.float64, device=device)
+
+
+def test_shapes_that_are_understood(model: Model, device: torch.device) -> None:
+    """Sequences, their rows in a line, packed rows, beams."""
+    (bank,) = model.bank
+    names, x = ["2", None, "4"], inputs(device, 3, 7)
+    expected = rows(model, x, names)
+    with bank.use(names):
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x.view(21, WIDTH)).view_as(x), expected)
+        torch.testing.assert_close(model(x[:, -1]), expected[:, -1])
+        torch.testing.assert_close(model(x.view(3, 7, 1, WIDTH)).view_as(x), expected)
+        beams = x.repeat_interleave(4, 0)
+        torch.testing.assert_close(model(beams), expected.repeat_interleave(4, 0))
+        assert model(x[:, :0]).shape == (3, 0, WIDTH)
+    packed = torch.cat([x[0, :2], x[1, :5], x[2, :1]])[None]
+    with bank.use(["2"] * 2 + [None] * 5 + ["4"]):
+        y = model(packed)
+    together = torch.cat([expected[0, :2], expected[1, :5], expected[2, :1]])
+    torch.testing.assert_close(y[0], together)
+    with bank.use("2"):
+        torch.testing.assert_close(model(x[0]), expected[0])
+        torch.testing.assert_close(model(x[0, 0]), expected[0, 0])
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (7,), (1, 9), (2,), ()])
+def test_other_shapes_are_an_error_that_names_the_module(
+    shape: tuple, model: Model, device: torch.device
+) -> None:
+    (bank,) = model.bank
+    with bank.use(["0", "1", "2"]), pytest.raises(ValueError, match=r"blocks\.0\.first .* 3 adap"):
+        model(inputs(device, *shape))
+
+
+def test_outside_use_and_disabled_and_merged(model: Model, device: torch.device) -> None:
+    """A bank changes nothing outside; disabled layers are bare in it; merged ones are refused."""
+    (bank,), x = model.bank, inputs(device, 2, 3)
+    before = model(x)
+    with bank.use(["0", "1"]):
+        assert not torch.equal(model(x), before)
+        with disable_adapters(model):
+            bare = model(x)
+        with bank.use(None):
+            assert torch.equal(model(x), bare)
+        with bank.use(["1", "0"]):
+            inner = model(x)
+        torch.testing.assert_close(rows(model, x, ["1", "0"]), inner)
+    assert torch.equal(model(x), before)
+    merge(model)
+    with bank.use(["0", "1"]), pytest.raises(RuntimeError, match=r"blocks\.0\.first is merged"):
+        model(x)
+
+
+def test_routing_is_of_the_thread_and_of_the_task(model: Model, device: torch.device) -> None:
+    """Threads and asyncio tasks that take turns inside their own `use`."""
+    (bank,), x = model.bank, inputs(device, 1, 4)
+    expected = {name: rows(model, x, [name]) for name in ("0", "1", "2", None)}
+    barrier, wrong = threading.Barrier(4), []
+
+    def thread(name: str | None) -> None:
+        for _ in range(20):
+            with bank.use([name]):
+                barrier.wait()
+                if not torch.allclose(model(x), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=thread, args=(name,)) for name in expected]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+
+    async def task(name: str | None) -> None:
+        for _ in range(20):
+            with bank.use([name]):
+                await asyncio.sleep(0)
+                if not torch.allclose(model(x), expected[name]):
+                    wrong.append(name)
+
+    async def tasks() -> None:
+        await asyncio.gather(*(task(name) for name in expected))
+
+    asyncio.run(tasks())
+    assert not wrong
+
+
+def in_another_thread(call) -> None:
+    """call(), in a thread with an empty context."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            contextvars.Context().run(call)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+CHECKPOINTS = {
+    "non-reentrant": lambda block, x: checkpoint(block, x, use_reentrant=False),
+    "reentrant": lambda block, x: checkpoint(block, x, use_reentrant=True),
+    "keyword": lambda block, x: checkpoint(block, hidden=x, use_reentrant=False),
+    "layer": lambda block, x: checkpoint(
+        lambda h: checkpoint(block.first, h, use_reentrant=False), x, use_reentrant=False
+    ),
+    "function": lambda block, x: checkpoint(
+        lambda h: block(h * 2.0),
+        x,
+        use_reentrant=False,
+        context_fn=AdapterBank.checkpoint_context,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_checkpoint_recomputes_with_its_own_adapters(kind: str, device: torch.device) -> None:
+    """On another thread, outside `use`, two calls of different adapters in one backward."""
+    model = Model(CHECKPOINTS[kind]).train()
+    bank = banked(model, device)
+    first, second = inputs(device, 2, 3).requires_grad_(), inputs(device, 3, 2).requires_grad_()
+
+    def loss() -> torch.Tensor:
+        with bank.use(["0", None]):
+            total = model(first).square().sum()
+        with bank.use(["3", "1", "3"]):
+            total = total + model(second).square().sum()
+        return total + model(second).sum()  # and one of no adapters
+
+    together = loss()
+    in_another_thread(together.backward)
+    grads = first.grad.clone(), second.grad.clone()
+    first.grad = second.grad = None
+    plain = {
+        "layer": lambda block, x: block.first(x),
+        "function": lambda block, x: block(x * 2.0),
+    }
+    model.checkpointed = plain.get(kind, lambda block, x: block(x))
+    loss().backward()
+    torch.testing.assert_close(grads, (first.grad, second.grad))
+    first.grad, model.checkpointed = None, CHECKPOINTS[kind]
+    together = loss()
+    with bank.use(["4", "4"]):  # what is recomputed inside another `use` keeps its own
+        model(inputs(device, 2, 3))
+        together.backward()
+    torch.testing.assert_close(grads[0], first.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_whose_adapters_are_lost_is_an_error(
+    reentrant: bool, device: torch.device
+) -> None:
+    """Of a function that hides the hidden states from the modules, or on one input in two routings."""
+    model = Model(lambda block, x: checkpoint(lambda h: block(h * 2.0), x, use_reentrant=reentrant))
+    bank = banked(model.train(), device)
+    x = inputs(device, 2, 3).requires_grad_()
+    with bank.use(["0", None]):
+        y = model(x)
+    with pytest.raises(RuntimeError, match="context_fn=bank.checkpoint_context"):
+        y.sum().backward()
+    block = model.blocks[0]
+    with bank.use(["0", None]):
+        y = checkpoint(block, x, use_reentrant=reentrant)
+    with bank.use(["1", "2"]):
+        z = checkpoint(block, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="context_fn=bank.checkpoint_context"):
+        (y + z).sum().backward()
+
+
+def test_what_is_remembered_is_dropped(model: Model, device: torch.device) -> None:
+    """Storages that are gone take their memories with them; inference leaves none."""
+    (bank,) = model.bank
+    for _ in range(200):
+        x = inputs(device, 2, 3).requires_grad_()
+        with bank.use(["0", "1"]):
+            model(x)
+    assert len(MEMORIES) < 300
+    before = len(MEMORIES)
+    with torch.no_grad(), bank.use(["0", "1"]):
+        model.eval()(inputs(device, 2, 3))
+    assert len(MEMORIES) == before
+
+
+def test_one_compiled_graph_serves_every_routing(model: Model, device: torch.device) -> None:
+    """Forward and backward, changing ids, mixtures, one adapter for all, none, outside."""
+    (bank,), x = model.bank, inputs(device, 4, 3).requires_grad_()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    half = torch.full((4, 2), 0.5)
+    routes = [
+        (["0", "1", "2", None],),
+        (["3", "3", None, "4"],),
+        ([["0", "1"], ["2", None], ["4", "4"], [None, None]], half),
+        ("2",),
+        (None,),
+        (bank.handles(["4", None, "1", "1"])[:, 0].clone(),),
+    ]
+    for route in routes:
+        with bank.use(*route):
+            ours, theirs = compiled(x), model(x)
+        torch.testing.assert_close(ours, theirs)
+        (dx,), (expected,) = (torch.autograd.grad(y.square().sum(), x) for y in (ours, theirs))
+        torch.testing.assert_close(dx, expected)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_a_compiled_checkpoint_recomputes_with_its_own_adapters(
+    backend: str, device: torch.device
+) -> None:
+    """Also where a partitioner decides what is computed again."""
+    model = Model(CHECKPOINTS["non-reentrant"]).train()
+    bank = banked(model, device)
+    x = inputs(device, 2, 3).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    grads = []
+    for call in (model, compiled):
+        with bank.use(["0", "2"]):
+            y = call(x)
+        with bank.use(["1", None]):  # and not with these
+            call(x)
+            grads += torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(grads[0], grads[1])
