@@ -18,6 +18,7 @@ from .layers import (
     LoraMiniLinear,
     LoraXSLinear,
 )
+from .planner import use_batch_invariance
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "save_adapter",
     "unload",
     "unmerge",
+    "use_batch_invariance",
 ]

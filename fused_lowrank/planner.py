@@ -32,6 +32,18 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = 1 << 16  # elements of x up to which, on a CPU, the host's work is most of a call's
 PINNED: dict[str, TileConfig] = {}  # kernel name → tile, by testing.pinned_tiles
 PINNED_PLAN: list[str] = []  # at most one, by testing.pinned_plan
+INVARIANT = [False]  # by use_batch_invariance
+
+
+def use_batch_invariance(mode: bool) -> None:
+    """Compute a row to the same bits in a batch of any size, from now on, in the whole process.
+
+    Otherwise a row's bits may depend on how many rows there are, though never on what they hold:
+    tiles, the splitting of K and libraries' own kernels follow the shape. With this a GPU takes the
+    tiles for many rows always, and library GEMMs are called for one row at a time, which is many
+    times slower than the batch. It is of y and of dx; a core's gradient is a sum over the rows.
+    """
+    INVARIANT[0] = bool(mode)
 
 
 @functools.cache
@@ -78,14 +90,17 @@ def target(device: torch.device) -> Target | None:
 @functools.cache
 def tiles(device: torch.device, variant: str = "") -> Choice:
     """How the launches on `device` choose their tiles; `variant` names a set instead."""
-    from .kernels.tiles import VARIANTS, is_valid, select
+    from .kernels.tiles import SMALL_M, VARIANTS, is_valid, select
 
     where = target(device)
     assert where is not None, "whoever plans a launch has asked why_not_triton"
-    instead = VARIANTS[variant] if variant else {}
+    instead = VARIANTS.get(variant, {})
 
     def choose(spec: Spec, m: int) -> TileConfig:
         pinned = PINNED.get(spec.kernel)
+        if pinned is None and variant == "fixed":
+            many = select(where, spec, SMALL_M + 1)
+            return replace(many, whole_k=True) if spec.kernel == "shrink" else many
         if pinned is None:
             other = instead.get(spec.kernel)
             return other if other and is_valid(other, where, spec) else select(where, spec, m)
@@ -166,6 +181,7 @@ def small(x: torch.Tensor) -> bool:
     return (
         x.is_cpu
         and not PINNED_PLAN
+        and not INVARIANT[0]
         and x.numel() <= SMALL
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -10,6 +10,8 @@ mixed    our shrink, then as `first`
 decode   our one launch for few rows
 relay    our one persistent launch for many rows
 
+For `planner.use_batch_invariance` there are two more, `Alone` and `Fixed`.
+
 `layer` carries out a pass by the one that the planner chooses for it.
 """
 
@@ -245,6 +247,39 @@ class Split(Aten):
         return [(kernel, choose(planner.spec_of(kernel, at), at.m)) for kernel in self.kernels]
 
 
+class Alone(Aten):
+    """Each row by itself: libraries choose their kernels by the shape."""
+
+    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
+        """(y, t, u), a row at a time."""
+        counters, dropout = rest
+        if dropout is not None:
+            raise RuntimeError("batch invariance by library GEMMs has no dropout: switch it off")
+        same = up, bias, scale, back, want_t, want_u, counters, None
+        parts = []
+        for m, row in enumerate(x.split(1)):
+            own = core
+            if isinstance(core, Rows):
+                line = slice(m // core.repeat, m // core.repeat + 1)
+                weights = None if core.weights is None else core.weights[line]
+                own = core._replace(handles=core.handles[line], weights=weights, repeat=1)
+            parts.append(super().layer(row, weight, down, own, *same))
+        y, t, u = zip(*parts, strict=True)
+        return torch.cat(y), torch.cat(t) if want_t else None, torch.cat(u) if want_u else None
+
+
+class Fixed(Split):
+    """`split`, with tiles and sums that do not depend on the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variant = "fixed"
+
+    def why_not(self, at: Pass) -> str | None:
+        """Where the kernels cannot run."""
+        return SPLIT.why_not(at)
+
+
 class Mixed(Split):
     """Our shrink; the library's GEMM adds the base to u·upᵀ, which is there first."""
 
@@ -285,7 +320,7 @@ class OneLaunch(Split):
         return *launch(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
 
 
-ATEN, SPLIT = Aten(), Split()
+ATEN, SPLIT, ALONE, FIXED = Aten(), Split(), Alone(), Fixed()
 PLANS: dict[str, Aten] = {
     plan.name: plan
     for plan in (
@@ -350,17 +385,22 @@ def layer(
 ) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
     """(plan, y, t, u, counters): one pass, by the plan that the planner chooses for it."""
 
-    def compute(name: str) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
-        plan = PLANS[name]
+    def by(plan: Aten) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
         counters = plan.counters(x) if want_core else None
         operands = x, weight, down, core, up, bias, scale, back, want_t, want_u
         return plan, *plan.layer(*operands, counters, dropout), counters
 
+    def compute(name: str) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
+        return by(PLANS[name])
+
     if x.shape[0] == 0:  # nothing to launch
-        return compute("aten")
+        return by(ATEN)
     p, q = down.shape[back], up.shape[not back]
     rows = isinstance(core, Rows)
     at = describe(x, weight, p, q, back, dropout is not None, want_u, rows)
+    if planner.INVARIANT[0]:
+        kernels = impl == "triton" or (impl == "auto" and x.is_cuda)
+        return by(FIXED if kernels and not FIXED.why_not(at) else ALONE)
     for name in planner.PINNED_PLAN:
         if reason := PLANS[name].why_not(at):
             raise RuntimeError(f"the pinned plan {name} cannot compute this: it {reason}")

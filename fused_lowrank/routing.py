@@ -188,8 +188,11 @@ def remember_storage(x: Tensor) -> None:
         return
     head = ACTIVE.get()
     weak = None if head is None else weakref.ref(head)
-    gone = before is None or (before.routing is not None and before.routing() is None)
-    certain = gone or (before.routing == weak and before.certain)
+    certain = (
+        before is None
+        or (before.routing is not None and before.routing() is None)
+        or (before.routing == weak and before.certain)
+    )
     kept = None if torch.is_grad_enabled() else head
     with _lock:
         MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, certain)

@@ -110,7 +110,7 @@ def batches(draw: st.DrawFn) -> dict:
     }
 
 
-@pytest.mark.parametrize("impl", (*IMPLS, "reference"))
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @settings(max_examples=60, deadline=None)
 @given(batch=batches())
 def test_every_row_is_lora_with_materialised_factors(impl: str, batch: dict) -> None:
@@ -158,7 +158,7 @@ def test_a_row_depends_on_its_own_input_and_adapter_alone(
     impl: str, rows: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Bit for bit, whatever the other rows hold and whoever's they are."""
-    model, layer = one_layer(device, impl, dtype, k=80, n=48)
+    model, _ = one_layer(device, impl, dtype, k=80, n=48)
     bank = filled(model, 6)
     x = torch.randn(rows, 80, device=device).to(dtype)
     dy = torch.randn(rows, 48, device=device).to(dtype)

@@ -51,10 +51,7 @@ def banked(model: nn.Module, device: torch.device) -> AdapterBank:
     bank = AdapterBank.from_model(model, slots=SLOTS)
     bank.put(
         [str(i) for i in range(SLOTS)],
-        {
-            name: (torch.randn(SLOTS, 3, 3), None, torch.rand(SLOTS) + 0.5)
-            for name in bank.layers
-        },
+        {name: (torch.randn(SLOTS, 3, 3), None, torch.rand(SLOTS) + 0.5) for name in bank.layers},
     )
     return bank
 
@@ -234,20 +231,20 @@ def test_a_checkpoint_recomputes_with_its_own_adapters(kind: str, device: torch.
 def test_a_checkpoint_whose_adapters_are_lost_is_an_error(
     reentrant: bool, device: torch.device
 ) -> None:
-    """Of a function that hides the hidden states from the modules, or on one input in two routings."""
+    """Of a function that hides the hidden states from modules, or of one input in two routings."""
     model = Model(lambda block, x: checkpoint(lambda h: block(h * 2.0), x, use_reentrant=reentrant))
     bank = banked(model.train(), device)
     x = inputs(device, 2, 3).requires_grad_()
     with bank.use(["0", None]):
         y = model(x)
-    with pytest.raises(RuntimeError, match="context_fn=bank.checkpoint_context"):
+    with pytest.raises(RuntimeError, match=r"context_fn=bank\.checkpoint_context"):
         y.sum().backward()
     block = model.blocks[0]
     with bank.use(["0", None]):
         y = checkpoint(block, x, use_reentrant=reentrant)
     with bank.use(["1", "2"]):
         z = checkpoint(block, x, use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="context_fn=bank.checkpoint_context"):
+    with pytest.raises(RuntimeError, match=r"context_fn=bank\.checkpoint_context"):
         (y + z).sum().backward()
 
 
