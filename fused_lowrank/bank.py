@@ -323,7 +323,10 @@ class AdapterBank:
             routing = Routing(self.key, store, (names,), slot=slot)
         else:
             lines = (names,) if isinstance(names, str) else tuple(names)
-            routing = Routing(self.key, store, lines, store.handles(lines))  # type: ignore[arg-type]
+            handles = store.handles(lines)
+            routing = Routing(self.key, store, lines, handles)  # type: ignore[arg-type]
+            if self.device.type == "cpu":  # on a GPU the kernels look, in the same launch
+                routing.known = known_slots(handles)
         if weights is not None:
             routing.weights = check_weights(weights, routing.handles)
         return routing
@@ -419,6 +422,13 @@ def flattened(names: Names) -> tuple[int, list[str | None]]:
             "names must be a list with a name or None for each sequence, or as many for each"
         )
     return len(lines), [name for line in lines for name in line]
+
+
+def known_slots(handles: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `Rows.slots` would find of handles that are valid, each either a slot's or NONE."""
+    valid = (handles != NONE).t()
+    slots = (handles & (1 << SLOT_BITS) - 1).t()
+    return (slots, None) if bool(valid.all()) else (slots.where(valid, 0), valid)
 
 
 def check_handles(handles: Tensor, device: torch.device) -> Tensor:

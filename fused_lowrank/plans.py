@@ -262,7 +262,8 @@ class Alone(Aten):
             if isinstance(core, Rows):
                 line = slice(m // core.repeat, m // core.repeat + 1)
                 weights = None if core.weights is None else core.weights[line]
-                own = core._replace(handles=core.handles[line], weights=weights, repeat=1)
+                handles = core.handles[line]
+                own = core._replace(handles=handles, weights=weights, repeat=1, known=None)
             parts.append(super().layer(row, weight, down, own, *same))
         y, t, u = zip(*parts, strict=True)
         return torch.cat(y), torch.cat(t) if want_t else None, torch.cat(u) if want_u else None

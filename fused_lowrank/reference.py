@@ -37,15 +37,21 @@ class Rows(NamedTuple):
     refused: torch.Tensor  # int32 (1,)
     repeat: int  # rows to a line
     owner: object = None  # what must live as long as these are to be read
+    known: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `slots`, where it was asked for
 
-    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slot, valid), both (lines, k): the slot is 0 where the handle is NONE or refused."""
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(slot, valid), both (k, lines): the slot is 0 where the handle is NONE or refused.
+
+        `valid` is None where all are known to be.
+        """
+        if self.known is not None:
+            return self.known
         slot, generation = self.handles & (1 << SLOT_BITS) - 1, self.handles >> SLOT_BITS
         valid = (self.handles >= 0) & (slot < len(self.generations))
         slot = slot.where(valid, 0)
         valid &= self.generations[slot] == generation
         self.refused.logical_or_((~valid & (self.handles != NONE)).any())
-        return slot.where(valid, 0), valid
+        return slot.where(valid, 0).t(), valid.t()
 
     def turned(self) -> Rows:
         """The same with every core transposed."""
@@ -74,24 +80,30 @@ def product(core: Core) -> torch.Tensor | None:
     return a.to(dtype) @ b.to(dtype)
 
 
+def factors(rows: Rows, slots: torch.Tensor, j: int, scale: float) -> torch.Tensor:
+    """scale · weights[:, j] · scales[slots], (lines, 1, 1), in float32 or wider."""
+    factor = like(rows.scales[slots], torch.promote_types(rows.table.dtype, torch.float32))
+    if rows.weights is not None:
+        factor = factor * rows.weights[:, j]
+    return (factor if scale == 1.0 else factor * scale).view(-1, 1, 1)
+
+
 def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
     """u[m] = scale · t[m] · core[m], in float32 or wider and returned in t's dtype.
 
     A row without an adapter is zero by selection: its t may be NaN.
     """
     wide = torch.promote_types(rows.table.dtype, torch.float32)
-    lines, k = rows.handles.shape
-    slots, valid = rows.slots()
-    t_lines = t.reshape(lines, rows.repeat, t.shape[-1]).to(wide)
-    u = t_lines.new_zeros(())
-    for j in range(k):
-        slot, factor = slots[:, j], rows.scales[slots[:, j]].to(wide) * scale
-        if rows.weights is not None:
-            factor = factor * rows.weights[:, j]
-        part = t_lines @ rows.table[slot].to(wide)
+    all_slots, valid = rows.slots()
+    lines = like(t, wide).reshape(all_slots.shape[1], rows.repeat, t.shape[-1])
+    parts = []
+    for j, slots in enumerate(all_slots):
+        part = torch.bmm(lines, like(rows.table[slots], wide))
         if rows.right is not None:
-            part = part @ rows.right[slot].to(wide)
-        u = u + (part * factor[:, None, None]).where(valid[:, j, None, None], 0.0)
+            part = torch.bmm(part, like(rows.right[slots], wide))
+        part = part * factors(rows, slots, j, scale)
+        parts.append(part if valid is None else part.where(valid[j].view(-1, 1, 1), 0.0))
+    u = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return like(u.reshape(*t.shape[:-1], u.shape[-1]), t.dtype)
 
 
@@ -101,17 +113,16 @@ def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: Rows, scale: float) -> tor
     In float32 or wider. A slot's rows are added in their order, and no other row reaches it.
     """
     wide = torch.promote_types(rows.table.dtype, torch.float32)
-    (lines, k), p, q = rows.handles.shape, t.shape[1], g.shape[1]
-    slots, valid = rows.slots()
-    t_lines, g_lines = (side.to(wide).view(lines, rows.repeat, -1) for side in (t, g))
-    by_line = t_lines.mT @ g_lines
-    grad = by_line.new_zeros(len(rows.scales), p, q)
-    for j in range(k):
-        slot, factor = slots[:, j], rows.scales[slots[:, j]].to(wide) * scale
-        if rows.weights is not None:
-            factor = factor * rows.weights[:, j]
-        part = (by_line * factor[:, None, None]).where(valid[:, j, None, None], 0.0)
-        grad.index_add_(0, slot, part)
+    all_slots, valid = rows.slots()
+    t_lines, g_lines = (
+        like(side, wide).reshape(all_slots.shape[1], rows.repeat, side.shape[1]) for side in (t, g)
+    )
+    by_line = torch.bmm(t_lines.mT, g_lines)
+    grad = by_line.new_zeros(len(rows.scales), t.shape[1], g.shape[1])
+    for j, slots in enumerate(all_slots):
+        part = by_line * factors(rows, slots, j, scale)
+        part = part if valid is None else part.where(valid[j].view(-1, 1, 1), 0.0)
+        grad.index_add_(0, slots, part)
     return grad
 
 

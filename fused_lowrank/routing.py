@@ -52,6 +52,7 @@ class Routing:
     slot: int = -1  # where there are no handles
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
+    known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles that were just made
     _ones: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)
 
     @property
@@ -81,6 +82,7 @@ class Routing:
             store.refused,
             count // lines,
             self,
+            self.known,
         )
 
     def one(self, layer: str) -> tuple[Tensor, Tensor | None, float]:
