@@ -285,7 +285,8 @@ class AdapterBank:
                 adapters.
 
         A layer's input is understood as (lines, …, K) or (lines · positions, K), or with lines ·
-        n in place of lines, as beams have it, or as having one row for each line.
+        n in place of lines, as beams have it, or as having one row for each line: the batch comes
+        first. With a model that puts positions first, name an adapter for each row.
 
         Raises:
             ValueError: an unknown name; handles or weights of another shape; an input that fits
