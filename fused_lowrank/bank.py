@@ -318,7 +318,7 @@ class AdapterBank:
             routing = Routing(self.key, store, (), check_handles(names, self.device))
         elif names is None:
             none = torch.full((1, 1), NONE, device=self.device)
-            routing = Routing(self.key, store, (None,), none)
+            routing = Routing(self.key, store, (None,), none, bare=True)
         elif isinstance(names, str) and store is self:
             (slot,) = self._known([names])
             routing = Routing(self.key, store, (names,), slot=slot)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense
 
-from . import ops
+from . import ops, planner
 from .functional import compute, prepared
 from .layers.base import LowRankLinear
 from .reference import AnyCore
@@ -47,7 +47,7 @@ class Place:
         if layer.merged:
             raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
         dropout_p = layer.dropout if layer.training else 0.0
-        if routing.bare:
+        if routing.bare and not planner.INVARIANT[0]:
             return dense(x, layer.weight, layer.bias)
         rows, scale = None, 1.0
         if routing.handles is None:

@@ -50,15 +50,11 @@ class Routing:
     handles: Tensor | None = None  # int64 (lines, k)
     weights: Tensor | None = None  # float32 (lines, k)
     slot: int = -1  # where there are no handles
+    bare: bool = False  # all of the call is declared to be the base model's
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles that were just made
     _ones: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)
-
-    @property
-    def bare(self) -> bool:
-        """Whether all of the call is the base model's."""
-        return self.names == (None,)
 
     def rows(self, layer: str, lead: Sequence[int]) -> Rows:
         """The cores for the rows of x, which is (*lead, K)."""
