@@ -303,3 +303,25 @@ def test_a_compiled_checkpoint_recomputes_with_its_own_adapters(
             call(x)
             grads += torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_and_under_autocast(mode, model: Model, device: torch.device) -> None:
+    """What is made for one call does not stand in the way of the next."""
+    (bank,), x = model.bank, inputs(device, 3, 2)
+    names = ["1", None, "1"]
+    expected = rows(model, x, names)
+    with bank.use(names):
+        with mode():
+            torch.testing.assert_close(model(x), expected)
+        grad = x.clone().requires_grad_()
+        model(grad).sum().backward()
+    with bank.use("1"):
+        with mode():
+            torch.testing.assert_close(model(x)[0], expected[0])
+        model(grad).sum().backward()
+    model.float()
+    with bank.use(names), mode(), torch.autocast(device.type, torch.bfloat16):
+        y = model(x.float())
+        assert model.blocks[0].first(x.float()).dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0.1, atol=0.1)
