@@ -12,7 +12,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +104,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
         "bases": bases,
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         save_file(
             {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
             unfinished,
             metadata,
         )
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end and is gone if that fails."""
+    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_native_id()}.tmp")
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -150,31 +161,51 @@ def load_adapter(
     return model
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of a file, or a ValueError that says what is wrong with it."""
+def opened(
+    path: str | os.PathLike[str], kind: str, form: str, version: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors, as they lie in the file; ValueError for one of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no adapter of this library: its metadata do not say so")
-    if metadata.get("version") != VERSION:
+    if metadata.get("format") != form:
+        raise ValueError(f"{path} is no {kind} of this library: its metadata do not say so")
+    if metadata.get("version") != version:
         raise ValueError(
-            f"{path} is of format version {metadata.get('version')}; this library reads {VERSION}"
+            f"{path} is of format version {metadata.get('version')}; this library reads {version}"
         )
     try:
         config = json.loads(metadata["config"])
         for entry in config["layers"].values():
+            METHODS[entry["method"]]
+        if not config["layers"]:
+            raise TypeError("no layers")
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise unreadable(path, error) from error
+    return config, tensors
+
+
+def unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """The error of a config that this library did not write."""
+    return ValueError(f"{path}: its config cannot be read ({error!r})")
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and tensors of an adapter's file, or a ValueError that says what is wrong."""
+    config, tensors = opened(path, "adapter", FORMAT, VERSION)
+    try:
+        for entry in config["layers"].values():
             settings = entry["settings"]
             inspect.signature(METHODS[entry["method"]][0]).bind(1, 1, **settings)
             settings["train"], settings["alpha"] = tuple(settings["train"]), settings["alpha"]
-        if not config["layers"] or config["bases"] not in (True, False):
-            raise TypeError("no layers, or bases neither true nor false")
+        if config["bases"] not in (True, False):
+            raise TypeError("bases is neither true nor false")
         config["modules_to_save"] = [str(name) for name in config["modules_to_save"]]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: its config cannot be read ({error!r})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise unreadable(path, error) from error
     return config, tensors
 
 

@@ -12,22 +12,30 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, require_adapted
+from .adapt import require_adapted
 from .adapter_file import fingerprint
+from .bank_input import (
+    Names,
+    check_distinct,
+    check_handles,
+    check_weights,
+    flattened,
+    known_slots,
+)
+from .bank_layers import attach, check_layers, index_of, new_shelf
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
-from .layers import LowRankLinear
+from .layers.base import WEIGHT_DTYPES
 from .reference import NONE, SLOT_BITS
-from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge, remember
+from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge
 
-Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]] | Tensor
 _keys = itertools.count(1)
 
 
@@ -55,8 +63,8 @@ class AdapterBank:
         check_layers(self.layers)
         if not isinstance(slots, int) or not 1 <= slots < 1 << 31:
             raise ValueError(f"slots is {slots!r}: it must be at least 1 and below 2³¹")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}: it must be a float dtype")
+        if dtype not in (None, *WEIGHT_DTYPES):
+            raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
         self.slots, self.key = slots, next(_keys)
         self.device = next(iter(self.layers.values())).weight.device
         self.shelves = {
@@ -146,10 +154,7 @@ class AdapterBank:
 
         Raises as `add`, and ValueError for a name that is not there.
         """
-        cores = self._cores(source)
-        with self._lock:
-            self._known([name])
-            self.put([name], cores, new=False)
+        self.put([name], self._cores(source), new=False)
 
     def remove(self, name: str) -> None:
         """Take an adapter out. Calls under way keep it; its slot is free after them."""
@@ -166,16 +171,18 @@ class AdapterBank:
         if not names:
             return
         with self._lock:
-            if new:
-                self._check_new(names)
+            self._replaced(names, new)
             slots = self._take(len(names))
-            try:
-                self._write(slots, cores)
-            except BaseException:
+        try:
+            self._write(slots, cores)  # nobody sees them yet: calls need not wait
+            with self._lock:
+                old = self._replaced(names, new)  # another thread may have come first
+                self._slot.update(zip(names, slots, strict=True))
+        except BaseException:
+            with self._lock:
                 self._free.extendleft(reversed(slots))
-                raise
-            old = [] if new else [self._slot[name] for name in names]
-            self._slot.update(zip(names, slots, strict=True))
+            raise
+        with self._lock:
             self._retire(old)
 
     def _cores(self, source: Any) -> Cores:
@@ -187,15 +194,17 @@ class AdapterBank:
             self._fingerprints[layer] = fingerprint(self.layers[layer])
         return self._fingerprints[layer]
 
-    def _check_new(self, names: Sequence[str]) -> None:
+    def _replaced(self, names: Sequence[str], new: bool) -> list[int]:
+        """The slots of the names, which must be there; or none, where they must be new."""
+        if not new:
+            return self._known(names)
         for name in names:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"{name!r} is no name: it must be a string that is not empty")
             if name in self._slot:
                 raise ValueError(f"{name!r} is in the bank already: replace it, or remove it first")
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise ValueError(f"{twice!r} comes twice")
+        check_distinct(names)
+        return []
 
     def _known(self, names: Sequence[str]) -> list[int]:
         try:
@@ -221,10 +230,7 @@ class AdapterBank:
 
     @torch.no_grad()
     def _write(self, slots: list[int], cores: Cores) -> None:
-        first, count = slots[0], len(slots)
-        where: Any = slice(first, first + count)  # as a rule, they follow each other
-        if slots != list(range(first, first + count)):
-            where = torch.tensor(slots, device=self.device)
+        where = index_of(slots, self.device)
         for name, shelf in self.shelves.items():
             for part, values in zip(shelf, cores[name], strict=True):
                 if part is not None and values is not None:
@@ -349,17 +355,34 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off its model, which then is as before; the bank is of no more use."""
         for layer in self.layers.values():
-            layer.routed = None
+            if isinstance(layer.routed, Place) and layer.routed.bank is self:
+                layer.routed = None
         for hook in self._hooks:
             hook.remove()
 
     # --- files ---
 
+    @contextmanager
+    def kept(self, names: Sequence[str] | None) -> Iterator[dict[str, int]]:
+        """Names, or all, and their slots, which stay as they are within it, as under a call."""
+        with self._lock:
+            names = list(self._slot) if names is None else names
+            slots, serial = dict(zip(names, self._known(names), strict=True)), next(self._serials)
+            self._running[serial] = reader = Routing(self.key, self, ())
+        try:
+            yield slots
+        finally:
+            del self._running[serial], reader
+
     def save(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-        """Write the adapters, or those named, to one safetensors file, whole or not at all."""
+        """Write the adapters, or those named, to one safetensors file, whole or not at all.
+
+        Calls and changes go on beside it, and the file has what was there when it began. Needs
+        the memory of one layer's table. Raises ValueError for a name that is not there.
+        """
         from .bank_file import save
 
-        save(self, path, self.names if names is None else names)
+        save(self, path, names)
 
     def load(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
         """Put in all adapters of a file that `save` wrote, or none of them.
@@ -370,89 +393,3 @@ class AdapterBank:
         from .bank_file import load
 
         load(self, path, progress)
-
-
-def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
-    """Tables of zeros; of pairs where those are smaller than cores."""
-    p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
-    device = layer.weight.device
-    scales = torch.zeros(slots, device=device)
-    if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
-        left = torch.zeros(slots, p, r, dtype=dtype, device=device)
-        return Shelf(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
-    return Shelf(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
-
-
-def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
-    """Raise unless the layers' adapters are their cores, and they are in no bank."""
-    devices = {layer.weight.device for layer in layers.values()}
-    if len(devices) > 1:
-        raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
-    for name, layer in layers.items():
-        shared = {"down", "up", "weight", "bias"} & set(layer.train_names)
-        if layer.core_factors is None or shared:
-            what = ", ".join(sorted(shared)) or "down and up"
-            raise ValueError(
-                f"{name} ({layer.method}) trains {what}, which adapters in a bank share: adapt by "
-                "lora_xs or lora_mini, training the core alone"
-            )
-        if layer.merged or layer.bases_pending:
-            state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"
-            raise ValueError(f"{name} {state} first")
-        if layer.routed is not None:
-            raise ValueError(f"{name} is in a bank already: close() that first")
-
-
-def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
-    """Route the model's layers through the bank; the hooks to be removed at the end."""
-    for name, layer in bank.layers.items():
-        layer.routed = Place(bank, name)
-    holders = [m for m in model.modules() if not isinstance(m, LowRankLinear)]
-    return [
-        module.register_forward_pre_hook(remember, with_kwargs=True)
-        for module in holders
-        if any(True for _ in adapted_layers(module))
-    ]
-
-
-def flattened(names: Names) -> tuple[int, list[str | None]]:
-    """(lines, the names of all lines in a row)."""
-    lines = [line if isinstance(line, list | tuple) else (line,) for line in names or ()]
-    if not lines or len({len(line) for line in lines}) != 1 or not lines[0]:
-        raise ValueError(
-            "names must be a list with a name or None for each sequence, or as many for each"
-        )
-    return len(lines), [name for line in lines for name in line]
-
-
-def known_slots(handles: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What `Rows.slots` would find of handles that are valid, each either a slot's or NONE."""
-    valid = (handles != NONE).t()
-    slots = (handles & (1 << SLOT_BITS) - 1).t()
-    return (slots, None) if bool(valid.all()) else (slots.where(valid, 0), valid)
-
-
-def check_handles(handles: Tensor, device: torch.device) -> Tensor:
-    """Handles of the caller's as (lines, k), the same storage."""
-    if handles.dtype != torch.int64:
-        raise TypeError(f"handles are {handles.dtype}: they must be int64, as bank.handles gives")
-    if handles.device != device:
-        raise ValueError(f"handles are on {handles.device}, but the bank on {device}")
-    if handles.dim() not in (1, 2) or handles.numel() == 0:
-        raise ValueError(f"handles are {tuple(handles.shape)}: they must be (lines,) or (lines, k)")
-    lines = handles if handles.dim() == 2 else handles[:, None]
-    if not lines.is_contiguous():
-        raise ValueError("handles must be contiguous")
-    return lines
-
-
-def check_weights(weights: Tensor, handles: Tensor | None) -> Tensor:
-    """The weights of mixtures as float32, contiguous."""
-    if handles is None or weights.shape != handles.shape:
-        there = None if handles is None else tuple(handles.shape)
-        raise ValueError(f"weights are {tuple(weights.shape)}: they must be as the names, {there}")
-    if weights.requires_grad:
-        raise TypeError("weights require a gradient, which they do not get: detach them")
-    if not weights.is_floating_point() or weights.device != handles.device:
-        raise TypeError(f"weights are {weights.dtype} on {weights.device}: float, on the bank's")
-    return weights.to(torch.float32).contiguous()

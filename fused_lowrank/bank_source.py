@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers
+from .adapt import adapted_layers, saved_modules
 from .adapter_file import (
     BASES_TOLERANCE,
     FINGERPRINT,
@@ -19,19 +19,21 @@ from .adapter_file import (
     read,
 )
 from .layers import LowRankLinear
+from .layers.base import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
 
+SHARED = {"down", "up", "weight", "bias"}  # what all adapters of a bank have in common
 Cores = Mapping[str, tuple[Tensor, Tensor | None, Tensor]]  # by layer: left, right, scales
 
 
 @dataclass
 class Found:
-    """One layer's part of a source; what it does not have is None."""
+    """One layer's part of a source of n adapters; what it does not have is None."""
 
-    core: Any  # (p, q), or the pair (p, r), (r, q)
-    scale: float
+    core: Any  # (n, p, q), or the pair (n, p, r), (n, r, q)
+    scales: Tensor  # float32 (n,)
     down: Tensor | None = None  # (p, K)
     up: Tensor | None = None  # (N, q)
     weight: Tensor | None = None  # (N, K)
@@ -50,13 +52,7 @@ def cores_of(bank: AdapterBank, source: Any) -> Cores:
         raise ValueError(
             f"source is a {type(source).__name__}: it must be a path, a state_dict or a model"
         )
-    cores = {}
-    for name, part in found.items():
-        left, right = fitted(bank, name, part, what)
-        check_bases(bank, name, part, what)
-        cores[name] = single(left, right, part.scale)
-    check_finite(cores, what)
-    return cores
+    return {name: checked(bank, name, part, what) for name, part in found.items()}
 
 
 def fresh_cores(bank: AdapterBank) -> Cores:
@@ -68,60 +64,85 @@ def fresh_cores(bank: AdapterBank) -> Cores:
             new: Any = tuple(map(torch.empty_like, core)) if isinstance(core, tuple) else None
             new = torch.empty_like(core) if new is None else new  # type: ignore[arg-type]
             layer.fill_core(new)
-        left, right = stored(bank, name, new)
-        cores[name] = single(left, right, layer.scale)
+        cores[name] = (*stored(bank, name, single(new), ""), torch.tensor([layer.scale]))
     return cores
 
 
-def single(
-    left: Tensor, right: Tensor | None, scale: float
+def checked(
+    bank: AdapterBank, name: str, part: Found, what: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """One adapter's part of one layer, with a first dimension of 1."""
-    return left[None], None if right is None else right[None], torch.tensor([scale])
+    """A layer's cores as the bank stores them and the scales; ValueError if they do not fit it."""
+    left, right = fitted(bank, name, part, what)
+    check_bases(bank, name, part, what)
+    cores = left, right, part.scales
+    for ours, values in zip(bank.shelves[name], cores, strict=True):
+        if ours is not None and values is not None and not holds(ours.dtype, values):
+            raise ValueError(
+                f"{what}: the core of {name} holds NaN, Inf, or more than {ours.dtype} can hold"
+            )
+    return cores
 
 
-def stored(bank: AdapterBank, name: str, core: Any) -> tuple[Tensor, Tensor | None]:
-    """A core as the bank stores it: as the pair or as its product."""
+def single(core: Any) -> Any:
+    """The core of one adapter as that of n."""
+    return tuple(part[None] for part in core) if isinstance(core, tuple) else core[None]
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """A core of one tensor, or of two."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def stored(bank: AdapterBank, name: str, core: Any, what: str) -> tuple[Tensor, Tensor | None]:
+    """Cores as the bank stores them: as pairs or as their products."""
     if bank.shelves[name].right is not None:
+        if not isinstance(core, tuple):
+            raise ValueError(f"{what} holds cores of {name}, where the bank holds pairs")
         return core
     if not isinstance(core, tuple):
         return core, None
-    return core[0].detach().float() @ core[1].detach().float(), None
+    left, right = (part.detach() for part in core)
+    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(dtype) @ right.to(dtype), None
 
 
 def fitted(bank: AdapterBank, name: str, part: Found, what: str) -> tuple[Tensor, Tensor | None]:
-    """A core as the bank stores it, in its size: a smaller one is its first rows and columns."""
-    left, right = stored(bank, name, part.core)
-    fits: list[Tensor | None] = []
-    for ours, theirs in zip(bank.shelves[name][:2], (left, right), strict=True):
-        if ours is None or theirs is None:
-            fits.append(None)
-            continue
-        size = ours.shape[1:]
-        if theirs.dim() != 2 or any(a > b for a, b in zip(theirs.shape, size, strict=True)):
-            raise ValueError(
-                f"{what} does not fit the bank: the core of {name} is {tuple(theirs.shape)} there "
-                f"and at most {tuple(size)} here"
-            )
-        whole = theirs.new_zeros(size)
-        whole[: theirs.shape[0], : theirs.shape[1]] = theirs.detach()
-        fits.append(whole)
-    p, q = sides(part.core)
-    if (p, q) != (bank.layers[name].down.shape[0], bank.layers[name].up.shape[1]):
+    """Cores as the bank stores them, in its size: a smaller one is its first rows and columns."""
+    pair, layer = stored(bank, name, part.core, what), bank.layers[name]
+    left, right = (
+        None if theirs is None or ours is None else padded(theirs, ours, name, what)
+        for theirs, ours in zip(pair, bank.shelves[name], strict=False)
+    )
+    if sides(part.core) != (layer.down.shape[0], layer.up.shape[1]):
         has = part.fingerprint is not None or (part.down is not None and part.up is not None)
         if not has:
             raise ValueError(
-                f"{what}: the core of {name} is of a smaller rank than the bank's, and without its "
+                f"{what}: the core of {name} is of another rank than the bank's, and without its "
                 "down and up nobody can say whether they are the first of the bank's"
             )
-    assert fits[0] is not None
-    return fits[0], fits[1]
+    assert left is not None
+    return left, right
+
+
+def padded(theirs: Tensor, ours: Tensor, name: str, what: str) -> Tensor:
+    """Matrices (n, p, q) as the first rows and columns of such as the bank's, (…, P, Q)."""
+    size = ours.shape[1:]
+    if theirs.shape[1:] == size:
+        return theirs.detach()
+    if any(a > b for a, b in zip(theirs.shape[1:], size, strict=True)):
+        raise ValueError(
+            f"{what} does not fit the bank: the core of {name} is {tuple(theirs.shape[1:])} there "
+            f"and at most {tuple(size)} here"
+        )
+    whole = theirs.new_zeros(len(theirs), *size)
+    whole[:, : theirs.shape[1], : theirs.shape[2]] = theirs.detach()
+    return whole
 
 
 def sides(core: Any) -> tuple[int, int]:
-    """(P, Q) of a core."""
+    """(p, q) of cores."""
     first, last = core if isinstance(core, tuple) else (core, core)
-    return first.shape[0], last.shape[1]
+    return first.shape[1], last.shape[2]
 
 
 def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
@@ -158,12 +179,22 @@ def alike(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def check_finite(cores: Cores, what: str) -> None:
-    """Raise if a core or a scale is NaN or Inf."""
-    for name, parts in cores.items():
-        for part in parts:
-            if part is not None and not bool(torch.isfinite(part).all()):
-                raise ValueError(f"{what}: the core of {name} holds NaN or Inf")
+def holds(dtype: torch.dtype, values: Tensor) -> bool:
+    """Whether a dtype can hold the values, which are no NaN either."""
+    if not values.numel():
+        return True
+    low, high = values.detach().aminmax()
+    return -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max
+
+
+def check_core(core: Any, count: int, name: str, what: str) -> None:
+    """Raise unless these are cores of `count` adapters."""
+    pair = core if isinstance(core, tuple) else (core,)
+    sound = all(part.dim() == 3 and len(part) == count for part in pair)
+    if not sound or any(part.dtype not in WEIGHT_DTYPES for part in pair):
+        raise ValueError(f"{what}: the core of {name} is damaged")
+    if len(pair) == 2 and pair[0].shape[2] != pair[1].shape[1]:
+        raise ValueError(f"{what}: the two parts of the core of {name} are not of one rank")
 
 
 # --- the three kinds of sources ---
@@ -171,12 +202,16 @@ def check_finite(cores: Cores, what: str) -> None:
 
 def of_model(bank: AdapterBank, model: nn.Module) -> dict[str, Found]:
     """The adapter that a model carries."""
-    there = dict(adapted_layers(model))
-    check_names(bank, {name: layer.method for name, layer in there.items()}, "the model")
-    return {
-        name: Found(layer.core_factors, layer.scale, layer.down, layer.up, layer.base_weight)
-        for name, layer in there.items()
-    }
+    there, what = dict(adapted_layers(model)), "the model"
+    check_names(bank, {name: layer.method for name, layer in there.items()}, what)
+    check_trained({n: layer.train_names for n, layer in there.items()}, saved_modules(model), what)
+    found = {}
+    for name, layer in there.items():
+        if layer.bases_pending or layer.weight.is_meta:
+            raise ValueError(f"{what}: {name} is not initialised: load its weights and init_bases")
+        core, scales = single(layer.core_factors), torch.tensor([layer.scale])
+        found[name] = Found(core, scales, layer.down, layer.up, layer.base_weight)
+    return found
 
 
 def of_file(bank: AdapterBank, path: Any) -> dict[str, Found]:
@@ -184,16 +219,13 @@ def of_file(bank: AdapterBank, path: Any) -> dict[str, Found]:
     config, tensors = read(path)
     methods = {name: entry["method"] for name, entry in config["layers"].items()}
     check_names(bank, methods, str(path))
-    if config["modules_to_save"]:
-        modules = ", ".join(config["modules_to_save"])
-        raise ValueError(f"{path} trains {modules} whole: a bank holds cores alone")
+    trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
+    check_trained(trained, config["modules_to_save"], str(path))
     found = {}
     for name, layer in bank.layers.items():
         settings = config["layers"][name]["settings"]
-        if {"down", "up", "weight", "bias"} & set(settings["train"]):
-            raise ValueError(f"{path} trains more of {name} than its core: {settings['train']}")
         part = of_tensors(layer, name, tensors.get, str(path))
-        part.scale = settings["alpha"] / settings["r"]
+        part.scales = torch.tensor([settings["alpha"] / settings["r"]])
         part.fingerprint = tensors.get(f"{name}.{FINGERPRINT}")
         if part.fingerprint is None:
             raise ValueError(f"{path} lacks {name}.{FINGERPRINT}: it is damaged")
@@ -214,19 +246,23 @@ def of_tensors(
     layer: LowRankLinear, name: str, get: Callable[[str], Tensor | None], what: str
 ) -> Found:
     """A layer's part, its tensors got by their names."""
-    values = [get(f"{name}.{factor}") for factor in layer.factors if factor not in ("down", "up")]
-    if any(value is None for value in values):
-        names = [factor for factor in layer.factors if factor not in ("down", "up")]
+    names = [factor for factor in layer.factors if factor not in ("down", "up")]
+    values = [get(f"{name}.{factor}") for factor in names]
+    if not all(isinstance(value, Tensor) for value in values):
         raise ValueError(f"{what} lacks {' or '.join(f'{name}.{factor}' for factor in names)}")
-    core: Any = values[0] if len(values) == 1 else tuple(values)
-    pair = core if isinstance(core, tuple) else (core,)
-    chained = all(part.dim() == 2 for part in pair) and (
-        len(pair) == 1 or pair[0].shape[1] == pair[1].shape[0]
-    )
-    if not chained or not all(part.is_floating_point() for part in pair):
-        raise ValueError(f"{what}: the core of {name} is damaged")
+    core = single(joined(values))
+    check_core(core, 1, name, what)
     rest = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
-    return Found(core, layer.scale, *rest)
+    return Found(core, torch.tensor([layer.scale]), *rest)
+
+
+def check_trained(trained: Mapping[str, Iterable[str]], modules: Iterable[str], what: str) -> None:
+    """Raise if a source trains more than cores: whole modules, or other factors."""
+    if modules := list(modules):
+        raise ValueError(f"{what} trains {', '.join(modules)} whole: a bank holds cores alone")
+    for name, train in trained.items():
+        if SHARED & set(train):
+            raise ValueError(f"{what} trains more of {name} than its core: {', '.join(train)}")
 
 
 def check_names(bank: AdapterBank, methods: Mapping[str, str], what: str) -> None:

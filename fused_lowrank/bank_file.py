@@ -1,0 +1,137 @@
+"""Banks in files: one safetensors file with all adapters, a tensor of them for each layer's core.
+
+{layer}.core         (n, P, Q), or .left (n, P, r) and .right (n, r, Q), as the bank stores them
+{layer}.scales       float32 (n,)
+{layer}.fingerprint  as in an adapter's file
+names                uint8: all names in UTF-8, one after the other
+names.offsets        int64 (n + 1,): where in it each begins, and where the last one ends
+metadata             {"format": "fused_lowrank bank", "version": "1", "config": JSON}
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .adapter_file import FINGERPRINT, opened, replacing
+from .bank_layers import index_of
+from .bank_source import Found, check_core, check_names, checked, joined
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
+
+FORMAT, VERSION = "fused_lowrank bank", "1"
+TYPES = {  # the widest first: written in this order, every tensor is aligned
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+
+
+def save(bank: AdapterBank, path: str | os.PathLike[str], names: Sequence[str] | None) -> None:
+    """Write the named adapters, or all, as they are when it begins."""
+    with bank.kept(names) as slots:
+        encoded = [name.encode("utf-8", "surrogatepass") for name in slots]
+        whole = {
+            "names": torch.tensor(bytearray(b"".join(encoded)), dtype=torch.uint8),
+            "names.offsets": torch.tensor([0, *itertools.accumulate(map(len, encoded))]),
+        }
+        tables = {}
+        for layer, shelf in bank.shelves.items():
+            whole[f"{layer}.{FINGERPRINT}"] = bank.fingerprint(layer)
+            held = [table for table in shelf if table is not None]
+            for part, table in zip(parts(shelf.right is not None), held, strict=True):
+                tables[f"{layer}.{part}"] = table
+        config = {
+            "layers": {
+                name: {"method": layer.method, "settings": layer.settings()}
+                for name, layer in bank.layers.items()
+            }
+        }
+        metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
+            write(file, metadata, whole, tables, list(slots.values()), bank.device)
+
+
+def parts(pairs: bool) -> tuple[str, ...]:
+    """What the tensors of a layer are called, in the order of `Shelf`."""
+    return ("left", "right", "scales") if pairs else ("core", "scales")
+
+
+def write(
+    file: BinaryIO,
+    metadata: Mapping[str, str],
+    whole: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor],
+    slots: list[int],
+    device: torch.device,
+) -> None:
+    """The safetensors format: the length of the header, the header, the tensors.
+
+    Of the tables only the slots are written, one table gathered after the other: safetensors' own
+    writer wants all of them at once, a second bank.
+    """
+    tensors = {**whole, **tables}
+    order = sorted(tensors, key=lambda key: list(TYPES).index(tensors[key].dtype))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        shape = [len(slots), *tensor.shape[1:]] if key in tables else list(tensor.shape)
+        begin, end = end, end + tensor.itemsize * math.prod(shape)
+        header[key] = {"dtype": TYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    where = index_of(slots, device)
+    for key in order:
+        tensor = tensors[key][where] if key in tables else tensors[key]
+        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def load(bank: AdapterBank, path: str | os.PathLike[str], progress: bool) -> None:
+    """Put the adapters of a file into the bank, after all checks; it is read while they run."""
+    config, tensors = opened(path, "bank", FORMAT, VERSION)
+    check_names(bank, {n: entry["method"] for n, entry in config["layers"].items()}, str(path))
+    pairs = {name: f"{name}.left" in tensors for name in bank.layers}
+    expected = {f"{n}.{part}" for n in pairs for part in (*parts(pairs[n]), FINGERPRINT)}
+    expected |= {"names", "names.offsets"}
+    for key in sorted(expected ^ tensors.keys()):
+        what = "lacks" if key in expected else "holds an unexpected"
+        raise ValueError(f"{path} {what} {key}: it is damaged")
+    names = decoded(tensors["names"], tensors["names.offsets"], path)
+    cores = {}
+    for name in tqdm(bank.layers, "load", disable=not progress, unit="layer"):
+        *values, scales = (tensors[f"{name}.{part}"] for part in parts(pairs[name]))
+        core = joined(values)
+        check_core(core, len(names), name, str(path))
+        if scales.shape != (len(names),) or scales.dtype != torch.float32:
+            raise ValueError(f"{path} is damaged: {name}.scales are not one for each adapter")
+        part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"])
+        cores[name] = checked(bank, name, part, str(path))
+    bank.put(names, cores)
+
+
+def decoded(names: Tensor, offsets: Tensor, path: str | os.PathLike[str]) -> list[str]:
+    """The names of a file."""
+    try:
+        if offsets.dtype != torch.int64 or offsets.dim() != 1 or names.dtype != torch.uint8:
+            raise ValueError("they are of another dtype")
+        text, ends = names.numpy().tobytes(), offsets.tolist()
+        spans = list(itertools.pairwise(ends))
+        if ends[:1] != [0] or ends[-1] != len(text) or any(a > b for a, b in spans):
+            raise ValueError("their offsets are wrong")
+        return [text[a:b].decode("utf-8", "surrogatepass") for a, b in spans]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: the names cannot be read ({error})") from error

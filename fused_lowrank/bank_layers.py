@@ -1,0 +1,69 @@
+"""The layers of a bank: which can be in one, their tables, and how they are routed through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .adapt import adapted_layers
+from .bank_source import SHARED
+from .banked import Place
+from .layers import LowRankLinear
+from .routing import Shelf, remember
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
+
+
+def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
+    """Raise unless the layers' adapters are their cores, and they are in no bank."""
+    devices = {layer.weight.device for layer in layers.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
+    for name, layer in layers.items():
+        shared = SHARED & set(layer.train_names)
+        if layer.core_factors is None or shared:
+            what = ", ".join(sorted(shared)) or "down and up"
+            raise ValueError(
+                f"{name} ({layer.method}) trains {what}, which adapters in a bank share: adapt by "
+                "lora_xs or lora_mini, training the core alone"
+            )
+        if layer.merged or layer.bases_pending:
+            state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"
+            raise ValueError(f"{name} {state} first")
+        if layer.routed is not None:
+            raise ValueError(f"{name} is in a bank already: close() that first")
+
+
+def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
+    """Tables of zeros; of pairs where those are smaller than cores."""
+    p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
+    device = layer.weight.device
+    scales = torch.zeros(slots, device=device)
+    if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
+        left = torch.zeros(slots, p, r, dtype=dtype, device=device)
+        return Shelf(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
+    return Shelf(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
+
+
+def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
+    """Route the model's layers through the bank; the hooks to be removed at the end."""
+    for name, layer in bank.layers.items():
+        layer.routed = Place(bank, name)
+    holders = [m for m in model.modules() if not isinstance(m, LowRankLinear)]
+    return [
+        module.register_forward_pre_hook(remember, with_kwargs=True)
+        for module in holders
+        if any(True for _ in adapted_layers(module))
+    ]
+
+
+def index_of(slots: list[int], device: torch.device) -> Any:
+    """What indexes a table by these slots: as a rule, they follow each other."""
+    first, count = slots[0] if slots else 0, len(slots)
+    if slots == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(slots, device=device)
