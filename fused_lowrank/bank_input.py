@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,10 @@ def check_handles(handles: Tensor, device: torch.device) -> Tensor:
     return lines
 
 
-def check_weights(weights: Tensor, handles: Tensor | None) -> Tensor:
+def check_weights(weights: Any, handles: Tensor | None) -> Tensor:
     """The weights of mixtures as float32, contiguous."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights are a {type(weights).__name__}: they must be a tensor")
     if handles is None or weights.shape != handles.shape:
         there = None if handles is None else tuple(handles.shape)
         raise ValueError(f"weights are {tuple(weights.shape)}: they must be as the names, {there}")

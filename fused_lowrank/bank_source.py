@@ -117,7 +117,7 @@ def fitted(bank: AdapterBank, name: str, part: Found, what: str) -> tuple[Tensor
         has = part.fingerprint is not None or (part.down is not None and part.up is not None)
         if not has:
             raise ValueError(
-                f"{what}: the core of {name} is of another rank than the bank's, and without its "
+                f"{what}: the core of {name} is of a smaller rank than the bank's, and without its "
                 "down and up nobody can say whether they are the first of the bank's"
             )
     assert left is not None
