@@ -210,8 +210,9 @@ def test_handles_of_what_is_gone(kind: str) -> None:
         with pytest.raises(RuntimeError, match="had been replaced or removed"):
             bank.check()
         bank.check()
-        with bank.use(bank.handles(["b", "b"])):
-            model(x)
+        (tenant,) = (name for name, taken in bank._slot.items() if taken == slot)
+        with bank.use(bank.handles([tenant, "b"])):
+            close(model(x), torch.stack([model_of(kind, 4)(x[0]), model_of(kind, 2)(x[1])]))
         bank.check()
 
 

@@ -98,7 +98,8 @@ def test_changes_beside_calls(path: Path, tmp_path: Path) -> None:
                 alone = calls[thread] % 4 == 0
                 names = names[:1] * ROWS if alone else names
                 oldest = [done[name] for name in names]
-                with bank.use(str(names[0]) if alone else [str(name) for name in names]):
+                given = str(names[0]) if alone else [str(name) for name in names]
+                with torch.set_grad_enabled(thread % 2 == 0), bank.use(given):
                     y = model(ones)
                 newest = [begun[name] for name in names]
                 for name, low, high, found in zip(
