@@ -87,7 +87,7 @@ class Trainable:
         """
         if self.closed:
             raise RuntimeError(
-                "this training has been closed: bank.trainable(names) starts another"
+                "this training is closed: bank.trainable(names) starts another"
             )
         lines = names if names is None or isinstance(names, str) else list(names)
         with self.bank._routed(self, lines, None):
