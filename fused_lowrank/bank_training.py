@@ -86,9 +86,7 @@ class Trainable:
             RuntimeError: after `close`.
         """
         if self.closed:
-            raise RuntimeError(
-                "this training is closed: bank.trainable(names) starts another"
-            )
+            raise RuntimeError("this training is closed: bank.trainable(names) starts another")
         lines = names if names is None or isinstance(names, str) else list(names)
         with self.bank._routed(self, lines, None):
             self._lines = lines

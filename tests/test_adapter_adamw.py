@@ -45,8 +45,9 @@ class Setting(NamedTuple):
         with torch.no_grad():
             for layer, parameter in self.trainable.named_parameters():
                 own[layer].copy_(parameter[index])
-            for layer, shelf in self.trainable.shelves.items():
-                model.get_submodule(layer).scale = float(shelf.scales[index])
+            for layer, shelf in self.bank.shelves.items():
+                scale = shelf.scales[self.bank._slot[name]]
+                model.get_submodule(layer).scale = float(scale)
         return model
 
 
@@ -128,7 +129,7 @@ def test_absent_adapters_stay(s: Setting, device: torch.device) -> None:
 
 def test_accumulation(s: Setting, device: torch.device) -> None:
     """A step is of all adapters in the losses since the last one, also of those of `zero_grad`."""
-    optimizer = s.trainable.optimizer(lr=0.1)
+    optimizer = s.trainable.optimizer(lr=0.1, weight_decay=0.1)
     start = states(optimizer)
     for name in ("ann", "dan"):
         with s.trainable.use([name]):
@@ -140,6 +141,8 @@ def test_accumulation(s: Setting, device: torch.device) -> None:
     optimizer.step()
     for old, new in zip(start, states(optimizer), strict=False):
         assert (old != new).flatten(1).any(1).tolist() == [True, False, False, True, False]
+    with pytest.raises(RuntimeError, match="no adapter has been in a loss"):
+        optimizer.step()
     with s.trainable.use(["ben"]):
         s.trainable.loss(losses_of(s.model(inputs(1, device)))).backward()
     optimizer.zero_grad()

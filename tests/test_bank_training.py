@@ -47,8 +47,9 @@ class Setting(NamedTuple):
         with torch.no_grad():
             for layer, parameter in self.trainable.named_parameters():
                 own[layer].copy_(parameter[index])
-            for layer, shelf in self.trainable.shelves.items():
-                model.get_submodule(layer).scale = float(shelf.scales[index])
+            for layer, shelf in self.bank.shelves.items():
+                scale = shelf.scales[self.bank._slot[name]]
+                model.get_submodule(layer).scale = float(scale)
         return model
 
 
@@ -189,7 +190,9 @@ def test_nan_in_one_loss(method: str, device: torch.device) -> None:
             losses = losses_of(s.model(x))
         factor = torch.ones_like(losses)
         factor[line] = torch.nan
-        s.trainable.loss(losses * factor).backward()
+        loss = s.trainable.loss(losses * factor)
+        assert bool(loss.isfinite()) is (LINES[line] is None)
+        loss.backward()
         return gradients(s.trainable)
 
     for layer, grad in poisoned(4).items():  # dan's
