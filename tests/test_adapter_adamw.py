@@ -268,4 +268,3 @@ def test_hundreds_at_once(method: str, dtype: torch.dtype, device: torch.device)
     else:  # the median adapter's: Adam divides by a gradient's size, so some are all rounding
         mine, theirs = ((each - truth).norm(dim=1).median() for each in (ours, alone))
         assert mine <= FACTOR * theirs
-        assert (ours - alone).abs().max() < LR / 100

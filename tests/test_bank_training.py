@@ -203,6 +203,26 @@ def test_nan_in_one_loss(method: str, device: torch.device) -> None:
         assert torch.equal(grad, before[layer])
 
 
+def test_compiled_before_training(device: torch.device) -> None:
+    """A graph from before the training serves it, and the next one."""
+    s = setting("lora_xs", device)
+    s.trainable.close()
+    torch._dynamo.reset()
+    call = torch.compile(s.model, fullgraph=True, backend="aot_eager")
+    x = inputs(len(LINES), device)
+    with s.bank.use(LINES):
+        served = call(x)
+    for names in (NAMES, ["eve", "dan", "cat", "ann"]):
+        t = s._replace(trainable=s.bank.trainable(names))
+        for (layer, grad), eager in zip(
+            batch(t, x, call).items(), batch(t, x).values(), strict=True
+        ):
+            torch.testing.assert_close(grad, eager, msg=layer)
+        t.trainable.close()
+    with s.bank.use(LINES):
+        torch.testing.assert_close(call(x), served)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_checkpointing(s: Setting, reentrant: bool, inside: bool, device: torch.device) -> None:
