@@ -2,6 +2,7 @@
 # calling shell instead and installs nothing (a GPU machine has its own torch).
 #
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
+#   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate, all tests
 #   make gate    the compile gate alone
 #   make bench   every provider over the CPU cases, a small block, and the report of all results
@@ -30,10 +31,13 @@ DEVICE ?= cuda
 TEST_MINUTES ?= 3
 CASE_MINUTES ?= 4
 
-.PHONY: demo test lint gate bench test-gpu bench-gpu
+.PHONY: demo train-many test lint gate bench test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
+
+train-many: $(READY)
+	$(RUN) examples/train_many.py $(if $(MODEL),--model $(MODEL))
 
 test: lint gate
 	$(RUN) bench/report.py --check

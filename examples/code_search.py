@@ -16,6 +16,7 @@ import math
 import os
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,26 +196,31 @@ def bytes_saved(model: nn.Module, queries: list[list[int]], codes: list[list[int
     return sum(kept.values())
 
 
+def rate_factor(steps: int) -> Callable[[int], float]:
+    """The learning rate's factor by the step: a linear rise, then cosine decay to zero."""
+    warmup = max(1, round(WARMUP * steps))
+
+    def factor(step: int) -> float:
+        progress = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
 def train(
     run: Run,
     model: nn.Module,
     data: tuple[list[list[int]], list[list[int]]],
     batches: list[np.ndarray],
 ) -> None:
-    """Train the adapters of ``model``: linear warm-up, then cosine decay to zero."""
+    """Train the adapters of ``model``."""
     queries, codes = data
     parameters = [p for p in model.parameters() if p.requires_grad]
     run.trained = sum(p.numel() for p in parameters)
     first = batches[0]
     run.saved_bytes = bytes_saved(model, [queries[i] for i in first], [codes[i] for i in first])
-    warmup = max(1, round(WARMUP * len(batches)))
-
-    def factor(step: int) -> float:
-        progress = (step - warmup) / max(1, len(batches) - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
-
     optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(len(batches)))
     seconds = []
     with tqdm(batches, desc=run.label, unit="step") as bar:
         for indices in bar:

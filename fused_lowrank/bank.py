@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .banked import Place
 from .layers.base import WEIGHT_DTYPES
 from .reference import NONE, SLOT_BITS
 from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge
+
+if TYPE_CHECKING:
+    from .bank_training import Trainable
 
 _keys = itertools.count(1)
 
@@ -73,7 +76,7 @@ class AdapterBank:
         }
         self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.training: Any = None  # what `trainable` has given out
+        self.training: Trainable | None = None  # what `trainable` has given out
         self._generation = [0] * slots  # of each slot, as `generations` has it
         self._slot: dict[str, int] = {}
         self._free: deque[int] = deque(range(slots))
@@ -307,7 +310,8 @@ class AdapterBank:
     def _routed(self, store: Any, names: Names, weights: Tensor | None) -> Iterator[Routing]:
         with self._lock:
             routing = self._routing(store, names, weights)
-            self._running[next(self._serials)] = routing
+            if store is self:
+                self._running[next(self._serials)] = routing
         routing.outer = ACTIVE.get()
         entered = ACTIVE.set(routing)
         try:
@@ -359,6 +363,27 @@ class AdapterBank:
                 layer.routed = None
         for hook in self._hooks:
             hook.remove()
+
+    # --- training ---
+
+    def trainable(self, names: Sequence[str]) -> Trainable:
+        """The named adapters as Parameters, to be trained in common batches; one such at a time.
+
+        Raises:
+            ValueError: a name that is not in the bank, or comes twice; no name.
+            RuntimeError: adapters are in training already.
+        """
+        from .bank_training import Trainable
+
+        if isinstance(names, str) or not names:
+            raise ValueError(f"names is {names!r}: it must be a list of names, at least one")
+        with self._lock:
+            if len(set(self._known(names))) < len(names):
+                raise ValueError("a name comes twice: each adapter is trained once")
+            if self.training is not None:
+                raise RuntimeError("adapters of this bank are in training: close() that first")
+            self.training = Trainable(self, names)
+        return self.training
 
     # --- files ---
 

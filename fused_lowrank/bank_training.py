@@ -1,0 +1,345 @@
+"""Training many adapters of a bank at once, each as if it were trained alone.
+
+A trained layer's cores are one Parameter with an adapter to each index of its first dimension. A
+row of the batch reaches the gradient of its own adapter only. What else joins adapters in a
+training step, the mean over the batch, clipping and the optimiser, is here by adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .reference import NONE
+from .routing import Shelf, purge
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
+
+Lines = Sequence[str | None]
+
+
+class Trainable:
+    """Some adapters of a bank, as Parameters. Given out by `AdapterBank.trainable`.
+
+        trainable = bank.trainable(["alice", "bob"])
+        optimizer = trainable.optimizer(lr=4e-3)
+        for names, x, target in batches:  # a name for each sequence
+            with trainable.use(names):
+                losses = F.cross_entropy(model(x), target, reduction="none")
+            trainable.loss(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trainable.commit()
+        trainable.close()
+
+    For each layer there is one Parameter, (adapters, P, Q), or a pair, (adapters, P, r) and
+    (adapters, r, Q), where the bank holds pairs. LoRA-Mini's cores that the bank holds as products
+    are trained as whole cores. float64 where the bank's table is, otherwise float32. Every adapter
+    keeps its scale. The bank's own adapters stay as they are until `commit`.
+    """
+
+    shelves: dict[str, Shelf]
+    generations: Tensor  # int32 (adapters,): zeros, for nothing here is ever replaced
+    refused: Tensor
+
+    def __init__(self, bank: AdapterBank, names: Sequence[str]) -> None:
+        self.bank, self.names = bank, list(names)
+        self.closed = False
+        self.present: set[int] = set()  # the adapters whose gradient the next step will take
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self._lines: Lines | str | None = ()  # of the last `use`
+        slots = torch.tensor(bank._known(self.names), device=bank.device)
+        self.shelves = {layer: trained(shelf, slots) for layer, shelf in bank.shelves.items()}
+        self.generations = torch.zeros(len(slots), dtype=torch.int32, device=bank.device)
+        self.refused = torch.zeros(1, dtype=torch.int32, device=bank.device)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The Parameters under the names that they have in the model's layers."""
+        for layer, (left, right, _) in self.shelves.items():
+            parts = {"core": left} if right is None else {"a_train": left, "b_train": right}
+            for part, parameter in parts.items():
+                yield f"{layer}.{part}", parameter  # type: ignore[misc]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The Parameters: one or two of each layer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def __repr__(self) -> str:
+        each = sum(parameter[0].numel() for parameter in self.parameters())
+        return f"Trainable({len(self.names)} adapters of {each:,} numbers)"
+
+    # --- a step ---
+
+    @contextmanager
+    def use(self, names: Lines | str | None) -> Iterator[None]:
+        """As `AdapterBank.use`, over the adapters in training: a name or None for each sequence.
+
+        Raises:
+            ValueError: a name that is not in training; none at all.
+            RuntimeError: after `close`.
+        """
+        if self.closed:
+            raise RuntimeError("this training is closed: bank.trainable(names) starts another")
+        lines = names if names is None or isinstance(names, str) else list(names)
+        with self.bank._routed(self, lines, None):
+            self._lines = lines
+            yield
+
+    def handles(self, lines: Lines) -> Tensor:
+        """What `use` routes by: int64 (lines, 1), the index of each line's adapter."""
+        if not lines:
+            raise ValueError("names is empty: it must have a name or None for each sequence")
+        found = [NONE if name is None else self._find(name) for name in lines]
+        return on_device(found, torch.int64, self.bank.device)[:, None]
+
+    def _find(self, name: Any) -> int:
+        try:
+            return self._index[name]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{name!r} is not in training; {len(self.names)} adapters are: trainable.names"
+            ) from None
+
+    def loss(self, losses: Tensor, reduction: str = "mean") -> Tensor:
+        """The sum over adapters of the mean over each one's own losses, a number to differentiate.
+
+        So an adapter's gradient is what the mean over its own sequences would give it alone,
+        however many others there are. Its backward notes for the optimiser which adapters it was
+        of. To accumulate gradients, call it for each part.
+
+        Args:
+            losses: (lines,), one for each sequence of the last `use`; those of None are ignored.
+                Where that was one name for all of the batch, any number of them.
+            reduction: of an adapter's own losses, "mean" or "sum".
+
+        Raises ValueError for losses of another shape or another reduction, and RuntimeError where
+        nothing has been in `use` yet.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}: it must be 'mean' or 'sum'")
+        lines = self._lines
+        if lines == ():
+            raise RuntimeError("losses of what? Call the model inside trainable.use(names) first")
+        if losses.dim() != 1:
+            raise ValueError(
+                f"losses are {tuple(losses.shape)}: they must be (lines,), a number for each "
+                "sequence; cross_entropy(…, reduction='none') and a mean over positions give that"
+            )
+        if lines is None or isinstance(lines, str):
+            lines = [lines] * len(losses)
+        if len(losses) != len(lines):
+            raise ValueError(
+                f"losses are ({len(losses)},), but the last use had {len(lines)} sequences"
+            )
+        counts = Counter(lines)
+        shares = [1.0 if reduction == "sum" else 1.0 / counts[name] for name in lines]
+        shares = [0.0 if name is None else s for name, s in zip(lines, shares, strict=True)]
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        weights = on_device(shares, wide, losses.device)
+        # By selection: what is ignored may be NaN.
+        total = (losses.to(wide).where(weights != 0, 0.0) * weights).sum()
+        if total.requires_grad:
+            there = {self._index[name] for name in counts if name is not None}
+            total.register_hook(lambda _: self.present.update(there))
+        return total
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale each adapter's gradient, over all layers, to a norm of at most `max_norm`.
+
+        As torch.nn.utils.clip_grad_norm_ of each by itself. Returns the norms before, (adapters,).
+        """
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if not grads:
+            return torch.zeros(len(self.names), device=self.bank.device)
+        norms = [torch.linalg.vector_norm(grad, dim=(1, 2)) for grad in grads]
+        total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)[:, None, None]
+        for grad in grads:
+            grad.mul_(factor.to(grad.dtype))
+        return total
+
+    def optimizer(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> AdapterAdamW:
+        """AdamW by adapter over all Parameters; see `AdapterAdamW`."""
+        return AdapterAdamW(self, lr, betas, eps, weight_decay)
+
+    # --- the end ---
+
+    @torch.no_grad()
+    def commit(self, names: Sequence[str] | None = None) -> None:
+        """Give the bank the trained values, of all adapters or of those named; training may go on.
+
+        Calls of the bank under way keep the adapters as they were. While there are such calls it
+        needs a free slot for each adapter, otherwise one.
+
+        Raises:
+            ValueError: an adapter that is NaN or Inf, or is in the bank no more. Nothing has been
+                written then.
+            RuntimeError: too few free slots; nothing has been written.
+        """
+        names = self.names if names is None else list(names)
+        indices = [self._find(name) for name in names]
+        where = torch.tensor(indices, dtype=torch.int64, device=self.bank.device)
+        cores = {
+            layer: tuple(None if part is None else part.detach()[where] for part in shelf)
+            for layer, shelf in self.shelves.items()
+        }
+        self._check_finite(names, cores)
+        with self.bank._lock:  # no call starts meanwhile
+            self.bank._known(names)
+            self.bank._release()
+            purge()
+            count, free = len(names), len(self.bank._free)
+            chunk = count if self.bank._running else max(1, min(count, free))
+            for start in range(0, count, chunk):
+                part = slice(start, start + chunk)
+                values: Any = {
+                    layer: tuple(None if side is None else side[part] for side in sides)
+                    for layer, sides in cores.items()
+                }
+                self.bank.put(names[part], values, new=False)
+
+    def _check_finite(self, names: Sequence[str], cores: Any) -> None:
+        finite = torch.ones(len(names), dtype=torch.bool, device=self.bank.device)
+        for layer, sides in cores.items():
+            for table, side in zip(self.bank.shelves[layer][:2], sides[:2], strict=True):
+                if table is not None:
+                    finite &= side.to(table.dtype).isfinite().flatten(1).all(1)
+        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        if bad:
+            raise ValueError(
+                f"{bad[0]!r}{f' and {len(bad) - 1} others' if bad[1:] else ''} would be NaN or Inf "
+                "in the bank: name the others, commit(names), or train anew at a lower lr"
+            )
+
+    def close(self) -> None:
+        """End the training; what has not been committed is in these Parameters alone."""
+        self.closed = True
+        if self.bank.training is self:
+            self.bank.training = None
+
+
+def trained(shelf: Shelf, slots: Tensor) -> Shelf:
+    """A layer's shelf of Parameters, with a bank's values."""
+
+    def parameter(table: Tensor) -> nn.Parameter:
+        return nn.Parameter(table[slots].to(torch.promote_types(table.dtype, torch.float32)))
+
+    left, right, scales = shelf
+    return Shelf(
+        parameter(left), None if right is None else parameter(right), scales[slots].clone()
+    )
+
+
+def on_device(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host's as a tensor there, without waiting for the device."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+class AdapterAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) by adapter, for a `Trainable`.
+
+    A step moves the adapters of the losses (`Trainable.loss`) that were differentiated since the
+    last one, each as torch.optim.AdamW would move it alone: with a step count of its own, by which
+    its moments are corrected. The others keep weight, moments and count. torch.optim.AdamW would
+    move them too, by their old moments and by weight decay, and corrects all moments by one count,
+    as torch.optim.SparseAdam does as well.
+
+    Everything is computed on the device, for all adapters of a step at once. State of a Parameter:
+    `steps` (adapters,), `exp_avg` and `exp_avg_sq`, like the Parameter. `zero_grad` forgets which
+    adapters were in losses, as it forgets their gradients.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}: it must be at least 0 and finite")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}: they must be at least 0 and below 1")
+        self.trainable = trainable
+        rest = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(trainable.parameters(), {**rest, "adapters": list(trainable.names)})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the adapters in the losses since the last.
+
+        Raises RuntimeError where no loss of `Trainable.loss` has been differentiated since.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        present = sorted(self.trainable.present)
+        if not present:
+            raise RuntimeError(
+                "no adapter has been in a loss since the last step: make the loss by "
+                "trainable.loss(losses) and call its backward() before optimizer.step()"
+            )
+        device, everybody = self.trainable.bank.device, len(present) == len(self.trainable.names)
+        where = slice(None) if everybody else on_device(present, torch.int64, device)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group, where)
+        self.trainable.present.clear()
+        return result
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], where: Any) -> None:
+        """AdamW of parameter[where]; in torch's order of operations."""
+        state = self.state[parameter]
+        if not state:
+            state["steps"] = parameter.new_zeros(len(parameter))
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        assert parameter.grad is not None
+        grad = parameter.grad[where]
+        steps, mean, square = (state[name][where] for name in ("steps", "exp_avg", "exp_avg_sq"))
+        steps.add_(1)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        count = steps.double()  # in float32, 1 - beta2ᵗ would lose its first digits
+        rate = (-lr / (1 - beta1**count)).to(grad.dtype)[:, None, None]
+        root = (1 - beta2**count).sqrt().to(grad.dtype)[:, None, None]
+        weight = parameter[where] * (1 - lr * decay)
+        weight.addcdiv_(mean * rate, (square.sqrt() / root).add_(group["eps"]))
+        parameter[where] = weight
+        state["steps"][where], state["exp_avg"][where] = steps, mean
+        state["exp_avg_sq"][where] = square
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a step that follows is of the adapters in the losses after it."""
+        super().zero_grad(set_to_none)
+        self.trainable.present.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; raises ValueError for the state of other adapters."""
+        if any(g.get("adapters") != self.trainable.names for g in state_dict["param_groups"]):
+            raise ValueError(
+                "the state is of other adapters, or of these in another order: its param_groups "
+                "say of which; start bank.trainable with the same names"
+            )
+        super().load_state_dict(state_dict)
