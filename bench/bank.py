@@ -24,19 +24,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import cases, harness, timers
-from bench.bank_cases import (
-    BANK_PROVIDERS,
-    BANK_SETS,
-    SCALE,
-    BankCase,
-    BankProvider,
-    Batch,
-    make_batch,
-    select,
-)
-from bench.store import Line, Refused, Store, make_key
+from bench.bank_cases import BANK_SETS, SCALE, BankCase, Batch, make_batch, select
+from bench.bank_providers import BANK_PROVIDERS, BankProvider
+from bench.store import BANK_PREFIX, Line, Refused, Store, make_key
 
-PREFIX = "bank-"  # of the results files' names
 CHUNK = 256  # rows whose factors are gathered in fp64 at a time
 
 
@@ -186,11 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         timer_name = args.timer or ("device" if device.type == "cuda" else "cold")
         cases.known([timer_name], timers.TIMERS, "timer")
         key = make_key(device)
-        resumed = Store.resume(args.out, key, PREFIX) if args.resume else None
+        resumed = Store.resume(args.out, key, BANK_PREFIX) if args.resume else None
     except (ValueError, Refused) as error:
         print(f"bank.py: {error}", file=sys.stderr)
         return 2
-    store = resumed or Store.new(args.out, key, PREFIX)
+    store = resumed or Store.new(args.out, key, BANK_PREFIX)
     left = [case for case in chosen if not store.measured(case.name)]
     first, done = len(store.lines), 0
     settings = harness.Settings(args.seconds or (1.0 if device.type == "cuda" else 3.0))

@@ -25,7 +25,9 @@ from fused_lowrank.planner import has_triton
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[1]
 KEY = ("device", "driver", "threads", "python", "torch", "triton", "commit", "dirty", "code")
-MEASURING = ("cases", "providers", "timers", "harness", "block", "bank_cases", "bank")
+BANK = ("bank_cases", "bank_providers", "bank")
+MEASURING = ("cases", "providers", "timers", "harness", "block", *BANK)
+BANK_PREFIX = "bank-"  # of the names of files about mixed batches
 CODE = ("fused_lowrank", "kernels", *(f"bench/{name}.py" for name in MEASURING))
 Line = dict[str, Any]
 
