@@ -121,6 +121,6 @@ class DeviceTimer:
 
 TIMERS: dict[str, Callable[[torch.device], Timer]] = {
     "host": HostTimer,
-    "cold": ColdTimer,
     "device": DeviceTimer,
+    "cold": ColdTimer,
 }
