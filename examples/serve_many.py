@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import random
 import time
 import warnings
@@ -263,7 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     served = run("bank", model, routed, requests)
     run("bare model", base, unrouted, few)
     run("bank", model, routed, few)
-    run("PEFT adapter_names", make_peft(base, some), named, few)
+    if importlib.util.find_spec("peft"):
+        run("PEFT adapter_names", make_peft(base, some), named, few)
+    else:
+        print("PEFT is not installed")
 
     sample = served[:: max(1, len(served) // max(1, args.check))][: args.check]
     right = [alone(model, bank, request) == request.tokens for request in sample]
