@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = resumed or Store.new(args.out, key, BANK_PREFIX)
     left = [case for case in chosen if not store.measured(case.name)]
     first, done = len(store.lines), 0
-    settings = harness.Settings(args.seconds or (1.0 if device.type == "cuda" else 3.0))
+    settings = harness.Settings(args.seconds or (1.0 if device.type == "cuda" else 3.0), min_reps=9)
     print(f"{store.path}: {len(left)} of {len(chosen)} cases to measure on {key['device']}")
     timer = timers.TIMERS[timer_name](device)
     for case in tqdm(left, unit="case", disable=None):
