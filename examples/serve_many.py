@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--adapters", type=int, default=10_000)
-    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32, help="requests that run at a time")
     parser.add_argument("--check", type=int, default=8, help="requests to generate again, alone")
     args = parser.parse_args(argv)
