@@ -5,10 +5,12 @@
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate, all tests
 #   make gate    the compile gate alone
-#   make bench   every provider over the CPU cases, a small block, and the report of all results
+#   make bench   every provider over the CPU cases, a small block, mixed batches, and the report of
+#                all results
 #   make test-gpu   the tests on this machine's GPU, kernels compiled, not interpreted
-#   make bench-gpu  those tests, the core cases with every provider, one block, the report; in under
-#                   nine minutes, and what a cut-off leaves undone is done by the next call
+#   make bench-gpu  those tests, the core cases with every provider, one block, mixed batches, the
+#                   report; in under nine minutes, and what a cut-off leaves undone is done by the
+#                   next call
 
 PYTHON ?= python3
 ENV ?= .venv
@@ -29,7 +31,8 @@ RESULTS ?= bench/results
 README ?= README.md
 DEVICE ?= cuda
 TEST_MINUTES ?= 3
-CASE_MINUTES ?= 4
+CASE_MINUTES ?= 3
+BANK_MINUTES ?= 1
 
 .PHONY: demo train-many test lint gate bench test-gpu bench-gpu
 
@@ -55,6 +58,7 @@ gate: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) bench/run.py --set cpu --device cpu --out $(RESULTS)
 	OMP_NUM_THREADS=1 $(RUN) bench/block.py --device cpu --out $(RESULTS)
+	OMP_NUM_THREADS=1 $(RUN) bench/bank.py --set cpu --device cpu --out $(RESULTS)
 	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 test-gpu: $(READY)
@@ -65,6 +69,7 @@ bench-gpu: $(READY)
 	-FUSED_LOWRANK_TEST_DEVICE=$(DEVICE) timeout $(TEST_MINUTES)m $(RUN) -m pytest tests -n 8 -q
 	-$(RUN) bench/run.py --set core --device $(DEVICE) --out $(RESULTS) --resume --minutes $(CASE_MINUTES)
 	-$(RUN) bench/block.py --device $(DEVICE) --out $(RESULTS)
+	-$(RUN) bench/bank.py --set gpu --device $(DEVICE) --out $(RESULTS) --resume --minutes $(BANK_MINUTES)
 	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 .venv/ready: requirements-dev.txt pyproject.toml setup.py

@@ -14,8 +14,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import plots
-from bench.store import KEY, ROOT, Line, Refused, read, slug
+from bench import bank_report, plots
+from bench.store import ROOT, Line, Refused, slug
+from bench.tables import (
+    Device,
+    about,
+    by_case,
+    failures,
+    grid,
+    load,
+    number,
+    spread_line,
+)
 from fused_lowrank.plans import PLANS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -24,98 +34,9 @@ OURS = "auto"
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-class Device:
-    """All that was measured on one device by one code. A later run's figures count."""
-
-    def __init__(self, key: Line) -> None:
-        self.key = key
-        self.cases: dict[str, Line] = {}
-        self.rows: dict[tuple[str, str], list[Line]] = {}  # (case, provider) → one row per run
-        self.ceiling: Line = {}
-        self.blocks: dict[tuple[str, int, bool], Line] = {}
-        self.runs = self.missing = 0
-
-    def add(self, lines: Sequence[Line]) -> None:
-        """Take in one file."""
-        own: dict[tuple[str, str], Line] = {}
-        for line in lines:
-            if line["kind"] == "case":
-                self.cases[line["case"]] = line
-                for row in line["rows"]:
-                    own.setdefault((line["case"], row["provider"]), row)
-            elif line["kind"] == "ceiling":
-                self.ceiling = line
-            elif line["kind"] == "block":
-                self.blocks[line["provider"], line["sequence"], line["checkpoint"]] = line
-        for where, row in own.items():
-            self.rows.setdefault(where, []).append(row)
-        self.runs, self.missing = self.runs + 1, lines[-1]["missing"]
-
-    @property
-    def providers(self) -> list[str]:
-        """Those with a figure, in the order in which they were first measured."""
-        names = [name for (_, name), rows in self.rows.items() if rows[-1]["status"] == "ok"]
-        return list(dict.fromkeys(names))
-
-    def row(self, case: str, provider: str) -> Line | None:
-        """The latest row that has figures."""
-        rows = self.rows.get((case, provider), [])
-        return rows[-1] if rows and rows[-1]["status"] == "ok" and "step" in rows[-1] else None
-
-    def relative(self, case: str, provider: str, part: str = "step") -> float | None:
-        """Time over the bare layer's, the median of ratios within a round."""
-        row = self.row(case, provider)
-        return row["relative"][part][1] if row and "relative" in row else None
-
-    def spread(self) -> tuple[int, float, float] | None:
-        """(ratios, median, largest) difference of a ratio to bare between the last two runs."""
-        differences = []
-        for (_, provider), rows in self.rows.items():
-            pair = [row["relative"]["step"][1] for row in rows[-2:] if "relative" in row]
-            if len(pair) == 2 and provider != "bare":
-                differences.append(abs(pair[1] / pair[0] - 1))
-        differences.sort()
-        count = len(differences)
-        return (count, differences[count // 2], differences[-1]) if count else None
-
-
-def load(folder: Path) -> list[Device]:
-    """The devices of all files in a folder. Raises Refused."""
-    devices: dict[str, Device] = {}
-    files = sorted(folder.glob("*.jsonl"), key=lambda p: (len(p.name), p.name))
-    if not files:
-        raise Refused(f"no results files in {folder.name}")
-    for path in files:
-        key, lines = read(path)
-        device = devices.setdefault(key["device"], Device(key))
-        if changed := [name for name in KEY if key[name] != device.key[name]]:
-            said = ", ".join(f"{name} {device.key[name]} and {key[name]}" for name in changed)
-            raise Refused(f"{path.name} is of different code or versions than the files before it "
-                          f"of the same device ({said}): remove one of them")  # fmt: skip
-        device.add(lines)
-    return list(devices.values())
-
-
 def is_plan(name: str) -> bool:
     """Whether a provider is one of our plans."""
     return name in PLANS
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table in markdown."""
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body)) + "\n"
-
-
-def by_case(device: Device, names: Sequence[str], figure: Callable[[str, str], str]) -> str:
-    """A table of one figure: cases down, providers across."""
-    head = ["case", *names]
-    return grid(head, [[case, *(figure(case, name) for name in names)] for case in device.cases])
 
 
 def floor_ms(device: Device, case: Line) -> float | None:
@@ -127,31 +48,6 @@ def floor_ms(device: Device, case: Line) -> float | None:
     operations = 2 * m * (k * n + k * p + p * n + p * p)
     size = ITEMSIZE[case["dtype"]] * (m * k + n * k + m * n + p * k + p * n)
     return 1e3 * max(operations / rate, size / bandwidth)
-
-
-def about(device: Device) -> str:
-    """One line that says what was measured."""
-    key = device.key
-    driver = "" if key["driver"] == "none" else f", driver {key['driver']}"
-    threads = f", {key['threads']} CPU thread(s)" if key["threads"] else ""
-    changed = " with changes" if key["dirty"] else ""
-    left = f"; {device.missing} cases not reached" if device.missing else ""
-    return (
-        f"{key['device']}{threads}{driver}, torch {key['torch']}, triton {key['triton']}, "
-        f"Python {key['python']}, commit {key['commit']}{changed}{left}."
-    )
-
-
-def spread_line(device: Device) -> str:
-    """How far the ratios moved between two runs."""
-    spread = device.spread()
-    if not spread:
-        return ""
-    count, median, largest = spread
-    return (
-        f"\nBetween the last two runs the {count} ratios to bare moved by {median:.1%} in the "
-        f"median and by {largest:.1%} at most.\n"
-    )
 
 
 def full_text(device: Device, figures: Sequence[str]) -> str:
@@ -240,19 +136,6 @@ def block_text(device: Device) -> str:
     return f"### One transformer block, whole step ({shape})\n\n{grid(head, body)}"
 
 
-def failures(device: Device) -> str:
-    """The rows without figures, and why."""
-    why: dict[tuple[str, str], list[str]] = {}
-    for (case, name), rows in device.rows.items():
-        if rows[-1]["status"] != "ok":
-            why.setdefault((name, f"{rows[-1]['status']}: {rows[-1]['why']}"), []).append(case)
-    body = [
-        [name, text, cases[0] if len(cases) == 1 else f"{len(cases)} cases"]
-        for (name, text), cases in why.items()
-    ]
-    return "### Not measured\n\n" + grid(["provider", "why", "where"], body) if body else ""
-
-
 def short_text(device: Device, folder: str, figures: Sequence[str]) -> str:
     """A device's part of the README."""
     others = [name for name in device.providers if name != "bare"]
@@ -325,12 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [(device, make_plots(device)) for device in devices]
         sections = [full_text(device, list(made)) for device, made in named]
         head = "# Results\n\nMade by `bench/report.py` from the files beside this one.\n"
+        banks = load(folder, bank=True)
+        sections += [bank_report.full_text(device) for device in banks]
         texts[folder / "RESULTS.md"] = "\n".join([head, *sections])
         drawn = {name: plot for _, made in named for name, plot in made.items()}
         if args.readme != "none":
             readme = Path(args.readme)
             place = Path(str(folder.resolve().relative_to(readme.resolve().parent)))
             inner = "\n".join(short_text(d, place.as_posix(), list(made)) for d, made in named)
+            inner += "".join(bank_report.short_text(device) for device in banks)
             inner += f"\nEvery table: [RESULTS.md]({place.as_posix()}/RESULTS.md)."
             texts[readme] = between_markers(readme.read_text(), inner)
     except (Refused, OSError, ValueError) as error:

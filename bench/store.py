@@ -25,7 +25,9 @@ from fused_lowrank.planner import has_triton
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[1]
 KEY = ("device", "driver", "threads", "python", "torch", "triton", "commit", "dirty", "code")
-MEASURING = ("cases", "providers", "timers", "harness", "block")
+BANK = ("bank_cases", "bank_providers", "bank")
+MEASURING = ("cases", "providers", "timers", "harness", "block", *BANK)
+BANK_PREFIX = "bank-"  # of the names of files about mixed batches
 CODE = ("fused_lowrank", "kernels", *(f"bench/{name}.py" for name in MEASURING))
 Line = dict[str, Any]
 
@@ -102,10 +104,10 @@ class Store:
         self.path, self.key, self.lines, self.id = path, key, lines, key_id(key)
 
     @classmethod
-    def new(cls, folder: Path, key: Line) -> Store:
-        """A new file in `folder`, numbered after those with the same key."""
+    def new(cls, folder: Path, key: Line, prefix: str = "") -> Store:
+        """A new file in `folder`, numbered after those with the same key and prefix."""
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{slug(key['device'])}-{key['code']}"
+        stem = f"{prefix}{slug(key['device'])}-{key['code']}"
         number = 1
         while (path := folder / f"{stem}-{number}.jsonl").exists():
             number += 1
@@ -114,13 +116,13 @@ class Store:
         return store
 
     @classmethod
-    def resume(cls, folder: Path, key: Line) -> Store | None:
+    def resume(cls, folder: Path, key: Line, prefix: str = "") -> Store | None:
         """The latest file in `folder` with this key, less a torn last line; None if there is none.
 
         Raises Refused if the code is the same and something else in the key is not.
         """
         files = sorted(
-            folder.glob(f"{slug(key['device'])}-{key['code']}-*.jsonl"),
+            folder.glob(f"{prefix}{slug(key['device'])}-{key['code']}-*.jsonl"),
             key=lambda path: int(path.stem.rsplit("-", 1)[1]),
         )
         if not files:

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from bench import bank
+from bench.bank_cases import BANK_SETS, BankCase, make_batch
+from bench.bank_providers import BANK_PROVIDERS, BankProvider
 from bench.cases import SETS, Case
 from bench.harness import Runner, make_truth, prepare
 from bench.providers import PROVIDERS, Provider, make_tensors
@@ -32,3 +35,26 @@ def test_step(benchmark, case: Case, provider: Provider):  # type: ignore[no-unt
     benchmark.group = case.name
     benchmark.extra_info.update(peak=row["peak"], saved=row["saved"], error=row["error"])
     benchmark.pedantic(step, rounds=10, iterations=1, warmup_rounds=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("provider", BANK_PROVIDERS.values(), ids=lambda provider: provider.name)
+@pytest.mark.parametrize("case", BANK_SETS["smoke"], ids=lambda case: case.name)
+def test_mixed_batch(benchmark, case: BankCase, provider: BankProvider):  # type: ignore[no-untyped-def]
+    """A forward, checked first; the error as extra_info."""
+    if why := provider.why_absent(case, DEVICE):
+        pytest.skip(why)
+    batch = make_batch(case, DEVICE)
+    with provider.pinned():
+        runner = bank.Runner(provider, batch, provider.build(batch))
+        error = runner.check(bank.make_truth(batch, provider.equation))
+
+    def forward() -> None:
+        with provider.pinned():
+            runner.forward(0)()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize(DEVICE)
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(error=error)
+    benchmark.pedantic(forward, rounds=10, iterations=1, warmup_rounds=2)

@@ -1,4 +1,4 @@
-"""How one repetition is timed: by the host's clock, or by device events with a cold cache."""
+"""How one repetition is timed: by the host's clock, or by device events; with a cold cache."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ class HostTimer:
         return Sample((middle - start) * 1e3, (end - middle) * 1e3, (end - start) * 1e3)
 
 
+class ColdTimer(HostTimer):
+    """The host's clock; before each repetition a buffer larger than the caches is overwritten."""
+
+    name = "cold"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.flush = torch.empty(128 << 20, dtype=torch.int8)
+
+    def sample(
+        self, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], hold: float
+    ) -> Sample:
+        """One repetition."""
+        self.flush.zero_()
+        return super().sample(forward, backward, hold)
+
+
 class DeviceTimer:
     """Device events with a cold cache.
 
@@ -102,4 +119,8 @@ class DeviceTimer:
         return Sample(start.elapsed_time(middle), middle.elapsed_time(end), host)
 
 
-TIMERS: dict[str, Callable[[torch.device], Timer]] = {"host": HostTimer, "device": DeviceTimer}
+TIMERS: dict[str, Callable[[torch.device], Timer]] = {
+    "host": HostTimer,
+    "device": DeviceTimer,
+    "cold": ColdTimer,
+}
