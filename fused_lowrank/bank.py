@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ class AdapterBank:
         self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.training: Trainable | None = None  # what `trainable` has given out
-        self._generation = [0] * slots  # of each slot, as `generations` has it
+        self._generation = np.zeros(slots, np.int64)  # of each slot, as `generations` has it
         self._slot: dict[str, int] = {}
         self._free: deque[int] = deque(range(slots))
         self._retired: deque[tuple[int, int]] = deque()  # (slot, serial)
@@ -258,8 +259,7 @@ class AdapterBank:
         if freed:
             if self.device.type == "cuda":  # what was launched may still be running
                 torch.cuda.synchronize(self.device)
-            for slot in freed:
-                self._generation[slot] += 1
+            self._generation[freed] += 1
             self.generations[torch.tensor(freed, device=self.device)] += 1
             self._free.extend(freed)
 
@@ -273,12 +273,12 @@ class AdapterBank:
         """
         lines, flat = flattened(names)
         with self._lock:
-            found = iter(self._known([name for name in flat if name is not None]))
-            numbers = [NONE if name is None else self._number(next(found)) for name in flat]
-        return torch.tensor(numbers, device=self.device).view(lines, -1)
-
-    def _number(self, slot: int) -> int:
-        return self._generation[slot] << SLOT_BITS | slot
+            slots = np.array([self._slot.get(name, NONE) for name in flat])  # type: ignore[arg-type]
+            there = slots != NONE
+            if there.sum() + flat.count(None) < len(flat):
+                self._known([name for name in flat if name is not None])  # says which is not
+            handles = np.where(there, self._generation[slots] << SLOT_BITS | slots, NONE)
+        return torch.from_numpy(handles).to(self.device).view(lines, -1)
 
     @contextmanager
     def use(self, names: Names, weights: Tensor | None = None) -> Iterator[None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import plans
-from .reference import AnyCore, Core, Rows, like, product, through_core
+from .reference import AnyCore, Rows, like, product, through_core, through_rows
 
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
 Wanted = Any  # a Tensor, or None where it was not wanted
@@ -154,7 +154,7 @@ def small(
     x: Tensor,
     weight: Tensor,
     down: Tensor,
-    core: Core,
+    core: AnyCore,
     up: Tensor,
     bias: OptTensor,
     scale: float,
@@ -165,8 +165,12 @@ def small(
     its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
     rows = fold(x)
-    t, matrix = linear(rows, like(down, x.dtype)), product(core)
-    u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
+    t = linear(rows, like(down, x.dtype))
+    if isinstance(core, Rows):
+        u = through_rows(t, core, 1.0)
+    else:
+        matrix = product(core)
+        u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
     y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 

@@ -82,7 +82,8 @@ def product(core: Core) -> torch.Tensor | None:
 
 def factors(rows: Rows, slots: torch.Tensor, j: int, scale: float) -> torch.Tensor:
     """scale · weights[:, j] · scales[slots], (lines, 1, 1), in float32 or wider."""
-    factor = like(rows.scales[slots], torch.promote_types(rows.table.dtype, torch.float32))
+    wide = torch.promote_types(rows.table.dtype, torch.float32)
+    factor = like(rows.scales.index_select(0, slots), wide)
     if rows.weights is not None:
         factor = factor * rows.weights[:, j]
     return (factor if scale == 1.0 else factor * scale).view(-1, 1, 1)
@@ -91,17 +92,23 @@ def factors(rows: Rows, slots: torch.Tensor, j: int, scale: float) -> torch.Tens
 def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
     """u[m] = scale · t[m] · core[m], in float32 or wider and returned in t's dtype.
 
-    A row without an adapter is zero by selection: its t may be NaN.
+    A row without an adapter is zero by selection: its t may be NaN, and so may the core in its
+    place; so where this is to be differentiated both are selected as well.
     """
     wide = torch.promote_types(rows.table.dtype, torch.float32)
     all_slots, valid = rows.slots()
     lines = like(t, wide).reshape(all_slots.shape[1], rows.repeat, t.shape[-1])
     parts = []
     for j, slots in enumerate(all_slots):
-        part = torch.bmm(lines, like(rows.table[slots], wide))
-        if rows.right is not None:
-            part = torch.bmm(part, like(rows.right[slots], wide))
-        part = part * factors(rows, slots, j, scale)
+        part = lines
+        for table in (rows.table, rows.right):
+            if table is not None:
+                cores = like(table.index_select(0, slots), wide)
+                if valid is not None and torch.is_grad_enabled():
+                    there = valid[j].view(-1, 1, 1)
+                    part, cores = part.where(there, 0.0), cores.where(there, 0.0)
+                part = torch.bmm(part, cores)
+        part = part.mul_(factors(rows, slots, j, scale))
         parts.append(part if valid is None else part.where(valid[j].view(-1, 1, 1), 0.0))
     u = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return like(u.reshape(*t.shape[:-1], u.shape[-1]), t.dtype)

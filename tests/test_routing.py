@@ -305,6 +305,23 @@ def test_a_compiled_checkpoint_recomputes_with_its_own_adapters(
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("names", [["1", None], "1"])
+def test_dropout_is_on_while_training(names, model: Model, device: torch.device) -> None:
+    """With gradients and without, and off in eval."""
+    (bank,), x = model.bank, inputs(device, 2, 40)
+    for module in model.blocks.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    with bank.use(names):
+        expected = model.eval()(x)
+        torch.testing.assert_close(model(x), expected)
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                y, z = model.train()(x), model(x)
+            assert not torch.allclose(y[0], expected[0])
+            assert not torch.allclose(y[0], z[0])
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_and_under_autocast(mode, model: Model, device: torch.device) -> None:
     """What is made for one call does not stand in the way of the next."""
