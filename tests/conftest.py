@@ -11,12 +11,25 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 os.environ["FUSED_LOWRANK_TUNE"] = "off"  # no file of the user's decides what is tested
 
+import _pytest.python
 import pytest
 import torch
 from hypothesis import Phase, settings
 
 # Stops at the first failing example: for when it is only asked whether there is one.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
+
+# A call whose frame has room for many more below it. Python keeps frames in chunks of 16 KB and
+# gives one back to the system as soon as a call returns across its edge: where the interpreter's
+# hottest calls lie on such an edge, that is half of a test's time.
+_locals = " = ".join(f"local{i}" for i in range(60_000))
+exec(f"def _roomy(call):\n    if call is None:\n        {_locals} = None\n    return call()\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """The test is called below a roomy frame."""
+    return _roomy(lambda: _pytest.python.pytest_pyfunc_call(pyfuncitem))  # noqa: F821
 
 
 @pytest.fixture(autouse=True)
