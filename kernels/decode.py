@@ -1,7 +1,8 @@
 """decode: the whole layer for few rows, in one launch.
 
     y = x·Wᵀ + bias + u·upᵀ         x (M, K)   W (N, K)   bias (N,)   up (N, Q)   y (M, N)
-    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or 1
+    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or 1,
+                                    or a core for each row (`rows`)
 
 All rows are one tile, and reading W is what takes the time, so K is split over programs until they
 fill the device. A program is one slice of K of one column tile of y. The slices of the first tile
@@ -32,6 +33,7 @@ from .common import (
     variants,
 )
 from .gemm_tail import add_tail
+from .rows import RUNTIME, arguments, blocks, mix
 from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, store_t_and_u, unpacked
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
@@ -114,6 +116,13 @@ def decode_kernel(
     partial_ptr,
     partial_low_ptr,
     arrivals_ptr,
+    handles_ptr,
+    weights_ptr,
+    scales_ptr,
+    generations_ptr,
+    refused_ptr,
+    repeat,
+    slots,
     scale,
     splits,
     depth,
@@ -136,9 +145,11 @@ def decode_kernel(
     N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over `splits` programs of `depth` blocks each
+    MIX: tl.constexpr,  # cores to a row, each from the tables `left` and `right`; 0: one for all
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,  # of a core for each row, at a time
     BLOCK_P: tl.constexpr,  # of t · core
     BLOCK_U: tl.constexpr,  # columns of u made at a time
     BLOCK_R: tl.constexpr,
@@ -165,10 +176,11 @@ def decode_kernel(
             low_ptrs = partial_low_ptr + rows * PAD_P + tl.arange(0, PAD_P)[None, :]
             low, whole = gathered(low, low_ptrs, split, splits, BLOCK_M * PAD_P, arrivals_ptr + LOW)
         if whole:
+            bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
             store_t_and_u(
                 low, t_ptr, u_ptr, left_ptr, right_ptr, 0, M, scale, 1.0,
                 P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, True, False,
-                BLOCK_M, BLOCK_P, BLOCK_U, BLOCK_R,
+                BLOCK_M, BLOCK_P, BLOCK_U, BLOCK_R, MIX, BLOCK_ROWS, bank,
             )  # fmt: skip
             tl.debug_barrier()  # every thread's part of u is stored before it is published
             tl.atomic_xchg(arrivals_ptr + PUBLISHED, 1, sem="release")
@@ -206,7 +218,7 @@ def decode_kernel(
             tl.store(arrivals_ptr + DONE, 0)
 
 
-KERNELS = variants(decode_kernel, runtime=["M", "splits", "depth"])
+KERNELS = variants(decode_kernel, runtime=["M", "splits", "depth", *RUNTIME])
 
 
 def constants(
@@ -219,9 +231,11 @@ def constants(
     store_t: bool,
     counters: int,
     split: bool,
+    mix: int,
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
+    sizes = blocks(p, q, r) if mix else (1, padded(p) if padded(p) <= WHOLE else 64, 16)
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
@@ -230,11 +244,11 @@ def constants(
         "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
+        "MIX": mix,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
-        "BLOCK_U": 16,
+        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_U"), sizes, strict=True)),
         "BLOCK_R": min(padded(max(r, 1)), 32),
         # Rows of up that no vector load fetches take a pointer for each element: few at a time.
         "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
@@ -280,7 +294,8 @@ def decode(
     tiles, blocks = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
     depth = triton.cdiv(blocks, splits(tiles, blocks, x.device))
     parts = triton.cdiv(blocks, depth)  # none without a block
-    store_t = want_t or (core is not None and padded(p) > WHOLE)
+    by_row = mix(core)
+    store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
@@ -307,6 +322,7 @@ def decode(
         partial,
         partial_low,
         arrivals(x.device),
+        *arguments(core),
         float(scale),
         parts,
         depth,
@@ -316,7 +332,7 @@ def decode(
         *x.stride(),
         *weight.stride(),
         **constants(
-            p, q, r, k, transposed, bias is not None, store_t, n_counters, parts > 1, config
+            p, q, r, k, transposed, bias is not None, store_t, n_counters, parts > 1, by_row, config
         ),
         **config.options(),
     )

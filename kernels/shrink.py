@@ -2,6 +2,7 @@
 
     t = x·downᵀ             x (M, K)   down (P, K)   t (M, P)
     u = scale · t · core    core (P, Q), or left (P, r)·right (r, Q), or 1   u (M, Q)
+                            or a core for each row (`rows`)
 
 x is read once; both sums are kept in fp32; t is rounded to x's dtype, as in the reference. An fp32
 core beside a 16-bit x is multiplied on tensor cores as two bf16 values, far more exactly than u is
@@ -13,6 +14,8 @@ of x·downᵀ, and the last to arrive adds them in the order of their index and 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -37,13 +40,14 @@ from .common import (
     threshold,
     variants,
 )
+from .rows import RUNTIME, arguments, blocks, is_rows, mix, store_u_of_rows
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
 MIN_BLOCKS = 4  # of K for a program: fewer, and the partial sums cost more than x
 MAX_SPLITS = 32
 
-Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+Core = Any  # (P, Q), or the pair (P, r) and (r, Q), or None, or rows as `rows` takes them
 
 
 @triton.jit
@@ -71,6 +75,9 @@ def store_t_and_u(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MIX: tl.constexpr = 0,
+    BLOCK_ROWS: tl.constexpr = 1,
+    bank=None,
 ):
     """t and u of BLOCK_M rows, from the sum x·downᵀ as the dots left it."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
@@ -91,6 +98,13 @@ def store_t_and_u(
         u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
         if R < 0:
             tl.store(u_ptrs + offs_p[None, :], cast(acc * scale, dtype), mask_m)
+        elif MIX > 0:
+            tl.debug_barrier()  # t is stored: it is read again, some rows at a time
+            store_u_of_rows(
+                t_ptr, u_ptr, left_ptr, right_ptr, bank, first_m, M, scale,
+                P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, MIX,
+                BLOCK_M, BLOCK_ROWS, BLOCK_P, BLOCK_Q,
+            )  # fmt: skip
         else:
             core_dtype: tl.constexpr = promote(
                 left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
@@ -148,6 +162,13 @@ def shrink_kernel(
     seed_ptr,
     partial_ptr,
     arrivals_ptr,
+    handles_ptr,
+    weights_ptr,
+    scales_ptr,
+    generations_ptr,
+    refused_ptr,
+    repeat,
+    slots,
     scale,
     low_scale,
     threshold,
@@ -170,7 +191,9 @@ def shrink_kernel(
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over programs of `depth` blocks each
     OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
+    MIX: tl.constexpr,  # cores to a row, each from the tables `left` and `right`; 0: one for all
     BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,  # of a core for each row, at a time
     BLOCK_P: tl.constexpr,  # of t · core: t as a whole does not fit beside it if P is large
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -225,14 +248,15 @@ def shrink_kernel(
             tl.num_programs(0) * tile, arrivals_ptr + pid,
         )  # fmt: skip
     if last:
+        bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
         store_t_and_u(
             acc, t_ptr, u_ptr, left_ptr, right_ptr, pid * BLOCK_M, M, scale, low_scale,
             P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, STORE_U, DROPOUT,
-            BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+            BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R, MIX, BLOCK_ROWS, bank,
         )  # fmt: skip
 
 
-KERNELS = variants(shrink_kernel, runtime=["M", "depth", "threshold", "seed_ptr"])
+KERNELS = variants(shrink_kernel, runtime=["M", "depth", "threshold", "seed_ptr", *RUNTIME])
 
 
 def constants(
@@ -246,9 +270,13 @@ def constants(
     dropout: bool,
     counters: int,
     split: bool,
+    mix: int,
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
+    block_p = padded(p) if padded(p) <= WHOLE else 64
+    block_q = min(padded(q), config.block_n)
+    sizes = blocks(p, q, r) if mix else (1, block_p, block_q)
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
@@ -259,9 +287,9 @@ def constants(
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
         "OVERLAP": config.overlap,
+        "MIX": mix,
         "BLOCK_M": config.block_m,
-        "BLOCK_P": padded(p) if padded(p) <= WHOLE else 64,
-        "BLOCK_Q": min(padded(q), config.block_n),
+        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_Q"), sizes, strict=True)),
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),
     }
@@ -282,11 +310,13 @@ def unpacked(
     p = down.shape[1 if transposed else 0]
     if core is None:
         return down, down, p, p, -1
-    if isinstance(core, tuple):
+    if is_rows(core):
+        core = core.table if core.right is None else (core.table, core.right)
+    if isinstance(core, tuple):  # of a table for each row, the last two sides count
         left, right = core[::-1] if transposed else core
-        q = right.shape[0 if transposed else 1]
-        return left, right, p, q, core[1].shape[0]
-    return core, core, p, core.shape[0 if transposed else 1], 0
+        q = right.shape[-2 if transposed else -1]
+        return left, right, p, q, core[1].shape[-2]
+    return core, core, p, core.shape[-2 if transposed else -1], 0
 
 
 def shrink(
@@ -317,7 +347,9 @@ def shrink(
     spec = Spec("shrink", *sizes, is_aligned, padded(p), padded(q), dropout is not None)
     seed, drop_p = (x, 0.0) if dropout is None else dropout
     config = choose(spec, m)
-    store_t = want_t or (want_u and core is not None and padded(p) > WHOLE)
+    by_row = mix(core)
+    read_t = core is not None and (by_row > 0 or padded(p) > WHOLE)  # for t · core
+    store_t = want_t or (want_u and read_t)
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
     n_counters = 0 if counters is None else counters.numel()
@@ -343,6 +375,7 @@ def shrink(
         seed,
         partial,
         arrived,
+        *arguments(core),
         float(scale),
         1.0 / (1.0 - drop_p),
         threshold(drop_p),
@@ -361,6 +394,7 @@ def shrink(
             dropout is not None,
             n_counters,
             parts > 1,
+            by_row,
             config,
         ),
         **config.options(),

@@ -30,6 +30,7 @@ from fused_lowrank.kernels.tiles import (
     TileConfig,
     padded,
 )
+from fused_lowrank.reference import Rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,7 +48,8 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
-    flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b
+    flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b;
+    # a core for each row: m(ixed from two), w(eighted)
     even_k: bool
     small: bool  # the tile for few rows; for fewer still in decode
     variant: str = ""  # the tile set of that name instead of the default
@@ -64,6 +66,19 @@ def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
     if case.layout == "strided":
         return empty(m, 2 * k + 1, dtype=dtype)[:, : 2 * k : 2]
     return empty(m, k + 3, dtype=dtype)[:, :k]
+
+
+def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: str) -> Rows:
+    """A core like this one for each of m rows."""
+    slots, lines = 4096, (m, 2 if "m" in flags else 1)
+    table, right = (part.expand(slots, *part.shape).contiguous() for part in core) if isinstance(
+        core, tuple
+    ) else (core.expand(slots, *core.shape).contiguous(), None)
+    one = torch.empty(1, dtype=torch.int32, device="meta")
+    weights = empty(*lines, dtype="fp32") if "w" in flags else None
+    handles = torch.empty(lines, dtype=torch.int64, device="meta")
+    scales = empty(slots, dtype="fp32")
+    return Rows(table, right, handles, weights, scales, one.expand(slots), one, 1)
 
 
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
@@ -99,19 +114,22 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if transposed:  # the way back: p is what x is multiplied down to
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
     one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
+    core = pair or one
+    if core is not None and ("m" in case.flags or "w" in case.flags):
+        core = bank(core, m, case.flags)
     x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)
     zeroed = counters if "c" in case.flags else None
     if case.kernel in ("decode", "relay"):
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
-        factors, whole = (down, pair or one, up), decode if case.kernel == "decode" else relay
+        factors, whole = (down, core, up), decode if case.kernel == "decode" else relay
         whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, zeroed, choose)
         return
     shrink(
         x,
         down,
-        pair or one,
+        core,
         0.5,
         transposed,
         "t" in case.flags,

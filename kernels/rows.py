@@ -1,0 +1,179 @@
+"""A core for each row, from a bank of adapters: what `shrink` and `decode` do in place of t · core.
+
+    u[m] = scale · sum over j of weights[i, j] · scales[slot] · t[m] · core[slot],   i = m // repeat
+    slot = handles[i, j] mod 2³²
+
+Kernels are told of the bank by an object with the fields of `reference.Rows`, untransposed whatever
+the launch is. Rows do not meet: no product is taken over several of them, and what a row gets does
+not depend on where in a launch it lies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .common import accumulator, cast, offset, promote
+from .tiles import padded
+
+BLOCK = 4096  # numbers of the table that a program holds at a time
+
+
+@triton.jit
+def through(
+    t_ptr,
+    matrix_ptr,
+    offs_m,
+    mask_m,
+    slot,
+    inside,
+    offs_q,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PAD_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    acc_dtype: tl.constexpr,
+):
+    """t[m] · matrix[slot[m]] for some rows m and the columns offs_q of theirs."""
+    part = tl.zeros((offs_m.shape[0], offs_q.shape[0]), acc_dtype)
+    matrix_ptrs = matrix_ptr + offset(slot, P * Q)[:, None, None]
+    mask = inside[:, None, None] & (offs_q[None, None, :] < Q)
+    for p in range(0, PAD_P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        t_ptrs = t_ptr + offset(offs_m[:, None], P) + offs_p[None, :]
+        t = tl.load(t_ptrs, mask_m[:, None] & (offs_p[None, :] < P), other=0.0)
+        if TRANSPOSED:
+            at = offs_q[None, None, :] * P + offs_p[None, :, None]
+        else:
+            at = offs_p[None, :, None] * Q + offs_q[None, None, :]
+        matrix = tl.load(matrix_ptrs + at, mask & (offs_p[None, :, None] < P), other=0.0)
+        part += tl.sum(t.to(acc_dtype)[:, :, None] * matrix.to(acc_dtype), 1)
+    return part
+
+
+@triton.jit
+def store_u_of_rows(
+    t_ptr,
+    u_ptr,
+    left_ptr,
+    right_ptr,
+    bank,
+    first_m,
+    M,
+    scale,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    PAD_P: tl.constexpr,
+    PAD_Q: tl.constexpr,
+    PAD_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    MIX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """u of BLOCK_M rows, from their t in memory.
+
+    `bank` is what `arguments` gives. A row without a valid handle gets zeros by selection. A handle
+    that is refused reads nothing that is not in the tables.
+    """
+    handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots = bank
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    core_dtype: tl.constexpr = promote(left_ptr.dtype.element_ty, right_ptr.dtype.element_ty)
+    acc_dtype: tl.constexpr = accumulator(promote(core_dtype, dtype))
+    end = min(M, first_m + BLOCK_M)
+    for m in range(first_m, end, BLOCK_ROWS):
+        offs_m = m + tl.arange(0, BLOCK_ROWS)
+        mask_m = offs_m < end
+        for q in range(0, PAD_Q, BLOCK_Q):
+            offs_q = q + tl.arange(0, BLOCK_Q)
+            mask_q = offs_q[None, :] < Q
+            u = tl.zeros((BLOCK_ROWS, BLOCK_Q), acc_dtype)
+            for j in range(0, MIX):
+                of_line = offset(offs_m // repeat, MIX) + j
+                handle = tl.load(handles_ptr + of_line, mask_m, other=-1)
+                slot = handle & 0xFFFFFFFF
+                inside = (handle >= 0) & (slot < slots)
+                generation = tl.load(generations_ptr + slot, inside, other=-1)
+                valid = inside & (generation == handle >> 32)
+                refused = (valid == 0) & (handle != -1)
+                tl.store(refused_ptr + tl.zeros_like(offs_m), 1, refused)
+                factor = tl.load(scales_ptr + slot, inside, other=0.0).to(acc_dtype) * scale
+                if weights_ptr is not None:
+                    factor *= tl.load(weights_ptr + of_line, mask_m, other=0.0)
+                # Masked by `inside` alone, loads of the table need not wait for the generation.
+                if R == 0:
+                    part = through(
+                        t_ptr, left_ptr, offs_m, mask_m, slot, inside, offs_q,
+                        P, Q, PAD_P, TRANSPOSED, BLOCK_P, acc_dtype,
+                    )  # fmt: skip
+                else:
+                    offs_r = tl.arange(0, PAD_R)
+                    part = through(
+                        t_ptr, left_ptr, offs_m, mask_m, slot, inside, offs_r,
+                        P, R, PAD_P, TRANSPOSED, BLOCK_P, acc_dtype,
+                    )  # fmt: skip
+                    if TRANSPOSED:
+                        at = offs_q[None, None, :] * R + offs_r[None, :, None]
+                    else:
+                        at = offs_r[None, :, None] * Q + offs_q[None, None, :]
+                    right_ptrs = right_ptr + offset(slot, R * Q)[:, None, None] + at
+                    mask = inside[:, None, None] & (offs_r[None, :, None] < R) & mask_q[None, :, :]
+                    right = tl.load(right_ptrs, mask, other=0.0)
+                    # NaN · 0 is NaN: the padding of r is set to zero after the product.
+                    part = tl.where(offs_r[None, :] < R, part, 0.0)
+                    part = tl.sum(part[:, :, None] * right.to(acc_dtype), 1)
+                u += tl.where(valid[:, None], part * factor[:, None], 0.0)
+            u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q) + offs_q[None, :]
+            tl.store(u_ptrs, cast(tl.where(mask_q, u, 0.0), dtype), mask_m[:, None])
+
+
+RUNTIME = [  # of a kernel's arguments: never specialised
+    "handles_ptr",
+    "weights_ptr",
+    "scales_ptr",
+    "generations_ptr",
+    "refused_ptr",
+    "repeat",
+    "slots",
+]
+
+
+def is_rows(core: Any) -> bool:
+    """Whether the core is one for each row: a NamedTuple, as a pair is a tuple."""
+    return hasattr(core, "handles")
+
+
+def mix(core: Any) -> int:
+    """How many cores a row has at most; 0: one core for all."""
+    return core.handles.shape[1] if is_rows(core) else 0
+
+
+def arguments(core: Any) -> tuple:
+    """The arguments named in RUNTIME, which are not there in a launch of one core for all."""
+    if not is_rows(core):
+        return (None,) * len(RUNTIME)
+    state = core.handles, core.weights, core.scales, core.generations, core.refused
+    return *state, core.repeat, len(core.table)
+
+
+def blocks(p: int, q: int, r: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q): of t · core for each row, BLOCK numbers of cores at a time.
+
+    The pair's r is not divided; only of one above 256 are there more.
+    """
+    pad_p, pad_q = padded(p), padded(q)
+    if r > 0:
+        most = max(16, BLOCK // padded(r))
+        block_p, block_q = min(pad_p, most), min(pad_q, most)
+        held = padded(r) * max(block_p, block_q)
+    else:
+        block_q = min(pad_q, 64)
+        block_p = min(pad_p, BLOCK // block_q)
+        held = block_p * block_q
+    return max(1, min(16, BLOCK // held)), block_p, block_q
