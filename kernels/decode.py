@@ -33,7 +33,7 @@ from .common import (
     variants,
 )
 from .gemm_tail import add_tail
-from .rows import RUNTIME, arguments, blocks, mix
+from .rows import RUNTIME, arguments, mix, row_blocks
 from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, store_t_and_u, unpacked
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
@@ -235,7 +235,8 @@ def constants(
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
-    sizes = blocks(p, q, r) if mix else (1, padded(p) if padded(p) <= WHOLE else 64, 16)
+    block_p = padded(p) if padded(p) <= WHOLE else 64
+    own = row_blocks(p, q, r, config.own_cores) if mix else (1, block_p, 16)
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
@@ -248,7 +249,7 @@ def constants(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_U"), sizes, strict=True)),
+        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_U"), own, strict=True)),
         "BLOCK_R": min(padded(max(r, 1)), 32),
         # Rows of up that no vector load fetches take a pointer for each element: few at a time.
         "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
@@ -287,14 +288,14 @@ def decode(
     left, right, p, q, r = unpacked(down, core, transposed)
     is_aligned = gemm_aligned(x, weight, (down, left, right, up, bias))
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
-    spec = Spec("decode", x.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
+    sizes, ranks, by_row = (x.element_size(), factor_itemsize), (padded(p), padded(q)), mix(core)
+    spec = Spec("decode", *sizes, is_aligned, *ranks, by_row=by_row > 0)
     config = choose(spec, m)
     if m > config.block_m:
         raise ValueError(f"x has {m} rows: a tile of {config} holds {config.block_m}")
     tiles, blocks = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
     depth = triton.cdiv(blocks, splits(tiles, blocks, x.device))
     parts = triton.cdiv(blocks, depth)  # none without a block
-    by_row = mix(core)
     store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device)

@@ -15,10 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .common import accumulator, cast, offset, promote
+from .common import accumulator, cast, offset, promote, runtime
 from .tiles import padded
-
-BLOCK = 4096  # numbers of the table that a program holds at a time
 
 
 @triton.jit
@@ -41,7 +39,7 @@ def through(
     part = tl.zeros((offs_m.shape[0], offs_q.shape[0]), acc_dtype)
     matrix_ptrs = matrix_ptr + offset(slot, P * Q)[:, None, None]
     mask = inside[:, None, None] & (offs_q[None, None, :] < Q)
-    for p in range(0, PAD_P, BLOCK_P):
+    for p in range(0, runtime(PAD_P), BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         t_ptrs = t_ptr + offset(offs_m[:, None], P) + offs_p[None, :]
         t = tl.load(t_ptrs, mask_m[:, None] & (offs_p[None, :] < P), other=0.0)
@@ -162,18 +160,18 @@ def arguments(core: Any) -> tuple:
     return *state, core.repeat, len(core.table)
 
 
-def blocks(p: int, q: int, r: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q): of t · core for each row, BLOCK numbers of cores at a time.
+def row_blocks(p: int, q: int, r: int, block: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q): `block` numbers of the rows' cores at a time.
 
-    The pair's r is not divided; only of one above 256 are there more.
+    The pair's r is not divided; only a large one makes them more.
     """
     pad_p, pad_q = padded(p), padded(q)
     if r > 0:
-        most = max(16, BLOCK // padded(r))
-        block_p, block_q = min(pad_p, most), min(pad_q, most)
+        side = max(16, block // padded(r))
+        block_p, block_q = min(pad_p, side), min(pad_q, side)
         held = padded(r) * max(block_p, block_q)
     else:
         block_q = min(pad_q, 64)
-        block_p = min(pad_p, BLOCK // block_q)
+        block_p = min(pad_p, block // block_q)
         held = block_p * block_q
-    return max(1, min(16, BLOCK // held)), block_p, block_q
+    return max(1, block // held), block_p, block_q

@@ -40,7 +40,7 @@ from .common import (
     threshold,
     variants,
 )
-from .rows import RUNTIME, arguments, blocks, is_rows, mix, store_u_of_rows
+from .rows import RUNTIME, arguments, is_rows, mix, row_blocks, store_u_of_rows
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
@@ -274,9 +274,8 @@ def constants(
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
-    block_p = padded(p) if padded(p) <= WHOLE else 64
-    block_q = min(padded(q), config.block_n)
-    sizes = blocks(p, q, r) if mix else (1, block_p, block_q)
+    block_p, block_q = padded(p) if padded(p) <= WHOLE else 64, min(padded(q), config.block_n)
+    own = row_blocks(p, q, r, config.own_cores) if mix else (1, block_p, block_q)
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
@@ -289,7 +288,7 @@ def constants(
         "OVERLAP": config.overlap,
         "MIX": mix,
         "BLOCK_M": config.block_m,
-        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_Q"), sizes, strict=True)),
+        **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_Q"), own, strict=True)),
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),
     }
@@ -336,7 +335,7 @@ def shrink(
     u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
     K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
     float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
-    (r, P). `counters`, int32, is set to zero for the core_grad that follows. With `dropout`
+    (r, P). A core for each row lies as `rows` says, likewise. `counters`, int32, is set to zero for the core_grad that follows. With `dropout`
     (seed, p), x is dropout(x).
     """
     m, k = x.shape
@@ -344,10 +343,10 @@ def shrink(
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
     is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
     sizes = x.element_size(), factor_itemsize
-    spec = Spec("shrink", *sizes, is_aligned, padded(p), padded(q), dropout is not None)
+    ranks, by_row = (padded(p), padded(q)), mix(core)
+    spec = Spec("shrink", *sizes, is_aligned, *ranks, dropout is not None, by_row > 0)
     seed, drop_p = (x, 0.0) if dropout is None else dropout
     config = choose(spec, m)
-    by_row = mix(core)
     read_t = core is not None and (by_row > 0 or padded(p) > WHOLE)  # for t · core
     store_t = want_t or (want_u and read_t)
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None

@@ -66,6 +66,7 @@ class TileConfig:
     persistent: bool = False  # by tensor descriptors, one program per multiprocessor
     overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
     whole_k: bool = False  # shrink does not split K: the partial sums would spill
+    own_cores: int = 4096  # numbers of them at a time, where each row has a core of its own
 
     def __str__(self) -> str:
         sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
@@ -89,6 +90,7 @@ class Spec:
     pad_p: int  # padded(P)
     pad_q: int
     dropout: bool = False  # by the kernel itself
+    by_row: bool = False  # a core for each row
 
     @property
     def wide(self) -> bool:
@@ -165,6 +167,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
         and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
         and (not config.overlap or target.name in TENSOR)
+        and (spec.kernel != "decode" or not spec.by_row or target.backend == "cuda")
         and held <= room(target, spec) * threads
         and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
         and shared_bytes(config, target, spec) <= target.shared
@@ -180,6 +183,7 @@ def has_descriptors(target: Target, spec: Spec) -> bool:
 def has_relay(target: Target, spec: Spec) -> bool:
     """Whether the whole layer can be one launch, as far as its operands go."""
     there = target.name in TENSOR and spec.kernel == "relay" and not spec.dropout
+    there = there and not spec.by_row
     return there and spec.itemsize == 2 and spec.aligned and spec.pad_p <= RELAY_RANK
 
 
@@ -285,8 +289,10 @@ def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         else:
             tile = replace(tile, block_k=tile.block_k // 2)
+    if target.backend == "hip":  # masks take scalar registers, which are few: too few in decode
+        return replace(tile, own_cores=1024)
     # ptxas otherwise spills now and then, to run more programs side by side.
-    return replace(tile, max_registers=255) if target.backend == "cuda" else tile
+    return replace(tile, max_registers=255)
 
 
 def select(target: Target, spec: Spec, m: int) -> TileConfig:

@@ -267,6 +267,8 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
         for case in chosen:
             if (case.variant or case.kernel == "relay") and name not in TENSOR:
                 continue
+            if case.kernel == "decode" and "m" in case.flags and target.backend != "cuda":
+                continue
             tile, _ = tile_of(case, target)
             ast, options = source(tiled(case, tile), target)
             key = (name, ast.hash(), str(sorted(options.items())))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fused_lowrank.kernels.core_grad import core_grad
+from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
 from fused_lowrank.kernels.dropout import dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
@@ -49,7 +50,7 @@ class Case:
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
     flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b;
-    # a core for each row: m(ixed from two), w(eighted)
+    # m(any cores): one for each row or, w(eighted), two
     even_k: bool
     small: bool  # the tile for few rows; for fewer still in decode
     variant: str = ""  # the tile set of that name instead of the default
@@ -69,16 +70,15 @@ def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
 
 
 def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: str) -> Rows:
-    """A core like this one for each of m rows."""
-    slots, lines = 4096, (m, 2 if "m" in flags else 1)
-    table, right = (part.expand(slots, *part.shape).contiguous() for part in core) if isinstance(
-        core, tuple
-    ) else (core.expand(slots, *core.shape).contiguous(), None)
-    one = torch.empty(1, dtype=torch.int32, device="meta")
-    weights = empty(*lines, dtype="fp32") if "w" in flags else None
-    handles = torch.empty(lines, dtype=torch.int64, device="meta")
+    """A core like this one for each of m rows, or two; with so few that rows are split, one."""
+    k, slots = 2 if "w" in flags else 1, 1 if "s" in flags else 4096
+    factors = core if isinstance(core, tuple) else (core,)
+    table, right = (*(part.new_empty(slots, *part.shape) for part in factors), None)[:2]
+    handles = torch.empty(m, k, dtype=torch.int64, device="meta")
+    weights = empty(m, k, dtype="fp32") if "w" in flags else None
+    generations, refused = (torch.empty(n, dtype=torch.int32, device="meta") for n in (slots, 1))
     scales = empty(slots, dtype="fp32")
-    return Rows(table, right, handles, weights, scales, one.expand(slots), one, 1)
+    return Rows(table, right, handles, weights, scales, generations, refused, 1)
 
 
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
@@ -109,13 +109,16 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if case.kernel == "core_grad":
         t, g = empty(m, p, dtype=case.x), empty(m, q, dtype=case.x)
         core = pair or empty(p, q, dtype=case.core)
+        if "m" in case.flags:
+            core_grad_rows(t, g, bank(core, m, case.flags), 0.5, choose)
+            return
         core_grad(t, g, core, 0.5, ("a" in case.flags, "b" in case.flags), counters, choose)
         return
     if transposed:  # the way back: p is what x is multiplied down to
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
     one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
     core = pair or one
-    if core is not None and ("m" in case.flags or "w" in case.flags):
+    if "m" in case.flags:
         core = bank(core, m, case.flags)
     x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)
     zeroed = counters if "c" in case.flags else None
@@ -201,6 +204,14 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("fp16", [CORE_16], ALIGNED[:1], [FULL[1], FULL[4]], flags="tud")
     yield from some("fp32", [ALL], ALIGNED[:1], [FULL[1], FULL[4]], flags="tud")
     yield from some("fp32", [ALL], STRIDED, [ODD[0], ODD[3]], flags="tud")
+    # A core for each row is read where t lies, whatever made t; two, weighted, are the most.
+    yield from some("bf16", [CORE], ALIGNED, [FULL[0], FULL[1], FULL[4]], flags="tucmw")
+    yield from some("bf16", [CORE], UNALIGNED[1:] + STRIDED, [ODD[0], ODD[3]], flags="tucmw")
+    yield from some("bf16", [SAME], ALIGNED[:1], [FULL[4]], flags="tucmw")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tucm")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tudsm")
+    yield from some("fp16", [CORE_16], STRIDED, [ODD[0]], flags="tucmw")
+    yield from some("fp32", [ALL], STRIDED, [ODD[3]], flags="tucmw")
     for flags in ("tu", "u", "tc", "uc"):  # forward, inference, backward for the core, and for x
         yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
 
@@ -257,6 +268,11 @@ def core_grad_cases() -> Iterator[Case]:
         yield from some("fp16", core, [full[3], odd[3]])
     yield from some("fp32", "bf16", [full[3], odd[3]])
     yield from some("bf16", "fp32", [full[1]], ("a", "b"))
+    # By adapter the core is not read, nor is there anything to do for a pair.
+    yield from some("bf16", "fp32", [(64, 64, 0)], ("m", "mw", "mws"))
+    yield from some("bf16", "fp32", [full[2], odd[2]], ("mw",))
+    yield from some("fp16", "fp32", [odd[0]], ("mw",))
+    yield from some("fp32", "fp32", [full[2]], ("mw",))
 
 
 def relay_cases() -> Iterator[Case]:
@@ -295,6 +311,10 @@ def decode_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], ALIGNED, [FULL[0]], both)
     yield from some("fp32", [ALL], STRIDED, [ODD[0]], few)
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
+    # With many cores, on CUDA alone.
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1]], flags="tcbsmw")
+    yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tcbsmw")
+    yield from some("fp32", [ALL], ALIGNED[:1], [FULL[0]], few, flags="tcbsmw")
 
 
 def dropped_cases() -> Iterator[Case]:
@@ -334,6 +354,9 @@ def sampled(count: int, seed: int) -> list[Case]:
     def rank() -> int:
         return rng.choice((16, 32, 64, 128, 256, rng.randint(1, 256), rng.randint(1, 256)))
 
+    def many(r: int) -> str:
+        return rng.choice(("", "", "m", "mw")) if r >= 0 else ""
+
     def one() -> Case:
         kernels = "shrink", "shrink", "gemm_tail", "core_grad", "decode", "relay"
         kernel = rng.choice(kernels)
@@ -346,7 +369,7 @@ def sampled(count: int, seed: int) -> list[Case]:
             layout = "transposed" if bias == "d" and aligned else layout
             return Case(kernel, x, down, "", layout, aligned, 0, q, 0, bias, even, small)
         if kernel == "core_grad":
-            wanted = rng.choice(("a", "b", "ab"))
+            wanted = rng.choice(("a", "b", "ab", "m", "mw", "mws"))
             is_aligned = p % 16 == q % 16 == 0
             r = max(0, r)
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
@@ -362,8 +385,10 @@ def sampled(count: int, seed: int) -> list[Case]:
         if kernel == "decode":
             p = min(p, 32)  # what every target holds, for any dtype
             flags, q = rng.choice(("b", "tc")) + rng.choice(("", "s")), p if r < 0 else q
+            flags += many(r)
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, True)
         flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc")) + rng.choice(("", "s"))
+        flags += many(r)
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 

@@ -1,4 +1,4 @@
-"""shrink and decode with a core for each row, against fp64; what a row gets is its own affair."""
+"""shrink and decode with a core for each row, against fp64; rows do not meet."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ def operands(
 ) -> tuple[Operands, Callable[..., Rows]]:
     """Operands of a layer, and what makes `Rows` of those named table, right, weights and scales.
 
-    The handles are random; the last slot, no adapter, and each kind of handle that is refused occur.
+    The handles are random; the last slot, no adapter and each kind of refused handle occur.
     """
 
     def values(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -339,7 +339,7 @@ def test_slots_beyond_int32(device: torch.device) -> None:
 def test_a_launch_does_not_depend_on_handles(
     plan: str, device: torch.device, counted_launches, monkeypatch
 ) -> None:
-    """One, of one grid, compile-time constants and integers; t is stored only where it is wanted."""
+    """One, of one grid, constants and integers; t is given only where it is wanted."""
     module = decode_module if plan == "decode" else shrink_module
     made, rows = operands(device, k=2)
     seen = []
