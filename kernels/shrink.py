@@ -274,8 +274,8 @@ def constants(
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
-    block_p, block_q = padded(p) if padded(p) <= WHOLE else 64, min(padded(q), config.block_n)
-    own = row_blocks(p, q, r, config.own_cores) if mix else (1, block_p, block_q)
+    shared = 1, padded(p) if padded(p) <= WHOLE else 64, min(padded(q), config.block_n)
+    own = row_blocks(p, q, r, config.own_cores) if mix else shared
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
@@ -335,8 +335,8 @@ def shrink(
     u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
     K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
     float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
-    (r, P). A core for each row lies as `rows` says, likewise. `counters`, int32, is set to zero for the core_grad that follows. With `dropout`
-    (seed, p), x is dropout(x).
+    (r, P). A core for each row lies as `rows` says, as it is for both. `counters`, int32, is set to
+    zero for the core_grad that follows. With `dropout` (seed, p), x is dropout(x).
     """
     m, k = x.shape
     left, right, p, q, r = unpacked(down, core, transposed)
