@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from fused_lowrank.kernels import core_grad_rows as module
@@ -85,6 +86,26 @@ def test_core_grad(
     assert dcore[0].any()
     assert not dcore[1].any()
     assert torch.equal(dcore, ours(**made))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU has an order of its own")
+def test_the_order_of_the_programs_changes_no_bit(device: torch.device, monkeypatch) -> None:
+    """Parts of all adapters and tiles come in turn, last to first."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(module, "splits", lambda *_: 4)
+    made = operands(device, torch.float32)
+    first = launched(*made)
+    start = interpreter_builder.set_grid_idx
+
+    def other(x: int, y: int, z: int) -> None:
+        slots, tiles, parts = interpreter_builder.grid_dim
+        assert parts > 1
+        at = slots * tiles * parts - 1 - ((x * tiles + y) * parts + z)
+        start(at % slots, at // slots % tiles, at // slots // tiles)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", other)
+    assert torch.equal(first, launched(*made))
 
 
 @pytest.mark.parametrize("k", [1, 2])
