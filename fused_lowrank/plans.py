@@ -230,7 +230,7 @@ class Split(Aten):
 
         choose = planner.tiles(t.device, self.variant)
         if isinstance(core, Rows):
-            from .kernels.core_grad import core_grad_rows
+            from .kernels.core_grad_rows import core_grad_rows
 
             return core_grads(core_grad_rows(t, g, core, scale, choose), core, want)
         return core_grad(t, g, contiguous(core), scale, want, counters, choose)
