@@ -252,7 +252,8 @@ class AdapterBank:
         if not self._retired:
             return
         purge()
-        oldest = min(self._running.keys(), default=None)
+        running: Any = self._running.valuerefs()  # its keys() may fail beside a call that ends
+        oldest = min((ref.key for ref in running if ref() is not None), default=None)
         freed = []
         while self._retired and (oldest is None or self._retired[0][1] < oldest):
             freed.append(self._retired.popleft()[0])
@@ -268,8 +269,8 @@ class AdapterBank:
     def handles(self, names: Names) -> Tensor:
         """Handles of names, int64 (lines, k) on the bank's device: for a buffer that `use` reads.
 
-        They are valid until the name is replaced or removed; after that they act as None, and
-        `check` says so.
+        They are valid until the name is replaced or removed, and calls that began before are over;
+        after that they act as None, and `check` says so.
         """
         lines, flat = flattened(names)
         with self._lock:

@@ -160,8 +160,9 @@ class Memory(NamedTuple):
 MEMORIES: dict[int, Memory] = {}  # by the storage's address, which a weak reference keeps taken
 _lock = threading.Lock()
 _size = [PURGE]  # at which MEMORIES is purged next
-_thread = threading.local()  # .place: where a memory was recalled last, (task, node, memory)
-# .context: what checkpoint_context found, (routing,)
+_thread = threading.local()
+# .place: (address, task, node): what was recalled last, and in which backward, at which of its nodes
+# .context: (routing,), what checkpoint_context found
 
 
 def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -182,7 +183,7 @@ def remember_storage(x: Tensor) -> None:
         before = None
     if task >= 0:
         if before is not None:
-            _thread.place = task, torch._C._current_autograd_node(), before
+            _thread.place = address, *place(task)
         return
     head = ACTIVE.get()
     weak = None if head is None else weakref.ref(head)
@@ -210,14 +211,20 @@ def purge() -> None:
         _purge()
 
 
+def place(task: int) -> tuple[int, int]:
+    """Where a backward is, without keeping its graph alive: a recomputation is within one node."""
+    return task, torch._C._current_autograd_node()._sequence_nr()
+
+
 def recalled(task: int, key: int) -> Routing | None:
     """The routing of the forward that the running backward recomputes."""
     context = getattr(_thread, "context", None)
     if context is not None:
         return find(context[0], key)
-    place = getattr(_thread, "place", None)
-    if place is not None and place[:2] == (task, torch._C._current_autograd_node()):
-        return find(place[2].recall(), key)
+    address, *there = getattr(_thread, "place", (0, -1, -1))
+    memory = MEMORIES.get(address)
+    if memory is not None and tuple(there) == place(task):
+        return find(memory.recall(), key)
     with _lock:
         alive = any(memory.alive for memory in MEMORIES.values())
     if alive or find(ACTIVE.get(), key) is not None:

@@ -342,3 +342,16 @@ def test_without_gradients_and_under_autocast(mode, model: Model, device: torch.
         y = model(x.float())
         assert model.blocks[0].first(x.float()).dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_nothing_keeps_a_slot_after_the_backward(kind: str, device: torch.device) -> None:
+    """What recalls a routing does not keep it, nor the graph."""
+    bank = banked(model := Model(CHECKPOINTS[kind]).train(), device)
+    for names in (["0", "1"], ["0", None]):
+        x = inputs(device, 2, 3).requires_grad_()
+        with bank.use(names):
+            model(x).sum().backward()
+    del x
+    bank.remove("0")
+    assert list(bank._free) == [0]
