@@ -138,7 +138,8 @@ def spec_of(kernel: str, at: Pass) -> Spec:
     size = at.dtype.itemsize
     p = 16 if kernel == "gemm_tail" else padded(at.p)
     masked = at.dropout and at.back == (kernel == "gemm_tail")
-    return Spec(kernel, size, size, at.regular, p, padded(at.q), masked)
+    by_row = at.rows and kernel != "gemm_tail"
+    return Spec(kernel, size, size, at.regular, p, padded(at.q), masked, by_row)
 
 
 def why_not_variant(at: Pass, variant: str) -> str | None:

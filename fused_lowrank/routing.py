@@ -161,7 +161,7 @@ MEMORIES: dict[int, Memory] = {}  # by the storage's address, which a weak refer
 _lock = threading.Lock()
 _size = [PURGE]  # at which MEMORIES is purged next
 _thread = threading.local()
-# .place: (address, task, node): what was recalled last, and in which backward, at which of its nodes
+# .place: (address, task, node), what was recalled last, and where in which backward
 # .context: (routing,), what checkpoint_context found
 
 

@@ -369,3 +369,18 @@ def test_explain_where_no_plan_is_chosen(capsys) -> None:
         explain(torch.nn.Linear(4, 4), 1)
     with pytest.raises(ValueError, match="rows is 0"):
         explain(FusedLoraXSLinear(64, 64, r=4), 0)
+
+
+def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
+    """For those that give the bare layer's bits where it is zero, on targets that have room for it."""
+    from fused_lowrank.kernels.tiles import TARGETS
+
+    rows, one = (at(m=16, dtype=torch.bfloat16, rows=value) for value in (True, False))
+    assert plans.plan_names("triton", rows) == ["split", "decode"]
+    assert plans.plan_names("aten", rows) == ["aten"]
+    assert plans.plan_names("auto", rows) == ["aten"]
+    assert plans.plan_names("auto", one) == ["aten", "first"]
+    assert all(plans.PLANS[name].why_not(rows) for name in ("first", "mixed", "relay"))
+    monkeypatch.setattr(planner, "target", lambda device: TARGETS["gfx942"])
+    assert plans.plan_names("triton", rows) == ["split"]
+    assert plans.plan_names("triton", one) == ["split", "decode"]
