@@ -372,7 +372,7 @@ def test_explain_where_no_plan_is_chosen(capsys) -> None:
 
 
 def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
-    """For those that give the bare layer's bits where it is zero, on targets that have room for it."""
+    """For those that give the bare layer's bits where it is zero, where there is room for it."""
     from fused_lowrank.kernels.tiles import TARGETS
 
     rows, one = (at(m=16, dtype=torch.bfloat16, rows=value) for value in (True, False))
