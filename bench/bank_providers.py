@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fused_lowrank import planner
+from fused_lowrank import planner, use_batch_invariance
 from fused_lowrank.costs import Pass
 from fused_lowrank.plans import PLANS, Split
 from fused_lowrank.testing import pinned_plan
@@ -28,6 +28,7 @@ from .providers import Call, not_importable
 
 GATHERED = 256 << 20  # bytes of LoRA factors that are gathered for rows at a time
 LORA_SHARE = 0.25  # of the device's memory, which the adapters of a peer may take
+INVARIANT_MOST = 64  # rows, on a CPU
 PEFT_MOST = 1024  # adapters; its loop takes milliseconds for a hundred of them
 
 
@@ -63,6 +64,20 @@ def inside(batch: Batch) -> Call:
         batch.model(batch.xs[0])
         context = copy_context()
     return lambda x: context.run(batch.model, x)
+
+
+def invariant(batch: Batch) -> Call:
+    """The same under use_batch_invariance: what it costs."""
+    layer = inside(batch)
+
+    def call(x: Tensor) -> Tensor:
+        use_batch_invariance(True)
+        try:
+            return layer(x)
+        finally:
+            use_batch_invariance(False)
+
+    return call
 
 
 def graph(batch: Batch) -> Call:
@@ -168,6 +183,12 @@ def no_peft(case: BankCase, device: torch.device) -> str | None:
     return not_importable("peft", gpu=False)(cast(Any, case), device) or too_large(case, device)
 
 
+def no_invariant(case: BankCase, device: torch.device) -> str | None:
+    """Why it is not there: on a CPU it computes one row at a time."""
+    slow = device.type == "cpu" and case.rows > INVARIANT_MOST
+    return f"more than {INVARIANT_MOST} rows, one at a time, are not waited for" if slow else None
+
+
 def no_graph(case: BankCase, device: torch.device) -> str | None:
     """Why there is no CUDA graph."""
     return None if device.type == "cuda" else "needs a GPU"
@@ -211,6 +232,7 @@ BANK_PROVIDERS: dict[str, BankProvider] = {
         BankProvider("bank", "method", by_names),
         BankProvider("bank:handles", "method", by_handles),
         BankProvider("bank:layer", "method", inside),
+        BankProvider("bank:invariant", "method", invariant, no_invariant),
         *(BankProvider(name, "method", inside, plan=name) for name in PLANS),
         BankProvider("graph", "method", graph, no_graph),
         BankProvider("gather-cores", "method", gather_cores),

@@ -11,7 +11,8 @@ WHAT = (
     "The forward of one layer without gradients, r = 16, cold cache, each row of the batch with an "
     "adapter of its own: m rows, d distinct adapters among them, of so many resident. `bank` is a "
     "whole call with names, `bank:handles` the same with handles; `bank:layer`, and each plan by "
-    "its name, the layer alone, in a bank that was entered before; `graph` a replayed CUDA graph. "
+    "its name, the layer alone, in a bank that was entered before, and `bank:invariant` that under "
+    "`use_batch_invariance`; `graph` a replayed CUDA graph. "
     "`gather-cores` is the same equation in torch, `gather-lora` plain LoRA with A and B gathered "
     "for each row, `peft-loop` PEFT's layer called with `adapter_names`."
 )

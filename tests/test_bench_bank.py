@@ -67,7 +67,8 @@ def test_every_provider_is_measured_or_says_why_not(rows):
             assert row["status"] == "absent"
             assert row["why"]
     there = {name for name, row in rows.items() if row["status"] == "ok"}
-    assert {"bare", "bank", "bank:layer", "aten", "gather-cores", "gather-lora"} <= there
+    ours = {"bank", "bank:layer", "bank:invariant", "aten"}
+    assert {"bare", *ours, "gather-cores", "gather-lora"} <= there
     assert rows["bare"]["relative"]["forward"] == [1.0] * 3
 
 
