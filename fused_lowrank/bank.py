@@ -238,6 +238,7 @@ class AdapterBank:
         for name, shelf in self.shelves.items():
             for part, values in zip(shelf, cores[name], strict=True):
                 if part is not None and values is not None:
+                    # By .data: autograd is not to refuse a backward that reads other slots.
                     part.data[where] = values.to(part.device, part.dtype)
         if self.device.type == "cuda":  # whoever learns of them may be on another stream
             torch.cuda.current_stream(self.device).synchronize()

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
         if self.known is not None:
             return self.known
         slot, generation = self.handles & (1 << SLOT_BITS) - 1, self.handles >> SLOT_BITS
-        valid = (self.handles >= 0) & (slot < len(self.generations))
+        valid = slot < len(self.generations)
         slot = slot.where(valid, 0)
         valid &= self.generations[slot] == generation
         self.refused.logical_or_((~valid & (self.handles != NONE)).any())

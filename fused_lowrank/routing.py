@@ -68,12 +68,13 @@ class Routing:
                 f"was given {lines} adapters: x must have a row for each, or its first dimension "
                 "must be the sequences, as many to each"
             )
-        shelf, store = self.store.shelves[layer], self.store
+        (table, right, scales), store = self.store.shelves[layer], self.store
         return Rows(
-            *untracked(shelf),
+            table,
+            right,
             self.handles,
             self.weights,
-            shelf.scales,
+            scales,
             store.generations,
             store.refused,
             count // lines,
@@ -91,17 +92,6 @@ class Routing:
                 found = table[self.slot].clone(), b, float(scales[self.slot])
             self._ones[layer] = found
         return found
-
-
-def untracked(shelf: Shelf) -> tuple[Tensor, Tensor | None]:
-    """The tables, without autograd's check that they are not written to, unless they are trained.
-
-    Writing to one slot is no reason to refuse the backward of another.
-    """
-    table, right, _ = shelf
-    if table.requires_grad:
-        return table, right
-    return table.data, None if right is None else right.data
 
 
 ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)

@@ -235,11 +235,14 @@ def test_a_checkpoint_whose_adapters_are_lost_is_an_error(
     model = Model(lambda block, x: checkpoint(lambda h: block(h * 2.0), x, use_reentrant=reentrant))
     bank = banked(model.train(), device)
     x = inputs(device, 2, 3).requires_grad_()
+    block = model.blocks[0]
+    known = inputs(device, 2, 3).requires_grad_()  # recalled first, and still remembered
+    with bank.use(["1", "1"]):
+        checkpoint(block, known, use_reentrant=reentrant).sum().backward()
     with bank.use(["0", None]):
         y = model(x)
     with pytest.raises(RuntimeError, match=r"context_fn=bank\.checkpoint_context"):
         y.sum().backward()
-    block = model.blocks[0]
     with bank.use(["0", None]):
         y = checkpoint(block, x, use_reentrant=reentrant)
     with bank.use(["1", "2"]):
@@ -355,3 +358,33 @@ def test_nothing_keeps_a_slot_after_the_backward(kind: str, device: torch.device
     del x
     bank.remove("0")
     assert list(bank._free) == [0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_go_to_whom_the_call_was_of(compiled: bool, device: torch.device) -> None:
+    """To the model's own cores outside `use`, to those in training inside theirs, or to nobody's."""
+    model = Model()
+    bank = banked(model, device)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x = inputs(device, 2, 3)
+    own = model.blocks[0].first.core
+    trained = bank.trainable(["1", "0"])
+    (cores, *_) = trained.parameters()
+    for own_too in (False, True):
+        for layer in bank.layers.values():
+            layer.core.requires_grad_(own_too)
+        with trained.use(["0", None]):
+            call(x).square().sum().backward()
+        assert cores.grad[1].any()
+        assert not cores.grad[0].any()
+        assert own.grad is None or not own.grad.any()
+        cores.grad = None
+        if own_too:
+            with bank.use(["0", "1"]):
+                y = call(x).square().sum()
+            if y.requires_grad:
+                y.backward()
+            assert own.grad is None or not own.grad.any()
+            assert cores.grad is None or not cores.grad.any()
+            call(x).square().sum().backward()
+            assert own.grad.any()
