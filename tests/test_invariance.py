@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear, use_batch_invariance
+from fused_lowrank import (
+    AdapterBank,
+    FusedLoraMiniLinear,
+    FusedLoraXSLinear,
+    planner,
+    use_batch_invariance,
+)
+from fused_lowrank.kernels.tiles import Spec
 
 SIZES = (1, 3, 17, 64, 70)
 
@@ -64,3 +71,14 @@ def test_without_it_shapes_may_change_the_bits(device: torch.device) -> None:
     x = torch.randn(70, 2048, device=device)
     with torch.no_grad():
         assert not torch.equal(bits(layer(x)[:3]), bits(layer(x[:3])))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", ["shrink", "gemm_tail"])
+def test_tiles_do_not_follow_the_rows(kernel: str, itemsize: int, device: torch.device) -> None:
+    """And K is not split over programs."""
+    choose = planner.tiles(device, "fixed")
+    spec = Spec(kernel, itemsize, itemsize, True, 16, 16)
+    tiles = {choose(spec, rows) for rows in (1, 64, 65, 8192)}
+    assert len(tiles) == 1
+    assert kernel == "gemm_tail" or tiles.pop().whole_k

@@ -362,7 +362,7 @@ def test_nothing_keeps_a_slot_after_the_backward(kind: str, device: torch.device
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_go_to_whom_the_call_was_of(compiled: bool, device: torch.device) -> None:
-    """To the model's own cores outside `use`, to those in training inside theirs, or to nobody's."""
+    """To the model's own cores outside `use`, to those in training inside theirs, or to nobody."""
     model = Model()
     bank = banked(model, device)
     call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
