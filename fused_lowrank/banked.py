@@ -49,9 +49,9 @@ class Place:
         dropout_p = layer.dropout if layer.training else 0.0
         if routing.bare and not planner.INVARIANT[0]:
             return dense(x, layer.weight, layer.bias)
-        rows, scale = None, 1.0
+        rows = None
         if routing.handles is None:
-            a, b, scale = routing.one(self.name)
+            a, b = routing.one(self.name)
             first = a, b
         else:
             rows = routing.rows(self.name, x.shape[:-1])
@@ -61,12 +61,12 @@ class Place:
         if quick and planner.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 factors = layer.down, ops.join(a, b, rows), layer.up
-                return ops.small(x, layer.weight, *factors, layer.bias, scale)
+                return ops.small(x, layer.weight, *factors, layer.bias, 1.0)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
         given = x, layer.weight, layer.down, *first, layer.up, layer.bias
-        x, w, bias = prepared(*given, scale, dropout_p)
-        rest = rows, scale, dropout_p, layer.impl
+        x, w, bias = prepared(*given, 1.0, dropout_p)
+        rest = rows, 1.0, dropout_p, layer.impl
         return compute(x, w, layer.down, a, b, layer.up, bias, *rest)
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
@@ -137,8 +137,7 @@ def resolve(
         return Banked(ops.join(a, b), scale, "own")
     routing = ROUTINGS[number]
     if routing.handles is None:
-        left, right, scale = routing.one(name)
-        return Banked(ops.join(left, right), scale, "")
+        return Banked(ops.join(*routing.one(name)), 1.0, "")
     rows = routing.rows(name, lead)
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")

@@ -54,7 +54,7 @@ class Routing:
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles that were just made
-    _ones: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)
+    _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def rows(self, layer: str, lead: Sequence[int]) -> Rows:
         """The cores for the rows of x, which is (*lead, K)."""
@@ -82,14 +82,15 @@ class Routing:
             self.known,
         )
 
-    def one(self, layer: str) -> tuple[Tensor, Tensor | None, float]:
-        """(a, b, scale) of the one adapter: copies, whatever becomes of its slot."""
+    def one(self, layer: str) -> tuple[Tensor, Tensor | None]:
+        """The core of the one adapter, times its scale: copies, whatever becomes of its slot."""
         found = self._ones.get(layer)
         if found is None:
             table, right, scales = self.store.shelves[layer]
-            with torch.inference_mode(False):
-                b = None if right is None else right[self.slot].clone()
-                found = table[self.slot].clone(), b, float(scales[self.slot])
+            wide = torch.promote_types(table.dtype, torch.float32)
+            with torch.inference_mode(False):  # on the device: nobody waits for the scale
+                left = table[self.slot].to(wide) * scales[self.slot].to(wide)
+                found = left, None if right is None else right[self.slot].clone()
             self._ones[layer] = found
         return found
 
