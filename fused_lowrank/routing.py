@@ -204,7 +204,8 @@ def purge() -> None:
 
 def place(task: int) -> tuple[int, int]:
     """Where a backward is, without keeping its graph alive: a recomputation is within one node."""
-    return task, torch._C._current_autograd_node()._sequence_nr()
+    node = torch._C._current_autograd_node()
+    return task, -1 if node is None else node._sequence_nr()
 
 
 def recalled(task: int, key: int) -> Routing | None:
