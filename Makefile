@@ -70,6 +70,7 @@ bench-gpu: $(READY)
 	-$(RUN) bench/run.py --set core --device $(DEVICE) --out $(RESULTS) --resume --minutes $(CASE_MINUTES)
 	-$(RUN) bench/block.py --device $(DEVICE) --out $(RESULTS)
 	-$(RUN) bench/bank.py --set gpu --device $(DEVICE) --out $(RESULTS) --resume --minutes $(BANK_MINUTES)
+	-$(RUN) bench/bank_stack.py --device $(DEVICE) --out $(RESULTS)
 	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 .venv/ready: requirements-dev.txt pyproject.toml setup.py

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import bank, bank_report, harness, report, tables, timers
+from bench import bank, bank_report, bank_stack, harness, report, tables, timers
 from bench.bank_cases import BANK_SETS, BankCase, make_batch, select
 from bench.bank_providers import BANK_PROVIDERS, BankProvider, gather_cores, no_peft
 from bench.store import BANK_PREFIX, Store, make_key
@@ -174,3 +174,26 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path, capsys):
     assert measure(tmp_path, "--set", "nope") == 2
     assert "known: smoke, cpu, gpu" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stack_of_projections(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_stack, "LAYERS", 1)
+    arguments = ["--device", "cpu", "--shrink", "128", "--rounds", "2", "--out", str(tmp_path)]
+    assert bank_stack.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["header", *["case"] * 4, "end"]
+    assert lines[1]["case"] == "7 projections of llama-3.1-8b/m1/d1/of7812/fp32"
+    (device,) = tables.load(tmp_path, bank=True)
+    assert f"| {lines[4]['case']} | " in bank_report.full_text(device)
+    stack = bank_stack.make_stack(CPU, 300, 128)
+    timer = timers.TIMERS["host"](CPU)
+    assert bank_stack.measure(stack, 16, timer, 2)["resident"] == 300
+    stack.bank.shelves["6"].table.data.mul_(1.01)
+    with pytest.raises(harness.WrongResult):
+        bank_stack.measure(stack, 16, timer, 2)
+
+
+def test_a_stack_is_as_large_as_the_memory(monkeypatch):
+    monkeypatch.setattr(bank_stack, "memory", lambda device: 4 << 20)
+    assert 0 < len(bank_stack.make_stack(CPU, 300, 128).layers) < 224
