@@ -20,7 +20,7 @@ from . import ops, planner
 from .functional import compute, prepared
 from .layers.base import LowRankLinear
 from .reference import AnyCore
-from .routing import Routing, current, remember_storage
+from .routing import WRITTEN, Routing, current, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -107,18 +107,22 @@ class Banked(NamedTuple):
 
 @torch.library.custom_op("fused_lowrank::route", mutates_args=())
 def route(key: int) -> Tensor:
-    """A token, int64 (1,) on the CPU, that stands for the routing of the running call."""
+    """A token, int64 (2,) on the CPU, that stands for the routing of the running call.
+
+    It is the routing's number and its version.
+    """
     routing = current(key)
-    token = torch.tensor([OUTSIDE if routing is None else next(_tokens)])
-    if routing is not None:
-        ROUTINGS[int(token)] = routing
-        token.routing = routing  # type: ignore[attr-defined]  # lives as long as the token
+    if routing is None:
+        return torch.tensor([OUTSIDE, 0])
+    number = next(_tokens)
+    ROUTINGS[number], token = routing, torch.tensor([number, routing.version])
+    token.routing = routing  # type: ignore[attr-defined]  # lives as long as the token
     return token
 
 
 @route.register_fake
 def _(key):  # type: ignore[no-untyped-def]
-    return torch.empty(1, dtype=torch.int64, device="cpu")
+    return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def resolve(
@@ -132,10 +136,12 @@ def resolve(
     scale: float,
 ) -> Banked:
     """What a token stands for, at one layer."""
-    number = int(token)
+    number, version = token.tolist()
     if number == OUTSIDE:
         return Banked(ops.join(a, b), scale, "own")
     routing = ROUTINGS[number]
+    if routing.version != version:
+        raise RuntimeError(WRITTEN)
     if routing.handles is None:
         return Banked(ops.join(*routing.one(name)), 1.0, "")
     rows = routing.rows(name, lead)

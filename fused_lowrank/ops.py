@@ -186,13 +186,15 @@ class LowRankLinear(torch.autograd.Function):
         want_t = needs.a or needs.b or needs.up
         rest = seed, scale, dropout_p, impl
         y, t = forward(x, weight, down, join(a, b, rows), up, bias, *rest, want_t)
-        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed)
+        by_row = (None, None) if rows is None else (rows.handles, rows.weights)
+        # Those of rows are saved for autograd to see that they are not written to meanwhile.
+        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed, *by_row)
         ctx.needs, ctx.rest, ctx.lead, ctx.rows = needs, rest[1:], lead, rows
         return y.view(*lead, y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        t, x, weight, down, a, b, up, seed = ctx.saved_tensors
+        t, x, weight, down, a, b, up, seed, *_ = ctx.saved_tensors
         core = join(a, b, ctx.rows)
         with torch.no_grad():
             operands = fold(dy), t, x, weight, down, core, up, seed, *ctx.rest, ctx.needs

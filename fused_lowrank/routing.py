@@ -56,6 +56,12 @@ class Routing:
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles that were just made
     _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
+    @property
+    def version(self) -> int:
+        """It rises when the caller writes to the handles or the weights."""
+        own = (self.handles, self.weights)
+        return sum(t._version for t in own if t is not None and not t.is_inference())
+
     def rows(self, layer: str, lead: Sequence[int]) -> Rows:
         """The cores for the rows of x, which is (*lead, K)."""
         assert self.handles is not None
@@ -124,6 +130,10 @@ LOST = (
     "Checkpoint whole modules, called with the hidden states as their first tensor; or pass "
     "use_reentrant=False, context_fn=bank.checkpoint_context"
 )
+WRITTEN = (
+    "the handles, or the weights, that bank.use was given were written to between the forward and "
+    "its backward: give it a copy where gradients are wanted"
+)
 PURGE = 256  # memories at which those of storages that are gone are dropped
 
 
@@ -134,6 +144,7 @@ class Memory(NamedTuple):
     routing: weakref.ref[Routing] | None  # None: outside `bank.use`
     kept: Routing | None  # where autograd keeps none: a reentrant checkpoint runs without gradients
     certain: bool  # it was always the same while the storage lived
+    version: int  # of the routing then
 
     @property
     def alive(self) -> bool:
@@ -145,6 +156,8 @@ class Memory(NamedTuple):
         routing = None if self.routing is None else self.routing()
         if not self.certain or (self.routing is not None and routing is None):
             raise RuntimeError(LOST)
+        if routing is not None and routing.version != self.version:
+            raise RuntimeError(WRITTEN)
         return routing
 
 
@@ -185,7 +198,8 @@ def remember_storage(x: Tensor) -> None:
     )
     kept = None if torch.is_grad_enabled() else head
     with _lock:
-        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, certain)
+        version = 0 if head is None else head.version
+        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, certain, version)
         if len(MEMORIES) >= _size[0]:
             _purge()
 
@@ -227,9 +241,12 @@ def recalled(task: int, key: int) -> Routing | None:
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For torch.utils.checkpoint's `context_fn`: the recomputation has this call's routing."""
     head = ACTIVE.get()
+    version = 0 if head is None else head.version
 
     @contextmanager
     def recomputing() -> Iterator[None]:
+        if head is not None and head.version != version:
+            raise RuntimeError(WRITTEN)
         before, _thread.context = getattr(_thread, "context", None), (head,)
         try:
             yield

@@ -388,3 +388,27 @@ def test_gradients_go_to_whom_the_call_was_of(compiled: bool, device: torch.devi
             assert cores.grad is None or not cores.grad.any()
             call(x).square().sum().backward()
             assert own.grad.any()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", *CHECKPOINTS])
+def test_handles_written_to_before_the_backward_are_an_error(
+    how: str, device: torch.device
+) -> None:
+    """The gradients would be another adapter's; in inference a buffer is there to be written to."""
+    model = Model(CHECKPOINTS.get(how)).train()
+    bank = banked(model, device)
+    call = model
+    if how == "compiled":
+        call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    buffer, other = bank.handles(["0", "1"]), bank.handles(["2", None])
+    x = inputs(device, 2, 3).requires_grad_()
+    with bank.use(buffer):
+        y = call(x)
+    buffer.copy_(other)
+    with pytest.raises(RuntimeError, match=r"inplace operation|were written to"):
+        y.sum().backward()
+    with torch.no_grad(), bank.use(buffer):
+        first = call(x)
+        buffer.copy_(bank.handles(["0", "1"]))
+        torch.testing.assert_close(call(x), y.detach())
+    assert not torch.allclose(first, y)
