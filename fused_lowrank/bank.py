@@ -275,7 +275,10 @@ class AdapterBank:
         """
         lines, flat = flattened(names)
         with self._lock:
-            slots = np.array([self._slot.get(name, NONE) for name in flat])  # type: ignore[arg-type]
+            try:
+                slots = np.array([self._slot.get(name, NONE) for name in flat])  # type: ignore[arg-type]
+            except TypeError:  # one that cannot be looked up
+                slots = np.full(len(flat), NONE)
             there = slots != NONE
             if there.sum() + flat.count(None) < len(flat):
                 self._known([name for name in flat if name is not None])  # says which is not
@@ -291,7 +294,8 @@ class AdapterBank:
                 input; or, for mixtures, a list of k of them for each. One name or None for the
                 whole batch is computed as a single adapter is. Or `handles` of them, int64
                 (lines,) or (lines, k) on the bank's device: these are read when the kernels run,
-                so that a captured graph serves whatever the buffer holds then.
+                so that a captured graph serves whatever the buffer holds then. Where gradients are
+                wanted, nothing may be written to it before the backward: that is an error.
             weights: (lines, k), float, without gradient: each row uses the weighted sum of its k
                 adapters.
 

@@ -313,3 +313,12 @@ def test_merged_meanwhile() -> None:
     merge(model)
     with pytest.raises(RuntimeError, match="first is merged: unmerge"), bank.use("a"):
         model(x_of(1))
+
+
+@pytest.mark.parametrize("name", [{1}, 5, b"a", {}])
+def test_what_is_no_name_is_not_in_the_bank(name: object) -> None:
+    model, bank = bank_of(names="a")
+    with pytest.raises(ValueError, match="is not in the bank"):
+        bank.handles(["a", name, None])
+    with pytest.raises(ValueError, match="is not in the bank"), bank.use([name]):
+        model(x_of(1))
