@@ -55,9 +55,8 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
 
 
 @torch.no_grad()
-def fingerprint(layer: LowRankLinear) -> Tensor:
+def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """down·z, zᵀ·up, ‖W‖ and three zᵀ·W·z, with standard normal z of fixed seed: (P + Q + 4,)."""
-    weight = layer.base_weight
     stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
 
     def probe(size: int, like: Tensor) -> Tensor:
@@ -65,13 +64,36 @@ def fingerprint(layer: LowRankLinear) -> Tensor:
 
     n, k = weight.shape
     values = [
-        layer.down.double() @ probe(k, layer.down),
-        probe(n, layer.up) @ layer.up.double(),
+        down.double() @ probe(k, down),
+        probe(n, up) @ up.double(),
         weight.double().norm()[None],
     ]
     for _ in range(WEIGHT_PROBES):
         values.append((probe(n, weight) @ weight.double() @ probe(k, weight))[None])
     return torch.cat(values).cpu()
+
+
+def fingerprint_of(layer: LowRankLinear) -> Tensor:
+    """The fingerprint of an adapted layer."""
+    return fingerprint(layer.base_weight, layer.down, layer.up)
+
+
+def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:
+    """Whether two tensors are of one shape and differ by no more than rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def differing(ours: Tensor, theirs: Tensor, p: int, q: int) -> list[str]:
+    """Which of "weight", "down" and "up" two fingerprints of the same P and Q differ in."""
+    (down, up, weight), (their_down, their_up, their_weight) = (
+        one.split([p, q, 1 + WEIGHT_PROBES]) for one in (ours, theirs)
+    )
+    other = not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]
+    found = {"weight": other, "down": not alike(down, their_down), "up": not alike(up, their_up)}
+    return [name for name, differs in found.items() if differs]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:
@@ -92,7 +114,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
         for part, tensor in parts(layer, layer.train_names, bases).items():
             tensors[f"{name}.{part}"] = tensor
-        tensors[f"{name}.{FINGERPRINT}"] = fingerprint(layer)
+        tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer)
     for name, module in saved_modules(model).items():
         tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
     config = {
@@ -299,20 +321,15 @@ def check_fingerprint(
     """Raise if the file was made for another weight or, being without them, for other bases."""
     if layer.weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device: load the weights first")
-    there = tensors[f"{name}.{FINGERPRINT}"]
-    split = [layer.down.shape[0], layer.up.shape[1], 1 + WEIGHT_PROBES]
-    down, up, weight = fingerprint(layer).split(split)
-    file_down, file_up, file_weight = there.split(split)
-    differs = not (weight - file_weight).abs().max() <= WEIGHT_TOLERANCE * file_weight[0]
-    if differs and f"{name}.weight" not in tensors:
+    sides = layer.down.shape[0], layer.up.shape[1]
+    found = differing(fingerprint_of(layer), tensors[f"{name}.{FINGERPRINT}"], *sides)
+    if "weight" in found and f"{name}.weight" not in tensors:
         raise ValueError(
             f"{path} was made for another base model: the weight of {name} differs from the one it "
             "was trained on"
         )
-    for factor, ours, theirs in (("down", down, file_down), ("up", up, file_up)):
-        if f"{name}.{factor}" not in tensors and not (
-            (ours - theirs).norm() <= BASES_TOLERANCE * theirs.norm()
-        ):
+    for factor in ("down", "up"):
+        if factor in found and f"{name}.{factor}" not in tensors:
             raise ValueError(
                 f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
                 "is not the one it was trained with; save it with bases=True"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import require_adapted
-from .adapter_file import fingerprint
+from .adapter_file import fingerprint_of
 from .bank_input import (
     Names,
     check_distinct,
@@ -193,9 +193,9 @@ class AdapterBank:
         return fresh_cores(self) if source is None else cores_of(self, source)
 
     def fingerprint(self, layer: str) -> Tensor:
-        """That of `adapter_file.fingerprint`, made once."""
+        """That of `adapter_file.fingerprint_of`, made once."""
         if layer not in self._fingerprints:
-            self._fingerprints[layer] = fingerprint(self.layers[layer])
+            self._fingerprints[layer] = fingerprint_of(self.layers[layer])
         return self._fingerprints[layer]
 
     def _replaced(self, names: Sequence[str], new: bool) -> list[int]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .adapt import adapted_layers, saved_modules
 from .adapter_file import (
-    BASES_TOLERANCE,
     FINGERPRINT,
     WEIGHT_PROBES,
     WEIGHT_TOLERANCE,
+    alike,
     read,
 )
 from .layers import LowRankLinear
@@ -153,7 +153,7 @@ def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
         ("down", layer.down[:p], part.down),
         ("up", layer.up[:, :q], part.up),
     ):
-        if theirs is not None and not alike(ours, theirs, BASES_TOLERANCE):
+        if theirs is not None and not alike(ours, theirs):
             raise ValueError(f"{another}{label} of {name} is not the bank's, nor the first of it")
     if part.weight is not None and not alike(layer.base_weight, part.weight, WEIGHT_TOLERANCE):
         raise ValueError(f"{another}the weight of {name} differs")
@@ -167,16 +167,8 @@ def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
     if not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]:
         raise ValueError(f"{another}the weight of {name} differs")
     pairs = (down[:p], their_down), (up[:q], their_up)
-    if not all(alike(mine, other, BASES_TOLERANCE) for mine, other in pairs):
+    if not all(alike(mine, other) for mine, other in pairs):
         raise ValueError(f"{another}down and up of {name} are not the bank's, nor the first of it")
-
-
-def alike(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are of one shape and differ by no more than rounding."""
-    if ours.shape != theirs.shape:
-        return False
-    a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
-    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def holds(dtype: torch.dtype, values: Tensor) -> bool:

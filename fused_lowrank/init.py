@@ -13,6 +13,7 @@ from torch import Tensor
 SVD_SEED = 42
 SVD_ITERATIONS = 10
 SVD_OVERSAMPLING = 10
+SVD_RANKS = 64  # r is rounded up to a multiple: lower ranks are the first triples of higher ones
 
 
 def kaiming(matrix: Tensor) -> None:
@@ -28,19 +29,22 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 @torch.no_grad()
-def svd_bases(weight: Tensor, r: int, method: str = "randomized") -> tuple[Tensor, Tensor]:
+def svd_bases(
+    weight: Tensor, r: int, method: str = "randomized", seed: int = SVD_SEED
+) -> tuple[Tensor, Tensor]:
     """(down, up) of LoRA-XS: Σᵣ·Dᵣᵀ of shape (r, K) and Sᵣ of shape (N, r), in weight's dtype.
 
     S, Σ and D are the leading r singular triples of weight (N, K) = S·Σ·Dᵀ, computed in float32 (or
-    float64) by torch.svd_lowrank with a fixed seed ("randomized") or torch.linalg.svd ("exact").
-    The sign of each triple is fixed: the largest entry of each column of S is positive.
+    float64) by torch.svd_lowrank with this seed ("randomized") or torch.linalg.svd ("exact").
+    The sign of each triple is fixed: the largest entry of each column of S is positive. Ranks that
+    share a multiple of 64 share their triples, as exact ones do.
     """
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if method == "randomized":
-        rank = min(r + SVD_OVERSAMPLING, *matrix.shape)
+        rank = min(-r // SVD_RANKS * -SVD_RANKS + SVD_OVERSAMPLING, *matrix.shape)
         devices = [matrix.device] if matrix.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            generator_of(matrix.device).manual_seed(SVD_SEED)
+            generator_of(matrix.device).manual_seed(seed)
             left, sigma, right = torch.svd_lowrank(matrix, q=rank, niter=SVD_ITERATIONS)
         right = right.t()
     elif method == "exact":
