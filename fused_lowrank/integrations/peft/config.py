@@ -1,0 +1,133 @@
+"""The configurations of LoRA-XS and LoRA-Mini, as PEFT's users expect them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from peft import PeftConfig, PeftType
+
+from . import registry  # noqa: F401 - adds the members of PeftType that are used below
+
+
+@dataclass
+class LowRankConfig(PeftConfig):
+    """What the configurations of both methods share.
+
+    Args:
+        r: rank of what is trained. A rank above a layer's smaller side is taken down to it, with
+            one warning; the scaling keeps the one that was asked for.
+        lora_alpha: scaling = lora_alpha / r; None: r, which makes the scaling 1.
+        lora_dropout: probability with which an element of the input is zeroed on the low-rank path.
+        target_modules: names of modules or their last parts, a regular expression that matches
+            whole names, or "all-linear"; None: PEFT's choice for LoRA in this architecture.
+        exclude_modules: names, or a regular expression, of modules to leave alone.
+        bias: which biases are trained as well: "none", "all", or those of the adapted layers:
+            "lora_only" (also "lora_xs_only", "lora_mini_only").
+        fan_in_fan_out: whether weights are stored (in, out), as transformers' Conv1D does.
+        use_rslora: scaling = lora_alpha / √r (Kalajdzievski 2023, arXiv 2312.03732).
+        rank_pattern: other ranks, for modules whose names match the key.
+        alpha_pattern: other lora_alpha, for modules whose names match the key.
+        layers_to_transform: the indices of the layers to adapt.
+        layers_pattern: the name of the nn.ModuleList that these count.
+        modules_to_save: modules to train whole and to save with the adapter.
+        init_weights: True: the method's own; "paper": as published; "identity": the adapted model
+            starts as the base model, and learns at once; False: random, and far from both.
+        save_projection: whether files carry the frozen factors. Without, these are made again from
+            the weights and `projection_seed`, and checked against a fingerprint in the file.
+        projection_seed: of the randomised SVD (LoRA-XS), or of the random factors (LoRA-Mini).
+
+    Raises:
+        ValueError: a number out of range; an unknown `bias` or `init_weights`; `layers_pattern`
+            without `layers_to_transform`.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool | Literal["identity", "paper"] = True
+    save_projection: bool = True
+    projection_seed: int = 42
+
+    method: ClassVar[str]
+    ranks: ClassVar[tuple[str, ...]] = ("r",)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self.peft_type = PeftType(self.method.upper())
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in self.ranks:
+            check_rank(name, getattr(self, name))
+        for pattern, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(
+                f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
+            )
+        if self.bias not in (biases := ("none", "all", "lora_only", f"{self.method}_only")):
+            raise ValueError(f"bias is {self.bias!r}: it must be one of {', '.join(biases)}")
+        if not (isinstance(self.init_weights, bool) or self.init_weights in ("identity", "paper")):
+            raise ValueError(
+                f"init_weights is {self.init_weights!r}: it must be a bool, 'identity' or 'paper'"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given: layers_to_transform must be, too")
+        if not self.save_projection:
+            warnings.warn(
+                "save_projection=False: files hold a fingerprint of the frozen factors, not these; "
+                "other hardware may not be able to make the same ones",
+                stacklevel=3,
+            )
+
+
+@dataclass
+class LoraXSConfig(LowRankConfig):
+    """LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a trained core between frozen bases.
+
+    y = x·Wᵀ + bias + scaling · ((x·downᵀ)·core)·upᵀ,   W = S·Σ·Dᵀ,   down = Σᵣ·Dᵣᵀ,   up = Sᵣ
+
+    core (r, r) is all that is trained. down and up are shared by all adapters of a layer.
+    init_weights: True and "paper": core N(0, 1e-5²); "identity": 0. Fields: `LowRankConfig`.
+    """
+
+    method: ClassVar[str] = "lora_xs"
+
+
+@dataclass
+class LoraMiniConfig(LowRankConfig):
+    """LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): two trained factors between two frozen ones.
+
+    y = x·Wᵀ + bias + scaling · x·Aaux·Atrain·Btrain·Baux
+
+    Atrain (a, r) and Btrain (r, b) are trained. Aaux (in, a) and Baux (b, out) are random, and
+    shared by all adapters of a layer. init_weights: "paper": all four Kaiming-uniform; True and
+    "identity": Btrain is 0. a and b are taken down to the layer's sides where they are above. Other
+    fields: `LowRankConfig`.
+    """
+
+    r: int = 8
+    a: int = 64
+    b: int = 64
+
+    method: ClassVar[str] = "lora_mini"
+    ranks: ClassVar[tuple[str, ...]] = ("r", "a", "b")
+
+
+def check_rank(name: str, value: int) -> None:
+    """Raise unless it is a rank."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")

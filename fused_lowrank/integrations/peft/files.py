@@ -1,0 +1,129 @@
+"""What an adapter's file holds besides the trained factors, and what is checked on loading it.
+
+<module>.<prefix>down, up        the frozen factors, as far as the adapter uses them
+<module>.<prefix>fingerprint     of these and of the weight (`adapter_file.fingerprint`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ...adapter_file import alike, differing, fingerprint
+from .layer import PeftLowRankLinear
+
+FINGERPRINT = "fingerprint"
+
+
+def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowRankLinear]]:
+    """The layers that have an adapter, by the name that their tensors have in a state_dict."""
+    for name, module in model.named_modules():
+        if isinstance(module, PeftLowRankLinear) and adapter in module.scaling:
+            yield name.removeprefix("_fsdp_wrapped_module."), module
+
+
+def to_save(
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], bases: bool
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, from those of its layers; the frozen ones where asked."""
+    for name, layer in named_layers(model, adapter):
+        down_key, up_key = (f"{name}.{base}" for base in layer.base_names)
+        if down_key not in tensors:  # the state_dict is of trained parameters alone
+            continue
+        p, q = layer.sides[adapter]
+        down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
+        weight = layer.unmerged_weight
+        if not any(isinstance(part, DTensor) or part.is_meta for part in (weight, down, up)):
+            key = f"{name}.{layer.prefix}{FINGERPRINT}"
+            tensors[key] = fingerprint(weight.to(down.device), down, up)
+        if bases:
+            tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to load into the model, of those that an adapter's file holds.
+
+    Raises:
+        ValueError: the file is of another base model, of other ranks, or of other frozen factors
+            than those of adapters that are there; or lacks them, and they cannot be made again.
+    """
+    for name, layer in named_layers(model, adapter):
+        parts = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        keys = [f"{name}.{base}" for base in layer.base_names]
+        printed = f"{name}.{layer.prefix}{FINGERPRINT}"
+        known = tensors.pop(printed, tensors.pop(f"base_model.model.{printed}", None))
+        if not any(key in tensors for key in (*parts, *keys)):
+            continue  # PEFT says what is missing
+        for part in parts:
+            wanted = getattr(layer, part.split(".")[-2])[adapter].shape
+            if part in tensors and tensors[part].shape != wanted:
+                raise ValueError(
+                    f"the adapter in the file is of another rank: {part} is "
+                    f"{tuple(tensors[part].shape)} there and {tuple(wanted)} here"
+                )
+        own = tuple(tensors.pop(key, None) for key in keys)
+        new = bases_to_load(name, layer, adapter, own, known)
+        tensors.update(dict(zip(keys, new, strict=True)) if new else {})
+    return tensors
+
+
+def bases_to_load(
+    name: str, layer: PeftLowRankLinear, adapter: str, own: Any, known: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The frozen factors that the layer is to have, or None if it has them.
+
+    `own` are those in the adapter's file, or (None, None); `known` is their fingerprint.
+    """
+    (p, q), present = layer.sides[adapter], layer.bases
+    there = [other for other in layer.scaling if other != adapter]
+    used_p, used_q = layer.common_sides(there)
+    weight, made = layer.unmerged_weight, None
+    if own[0] is None or own[1] is None:
+        if known is None:
+            raise ValueError(
+                f"the file has neither the frozen factors of {name} nor their fingerprint: it is "
+                "damaged, or was not written by save_pretrained"
+            )
+        if present[0].is_meta:
+            made = layer.new_bases(p, q, layer.projection_seed[adapter])
+        down, up = made or present
+        own = down[:p], up[:, :q]
+    elif own[0].shape != (p, layer.in_features) or own[1].shape != (layer.out_features, q):
+        raise ValueError(
+            f"the adapter is for another base model, or of another rank: the frozen factors of "
+            f"{name} are {tuple(own[0].shape)} and {tuple(own[1].shape)} in the file, and here "
+            f"{(p, layer.in_features)} and {(layer.out_features, q)}"
+        )
+    else:
+        made = own
+    if any(isinstance(part, DTensor) or part.is_meta for part in (weight, *own)):
+        return made
+    if known is not None:
+        weight_device = [factor.to(weight.device) for factor in own]
+        found = differing(fingerprint(weight, *weight_device), known.cpu(), p, q)
+        if "weight" in found:
+            raise ValueError(
+                f"the adapter was trained on another base model: the weight of {name} differs"
+            )
+        if found:
+            raise ValueError(
+                f"the frozen factors of {name} are not those that the adapter was trained with; "
+                "save it with save_projection=True"
+            )
+    if made is None or not there:
+        return made
+    p0, q0 = min(p, used_p), min(q, used_q)
+    if not alike(present[0][:p0], own[0][:p0]) or not alike(present[1][:, :q0], own[1][:, :q0]):
+        raise ValueError(
+            f"the adapter has other frozen factors in {name} than {', '.join(there)}, with which "
+            "it would share them: load it into a model of its own"
+        )
+    down, up = (factor.clone() for factor in present)
+    down[p0:p], up[:, q0:q] = own[0][p0:], own[1][:, q0:]
+    return down, up

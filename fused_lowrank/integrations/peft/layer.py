@@ -1,0 +1,359 @@
+"""The layers of LoRA-XS and LoRA-Mini in PEFT: a linear layer and any number of adapters on it.
+
+    y = x·Wᵀ + bias + scaling · ((x·downᵀ) · core) · upᵀ
+
+down and up are one pair for a layer, whatever adapters it has: frozen Parameters in the dtype of
+the weight. An adapter is its core; one of lower rank uses the pair's first rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear, pad
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ...functional import compute, lowrank_linear, prepared
+from ...reference import NONE, Core, Rows, like, product, through_core
+from .config import LowRankConfig
+
+Sides = tuple[int, int]
+BASE = "__base__"  # PEFT's name for no adapter, in a mixed batch
+
+
+class PeftLowRankLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with adapters; subclasses are methods.
+
+    `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
+    """
+
+    get_base_layer: Callable[[], Any]
+    active_adapters: list[str]
+
+    prefix: ClassVar[str]
+    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
+    other_param_names = ("r", "sides", "scaling", "lora_dropout", "projection_seed")
+
+    def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.key, self.fan_in_fan_out = key, fan_in_fan_out
+        self.out_features, self.in_features = self.base_weight.shape
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in self.base_names:
+            self.register_parameter(name, None)
+        self.r: dict[
+            str, int
+        ] = {}  # what the adapter has here, which may be less than it asked for
+        self.sides: dict[str, tuple[int, int]] = {}  # P and Q
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.projection_seed: dict[str, int] = {}
+        self.merged_adapters: list[str] = []
+        self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+        self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
+
+    # --- the parts of the equation ---
+
+    @property
+    def base_names(self) -> tuple[str, str]:
+        """The names of the frozen factors."""
+        return f"{self.prefix}down", f"{self.prefix}up"
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """down (P, in) and up (out, Q), for the largest adapter."""
+        down, up = (getattr(self, name) for name in self.base_names)
+        return down, up
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W (out, in), whichever way it is stored."""
+        weight = self.get_base_layer().weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """W, also while adapters are merged."""
+        if self._original is None:
+            return self.base_weight
+        return self._original[0].t() if self.fan_in_fan_out else self._original[0]
+
+    def core(self, adapter: str) -> Core:
+        """The core of an adapter, (P, Q) or a pair."""
+        raise NotImplementedError
+
+    def factors(self, adapter: str) -> tuple[Tensor, Core, Tensor]:
+        """(down, core, up) of an adapter."""
+        (down, up), (p, q) = self.bases, self.sides[adapter]
+        return down[:p], self.core(adapter), up[:, :q]
+
+    def joined(self, adapters: list[str]) -> tuple[Tensor, Core, Tensor, float]:
+        """(down, core, up, scale) of the sum of adapters."""
+        if len(adapters) == 1:
+            return *self.factors(adapters[0]), self.scaling[adapters[0]]
+        p, q = self.common_sides(adapters)
+        down, up = self.bases
+        cores = [self.padded(adapter, p, q) * self.scaling[adapter] for adapter in adapters]
+        return down[:p], torch.stack(cores).sum(0), up[:, :q], 1.0
+
+    def common_sides(self, adapters: list[str]) -> tuple[int, int]:
+        """P and Q that hold all of the adapters."""
+        sides = [self.sides[adapter] for adapter in adapters] or [(0, 0)]
+        return max(p for p, _ in sides), max(q for _, q in sides)
+
+    def padded(self, adapter: str, p: int, q: int) -> Tensor:
+        """The core as one matrix (p, q), zero beyond its own sides."""
+        core = product(self.core(adapter))
+        assert core is not None
+        return pad(core, (0, q - core.shape[1], 0, p - core.shape[0]))
+
+    # --- adapters come and go ---
+
+    def update_layer(self, adapter: str, config: LowRankConfig) -> None:
+        """Add an adapter: bases where there are none, or not enough, and a new core."""
+        r = own(config.rank_pattern, self.key, config.r)
+        alpha = own(config.alpha_pattern, self.key, config.lora_alpha)
+        alpha = r if alpha is None else alpha
+        shapes, sides = self.shapes(r, config)
+        self.r[adapter], self.sides[adapter] = min(min(shape) for shape in shapes), sides
+        self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.lora_dropout[adapter] = config.lora_dropout
+        self.projection_seed[adapter] = config.projection_seed
+        self.grow_bases(*sides, config.projection_seed)
+        like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
+        for name, shape in zip(self.adapter_layer_names, shapes, strict=True):
+            getattr(self, name)[adapter] = nn.Parameter(torch.empty(shape, **like_base))
+        self.init_core(adapter, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def fits(self, adapter: str, config: LowRankConfig) -> bool:
+        """Whether the layer has room for the ranks that an adapter asked for."""
+        p, q = self.sides[adapter]
+        return (
+            self.r[adapter] == own(config.rank_pattern, self.key, config.r)
+            and getattr(config, "a", p) == p
+            and getattr(config, "b", q) == q
+        )
+
+    def shapes(
+        self, r: int, config: LowRankConfig
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """The shapes of the trained factors, and (P, Q), for the rank that is asked for."""
+        raise NotImplementedError
+
+    def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
+        """The trained factors of Σ weight · adapter, at scaling 1, in float32 or wider."""
+        p, q = self.common_sides([name for name, _ in shares])
+        cores = [weight * self.scaling[name] * self.padded(name, p, q) for name, weight in shares]
+        return (
+            torch.stack(
+                [core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores]
+            ).sum(0),
+        )
+
+    def init_core(self, adapter: str, init: bool | str) -> None:
+        """Give the trained factors their initial values."""
+        raise NotImplementedError
+
+    def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """down (p, in) and up (out, q) of this layer, as its weight and the seed determine them."""
+        raise NotImplementedError
+
+    def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The same, beginning with those that are there."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def grow_bases(self, p: int, q: int, seed: int) -> None:
+        """Have bases for P = p and Q = q at least; what is there already stays as it is."""
+        old = self.bases
+        if old[0] is None:
+            weight = self.base_weight
+            new = weight.new_empty(p, self.in_features), weight.new_empty(self.out_features, q)
+        else:
+            p, q = max(p, old[0].shape[0]), max(q, old[1].shape[1])
+            if (p, q) == (old[0].shape[0], old[1].shape[1]):
+                return
+            new = self.more_bases(p, q, seed)
+        for name, value in zip(self.base_names, new, strict=True):
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            if old[0] is not None and getattr(self, name).is_meta:  # PEFT is loading an adapter
+                self._parameters[name] = nn.Parameter(value, requires_grad=False)
+        if old[0] is None and not self.bases[0].is_meta:
+            for factor, value in zip(self.bases, self.new_bases(p, q, seed), strict=True):
+                factor.copy_(value)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        weight = self.base_weight
+        target = weight.device if device is None else device
+        for factor in self.bases:
+            if not factor.is_meta and target.type != "meta":
+                factor.data = factor.data.to(target, weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is low-rank whatever the method."""
+        return True
+
+    # --- forward ---
+
+    @property
+    def plain(self) -> bool:
+        """Whether the base layer's call is x·Wᵀ + bias and nothing else happens in it."""
+        base = self.base_layer
+        return not (
+            type(base) is not (Conv1D if self.fan_in_fan_out else nn.Linear)
+            or "forward" in base.__dict__  # accelerate's hooks, which move offloaded weights
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or "weight" not in base._parameters
+            or parametrize.is_parametrized(base)
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) → (..., out), through the active adapters, or each row through its own."""
+        names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if names is not None:
+            return self.mixed(x, names)
+        active = [name for name in self.active_adapters if name in self.scaling]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
+        if args or kwargs or not self.plain or (len(active) > 1 and p != {0.0}):
+            y = self.base_layer(x, *args, **kwargs)
+            for name in active:
+                y = y + self.term(x, name).to(y.dtype)
+            return y
+        down, core, up, scale = self.joined(active)
+        base = self.base_layer
+        settings: Any = {"scale": scale, "dropout_p": p.pop(), "training": self.training}
+        return lowrank_linear(x, self.base_weight, down, core, up, base.bias, **settings)
+
+    def term(self, x: Tensor, adapter: str) -> Tensor:
+        """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""
+        down, core, up = self.factors(adapter)
+        x = dropout(like(x, down.dtype), self.lora_dropout[adapter], self.training)
+        u = through_core(linear(x, down), core, self.scaling[adapter])
+        return linear(u, up)
+
+    def mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        """Each row of the batch through the adapter of its own name, in one pass."""
+        if self.merged:
+            raise ValueError(
+                "adapter_names was given, but adapters are merged: unmerge_adapter() first"
+            )
+        if len(names) == 0 or x.shape[0] % len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} names, but x is {tuple(x.shape)}: its first "
+                "dimension must be the sequences"
+            )
+        there = [name for name in dict.fromkeys(names) if name in self.scaling]
+        if not there:
+            return self.base_layer(x)
+        p, q = self.common_sides(there)
+        (down, up), weight, base = self.bases, self.base_weight, self.base_layer
+        place: Any = {"device": weight.device}
+        table = torch.stack([self.padded(name, p, q) for name in there])
+        slot = {name: number for number, name in enumerate(there)}
+        rows = Rows(
+            table,
+            None,
+            torch.tensor([[slot.get(name, NONE)] for name in names], **place),
+            None,
+            torch.tensor([self.scaling[name] for name in there], **place),
+            torch.zeros(len(there), dtype=torch.int32, **place),
+            torch.zeros(1, dtype=torch.int32, **place),
+            x.shape[:-1].numel() // len(names),
+        )
+        down, up = down[:p], up[:, :q]
+        if not self.plain or torch.compiler.is_compiling():
+            y = base(x)
+            t = linear(like(x, down.dtype), down)
+            return y + linear(through_core(t, rows, 1.0), up).to(y.dtype)
+        x, w, bias = prepared(x, weight, down, table[0], None, up, base.bias, 1.0, 0.0)
+        return compute(x, w, down, table, None, up, bias, rows, 1.0, 0.0, "auto")
+
+    # --- merging ---
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = scaling · up·coreᵀ·down, stored as the base weight is, in float32 or wider."""
+        dtype = wide(self.base_weight.dtype)
+        down, _, up = self.factors(adapter)
+        core = self.padded(adapter, *self.sides[adapter]).to(dtype)
+        delta = self.scaling[adapter] * (up.to(dtype) @ core.t() @ down.to(dtype))
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make the base layer's weight W + ΔW of these adapters, or of the active ones.
+
+        The sum is a new Parameter: who shares the weight keeps W. With `safe_merge` a sum that is
+        not finite is a ValueError, and the layer as it was.
+        """
+        adapters = [
+            name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling
+        ]
+        if not adapters:
+            return
+        base = self.get_base_layer()
+        if parametrize.is_parametrized(base):
+            raise ValueError(f"{self.key} is parametrised: remove that before merging into it")
+        delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
+        new = (base.weight + delta).to(base.weight.dtype)
+        if safe_merge and not new.isfinite().all():
+            raise ValueError(
+                f"NaNs detected in the merged weights of {self.key}: one of the adapters "
+                f"{', '.join(adapters)} is broken"
+            )
+        self.lost = 0.0
+        if new.itemsize < 4:
+            kept = new.to(delta.dtype) - base.weight
+            self.lost = float((delta - kept).norm() / delta.norm().clamp(min=1e-30))
+        if self._original is None:
+            self._original = (base.weight,)
+        base.weight = nn.Parameter(new, requires_grad=base.weight.requires_grad)
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Put back the weight as it was before all merges, bit for bit."""
+        if self._original is not None:
+            (self.get_base_layer().weight,), self._original = self._original, None
+            self.merged_adapters.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PeftLowRankLinear:
+        if self._original is not None:  # .to(), .cuda(), … move the kept weight too
+            self._original[0].data = fn(self._original[0].data)
+        return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        """As PEFT's layers show themselves, with the prefix of the method."""
+        return f"{self.prefix}{super().__repr__()}"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def own(pattern: dict[str, Any], key: str, default: Any) -> Any:
+    """What a rank_pattern or an alpha_pattern says of a module."""
+    return pattern.get(get_pattern_key(list(pattern), key), default)

@@ -1,0 +1,125 @@
+"""The two methods: which factors are trained, how they start, where the frozen ones come from."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ...init import kaiming, svd_bases
+from ...layers.lora_xs import CORE_STD
+from .layer import PeftLowRankLinear, Sides
+
+
+class PeftLoraXSLinear(PeftLowRankLinear):
+    """LoRA-XS: a core (r, r) between the leading singular vectors of the weight."""
+
+    prefix = "lora_xs_"
+    adapter_layer_names = ("lora_xs_core",)
+    lora_xs_core: nn.ParameterDict
+
+    def core(self, adapter: str) -> Tensor:
+        """The core (r, r)."""
+        return self.lora_xs_core[adapter]
+
+    def shapes(self, r: int, config: Any) -> tuple[list[Sides], Sides]:
+        """(r, r), r at most the smaller side of the weight."""
+        r = min(r, self.in_features, self.out_features)
+        return [(r, r)], (r, r)
+
+    @torch.no_grad()
+    def init_core(self, adapter: str, init: bool | str) -> None:
+        """N(0, 1e-5²) as published, 0, or random."""
+        std = 0.0 if init == "identity" else CORE_STD if init else 1.0
+        self.lora_xs_core[adapter].normal_(std=std)
+
+    def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Σ·Dᵀ and S of the weight's leading triples."""
+        return svd_bases(self.unmerged_weight, p, seed=seed)
+
+    def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Those there are, and the leading triples of what they leave of the weight."""
+        down, up = self.bases
+        wide = torch.promote_types(up.dtype, torch.float32)
+        basis, _ = torch.linalg.qr(up.to(wide))
+        weight = self.unmerged_weight.to(wide)
+        rest_down, rest_up = svd_bases(
+            weight - basis @ (basis.t() @ weight), p - len(down), seed=seed
+        )
+        return (
+            torch.cat([down, rest_down.to(down.dtype)]),
+            torch.cat([up, rest_up.to(up.dtype)], 1),
+        )
+
+
+class PeftLoraMiniLinear(PeftLowRankLinear):
+    """LoRA-Mini: a core that is the product of (a, r) and (r, b), between random factors."""
+
+    prefix = "lora_mini_"
+    adapter_layer_names = ("lora_mini_a_train", "lora_mini_b_train")
+    lora_mini_a_train: nn.ParameterDict
+    lora_mini_b_train: nn.ParameterDict
+
+    def core(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The pair (a, r), (r, b)."""
+        return self.lora_mini_a_train[adapter], self.lora_mini_b_train[adapter]
+
+    def shapes(self, r: int, config: Any) -> tuple[list[Sides], Sides]:
+        """(a, r) and (r, b), with a and b at most the weight's sides, and r at most these."""
+        a, b = min(config.a, self.in_features), min(config.b, self.out_features)
+        r = min(r, a, b)
+        return [(a, r), (r, b)], (a, b)
+
+    @torch.no_grad()
+    def init_core(self, adapter: str, init: bool | str) -> None:
+        """Kaiming-uniform as published; the second of the two zero, unless it is to be random."""
+        a_train, b_train = self.core(adapter)
+        kaiming(a_train.t())
+        kaiming(b_train.t())
+        if init is True or init == "identity":
+            b_train.zero_()
+
+    def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
+        """Theirs side by side; where that is wider than the sum of their products, this."""
+        p, q = self.common_sides([name for name, _ in shares])
+        left, right = [], []
+        for name, weight in shares:
+            a, b = (factor.float() for factor in self.core(name))
+            left.append(pad(weight * self.scaling[name] * a, (0, 0, 0, p - len(a))))
+            right.append(pad(b, (0, q - b.shape[1])))
+        a, b = torch.cat(left, 1), torch.cat(right)
+        if len(b) <= min(p, q):
+            return a, b
+        core, one = a @ b, torch.eye(min(p, q), device=a.device)
+        return (one, core) if p <= q else (core, one)
+
+    def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Kaiming-uniform (a = √5) in the order of PyTorch: within 1/√in and 1/√b."""
+        down, up = self.drawn(p, q, seed)
+        return down / math.sqrt(self.in_features), up / math.sqrt(q)
+
+    def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Those there are, and more of the same size."""
+        new = []
+        for drawn, old in zip(self.drawn(p, q, seed), self.bases, strict=True):
+            rows, columns = old.shape
+            drawn *= float(old.float().norm() / drawn[:rows, :columns].norm())
+            drawn = drawn.to(old)
+            drawn[:rows, :columns] = old
+            new.append(drawn)
+        return new[0], new[1]
+
+    def drawn(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """down (p, in) and up (out, q), uniform in [-1, 1); smaller ones begin larger ones."""
+
+        def draw(name: str, rows: int, columns: int) -> Tensor:
+            generator = torch.Generator().manual_seed(
+                zlib.crc32(f"{seed}.{self.key}.{name}".encode())
+            )
+            return 2 * torch.rand(rows, columns, generator=generator) - 1
+
+        return draw("down", p, self.in_features), draw("up", q, self.out_features).t()
