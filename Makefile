@@ -4,6 +4,7 @@
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate, all tests
+#   make test-peft  PEFT's own tests, from its source distribution, with our methods as rows of them
 #   make gate    the compile gate alone
 #   make bench   every provider over the CPU cases, a small block, mixed batches, and the report of
 #                all results
@@ -33,8 +34,10 @@ DEVICE ?= cuda
 TEST_MINUTES ?= 3
 CASE_MINUTES ?= 3
 BANK_MINUTES ?= 1
+# Where test-peft puts PEFT's source distribution.
+PEFT_FOLDER ?= $(or $(TMPDIR),/tmp)/fused-lowrank-peft
 
-.PHONY: demo train-many test lint gate bench test-gpu bench-gpu
+.PHONY: demo train-many test test-peft lint gate bench test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
@@ -46,6 +49,12 @@ test: lint gate
 	$(RUN) bench/report.py --check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+test-peft: $(READY)
+ifneq ($(ENV),current)
+	$(RUN) -m pip install --quiet -r requirements-peft.txt
+endif
+	OMP_NUM_THREADS=1 $(RUN) tests/peft_suite.py $(PEFT_FOLDER) -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -32,8 +32,8 @@ class LowRankConfig(PeftConfig):
         layers_to_transform: the indices of the layers to adapt.
         layers_pattern: the name of the nn.ModuleList that these count.
         modules_to_save: modules to train whole and to save with the adapter.
-        init_weights: True: the method's own; "paper": as published; "identity": the adapted model
-            starts as the base model, and learns at once; False: random, and far from both.
+        init_weights: True and "identity": the adapted model starts as the base model, and learns
+            at once; "paper": as published; False: random, and far from both.
         save_projection: whether files carry the frozen factors. Without, these are made again from
             the weights and `projection_seed`, and checked against a fingerprint in the file.
         projection_seed: of the randomised SVD (LoRA-XS), or of the random factors (LoRA-Mini).
@@ -101,7 +101,7 @@ class LoraXSConfig(LowRankConfig):
     y = x·Wᵀ + bias + scaling · ((x·downᵀ)·core)·upᵀ,   W = S·Σ·Dᵀ,   down = Σᵣ·Dᵣᵀ,   up = Sᵣ
 
     core (r, r) is all that is trained. down and up are shared by all adapters of a layer.
-    init_weights: True and "paper": core N(0, 1e-5²); "identity": 0. Fields: `LowRankConfig`.
+    init_weights: True and "identity": core 0; "paper": N(0, 1e-5²). Fields: `LowRankConfig`.
     """
 
     method: ClassVar[str] = "lora_xs"
@@ -114,8 +114,8 @@ class LoraMiniConfig(LowRankConfig):
     y = x·Wᵀ + bias + scaling · x·Aaux·Atrain·Btrain·Baux
 
     Atrain (a, r) and Btrain (r, b) are trained. Aaux (in, a) and Baux (b, out) are random, and
-    shared by all adapters of a layer. init_weights: "paper": all four Kaiming-uniform; True and
-    "identity": Btrain is 0. a and b are taken down to the layer's sides where they are above. Other
+    shared by all adapters of a layer. init_weights: True and "identity": Btrain is 0; "paper":
+    all four Kaiming-uniform. a and b are taken down to the layer's sides where they are above. Other
     fields: `LowRankConfig`.
     """
 

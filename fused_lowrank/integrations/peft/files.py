@@ -1,7 +1,7 @@
 """What an adapter's file holds besides the trained factors, and what is checked on loading it.
 
-<module>.<prefix>down, up        the frozen factors, as far as the adapter uses them
-<module>.<prefix>fingerprint     of these and of the weight (`adapter_file.fingerprint`)
+<module>.basis_down, basis_up    the frozen factors, as far as the adapter uses them
+<module>.basis_fingerprint       of these and of the weight (`adapter_file.fingerprint`)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ...adapter_file import alike, differing, fingerprint
 from .layer import PeftLowRankLinear
 
-FINGERPRINT = "fingerprint"
+FINGERPRINT = "basis_fingerprint"
 
 
 def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowRankLinear]]:
@@ -38,7 +38,7 @@ def to_save(
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
         weight = layer.unmerged_weight
         if not any(isinstance(part, DTensor) or part.is_meta for part in (weight, down, up)):
-            key = f"{name}.{layer.prefix}{FINGERPRINT}"
+            key = f"{name}.{FINGERPRINT}"
             tensors[key] = fingerprint(weight.to(down.device), down, up)
         if bases:
             tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()
@@ -56,7 +56,7 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
     for name, layer in named_layers(model, adapter):
         parts = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
         keys = [f"{name}.{base}" for base in layer.base_names]
-        printed = f"{name}.{layer.prefix}{FINGERPRINT}"
+        printed = f"{name}.{FINGERPRINT}"
         known = tensors.pop(printed, tensors.pop(f"base_model.model.{printed}", None))
         if not any(key in tensors for key in (*parts, *keys)):
             continue  # PEFT says what is missing

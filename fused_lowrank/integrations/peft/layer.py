@@ -35,10 +35,12 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     """
 
     get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
     active_adapters: list[str]
 
     prefix: ClassVar[str]
     adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
+    base_names = ("basis_down", "basis_up")  # the frozen factors, which PEFT must not cast or train
     other_param_names = ("r", "sides", "scaling", "lora_dropout", "projection_seed")
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
@@ -62,11 +64,6 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
 
     # --- the parts of the equation ---
-
-    @property
-    def base_names(self) -> tuple[str, str]:
-        """The names of the frozen factors."""
-        return f"{self.prefix}down", f"{self.prefix}up"
 
     @property
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -258,12 +255,13 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         """Each row of the batch through the adapter of its own name, in one pass."""
         if self.merged:
             raise ValueError(
-                "adapter_names was given, but adapters are merged: unmerge_adapter() first"
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
         if len(names) == 0 or x.shape[0] % len(names):
             raise ValueError(
-                f"adapter_names has {len(names)} names, but x is {tuple(x.shape)}: its first "
-                "dimension must be the sequences"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} names for x of {tuple(x.shape)}"
             )
         there = [name for name in dict.fromkeys(names) if name in self.scaling]
         if not there:
@@ -321,8 +319,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         new = (base.weight + delta).to(base.weight.dtype)
         if safe_merge and not new.isfinite().all():
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.key}: one of the adapters "
-                f"{', '.join(adapters)} is broken"
+                "NaNs detected in the merged weights. The adapter "
+                f"{', '.join(adapters)} seems to be broken (in {self.key})"
             )
         self.lost = 0.0
         if new.itemsize < 4:

@@ -33,8 +33,8 @@ class PeftLoraXSLinear(PeftLowRankLinear):
 
     @torch.no_grad()
     def init_core(self, adapter: str, init: bool | str) -> None:
-        """N(0, 1e-5²) as published, 0, or random."""
-        std = 0.0 if init == "identity" else CORE_STD if init else 1.0
+        """0, N(0, 1e-5²) as published, or N(0, 1)."""
+        std = {True: 0.0, "identity": 0.0, "paper": CORE_STD, False: 1.0}[init]
         self.lora_xs_core[adapter].normal_(std=std)
 
     def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
         a_train, b_train = self.core(adapter)
         kaiming(a_train.t())
         kaiming(b_train.t())
-        if init is True or init == "identity":
+        if init in (True, "identity"):
             b_train.zero_()
 
     def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
