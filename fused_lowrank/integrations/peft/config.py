@@ -115,8 +115,8 @@ class LoraMiniConfig(LowRankConfig):
 
     Atrain (a, r) and Btrain (r, b) are trained. Aaux (in, a) and Baux (b, out) are random, and
     shared by all adapters of a layer. init_weights: True and "identity": Btrain is 0; "paper":
-    all four Kaiming-uniform. a and b are taken down to the layer's sides where they are above. Other
-    fields: `LowRankConfig`.
+    all four Kaiming-uniform. a and b are taken down to the layer's sides where they are above.
+    Other fields: `LowRankConfig`.
     """
 
     r: int = 8
