@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...adapter_file import alike, differing, fingerprint
+from ...adapter_file import WEIGHT_PROBES, alike, differing, fingerprint
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"
@@ -83,15 +83,21 @@ def bases_to_load(
     (p, q), present = layer.sides[adapter], layer.bases
     there = [other for other in layer.scaling if other != adapter]
     used_p, used_q = layer.common_sides(there)
-    weight, made = layer.unmerged_weight, None
-    if own[0] is None or own[1] is None:
+    weight, made = layer.unmerged_weight, cast(Any, None)
+    if (own[0] is None) != (own[1] is None):
+        raise ValueError(
+            f"the file has basis_{'up' if own[0] is None else 'down'} of {name} and not "
+            f"basis_{'down' if own[0] is None else 'up'}: it is damaged"
+        )
+    if own[0] is None:
         if known is None:
             raise ValueError(
                 f"the file has neither the frozen factors of {name} nor their fingerprint: it is "
                 "damaged, or was not written by save_pretrained"
             )
         if present[0].is_meta:
-            made = layer.new_bases(p, q, layer.projection_seed[adapter])
+            new = layer.new_bases(p, q, layer.projection_seed[adapter])
+            made = tuple(factor.to(weight.dtype).contiguous() for factor in new)
         down, up = made or present
         own = down[:p], up[:, :q]
     elif own[0].shape != (p, layer.in_features) or own[1].shape != (layer.out_features, q):
@@ -105,6 +111,8 @@ def bases_to_load(
     if any(isinstance(part, DTensor) or part.is_meta for part in (weight, *own)):
         return made
     if known is not None:
+        if known.shape != (p + q + 1 + WEIGHT_PROBES,):
+            raise ValueError(f"the fingerprint of {name} is not of its ranks: the file is damaged")
         weight_device = [factor.to(weight.device) for factor in own]
         found = differing(fingerprint(weight, *weight_device), known.cpu(), p, q)
         if "weight" in found:
@@ -124,6 +132,8 @@ def bases_to_load(
             f"the adapter has other frozen factors in {name} than {', '.join(there)}, with which "
             "it would share them: load it into a model of its own"
         )
+    if (p0, q0) == (p, q):
+        return None
     down, up = (factor.clone() for factor in present)
     down[p0:p], up[:, q0:q] = own[0][p0:], own[1][:, q0:]
     return down, up

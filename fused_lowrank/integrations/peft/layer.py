@@ -99,7 +99,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             return *self.factors(adapters[0]), self.scaling[adapters[0]]
         p, q = self.common_sides(adapters)
         down, up = self.bases
-        cores = [self.padded(adapter, p, q) * self.scaling[adapter] for adapter in adapters]
+        cores = [self.scaled(adapter, p, q) for adapter in adapters]
         return down[:p], torch.stack(cores).sum(0), up[:, :q], 1.0
 
     def common_sides(self, adapters: list[str]) -> tuple[int, int]:
@@ -107,10 +107,11 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         sides = [self.sides[adapter] for adapter in adapters] or [(0, 0)]
         return max(p for p, _ in sides), max(q for _, q in sides)
 
-    def padded(self, adapter: str, p: int, q: int) -> Tensor:
-        """The core as one matrix (p, q), zero beyond its own sides."""
+    def scaled(self, adapter: str, p: int, q: int) -> Tensor:
+        """scaling · core as one matrix (p, q), zero beyond its sides, in float32 or wider."""
         core = product(self.core(adapter))
         assert core is not None
+        core = self.scaling[adapter] * core.to(wide(core.dtype))
         return pad(core, (0, q - core.shape[1], 0, p - core.shape[0]))
 
     # --- adapters come and go ---
@@ -151,12 +152,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
         """The trained factors of Σ weight · adapter, at scaling 1, in float32 or wider."""
         p, q = self.common_sides([name for name, _ in shares])
-        cores = [weight * self.scaling[name] * self.padded(name, p, q) for name, weight in shares]
-        return (
-            torch.stack(
-                [core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores]
-            ).sum(0),
-        )
+        cores = [weight * self.scaled(name, p, q) for name, weight in shares]
+        return (torch.stack(cores).sum(0),)
 
     def init_core(self, adapter: str, init: bool | str) -> None:
         """Give the trained factors their initial values."""
@@ -176,7 +173,14 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         old = self.bases
         if old[0] is None:
             weight = self.base_weight
-            new = weight.new_empty(p, self.in_features), weight.new_empty(self.out_features, q)
+            place: Any = {
+                "dtype": weight.dtype,
+                "device": None if weight.is_meta else weight.device,
+            }
+            new = (
+                torch.empty(p, self.in_features, **place),
+                torch.empty(self.out_features, q, **place),
+            )
         else:
             p, q = max(p, old[0].shape[0]), max(q, old[1].shape[1])
             if (p, q) == (old[0].shape[0], old[1].shape[1]):
@@ -186,7 +190,11 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
             if old[0] is not None and getattr(self, name).is_meta:  # PEFT is loading an adapter
                 self._parameters[name] = nn.Parameter(value, requires_grad=False)
-        if old[0] is None and not self.bases[0].is_meta:
+        if old[0] is None and not self.bases[0].is_meta:  # which low_cpu_mem_usage makes it
+            if weight.is_meta:
+                raise ValueError(
+                    f"the weight of {self.key} is on the meta device: load the weights first"
+                )
             for factor, value in zip(self.bases, self.new_bases(p, q, seed), strict=True):
                 factor.copy_(value)
 
@@ -269,14 +277,14 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         p, q = self.common_sides(there)
         (down, up), weight, base = self.bases, self.base_weight, self.base_layer
         place: Any = {"device": weight.device}
-        table = torch.stack([self.padded(name, p, q) for name in there])
+        table = torch.stack([self.scaled(name, p, q) for name in there])
         slot = {name: number for number, name in enumerate(there)}
         rows = Rows(
             table,
             None,
             torch.tensor([[slot.get(name, NONE)] for name in names], **place),
             None,
-            torch.tensor([self.scaling[name] for name in there], **place),
+            torch.ones(len(there), **place),
             torch.zeros(len(there), dtype=torch.int32, **place),
             torch.zeros(1, dtype=torch.int32, **place),
             x.shape[:-1].numel() // len(names),
@@ -296,8 +304,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         """ΔW = scaling · up·coreᵀ·down, stored as the base weight is, in float32 or wider."""
         dtype = wide(self.base_weight.dtype)
         down, _, up = self.factors(adapter)
-        core = self.padded(adapter, *self.sides[adapter]).to(dtype)
-        delta = self.scaling[adapter] * (up.to(dtype) @ core.t() @ down.to(dtype))
+        core = self.scaled(adapter, *self.sides[adapter]).to(dtype)
+        delta = up.to(dtype) @ core.t() @ down.to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ...init import kaiming, svd_bases
 from ...layers.lora_xs import CORE_STD
-from .layer import PeftLowRankLinear, Sides
+from .layer import PeftLowRankLinear, Sides, wide
 
 
 class PeftLoraXSLinear(PeftLowRankLinear):
@@ -44,16 +44,11 @@ class PeftLoraXSLinear(PeftLowRankLinear):
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and the leading triples of what they leave of the weight."""
         down, up = self.bases
-        wide = torch.promote_types(up.dtype, torch.float32)
-        basis, _ = torch.linalg.qr(up.to(wide))
-        weight = self.unmerged_weight.to(wide)
-        rest_down, rest_up = svd_bases(
-            weight - basis @ (basis.t() @ weight), p - len(down), seed=seed
-        )
-        return (
-            torch.cat([down, rest_down.to(down.dtype)]),
-            torch.cat([up, rest_up.to(up.dtype)], 1),
-        )
+        basis, _ = torch.linalg.qr(up.to(wide(up.dtype)))
+        weight = self.unmerged_weight.to(basis.dtype)
+        rest = weight - basis @ (basis.t() @ weight)
+        more_down, more_up = (new.to(up.dtype) for new in svd_bases(rest, p - len(down), seed=seed))
+        return torch.cat([down, more_down]), torch.cat([up, more_up], 1)
 
 
 class PeftLoraMiniLinear(PeftLowRankLinear):
@@ -88,13 +83,13 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
         p, q = self.common_sides([name for name, _ in shares])
         left, right = [], []
         for name, weight in shares:
-            a, b = (factor.float() for factor in self.core(name))
+            a, b = (factor.to(wide(factor.dtype)) for factor in self.core(name))
             left.append(pad(weight * self.scaling[name] * a, (0, 0, 0, p - len(a))))
             right.append(pad(b, (0, q - b.shape[1])))
         a, b = torch.cat(left, 1), torch.cat(right)
         if len(b) <= min(p, q):
             return a, b
-        core, one = a @ b, torch.eye(min(p, q), device=a.device)
+        core, one = a @ b, torch.eye(min(p, q), device=a.device, dtype=a.dtype)
         return (one, core) if p <= q else (core, one)
 
     def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,256 @@
+"""What PEFT saves and loads of LoRA-XS and LoRA-Mini, and what is refused."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_cases import config, inputs, methods, mlp, peft, same, state
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def saved(path: Path, method: str, base: Any = None, **settings: Any) -> torch.Tensor:
+    """Save an adapter of a model; return what the model computes for `x()`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = peft.get_peft_model(mlp() if base is None else base, config(method, **settings))
+    model.eval().save_pretrained(path)
+    return model(x().to(model.base_model.model.head.weight.dtype))
+
+
+def x() -> torch.Tensor:
+    """The same input at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return inputs()
+
+
+def change(path: Path, old: str, new: Any) -> None:
+    """Give a tensor of a file another value, or none."""
+    tensors = load_file(path / WEIGHTS)
+    if new is None:
+        del tensors[old]
+    else:
+        tensors[old] = new(tensors[old]).contiguous()
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+
+
+@methods
+@pytest.mark.parametrize("bases", [True, False])
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_round_trip(method: str, bases: bool, low_memory: bool, tmp_path: Path) -> None:
+    """The same bits, with the bases in the file or made again, whichever way PEFT loads."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = config(method, save_projection=bases)
+    assert any("save_projection=False" in str(w.message) for w in caught) == (not bases)
+    model = peft.get_peft_model(mlp(), given).eval()
+    model.save_pretrained(tmp_path)
+    keys = {key.rpartition(".")[2] for key in load_file(tmp_path / WEIGHTS)}
+    assert ({"basis_down", "basis_up"} <= keys) == bases
+    assert "basis_fingerprint" in keys
+    other = peft.PeftModel.from_pretrained(mlp(), tmp_path, low_cpu_mem_usage=low_memory)
+    assert torch.equal(other(x()), model(x()))
+    assert same(state(other), state(model))
+    assert not any(p.requires_grad for p in other.parameters())
+    other = peft.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
+    trained = {n for n, p in other.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in other.named_parameters() if n.endswith(".default")}
+
+
+@methods
+def test_size_of_a_file(method: str, tmp_path: Path) -> None:
+    """One pair of bases in it, cut to the adapter's own; without, some hundred numbers."""
+    model = peft.get_peft_model(mlp(), config(method))
+    larger = {"r": 2, "a": 9, "b": 8} if method == "lora_mini" else {"r": 9}
+    model.add_adapter("large", config(method, **larger))
+    model.save_pretrained(tmp_path)
+    sizes = {"lora_xs": (4, 4, 16), "lora_mini": (5, 4, 2 * 5 + 2 * 4)}[method]
+    for folder, (p, q, core) in (
+        (tmp_path, sizes),
+        (tmp_path / "large", {"lora_xs": (9, 9, 81), "lora_mini": (9, 8, 34)}[method]),
+    ):
+        tensors = load_file(folder / WEIGHTS)
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        prints = 2 * (p + q + 4)
+        assert numbers == p * (12 + 16) + q * (16 + 10) + 2 * core + prints
+        assert len(tensors) == 2 * (4 if method == "lora_xs" else 5)
+        assert (folder / WEIGHTS).stat().st_size < 8 * numbers + 200 * len(tensors) + 100
+    saved(tmp_path / "bare", method, save_projection=False)
+    small = load_file(tmp_path / "bare" / WEIGHTS)
+    assert sum(t.numel() for t in small.values()) == 2 * (sizes[2] + sizes[0] + sizes[1] + 4)
+
+
+@methods
+def test_several_in_one_model(method: str, tmp_path: Path) -> None:
+    """Adapters trained apart, of other ranks, share one pair where their bases are the same."""
+    larger = {"r": 2, "a": 5, "b": 4} if method == "lora_mini" else {"r": 9}
+    first = saved(tmp_path / "first", method)
+    second = saved(tmp_path / "second", method, **larger)
+    model = peft.PeftModel.from_pretrained(mlp(), tmp_path / "first", "first")
+    model.load_adapter(tmp_path / "second", "second")
+    layer = model.base_model.model.lin0
+    pointer = layer.basis_down.data_ptr()
+    model.load_adapter(tmp_path / "first", "again", low_cpu_mem_usage=True)
+    assert layer.basis_down.data_ptr() == pointer
+    for name, wanted in (("first", first), ("second", second), ("again", first)):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x()), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model.eval()(x(), adapter_names=["second"] * 6), second, rtol=1e-10, atol=1e-10
+    )
+
+
+def test_bases_beyond_those_of_others_come_from_the_file(tmp_path: Path) -> None:
+    """Rows that no adapter there uses are the file's own; those in use keep their bits."""
+    second = saved(tmp_path, "lora_xs", r=6)
+    for factor, cut in (("basis_down", lambda t: t[4:]), ("basis_up", lambda t: t[:, 4:])):
+        for layer in ("lin0", "lin1"):  # another choice of signs, as other hardware may make
+
+            def flip(tensor: torch.Tensor, cut: Any = cut) -> torch.Tensor:
+                new = tensor.clone()
+                cut(new).neg_()
+                return new
+
+            change(tmp_path, f"base_model.model.{layer}.{factor}", flip)
+    for layer in ("lin0", "lin1"):
+        change(tmp_path, f"base_model.model.{layer}.basis_fingerprint", None)
+    model = peft.get_peft_model(mlp(), config("lora_xs"))
+    before = state(model)
+    y = model(x())
+    model.load_adapter(tmp_path, "second")
+    assert torch.equal(
+        model.base_model.model.lin0.basis_down[:4], before["base_model.model.lin0.basis_down"]
+    )
+    torch.testing.assert_close(model(x()), y, rtol=1e-12, atol=1e-12)
+    flipped = peft.PeftModel.from_pretrained(mlp(), tmp_path)(x())
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x()), flipped, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(flipped, second)
+
+
+@methods
+def test_biases_and_modules_to_save(method: str, tmp_path: Path) -> None:
+    """They are trained, saved and loaded with the adapter."""
+    for bias in ("lora_only", f"{method}_only", "all"):
+        model = peft.get_peft_model(mlp(), config(method, bias=bias, modules_to_save=["head"]))
+        assert model.base_model.model.lin0.base_layer.bias.requires_grad
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        model(x()).square().sum().backward()
+        optimizer.step()
+        model.eval().save_pretrained(tmp_path / bias)
+        assert not torch.equal(model.base_model.model.lin0.base_layer.bias, mlp().lin0.bias)
+        other = peft.PeftModel.from_pretrained(mlp(), tmp_path / bias)
+        assert torch.equal(other(x()), model(x()))
+
+
+@methods
+def test_mixtures_are_saved(method: str, tmp_path: Path) -> None:
+    """An adapter that was mixed of others loads into a model of its own."""
+    model = peft.get_peft_model(mlp(), config(method))
+    model.add_adapter("two", config(method, target_modules=["lin1"], lora_alpha=1))
+    model.base_model.add_weighted_adapter(["default", "two"], [0.5, 2.0], "mixed")
+    model.set_adapter("mixed")
+    model.eval().save_pretrained(tmp_path, selected_adapters=["mixed"])
+    other = peft.PeftModel.from_pretrained(mlp(), tmp_path / "mixed")
+    torch.testing.assert_close(other(x()), model(x()), rtol=1e-10, atol=1e-10)
+
+
+# --- what is refused ---
+
+
+def refused(path: Path, message: str, base: Any = None, method: str = "lora_xs") -> None:
+    """Loading into a model that has an adapter raises, and changes nothing that was there."""
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(mlp() if base is None else base, path)
+    model = peft.get_peft_model(mlp() if base is None else base, config(method))
+    before, y = state(model), model(x())
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(path, "new")
+    after = state(model)
+    for name, value in before.items():  # bases may have become longer for it
+        kept = after[name][tuple(slice(size) for size in value.shape)]
+        assert torch.equal(kept, value), name
+    assert torch.equal(model(x()), y)
+
+
+@methods
+@pytest.mark.parametrize("bases", [True, False])
+def test_another_base_model(method: str, bases: bool, tmp_path: Path) -> None:
+    """Its weights differ by more than rounding."""
+    base = mlp()
+    torch.nn.init.normal_(base.lin1.weight)
+    saved(tmp_path, method, base, save_projection=bases)
+    refused(tmp_path, r"another base model: the weight of .*lin1 differs", method=method)
+
+
+def test_the_same_model_in_another_dtype(tmp_path: Path) -> None:
+    """Rounded to bfloat16 it is still the same; the bases take the weight's dtype."""
+    y = saved(tmp_path, "lora_xs", mlp(torch.float32))
+    model = peft.PeftModel.from_pretrained(mlp(torch.bfloat16), tmp_path)
+    assert model.base_model.model.lin0.basis_down.dtype == torch.bfloat16
+    torch.testing.assert_close(model(x().bfloat16()).float(), y, rtol=0.1, atol=0.1)
+
+
+@methods
+def test_another_rank(method: str, tmp_path: Path) -> None:
+    """The configuration and the tensors of the file do not fit."""
+    saved(tmp_path, method)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["r"] += 1
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    refused(tmp_path, r"of another rank: .*lin0.*there and .* here", method=method)
+
+
+@methods
+def test_other_bases(method: str, tmp_path: Path) -> None:
+    """Those of a file without them cannot be made again; or they differ from those in use."""
+    saved(tmp_path / "bare", method, save_projection=False)
+    for side in (0, -5):  # a number of down's, and one of up's
+
+        def shift(tensor: torch.Tensor, side: int = side) -> torch.Tensor:
+            new = tensor.clone()
+            new[side] += 1
+            return new
+
+        change(tmp_path / "bare", "base_model.model.lin1.basis_fingerprint", shift)
+        refused(tmp_path / "bare", r"not those that the adapter was trained with", method=method)
+    for factor in ("basis_down", "basis_up"):
+        saved(tmp_path / factor, method)
+        change(tmp_path / factor, f"base_model.model.lin0.{factor}", lambda t: 2 * t)
+        refused(tmp_path / factor, r"not those that the adapter was trained with", method=method)
+        change(tmp_path / factor, "base_model.model.lin0.basis_fingerprint", None)
+        peft.PeftModel.from_pretrained(mlp(), tmp_path / factor)
+        model = peft.get_peft_model(mlp(), config(method))
+        with pytest.raises(ValueError, match=r"other frozen factors in .*lin0 than default"):
+            model.load_adapter(tmp_path / factor, "new")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    """Without bases and fingerprint; with bases of other sizes; or with one of the two."""
+    saved(tmp_path / "none", "lora_xs", save_projection=False)
+    change(tmp_path / "none", "base_model.model.lin0.basis_fingerprint", None)
+    refused(tmp_path / "none", r"neither the frozen factors of .*lin0 nor their fingerprint")
+    saved(tmp_path / "sizes", "lora_xs")
+    change(tmp_path / "sizes", "base_model.model.lin0.basis_down", lambda t: t[:, 1:])
+    refused(tmp_path / "sizes", r"another base model, or of another rank: .*\(4, 11\)")
+    saved(tmp_path / "one", "lora_xs")
+    change(tmp_path / "one", "base_model.model.lin0.basis_up", None)
+    refused(tmp_path / "one", r"has basis_down of .*lin0 and not basis_up")
+    saved(tmp_path / "print", "lora_xs")
+    change(tmp_path / "print", "base_model.model.lin0.basis_fingerprint", lambda t: t[1:])
+    refused(tmp_path / "print", r"fingerprint of .*lin0 is not of its ranks")
+
+
+def test_missing_trained_factors_are_warned_of(tmp_path: Path) -> None:
+    """PEFT's own warning, where a file has fewer layers than its configuration."""
+    saved(tmp_path, "lora_xs")
+    for part in ("lora_xs_core", "basis_down", "basis_up", "basis_fingerprint"):
+        change(tmp_path, f"base_model.model.lin1.{part}", None)
+    with pytest.warns(UserWarning, match=re.escape("missing adapter keys")):
+        peft.PeftModel.from_pretrained(mlp(), tmp_path)
