@@ -64,6 +64,29 @@ def test_round_trip(method: str, bases: bool, low_memory: bool, tmp_path: Path) 
 
 
 @methods
+def test_bases_are_not_made_to_be_overwritten(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading for inference makes none; a layer that nobody loads makes them when it is used."""
+    wanted, made = saved(tmp_path, method), []
+    cls = type(peft.get_peft_model(mlp(), config(method)).base_model.model.lin0)
+    real = cls.new_bases
+    monkeypatch.setattr(cls, "new_bases", lambda *a, **k: made.append(1) or real(*a, **k))
+    assert torch.equal(peft.PeftModel.from_pretrained(mlp(), tmp_path)(x()), wanted)
+    assert not made
+    eager = peft.get_peft_model(mlp(), config(method))
+    assert len(made) == 2
+    for use in (lambda model: model(x()), lambda model: model.state_dict()):
+        later = peft.get_peft_model(mlp(), config(method, inference_mode=True))
+        before = len(made)
+        use(later)
+        assert len(made) == before + 2
+        for name in ("basis_down", "basis_up"):
+            ours, theirs = (getattr(m.base_model.model.lin0, name) for m in (later, eager))
+            assert torch.equal(ours, theirs)
+
+
+@methods
 def test_size_of_a_file(method: str, tmp_path: Path) -> None:
     """One pair of bases in it, cut to the adapter's own; without, some hundred numbers."""
     model = peft.get_peft_model(mlp(), config(method))

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,19 @@ def to_save(
     return tensors
 
 
+@contextmanager
+def still_pending(layers: Iterable[PeftLowRankLinear]) -> Iterator[None]:
+    """Within it a state_dict makes no frozen factors that are to be made later."""
+    seeds = [(layer, layer.pending_seed) for layer in layers]
+    try:
+        for layer, _ in seeds:
+            layer.pending_seed = None
+        yield
+    finally:
+        for layer, seed in seeds:
+            layer.pending_seed = seed
+
+
 @torch.no_grad()
 def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to load into the model, of those that an adapter's file holds.
@@ -80,7 +94,7 @@ def bases_to_load(
 
     `own` are those in the adapter's file, or (None, None); `known` is their fingerprint.
     """
-    (p, q), present = layer.sides[adapter], layer.bases
+    p, q = layer.sides[adapter]
     there = [other for other in layer.scaling if other != adapter]
     used_p, used_q = layer.common_sides(there)
     weight, made = layer.unmerged_weight, cast(Any, None)
@@ -95,10 +109,10 @@ def bases_to_load(
                 f"the file has neither the frozen factors of {name} nor their fingerprint: it is "
                 "damaged, or was not written by save_pretrained"
             )
-        if present[0].is_meta:
+        if layer.basis_down.is_meta:
             new = layer.new_bases(p, q, layer.projection_seed[adapter])
             made = tuple(factor.to(weight.dtype).contiguous() for factor in new)
-        down, up = made or present
+        down, up = made or layer.bases
         own = down[:p], up[:, :q]
     elif own[0].shape != (p, layer.in_features) or own[1].shape != (layer.out_features, q):
         raise ValueError(
@@ -124,8 +138,11 @@ def bases_to_load(
                 f"the frozen factors of {name} are not those that the adapter was trained with; "
                 "save it with save_projection=True"
             )
+    if made is not None and not there:
+        layer.pending_seed = None
     if made is None or not there:
         return made
+    present = layer.bases
     p0, q0 = min(p, used_p), min(q, used_q)
     if not alike(present[0][:p0], own[0][:p0]) or not alike(present[1][:, :q0], own[1][:, :q0]):
         raise ValueError(

@@ -37,6 +37,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
     active_adapters: list[str]
+    basis_down: nn.Parameter
+    basis_up: nn.Parameter
 
     prefix: ClassVar[str]
     adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
@@ -61,6 +63,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.projection_seed: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+        self.pending_seed: int | None = None  # of bases that are not made yet
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
 
     # --- the parts of the equation ---
@@ -68,8 +71,9 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     @property
     def bases(self) -> tuple[Tensor, Tensor]:
         """down (P, in) and up (out, Q), for the largest adapter."""
-        down, up = (getattr(self, name) for name in self.base_names)
-        return down, up
+        if self.pending_seed is not None:
+            self._make_bases()
+        return self.basis_down, self.basis_up
 
     @property
     def base_weight(self) -> Tensor:
@@ -126,7 +130,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.lora_dropout[adapter] = config.lora_dropout
         self.projection_seed[adapter] = config.projection_seed
-        self.grow_bases(*sides, config.projection_seed)
+        self.grow_bases(*sides, config.projection_seed, later=config.inference_mode)
         like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
         for name, shape in zip(self.adapter_layer_names, shapes, strict=True):
             getattr(self, name)[adapter] = nn.Parameter(torch.empty(shape, **like_base))
@@ -168,35 +172,52 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def grow_bases(self, p: int, q: int, seed: int) -> None:
-        """Have bases for P = p and Q = q at least; what is there already stays as it is."""
-        old = self.bases
-        if old[0] is None:
-            weight = self.base_weight
-            place: Any = {
-                "dtype": weight.dtype,
-                "device": None if weight.is_meta else weight.device,
-            }
-            new = (
-                torch.empty(p, self.in_features, **place),
-                torch.empty(self.out_features, q, **place),
-            )
-        else:
-            p, q = max(p, old[0].shape[0]), max(q, old[1].shape[1])
-            if (p, q) == (old[0].shape[0], old[1].shape[1]):
-                return
-            new = self.more_bases(p, q, seed)
-        for name, value in zip(self.base_names, new, strict=True):
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-            if old[0] is not None and getattr(self, name).is_meta:  # PEFT is loading an adapter
+    def grow_bases(self, p: int, q: int, seed: int, later: bool) -> None:
+        """Have bases for P = p and Q = q at least; what is there already stays as it is.
+
+        `later`: those that nobody has loaded are made when they are first asked for.
+        """
+        down, up = (self._parameters[name] for name in self.base_names)
+        if down is None or up is None:
+            self._first_bases(p, q, seed, later)
+            return
+        p, q = max(p, down.shape[0]), max(q, up.shape[1])
+        if (p, q) != (down.shape[0], up.shape[1]):
+            for name, value in zip(self.base_names, self.more_bases(p, q, seed), strict=True):
                 self._parameters[name] = nn.Parameter(value, requires_grad=False)
-        if old[0] is None and not self.bases[0].is_meta:  # which low_cpu_mem_usage makes it
-            if weight.is_meta:
-                raise ValueError(
-                    f"the weight of {self.key} is on the meta device: load the weights first"
-                )
-            for factor, value in zip(self.bases, self.new_bases(p, q, seed), strict=True):
-                factor.copy_(value)
+
+    def _first_bases(self, p: int, q: int, seed: int, later: bool) -> None:
+        weight = self.base_weight
+        kind: Any = {"dtype": weight.dtype, "device": "cpu" if weight.is_meta else weight.device}
+        for name, shape in zip(
+            self.base_names, ((p, self.in_features), (self.out_features, q)), strict=True
+        ):
+            value = nn.Parameter(torch.empty(shape, **kind), requires_grad=False)
+            self.register_parameter(name, value)
+        if self.basis_down.is_meta:  # low_cpu_mem_usage: the file's will take their place
+            return
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of {self.key} is on the meta device: load the weights first"
+            )
+        self.pending_seed = seed
+        if not later:
+            self._make_bases()
+
+    @torch.no_grad()
+    def _make_bases(self) -> None:
+        assert self.pending_seed is not None
+        (down, up), seed = (self.basis_down, self.basis_up), self.pending_seed
+        for factor, value in zip(
+            (down, up), self.new_bases(len(down), up.shape[1], seed), strict=True
+        ):
+            factor.copy_(value)
+        self.pending_seed = None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.pending_seed is not None:
+            self._make_bases()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -204,7 +225,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         weight = self.base_weight
         target = weight.device if device is None else device
-        for factor in self.bases:
+        for factor in (self.basis_down, self.basis_up):
             if not factor.is_meta and target.type != "meta":
                 factor.data = factor.data.to(target, weight.dtype)
 

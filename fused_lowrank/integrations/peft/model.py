@@ -190,9 +190,10 @@ class LowRankModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
+        with files.still_pending(layers_of(model)):  # PEFT asks for the keys of model.state_dict()
+            tensors = super()._remap_adapter_state_dict_for_load(
+                model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            )
         return files.to_load(model, adapter_name, tensors)
 
     def _check_new_adapter_config(self, config: LowRankConfig) -> None:
