@@ -112,8 +112,7 @@ def bases_to_load(
         if layer.basis_down.is_meta:
             new = layer.new_bases(p, q, layer.projection_seed[adapter])
             made = tuple(factor.to(weight.dtype).contiguous() for factor in new)
-        down, up = made or layer.bases
-        own = down[:p], up[:, :q]
+        own = made or layer.bases(p, q)
     elif own[0].shape != (p, layer.in_features) or own[1].shape != (layer.out_features, q):
         raise ValueError(
             f"the adapter is for another base model, or of another rank: the frozen factors of "
@@ -142,15 +141,15 @@ def bases_to_load(
         layer.pending_seed = None
     if made is None or not there:
         return made
-    present = layer.bases
     p0, q0 = min(p, used_p), min(q, used_q)
-    if not alike(present[0][:p0], own[0][:p0]) or not alike(present[1][:, :q0], own[1][:, :q0]):
+    in_use = layer.bases(p0, q0)
+    if not alike(in_use[0], own[0][:p0]) or not alike(in_use[1], own[1][:, :q0]):
         raise ValueError(
             f"the adapter has other frozen factors in {name} than {', '.join(there)}, with which "
             "it would share them: load it into a model of its own"
         )
     if (p0, q0) == (p, q):
         return None
-    down, up = (factor.clone() for factor in present)
+    down, up = (factor.clone() for factor in (layer.basis_down, layer.basis_up))
     down[p0:p], up[:, q0:q] = own[0][p0:], own[1][:, q0:]
     return down, up

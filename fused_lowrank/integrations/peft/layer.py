@@ -68,12 +68,14 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     # --- the parts of the equation ---
 
-    @property
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """down (P, in) and up (out, Q), for the largest adapter."""
+    def bases(self, p: int, q: int) -> tuple[Tensor, Tensor]:
+        """down (p, in) and up (out, q): what adapters of these sides use."""
         if self.pending_seed is not None:
             self._make_bases()
-        return self.basis_down, self.basis_up
+        down, up = (self._parameters[name] for name in self.base_names)
+        assert down is not None
+        assert up is not None
+        return down if p == down.shape[0] else down[:p], up if q == up.shape[1] else up[:, :q]
 
     @property
     def base_weight(self) -> Tensor:
@@ -92,19 +94,16 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         """The core of an adapter, (P, Q) or a pair."""
         raise NotImplementedError
 
-    def factors(self, adapter: str) -> tuple[Tensor, Core, Tensor]:
-        """(down, core, up) of an adapter."""
-        (down, up), (p, q) = self.bases, self.sides[adapter]
-        return down[:p], self.core(adapter), up[:, :q]
-
     def joined(self, adapters: list[str]) -> tuple[Tensor, Core, Tensor, float]:
         """(down, core, up, scale) of the sum of adapters."""
         if len(adapters) == 1:
-            return *self.factors(adapters[0]), self.scaling[adapters[0]]
+            name = adapters[0]
+            down, up = self.bases(*self.sides[name])
+            return down, self.core(name), up, self.scaling[name]
         p, q = self.common_sides(adapters)
-        down, up = self.bases
+        down, up = self.bases(p, q)
         cores = [self.scaled(adapter, p, q) for adapter in adapters]
-        return down[:p], torch.stack(cores).sum(0), up[:, :q], 1.0
+        return down, torch.stack(cores).sum(0), up, 1.0
 
     def common_sides(self, adapters: list[str]) -> tuple[int, int]:
         """P and Q that hold all of the adapters."""
@@ -183,6 +182,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             return
         p, q = max(p, down.shape[0]), max(q, up.shape[1])
         if (p, q) != (down.shape[0], up.shape[1]):
+            self.bases(0, 0)  # if they are to be made, now
             for name, value in zip(self.base_names, self.more_bases(p, q, seed), strict=True):
                 self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -235,10 +235,38 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     # --- forward ---
 
-    @property
-    def plain(self) -> bool:
-        """Whether the base layer's call is x·Wᵀ + bias and nothing else happens in it."""
-        base = self.base_layer
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) → (..., out), through the active adapters, or each row through its own."""
+        names = kwargs.pop("adapter_names", None)
+        base: Any = self._modules["base_layer"]
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return base(x, *args, **kwargs)
+        if names is not None:
+            return self.mixed(x, names)
+        active = [name for name in self.active_adapters if name in self.scaling]
+        if self.merged or not active:
+            return base(x, *args, **kwargs)
+        p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
+        if args or kwargs or not self.is_plain(base) or (len(active) > 1 and p != {0.0}):
+            y = base(x, *args, **kwargs)
+            for name in active:
+                y = y + self.term(x, name).to(y.dtype)
+            return y
+        down, core, up, scale = self.joined(active)
+        weight = base._parameters["weight"]
+        return lowrank_linear(
+            x,
+            weight.t() if self.fan_in_fan_out else weight,
+            *(down, core, up, base._parameters["bias"]),
+            scale=scale,
+            dropout_p=p.pop(),
+            training=self.training,
+        )
+
+    def is_plain(self, base: Any) -> bool:
+        """Whether the base layer's call is x·Wᵀ + bias, and nothing else happens in it."""
         return not (
             type(base) is not (Conv1D if self.fan_in_fan_out else nn.Linear)
             or "forward" in base.__dict__  # accelerate's hooks, which move offloaded weights
@@ -247,37 +275,13 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             or base._backward_hooks
             or base._backward_pre_hooks
             or "weight" not in base._parameters
-            or parametrize.is_parametrized(base)
         )
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) → (..., out), through the active adapters, or each row through its own."""
-        names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if names is not None:
-            return self.mixed(x, names)
-        active = [name for name in self.active_adapters if name in self.scaling]
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
-        if args or kwargs or not self.plain or (len(active) > 1 and p != {0.0}):
-            y = self.base_layer(x, *args, **kwargs)
-            for name in active:
-                y = y + self.term(x, name).to(y.dtype)
-            return y
-        down, core, up, scale = self.joined(active)
-        base = self.base_layer
-        settings: Any = {"scale": scale, "dropout_p": p.pop(), "training": self.training}
-        return lowrank_linear(x, self.base_weight, down, core, up, base.bias, **settings)
 
     def term(self, x: Tensor, adapter: str) -> Tensor:
         """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""
-        down, core, up = self.factors(adapter)
+        down, core, up, scale = self.joined([adapter])
         x = dropout(like(x, down.dtype), self.lora_dropout[adapter], self.training)
-        u = through_core(linear(x, down), core, self.scaling[adapter])
+        u = through_core(linear(x, down), core, scale)
         return linear(u, up)
 
     def mixed(self, x: Tensor, names: list[str]) -> Tensor:
@@ -296,7 +300,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if not there:
             return self.base_layer(x)
         p, q = self.common_sides(there)
-        (down, up), weight, base = self.bases, self.base_weight, self.base_layer
+        (down, up), weight, base = self.bases(p, q), self.base_weight, self.base_layer
         place: Any = {"device": weight.device}
         table = torch.stack([self.scaled(name, p, q) for name in there])
         slot = {name: number for number, name in enumerate(there)}
@@ -310,8 +314,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             torch.zeros(1, dtype=torch.int32, **place),
             x.shape[:-1].numel() // len(names),
         )
-        down, up = down[:p], up[:, :q]
-        if not self.plain or torch.compiler.is_compiling():
+        if not self.is_plain(base) or torch.compiler.is_compiling():
             y = base(x)
             t = linear(like(x, down.dtype), down)
             return y + linear(through_core(t, rows, 1.0), up).to(y.dtype)
@@ -324,8 +327,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = scaling · up·coreᵀ·down, stored as the base weight is, in float32 or wider."""
         dtype = wide(self.base_weight.dtype)
-        down, _, up = self.factors(adapter)
-        core = self.scaled(adapter, *self.sides[adapter]).to(dtype)
+        sides = self.sides[adapter]
+        (down, up), core = self.bases(*sides), self.scaled(adapter, *sides).to(dtype)
         delta = up.to(dtype) @ core.t() @ down.to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 

@@ -43,7 +43,7 @@ class PeftLoraXSLinear(PeftLowRankLinear):
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and the leading triples of what they leave of the weight."""
-        down, up = self.bases
+        down, up = (self.basis_down, self.basis_up)
         basis, _ = torch.linalg.qr(up.to(wide(up.dtype)))
         weight = self.unmerged_weight.to(basis.dtype)
         rest = weight - basis @ (basis.t() @ weight)
@@ -100,7 +100,9 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and more of the same size."""
         new = []
-        for drawn, old in zip(self.drawn(p, q, seed), self.bases, strict=True):
+        for drawn, old in zip(
+            self.drawn(p, q, seed), (self.basis_down, self.basis_up), strict=True
+        ):
             rows, columns = old.shape
             drawn *= float(old.float().norm() / drawn[:rows, :columns].norm())
             drawn = drawn.to(old)
