@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,19 @@ def load_adapter(
             other module names, sizes, ranks, weights or frozen factors. The model is as it was.
     """
     config, tensors = read(path)
+    return load_contents(model, config, tensors, path, fused=fused, progress=progress)
+
+
+def load_contents(
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Any,
+    *,
+    fused: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """`load_adapter` of what `read` returns."""
     prints = pop_fingerprints(config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
@@ -215,13 +228,21 @@ def install(
 
 
 def opened(
-    path: str | os.PathLike[str], kind: str, form: str, version: str
+    path: str | os.PathLike[str],
+    kind: str,
+    form: str,
+    version: str,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors, as they lie in the file; ValueError for one of another format."""
+    """The config and the tensors, or some of them, as they lie in the file.
+
+    Raises ValueError for a file of another format.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = [key for key in file.keys() if only is None or key in only]  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
     if metadata.get("format") != form:

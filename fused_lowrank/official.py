@@ -2,48 +2,36 @@
 
 It writes a folder as PEFT does for LoRA, and for each layer a third matrix:
 
-adapter_config.json       PEFT's LoraConfig
-adapter_model.safetensors or .bin, or pytorch_model.bin:
   base_model.model.<module>.lora_A.weight                  down (r, in), with Σ wholly in it
   base_model.model.<module>.lora_B.weight                  up (out, r)
   base_model.model.<module>_lora_latent_mapping.weight     coreᵀ (r, r)
-  base_model.model.<module>.<tensor>                       of each module trained whole
-reconstr_config.json      here or one folder up: how A and B were made
 
-A state_dict of the whole model has `.default` in these keys, and the base model's tensors.
+reconstr_config.json, there or one folder up, says how A and B were made. A state_dict of the whole
+model has `.default` in these keys, and the base model's tensors.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import os
-import pickle
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapt import adapted_layers
 from .adapter_file import WEIGHT_TOLERANCE, alike, install
-from .export import CONFIG, PREFIX
 from .layers import LowRankLinear
-from .targets import matches
+from .peft_folder import config_of, file_of, json_of, refuse, scaling, tensors_of, whole_modules
 
-FILES = "adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"
 MADE = "reconstr_config.json"
 LATENT = "_lora_latent_mapping.weight"
 FACTOR = re.compile(
     r"(.+?)(?:\.lora_([AB])(?:\.default)?|(?:\.default)?_lora_latent_mapping)\.weight"
 )
 FACTORS = {"A": "down", "B": "up", None: "core"}
-HEADS = ["classifier", "score"]  # what PEFT trains whole where the config does not say
+WHOLE = ".modules_to_save.default."  # in a whole state_dict
 UNSUPPORTED = "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"
 
 
@@ -67,11 +55,11 @@ def load_official_lora_xs(
             other module names, sizes, ranks or weights. The model is as it was.
     """
     config, tensors, base = read(path)
-    from_weights = config.pop("from_weights")
     check_base(model, base, path)
+    random = bases_are_random(file_of(path))
 
     def check(name: str, layer: LowRankLinear) -> None:
-        if from_weights:
+        if not random:
             check_factors(name, layer, tensors, path)
 
     return install(model, config, tensors, path, check, fused=fused, progress=progress)
@@ -80,16 +68,11 @@ def load_official_lora_xs(
 def read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint as `adapter_file.read` has ours, fingerprints aside, and the base's tensors.
-
-    The config says besides whether A and B are of the weights ("from_weights"), or random.
-    """
-    file = file_of(Path(path))
-    state, settings = tensors_of(file), settings_of(file)
+    """A checkpoint as `adapter_file.read` has ours, less fingerprints, and the base's tensors."""
+    file = file_of(path)
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        key = key.removeprefix(PREFIX)
+    for key, tensor in tensors_of(file).items():
         if match := FACTOR.fullmatch(key):
             factor = FACTORS[match[2]]
             turn = factor == "core" and tensor.dim() == 2
@@ -102,104 +85,34 @@ def read(
         for factor, key in (("down", ".lora_A.weight"), ("up", ".lora_B.weight"), ("core", LATENT)):
             if factor not in found:
                 raise ValueError(f"{path} lacks {name}{key}: it is damaged")
-    saved, trained, base = sorted_out(others, factors.keys(), settings["modules_to_save"], path)
-    config = {
-        "layers": {
-            name: {"method": "lora_xs", "settings": dict(settings["layer"])} for name in factors
-        },
-        "modules_to_save": saved,
-        "bases": True,
-        "from_weights": settings["from_weights"],
-    }
+    settings = config_of(file)
+    refuse(settings, UNSUPPORTED, path)
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {settings['bias']!r}: only 'none' can be read here")
+    base: dict[str, Tensor] = {}
+    if any(f"{n}.base_layer.weight" in others or f"{n}.weight" in others for n in factors):
+        others = {key: t for key, t in others.items() if ".original_module." not in key}
+        base = {k.replace(".base_layer.", "."): t for k, t in others.items() if WHOLE not in k}
+        others = {key: tensor for key, tensor in others.items() if WHOLE in key}
+    saved, trained = whole_modules(others, settings, path)
+    dropout = float(settings.get("lora_dropout") or 0.0)
+    layers = {}
+    for name in factors:
+        r, alpha = scaling(settings, name, path)
+        own = {"r": r, "alpha": alpha, "dropout": dropout, "train": ("core",)}
+        layers[name] = {"method": "lora_xs", "settings": own}
     tensors = {f"{n}.{factor}": t for n, found in factors.items() for factor, t in found.items()}
+    config = {"layers": layers, "modules_to_save": saved, "bases": True}
     return config, {**tensors, **trained}, base
 
 
-def file_of(path: Path) -> Path:
-    """The file with the tensors."""
-    if not path.is_dir():
-        return path
-    file = next((path / name for name in FILES if (path / name).is_file()), None)
-    if file is None:
-        raise ValueError(f"{path} has none of {', '.join(FILES)}: it is no checkpoint")
-    return file
-
-
-def tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; no code in it is run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} is truncated, or holds no tensors alone: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{file} holds no state_dict")
-    return {str(key): value for key, value in state.items()}
-
-
-def json_of(file: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no settings")
-    return found
-
-
-def settings_of(file: Path) -> dict[str, Any]:
-    """The layers' keywords ("layer"), "modules_to_save" and "from_weights"."""
-    if not (place := file.parent / CONFIG).is_file():
-        raise ValueError(f"{file} has no {CONFIG} beside it: alpha and r are in there")
-    config = json_of(place)
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise ValueError(f"{place}: {name} is {config[name]!r}, which LoRA-XS does not have")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{place}: bias is {config['bias']!r}: only 'none' is supported")
-    try:
-        r, alpha = int(config["r"]), float(config["lora_alpha"])
-        alpha = alpha * math.sqrt(r) if config.get("use_rslora") else alpha
-        dropout = float(config.get("lora_dropout") or 0.0)
-        heads = [str(name) for name in config.get("modules_to_save") or HEADS]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{place} cannot be read ({error!r})") from error
-    layer = {"r": r, "alpha": alpha, "dropout": dropout, "train": ("core",)}
-    folders = file.absolute().parents[:2]
-    made = next((f / MADE for f in folders if (f / MADE).is_file()), None)
-    how = json_of(made) if made else {}
-    random = how.get("replacement_module_random_init") or how.get("half_init_dec")
-    return {"layer": layer, "modules_to_save": heads, "from_weights": not random}
-
-
-def sorted_out(
-    others: dict[str, Tensor], layers: Collection[str], heads: list[str], path: Any
-) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
-    """What is no factor: the modules trained whole, their tensors, and the base model's."""
-    whole = any(f"{n}.base_layer.weight" in others or f"{n}.weight" in others for n in layers)
-    trained: dict[str, Tensor] = {}
-    base: dict[str, Tensor] = {}
-    saved: dict[str, None] = {}
-    for key, tensor in others.items():
-        if ".original_module." in key:
-            continue
-        module, marked, rest = key.partition(".modules_to_save.default.")
-        if whole and not marked:
-            base[key.replace(".base_layer.", ".")] = tensor
-            continue
-        if not marked:
-            names = itertools.accumulate(key.split(".")[:-1], "{}.{}".format)
-            module = next((name for name in names if matches(name, heads)), "")
-            rest = key.removeprefix(f"{module}.")
-        if not module:
-            raise ValueError(
-                f"{path} holds an unexpected {key}, which is of no module in modules_to_save"
-            )
-        saved[module] = None
-        trained[f"{module}.{rest}"] = tensor
-    return list(saved), trained, base
+def bases_are_random(file: Path) -> bool:
+    """Whether A or B were drawn, and not computed from the weights."""
+    for folder in file.absolute().parents[:2]:
+        if (folder / MADE).is_file():
+            how = json_of(folder / MADE)
+            return bool(how.get("replacement_module_random_init") or how.get("half_init_dec"))
+    return False
 
 
 def check_base(model: nn.Module, base: dict[str, Tensor], path: Any) -> None:

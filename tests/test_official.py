@@ -263,7 +263,7 @@ FILES: dict[str, tuple[Callable[[State, dict[str, Any]], Any], str]] = {
     "other rank": (lambda s, c: c.update(r=2), r"a\.down is \(3, 10\) there and \(2, 10\) here"),
     "rank too high": (lambda s, c: c.update(r=64), "a: r is 64"),
     "no r": (lambda s, c: c.pop("r"), "cannot be read"),
-    "no alpha": (lambda s, c: c.update(lora_alpha=None), "cannot be read"),
+    "no alpha": (lambda s, c: c.pop("lora_alpha"), "cannot be read"),
     "shape": (
         lambda s, c: s.update({f"{PREFIX}a.lora_A.weight": torch.ones(R, K + 1)}),
         r"a\.down is \(3, 11\) there and \(3, 10\) here",
