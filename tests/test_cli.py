@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import batch, targets, tiny
+from official_cases import settings, state_of, write
 from safetensors.torch import load_file
-from test_official import settings, state_of, write
 from torch import Tensor, nn
 
 from fused_lowrank import (
