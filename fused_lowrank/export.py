@@ -153,7 +153,6 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -
     }
     saved = tuple(f"{name}." for name in config["modules_to_save"])
     rest = {key: t.shape for key, t in tensors.items() if saved and key.startswith(saved)}
-    config = {**config, "bases": True}
     check_shapes({**shapes_of(layers, config), **rest}, layers, tensors, path)
     for name, layer in layers.items():
         for part in (*layer.factors, "bias"):

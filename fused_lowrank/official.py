@@ -91,7 +91,6 @@ def read(
         raise ValueError(f"{path}: bias is {settings['bias']!r}: only 'none' can be read here")
     base: dict[str, Tensor] = {}
     if any(f"{n}.base_layer.weight" in others or f"{n}.weight" in others for n in factors):
-        others = {key: t for key, t in others.items() if ".original_module." not in key}
         base = {k.replace(".base_layer.", "."): t for k, t in others.items() if WHOLE not in k}
         others = {key: tensor for key, tensor in others.items() if WHOLE in key}
     saved, trained = whole_modules(others, settings, path)

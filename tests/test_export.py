@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fused_lowrank import adapt, disable_adapters, export_lora, load_adapter, save_adapter, unload
+from fused_lowrank.export import of_bank
 from fused_lowrank.layers import LowRankLinear
 
 peft = pytest.importorskip("peft")
@@ -138,6 +139,32 @@ def test_from_a_bank(kind: str, tmp_path: Path) -> None:
         close(loaded(base, tmp_path)(x), expected(x))
     assert config_in(tmp_path)["r"] == KINDS[kind]["r"]
     del model
+
+
+def test_from_a_bank_of_wide_products(tmp_path: Path) -> None:
+    """A core with more rows than columns goes to A."""
+    settings = {"r": 4, "a": 8, "b": 5}
+    _, bank = bank_of("products", 1, **settings)
+    assert bank.shelves["first"].right is None
+    bank.add("a", model_of("products", 1, **settings))
+    export_lora(bank, tmp_path, name="a")
+    x = x_of(5)
+    with torch.no_grad():
+        expected = model_of("products", 1, **settings)(x)
+        close(loaded(unload(model_of("products")), tmp_path)(x), expected)
+    assert config_in(tmp_path)["r"] == 5
+
+
+@kinds
+def test_bank_that_changes_meanwhile(kind: str) -> None:
+    """What is exported is the adapter as it was, whoever has its slot now."""
+    _, bank = bank_of(kind, 1, "a")
+    cores = [part.core for part in of_bank(bank, "a").parts.values()]
+    parts = [part for core in cores for part in (core if isinstance(core, tuple) else (core,))]
+    before = [part.clone() for part in parts]
+    bank.remove("a")
+    bank.add("b", model_of(kind, 2))
+    assert all(map(torch.equal, parts, before))
 
 
 @pytest.mark.parametrize("method", SETTINGS)

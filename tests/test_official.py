@@ -352,6 +352,14 @@ def test_refused_by_model(case: str, tmp_path: Path) -> None:
     refused(model, folder, message)
 
 
+def test_whole_state_dict_and_meta(tmp_path: Path) -> None:
+    """There is nothing to compare; what is missing is said."""
+    folder, _ = checkpoint(tmp_path)
+    to_whole(folder)
+    with pytest.raises(ValueError, match="meta device"):
+        load_official_lora_xs(base().to("meta"), folder)
+
+
 @pytest.mark.parametrize("key", ["a.weight", "b.bias"])
 def test_other_base_in_a_whole_state_dict(key: str, tmp_path: Path) -> None:
     """All of the base's tensors are compared, where they are there."""
