@@ -250,6 +250,20 @@ def test_merge(dtype: torch.dtype, folder: Path, tmp_path: Path, capsys: Any) ->
     assert {path.name for path in tmp_path.iterdir()} == {"base", "file", "out"}
 
 
+def test_failed_merge(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Nothing of it stays."""
+
+    def failing(*_: Any) -> None:
+        raise OSError("disk full")
+
+    save_adapter(trained(folder), tmp_path / "file")
+    monkeypatch.setattr(shutil, "copy", failing)
+    asked = ("merge", tmp_path / "file", tmp_path / "out", "--base", folder)
+    code, _, error = run(capsys, *asked)
+    assert (code, error.splitlines()[-1]) == (1, "fused-lowrank: error: disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_merge_of_a_tied_weight(tmp_path: Path, capsys: Any) -> None:
     """It would be tied again when the file is read, so that what was merged would be lost."""
     model = tiny("llama", tie_word_embeddings=True)

@@ -85,6 +85,16 @@ def test_same_outputs(case: str, tmp_path: Path) -> None:
         close(peft.PeftModel.from_pretrained(base(), tmp_path / "lora")(x), wanted)
 
 
+def test_patterns_match_ends_of_names() -> None:
+    """As in PEFT: after a dot, to the end, and the first that matches."""
+    patterns = {"q": 1, "^layer.v": 2, r"layer\.\d.o": 3, "o": 4}
+    names = ("q", "layer.q", "freq", "q.x", "layer.v", "x.layer.v", "a.layer.0.o", "o")
+    found = [peft_folder.pattern_of(patterns, name, 0) for name in names]
+    assert found == [1, 1, 0, 0, 2, 0, 3, 4]
+    theirs = [patterns.get(peft.utils.other.get_pattern_key(patterns, name), 0) for name in names]
+    assert found == theirs
+
+
 def test_without_frozen_factors(tmp_path: Path) -> None:
     """They are computed from the base's weights, and known by their fingerprint."""
     with pytest.warns(UserWarning, match="save_projection"):
