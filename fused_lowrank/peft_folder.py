@@ -2,7 +2,9 @@
 
 adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
-  base_model.model.<module>.lora_xs_<factor>     of `LoraXSConfig`; lora_mini_… of `LoraMiniConfig`
+  base_model.model.<module>.lora_xs_core         of `LoraXSConfig`
+  base_model.model.<module>.lora_mini_a_train    and _b_train, of `LoraMiniConfig`
+  base_model.model.<module>.basis_down           and _up, _fingerprint, of both
   base_model.model.<module>.base_layer.bias      where it is trained
   base_model.model.<module>.<tensor>             of each module trained whole
 """
@@ -135,8 +137,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise ValueError(f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}")
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]
-    own = (*METHODS[method][0].factors, FINGERPRINT)
-    suffixes = {f".{method}_{part}": part for part in own} | {".base_layer.bias": "bias"}
+    frozen = ("down", "up", FINGERPRINT)
+    trained = (part for part in METHODS[method][0].factors if part not in frozen)
+    suffixes = {f".{method}_{part}": part for part in trained}
+    suffixes |= {f".basis_{part}": part for part in frozen}
+    suffixes[".base_layer.bias"] = "bias"
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in tensors_of(file).items():

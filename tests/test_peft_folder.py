@@ -133,10 +133,10 @@ FILES: dict[str, tuple[Callable[[State, dict[str, Any]], Any], str]] = {
         "lacks core of a",
     ),
     "shape": (
-        lambda s, c: s.update({f"{PREFIX}a.lora_xs_up": torch.ones(D, 2)}),
+        lambda s, c: s.update({f"{PREFIX}a.basis_up": torch.ones(D, 2)}),
         r"a\.up is \(12, 2\) there",
     ),
-    "no print": (lambda s, c: s.pop(f"{PREFIX}a.lora_xs_fingerprint"), r"lacks a\.fingerprint"),
+    "no print": (lambda s, c: s.pop(f"{PREFIX}a.basis_fingerprint"), r"lacks a\.fingerprint"),
     "extra": (lambda s, c: s.update({f"{PREFIX}a.z": torch.ones(1)}), r"unexpected a\.z"),
     "no layers": (lambda s, c: s.clear(), "adapts no layers"),
     "Conv1D": (lambda s, c: c.update(fan_in_fan_out=True), "fan_in_fan_out is True"),
