@@ -9,6 +9,7 @@ from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .adapter_file import load_adapter, save_adapter
 from .bank import AdapterBank
 from .explain import explain
+from .export import export_lora
 from .functional import lowrank_linear
 from .layers import (
     FusedLoraLinear,
@@ -18,6 +19,7 @@ from .layers import (
     LoraMiniLinear,
     LoraXSLinear,
 )
+from .official import load_official_lora_xs
 from .planner import use_batch_invariance
 
 __version__ = "0.1.0"
@@ -32,8 +34,10 @@ __all__ = [
     "adapt",
     "disable_adapters",
     "explain",
+    "export_lora",
     "init_bases",
     "load_adapter",
+    "load_official_lora_xs",
     "lowrank_linear",
     "merge",
     "save_adapter",

@@ -291,15 +291,20 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
-    """Merge, with one warning for all."""
+def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]:
+    """The names of the layers, not merged yet, whose weights other modules have as well."""
     others = {
         id(parameter)
         for module in model.modules()
         if not isinstance(module, LowRankLinear)
         for parameter in module._parameters.values()
     }
-    tied = [name for name, m in layers.items() if not m.merged and id(m.weight) in others]
+    return [name for name, m in layers.items() if not m.merged and id(m.weight) in others]
+
+
+def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
+    """Merge, with one warning for all."""
+    tied = tied_layers(layers, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         lost = {name: layer.merge() for name, layer in layers.items()}

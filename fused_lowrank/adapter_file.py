@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
 
     Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled.
     """
-    layers = require_adapted(model)
+    layers = complete_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        if layer.bases_pending or layer.weight.is_meta:
-            raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
-        if layer.disabled:
-            raise ValueError(f"{name} is disabled: save outside disable_adapters")
         for part, tensor in parts(layer, layer.train_names, bases).items():
             tensors[f"{name}.{part}"] = tensor
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer)
@@ -132,6 +128,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
             unfinished,
             metadata,
         )
+
+
+def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The adapted layers by name; ValueError if there are none, or one cannot be saved as it is."""
+    layers = require_adapted(model)
+    for name, layer in layers.items():
+        if layer.bases_pending or layer.weight.is_meta:
+            raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
+        if layer.disabled:
+            raise ValueError(f"{name} is disabled: save outside disable_adapters")
+    return layers
 
 
 @contextmanager
@@ -161,6 +168,41 @@ def load_adapter(
             other module names, sizes, ranks, weights or frozen factors. The model is as it was.
     """
     config, tensors = read(path)
+    return load_contents(model, config, tensors, path, fused=fused, progress=progress)
+
+
+def load_contents(
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Any,
+    *,
+    fused: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """`load_adapter` of what `read` returns."""
+    prints = pop_fingerprints(config, tensors)
+
+    def check(name: str, layer: LowRankLinear) -> None:
+        check_fingerprint(name, layer, prints[name], tensors, path)
+
+    return install(model, config, tensors, path, check, fused=fused, progress=progress)
+
+
+def install(
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Any,
+    check: Callable[[str, LowRankLinear], None],
+    *,
+    fused: bool,
+    progress: bool,
+) -> nn.Module:
+    """Put an adapter into a model, plain or adapted alike; if it raises, the model is as it was.
+
+    `check` raises for a layer, not yet in the model, whose weight is not the one it was made for.
+    """
     saved = config["modules_to_save"]
     present = dict(adapted_layers(model))
     if present:
@@ -176,7 +218,9 @@ def load_adapter(
                 raise ValueError(f"{path} does not fit this model: {error}") from error
         check_tensors(model, layers, tensors, config, path)
         for name, layer in layers.items():
-            check_fingerprint(name, layer, tensors, path)
+            if layer.weight.is_meta:
+                raise ValueError(f"{name}.weight is on the meta device: load the weights first")
+            check(name, layer)
     if not present:
         place(model, layers, saved)
     fill(model, layers, tensors, saved)
@@ -184,13 +228,21 @@ def load_adapter(
 
 
 def opened(
-    path: str | os.PathLike[str], kind: str, form: str, version: str
+    path: str | os.PathLike[str],
+    kind: str,
+    form: str,
+    version: str,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors, as they lie in the file; ValueError for one of another format."""
+    """The config and the tensors, or some of them, as they lie in the file.
+
+    Raises ValueError for a file of another format.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = [key for key in file.keys() if only is None or key in only]  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
     if metadata.get("format") != form:
@@ -274,7 +326,7 @@ def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], 
 
 def check_same_modules_to_save(model: nn.Module, saved: list[str], path: Any) -> None:
     """Raise unless the adapted model trains the modules whole that the file holds."""
-    if list(saved_modules(model)) != saved:
+    if set(saved_modules(model)) != set(saved):
         raise ValueError(
             f"{path} does not fit this adapted model: modules_to_save are "
             f"{list(saved_modules(model))} here and {saved} there"
@@ -289,19 +341,33 @@ def check_tensors(
     path: Any,
 ) -> None:
     """Raise unless the file holds exactly the tensors, in the shapes, that the layers need."""
-    expected: dict[str, torch.Size] = {}
-    for name, layer in layers.items():
-        trained = config["layers"][name]["settings"]["train"]
-        for part, tensor in parts(layer, trained, config["bases"]).items():
-            expected[f"{name}.{part}"] = tensor.shape
-        p, q = layer.down.shape[0], layer.up.shape[1]
-        expected[f"{name}.{FINGERPRINT}"] = torch.Size([p + q + 1 + WEIGHT_PROBES])
+    expected = shapes_of(layers, config)
     for name in config["modules_to_save"]:
         try:
             state = model.get_submodule(name).state_dict()
         except AttributeError:
             raise ValueError(f"{path} holds {name}, but this model has no such module") from None
         expected.update({f"{name}.{key}": value.shape for key, value in state.items()})
+    check_shapes(expected, layers, tensors, path)
+
+
+def shapes_of(layers: Mapping[str, LowRankLinear], config: dict[str, Any]) -> dict[str, torch.Size]:
+    """The shapes of the tensors that a file has of these layers, fingerprints aside."""
+    expected = {}
+    for name, layer in layers.items():
+        trained = config["layers"][name]["settings"]["train"]
+        for part, tensor in parts(layer, trained, config["bases"]).items():
+            expected[f"{name}.{part}"] = tensor.shape
+    return expected
+
+
+def check_shapes(
+    expected: Mapping[str, torch.Size],
+    layers: Mapping[str, LowRankLinear],
+    tensors: dict[str, Tensor],
+    path: Any,
+) -> None:
+    """Raise unless the tensors are those expected."""
     for key in sorted(expected.keys() ^ tensors.keys()):
         what = "lacks" if key in expected else "holds an unexpected"
         raise ValueError(f"{path} {what} {key}: it is damaged, or belongs to another model")
@@ -315,14 +381,19 @@ def check_tensors(
             raise ValueError(f"{path}: {key} is of {tensors[key].dtype}: it is damaged")
 
 
+def pop_fingerprints(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Take the layers' fingerprints out of the tensors of a file; None where there is none."""
+    return {name: tensors.pop(f"{name}.{FINGERPRINT}", None) for name in config["layers"]}
+
+
 def check_fingerprint(
-    name: str, layer: LowRankLinear, tensors: dict[str, Tensor], path: Any
+    name: str, layer: LowRankLinear, there: Tensor | None, tensors: dict[str, Tensor], path: Any
 ) -> None:
     """Raise if the file was made for another weight or, being without them, for other bases."""
-    if layer.weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device: load the weights first")
     sides = layer.down.shape[0], layer.up.shape[1]
-    found = differing(fingerprint_of(layer), tensors[f"{name}.{FINGERPRINT}"], *sides)
+    if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
+        raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
+    found = differing(fingerprint_of(layer), there, *sides)
     if "weight" in found and f"{name}.weight" not in tensors:
         raise ValueError(
             f"{path} was made for another base model: the weight of {name} differs from the one it "

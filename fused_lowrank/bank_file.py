@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -121,6 +122,45 @@ def load(bank: AdapterBank, path: str | os.PathLike[str], progress: bool) -> Non
         part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"])
         cores[name] = checked(bank, name, part, str(path))
     bank.put(names, cores)
+
+
+def contents(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """The config and the names of a file, without reading what is in it for them."""
+    listed = ("names", "names.offsets")
+    config, found = opened(path, "bank", FORMAT, VERSION, listed)
+    for key in listed:
+        if key not in found:
+            raise ValueError(f"{path} lacks {key}: it is damaged")
+    return config, decoded(found["names"], found["names.offsets"], path)
+
+
+def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter of a file, as `adapter_file.read` has one that was saved without frozen factors.
+
+    Reads no other adapter. Raises ValueError for a name that is not there, and for LoRA-Mini, whose
+    frozen factors are in no file of a bank and in no base model.
+    """
+    config, names = contents(path)
+    if name not in names:
+        raise ValueError(f"{path} has no adapter called {name!r}, but {len(names)} others")
+    layers, tensors, where = {}, {}, slice(names.index(name), names.index(name) + 1)
+    with safe_open(path, "pt") as file:
+        for layer, entry in config["layers"].items():
+            if entry["method"] != "lora_xs":
+                raise ValueError(
+                    f"{path} is of {entry['method']}, whose frozen factors are random and in no "
+                    "file of a bank: load it into the model it was saved from"
+                )
+            try:
+                scale = float(file.get_slice(f"{layer}.scales")[where])
+                settings = {**entry["settings"], "alpha": scale * entry["settings"]["r"]}
+                settings["train"] = tuple(settings["train"])
+                tensors[f"{layer}.core"] = file.get_slice(f"{layer}.core")[where][0]
+                tensors[f"{layer}.{FINGERPRINT}"] = file.get_tensor(f"{layer}.{FINGERPRINT}")
+            except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+                raise ValueError(f"{path} is damaged: {layer} cannot be read ({error})") from error
+            layers[layer] = {"method": entry["method"], "settings": settings}
+    return {"layers": layers, "modules_to_save": [], "bases": False}, tensors
 
 
 def decoded(names: Tensor, offsets: Tensor, path: str | os.PathLike[str]) -> list[str]:

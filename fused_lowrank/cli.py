@@ -1,0 +1,214 @@
+"""fused-lowrank: what an adapter's file is, and other forms of it.
+
+fused-lowrank inspect SOURCE
+fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--name NAME]
+fused-lowrank merge SOURCE TARGET --base FOLDER [--name NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import adapter_file, bank_file, official, peft_folder
+from .adapt import require_adapted, tied_layers, unload
+from .export import export_lora, of_contents, write
+from .inspection import describe, kind_of
+from .layers import METHODS
+
+TOKENIZER = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 0, or 1 for files that do not do. Usage exits with 2."""
+    args = parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say("warning", message)
+        try:
+            args.run(args)
+        except (ValueError, OSError, RuntimeError) as error:
+            say("error", error)
+            return 1
+    return 0
+
+
+def say(what: str, message: object) -> None:
+    """One line on stderr."""
+    print(f"fused-lowrank: {what}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    top = argparse.ArgumentParser("fused-lowrank", description="Adapters in files.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, what: str, example: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(
+            name, help=what, description=f"{what}.", epilog=f"example: fused-lowrank {example}"
+        )
+        own.set_defaults(run=run)
+        own.add_argument(
+            "source",
+            type=Path,
+            help="a file of save_adapter or AdapterBank.save; a folder of PEFT's (LoRA-XS, "
+            "LoRA-Mini) or of the LoRA-XS authors' code",
+        )
+        return own
+
+    command("inspect", inspect, "say what an adapter's file or folder is", "inspect a.safetensors")
+    both = (
+        command(
+            "convert",
+            convert,
+            "write an adapter in another form",
+            "convert a.safetensors lora --to peft-lora",
+        ),
+        command(
+            "merge",
+            merge,
+            "write the base model with the adapter merged into its weights",
+            "merge a.safetensors merged --base llama",
+        ),
+    )
+    both[0].add_argument(
+        "--to",
+        required=True,
+        choices=("peft-lora", "fused"),
+        help="plain LoRA in PEFT's format, or a file that load_adapter reads",
+    )
+    for own in both:
+        own.add_argument("target", type=Path, help="what to write; must not exist")
+        own.add_argument(
+            "--base",
+            type=Path,
+            metavar="FOLDER",
+            required=own is both[1],
+            help="the base model, as transformers' save_pretrained writes it",
+        )
+        own.add_argument("--name", help="which adapter, where the source is a bank's file")
+    return top
+
+
+# --- the commands ---
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a source is."""
+    for name, value in describe(args.source):
+        print(f"{name:<10} {value}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write a source in another form, without its base model where that is possible."""
+    kind = convertible(args)
+    if args.base is not None:
+        model = adapted(args, kind)
+        if args.to == "fused":
+            adapter_file.save_adapter(model, args.target)
+        else:
+            export_lora(model, args.target)
+        return
+    if args.to == "fused":
+        raise ValueError("--to fused needs --base: the file is to know its base model's weights")
+    config, tensors = contents(args, kind)
+    for name, entry in config["layers"].items():
+        for factor in METHODS[entry["method"]][0].factors:
+            if f"{name}.{factor}" not in tensors:
+                raise ValueError(
+                    f"{args.source} has no {name}.{factor}: to compute its frozen factors give its "
+                    "base model by --base"
+                )
+    adapter_file.pop_fingerprints(config, tensors)
+    write(of_contents(config, tensors, args.source), args.target, None)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Write a base model with W + ΔW for its weights, as save_pretrained does."""
+    model = adapted(args, convertible(args))
+    if tied := tied_layers(require_adapted(model), model):
+        raise ValueError(
+            f"the weight of {tied[0]} is tied to another, and would be so again in the file: it "
+            "cannot be merged"
+        )
+    unload(model, merge=True)
+    target = args.target
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        for pattern in TOKENIZER:
+            for file in args.base.glob(pattern):
+                shutil.copy(file, unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# --- their steps ---
+
+
+def convertible(args: argparse.Namespace) -> str:
+    """The kind of the source; ValueError where it cannot be what was asked for."""
+    kind = kind_of(args.source)
+    if args.target.exists():
+        raise ValueError(f"{args.target} exists already: remove it first, or write elsewhere")
+    if kind == "lora":
+        raise ValueError(f"{args.source} is plain LoRA already, which PEFT merges and serves")
+    if kind == "bank" and args.name is None:
+        names = bank_file.contents(args.source)[1]
+        raise ValueError(f"{args.source} holds {len(names)} adapters: say which by --name")
+    if kind != "bank" and args.name is not None:
+        raise ValueError(f"{args.source} holds one adapter: leave --name out")
+    return kind
+
+
+def contents(args: argparse.Namespace, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The source's config and tensors, as `adapter_file.read` has them."""
+    if kind == "bank":
+        return bank_file.one(args.source, args.name)
+    if kind == "official":
+        return official.read(args.source)[:2]
+    return (adapter_file if kind == "adapter" else peft_folder).read(args.source)
+
+
+def adapted(args: argparse.Namespace, kind: str) -> nn.Module:
+    """The base model with the source's adapter."""
+    model = base_model(args.base)
+    if kind == "official":
+        return official.load_official_lora_xs(model, args.source)
+    return adapter_file.load_contents(model, *contents(args, kind), args.source)
+
+
+def base_model(folder: Path) -> nn.Module:
+    """The model in a folder, of the class that it was saved from and in its own dtype."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--base needs transformers: pip install transformers") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: --base must be a transformers model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        return named.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except Exception as error:  # of any library: what is wrong is the folder
+        raise ValueError(f"{folder} cannot be loaded by transformers: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Any adapter as plain LoRA in PEFT's format, which PEFT and the serving engines load.
+
+scale · up·coreᵀ·down = alpha / r · B·A, of the smallest rank that holds it:
+
+LoRA        A = down               B = up
+LoRA-Mini   A = a_trainᵀ·down      B = up·b_trainᵀ
+LoRA-XS     A = down               B = up·coreᵀ
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapt import adapted_layers, saved_modules
+from .adapter_file import (
+    check_shapes,
+    complete_layers,
+    pop_fingerprints,
+    read,
+    replacing,
+    shapes_of,
+)
+from .bank import AdapterBank
+from .bank_source import holds
+from .layers import METHODS, LowRankLinear
+from .layers.base import WEIGHT_DTYPES
+from .reference import Core
+from .targets import matches
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's keys
+
+
+@dataclass
+class Part:
+    """What an adapter adds to one layer: alpha / r · up·coreᵀ·down."""
+
+    down: Tensor
+    core: Core
+    up: Tensor
+    alpha: float
+    r: int
+    dropout: float
+    bias: Tensor | None = None  # where it is trained
+
+
+@dataclass
+class Adapter:
+    """An adapter of any origin."""
+
+    parts: dict[str, Part]  # by layer
+    modules: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)  # trained whole: states
+    model: nn.Module | None = None
+
+
+def export_lora(
+    source: nn.Module | AdapterBank | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write an adapter as plain LoRA: a folder that `peft.PeftModel.from_pretrained` loads.
+
+    The folder gets adapter_config.json and adapter_model.safetensors, both or neither. The factors
+    are multiplied in float64 and rounded once. Modules trained whole and trained biases (as PEFT's
+    bias="lora_only") are in it.
+
+    Args:
+        source: an adapted model; or a bank, of which `name` is exported; or a file of
+            `save_adapter` that has its frozen factors.
+        path: the folder, which may be there already.
+        name: of an adapter in a bank.
+        dtype: of A and B; None: the widest of the factors they are made of.
+
+    Raises:
+        ValueError: no adapter there, or an uninitialised, disabled or damaged one; a file without
+            its frozen factors; a trained weight, which LoRA cannot hold; values that `dtype` cannot
+            hold; a layer that stands in several places, of which PEFT would adapt one.
+    """
+    if dtype not in (None, *WEIGHT_DTYPES):
+        raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
+    if isinstance(source, AdapterBank):
+        if name is None:
+            raise ValueError("source is a bank: say by name which of its adapters to export")
+        adapter = of_bank(source, name)
+    elif name is not None:
+        raise ValueError(f"name is {name!r}, but source is no bank: it holds one adapter")
+    elif isinstance(source, nn.Module):
+        adapter = of_model(source)
+    else:
+        config, tensors = read(source)
+        pop_fingerprints(config, tensors)
+        adapter = of_contents(config, tensors, source)
+    write(adapter, path, dtype)
+
+
+# --- where adapters come from ---
+
+
+def of_layer(name: str, layer: LowRankLinear) -> Part:
+    """The part of an adapted layer."""
+    if "weight" in layer.train_names:
+        raise ValueError(f"{name} trains its weight, which plain LoRA cannot hold: merge instead")
+    bias = layer.bias if "bias" in layer.train_names else None
+    core = layer.core_factors
+    return Part(layer.down, core, layer.up, layer.alpha, layer.r, layer.dropout, bias)
+
+
+def of_model(model: nn.Module) -> Adapter:
+    """The adapter that a model carries."""
+    parts = {name: of_layer(name, layer) for name, layer in complete_layers(model).items()}
+    saved = tuple(saved_modules(model))
+    modules = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if saved and name.endswith(saved):  # so PEFT matches them, without a dot before
+            if any(True for _ in adapted_layers(module)):
+                raise ValueError(f"modules_to_save are {saved}: PEFT would take {name} for one")
+            modules[name] = module.state_dict()
+    return Adapter(parts, modules, model)
+
+
+def of_bank(bank: AdapterBank, name: str) -> Adapter:
+    """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is."""
+    parts = {}
+    with bank.kept([name]) as slots:
+        for layer_name, (left, right, scales) in bank.shelves.items():
+            layer, slot = bank.layers[layer_name], slots[name]
+            core = (
+                left[slot].clone() if right is None else (left[slot].clone(), right[slot].clone())
+            )
+            alpha = float(scales[slot])
+            parts[layer_name] = Part(layer.down, core, layer.up, alpha, 1, layer.dropout)
+    return Adapter(parts)
+
+
+def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> Adapter:
+    """The adapter of a file of `save_adapter`, less its fingerprints."""
+    layers = {
+        name: stand_in(name, entry, tensors, path) for name, entry in config["layers"].items()
+    }
+    saved = tuple(f"{name}." for name in config["modules_to_save"])
+    rest = {key: t.shape for key, t in tensors.items() if saved and key.startswith(saved)}
+    check_shapes({**shapes_of(layers, config), **rest}, layers, tensors, path)
+    for name, layer in layers.items():
+        for part in (*layer.factors, "bias"):
+            if (value := tensors.get(f"{name}.{part}")) is not None:
+                setattr(layer, part, nn.Parameter(value, requires_grad=False))
+    return Adapter(
+        {name: of_layer(name, layer) for name, layer in layers.items()},
+        {
+            name: {k.removeprefix(f"{name}."): tensors[k] for k in rest if k.startswith(f"{name}.")}
+            for name in config["modules_to_save"]
+        },
+    )
+
+
+def stand_in(
+    name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Any
+) -> LowRankLinear:
+    """A layer on the meta device, as a file describes it."""
+    cls = METHODS[entry["method"]][0]
+    for factor in cls.factors:
+        if f"{name}.{factor}" not in tensors:
+            raise ValueError(
+                f"{path} has no {name}.{factor}: a file saved without its frozen factors has to be "
+                "loaded into its base model, and that exported"
+            )
+    down, up = tensors[f"{name}.down"], tensors[f"{name}.up"]
+    if down.dim() != 2 or up.dim() != 2:
+        raise ValueError(f"{path}: down and up of {name} are no matrices: it is damaged")
+    sizes, settings = (down.shape[1], up.shape[0], f"{name}.bias" in tensors), entry["settings"]
+    try:
+        return cls(*sizes, device="meta", **settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from None
+
+
+# --- what is written ---
+
+
+def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+    """Write the folder."""
+    scale = common_scale(adapter.parts.values())
+    tensors, ranks = {}, {}
+    for name, part in adapter.parts.items():
+        a, b = factored(part, scale, dtype, name)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+        ranks[name] = a.shape[0]
+        if part.bias is not None:
+            tensors[f"{PREFIX}{name}.base_layer.bias"] = part.bias
+    for name, state in adapter.modules.items():
+        tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
+    config = config_of(adapter, ranks, scale)
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path} is a file: path is where a folder is to be")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as settings:
+        own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(own, weights, {"format": "pt"})
+        settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def common_scale(parts: Any) -> Fraction:
+    """The scale of the first layer that has one: engines know only one, so B takes the rest."""
+    scales = (Fraction(part.alpha) / part.r for part in parts)
+    return next((scale for scale in scales if scale), Fraction(0))
+
+
+@torch.no_grad()
+def factored(
+    part: Part, scale: Fraction, dtype: torch.dtype | None, name: str
+) -> tuple[Tensor, Tensor]:
+    """A (r, K) and B (N, r) on the CPU, with scale · B·A = alpha / r · up·coreᵀ·down."""
+    core = part.core
+    cores = core if isinstance(core, tuple) else () if core is None else (core,)
+    if dtype is None:
+        kinds = [factor.dtype for factor in (part.down, *cores, part.up)]
+        dtype = functools.reduce(torch.promote_types, kinds)
+    a, b, *wide = (factor.detach().cpu().double() for factor in (part.down, part.up, *cores))
+    if len(wide) == 2:
+        a, b = wide[0].t() @ a, b @ wide[1].t()
+    elif wide and a.shape[0] <= b.shape[1]:
+        b = b @ wide[0].t()
+    elif wide:
+        a = wide[0].t() @ a
+    own = Fraction(part.alpha) / part.r
+    if own != scale:
+        b = b * float(own / scale)
+    if not (holds(dtype, a) and holds(dtype, b)):
+        raise ValueError(f"the factors of {name} hold NaN, Inf, or more than {dtype} can hold")
+    return a.to(dtype), b.to(dtype)
+
+
+def config_of(adapter: Adapter, ranks: dict[str, int], scale: Fraction) -> dict[str, Any]:
+    """PEFT's config; r is the largest rank, for engines reserve memory by it."""
+    r = max(ranks.values())
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    dropouts = {part.dropout for part in adapter.parts.values()}
+    biased = any(part.bias is not None for part in adapter.parts.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": base_name(adapter.model),
+        "revision": None,
+        "r": r,
+        "lora_alpha": number(scale * r),
+        "rank_pattern": others,
+        "alpha_pattern": {key: number(scale * rank) for key, rank in others.items()},
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "target_modules": targets(list(ranks), adapter.model),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(adapter.modules) or None,
+        "bias": "lora_only" if biased else "none",
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def number(value: Fraction) -> int | float:
+    """A whole number as such."""
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def base_name(model: nn.Module | None) -> str | None:
+    """Where the base model came from, as transformers knows it."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
+
+
+def targets(names: list[str], model: nn.Module | None) -> list[str] | str:
+    """target_modules that mean these layers and no others of the model.
+
+    That is the last parts of their names, or these whole, or a regular expression.
+    """
+    if model is None:
+        return sorted(names)
+    check_places(names, model)
+    others = [name for name, _ in model.named_modules() if name not in names]
+    for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
+        if not any(matches(name, list(entries)) for name in others):
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in names)
+
+
+def check_places(names: list[str], model: nn.Module) -> None:
+    """Raise for a layer that PEFT would adapt in one of its places only."""
+    layers = {id(model.get_submodule(name)): name for name in names}
+    places = [
+        name
+        for module in model.modules()
+        for child in module._modules.values()
+        if (name := layers.get(id(child))) is not None
+    ]
+    for name in names:
+        if places.count(name) > 1:
+            raise ValueError(f"{name} stands in {places.count(name)} places: PEFT adapts only one")

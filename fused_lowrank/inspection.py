@@ -1,0 +1,134 @@
+"""What a file or folder with adapters is, and what there is to say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import adapter_file, bank_file, official, peft_folder
+from .layers import METHODS
+
+KINDS = {
+    "adapter": "adapter of fused_lowrank, by save_adapter",
+    "bank": "bank of fused_lowrank, by AdapterBank.save",
+    "peft": "LoRA-XS or LoRA-Mini in PEFT's format",
+    "official": "LoRA-XS checkpoint of the authors' code",
+    "lora": "plain LoRA in PEFT's format",
+}
+VARIANTS = "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"
+SHOWN = 5  # of many names
+Rows = list[tuple[str, str]]
+
+
+def kind_of(path: Path) -> str:
+    """One of KINDS; ValueError for whatever else."""
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    file = peft_folder.file_of(path)
+    if file == path and file.suffix != ".bin":
+        try:
+            with safe_open(file, "pt") as opened:
+                form = (opened.metadata() or {}).get("format")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
+        for kind, module in (("adapter", adapter_file), ("bank", bank_file)):
+            if form == module.FORMAT:
+                return kind
+    method = peft_folder.config_of(file).get("peft_type")
+    if method in peft_folder.TYPES:
+        return "peft"
+    if method != "LORA":
+        raise ValueError(f"{path} is an adapter of PEFT's {method}, which is not known here")
+    keys = peft_folder.tensors_of(file)
+    return "official" if any(key.endswith(official.LATENT) for key in keys) else "lora"
+
+
+def describe(path: Path) -> Rows:
+    """Names and values of what there is to say."""
+    kind = kind_of(path)
+    file = peft_folder.file_of(path)
+    if kind == "bank":
+        rows = of_bank(path)
+    elif kind == "lora":
+        rows = of_contents(*plain_lora(file))
+        config = peft_folder.config_of(file)
+        rows.append(
+            ("settings", ", ".join(name for name in VARIANTS if config.get(name)) or "none")
+        )
+    elif kind == "official":
+        rows = of_contents(*official.read(path)[:2])
+    else:
+        rows = of_contents(*(adapter_file if kind == "adapter" else peft_folder).read(path))
+    return [("kind", KINDS[kind]), *rows, ("size", f"{file.stat().st_size:,} bytes")]
+
+
+def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
+    """What is said of one adapter."""
+    entries = config["layers"]
+    trained: dict[str, None] = {}
+    frozen: dict[str, None] = {}
+    count = 0
+    for name, entry in entries.items():
+        for part in (*METHODS[entry["method"]][0].factors, "weight", "bias"):
+            tensor = tensors.get(f"{name}.{part}")
+            kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "not inside"
+            if part in entry["settings"]["train"]:
+                trained[f"{part} {kind}"] = None
+                count += tensor.numel() if tensor is not None else 0
+            elif part not in ("weight", "bias"):
+                frozen[f"{part} {kind}"] = None
+    rows = [*of_layers(entries), ("trained", f"{', '.join(trained)}; {count:,} numbers")]
+    rows.append(("frozen", ", ".join(frozen) or "none"))
+    if config["modules_to_save"]:
+        rows.append(("whole", ", ".join(config["modules_to_save"])))
+    return rows
+
+
+def of_layers(entries: dict[str, Any]) -> Rows:
+    """What the settings of the layers say."""
+    settings = [entry["settings"] for entry in entries.values()]
+    rows = [
+        ("method", listed(entry["method"] for entry in entries.values())),
+        ("layers", shown(list(entries))),
+        *((key, listed(own[key] for own in settings if key in own)) for key in ("r", "a", "b")),
+    ]
+    rows.append(("scale", listed(f"{own['alpha'] / own['r']:g}" for own in settings)))
+    return [row for row in rows if row[1]]
+
+
+def of_bank(path: Path) -> Rows:
+    """What is said of a bank, of whose adapters none is read."""
+    config, names = bank_file.contents(path)
+    with safe_open(path, "pt") as file:
+        keys = [key for key in file.keys() if key.endswith((".core", ".left"))]  # noqa: SIM118
+        kinds = listed(file.get_slice(key).get_dtype() for key in keys)
+    rows = of_layers(config["layers"])[:-1]  # each adapter has a scale of its own
+    return [*rows, ("cores", kinds), ("adapters", shown([repr(name) for name in names]))]
+
+
+def plain_lora(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A plain LoRA as if it were ours; what belongs to a variant of it is left out."""
+    config, entries, tensors = peft_folder.config_of(file), {}, {}
+    for key, tensor in peft_folder.tensors_of(file).items():
+        if match := official.FACTOR.fullmatch(key):
+            name, part = match[1], official.FACTORS[match[2]]
+            tensors[f"{name}.{part}"] = tensor
+            r, alpha = peft_folder.scaling(config, name, file)
+            settings = {"r": r, "alpha": alpha, "train": ("down", "up")}
+            entries[name] = {"method": "lora", "settings": settings}
+    return {"layers": entries, "modules_to_save": config.get("modules_to_save") or []}, tensors
+
+
+def listed(values: Iterable[object]) -> str:
+    """The different values, in their order."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def shown(names: list[str]) -> str:
+    """How many, and the first of them."""
+    more = ", …" if len(names) > SHOWN else ""
+    return f"{len(names):,}: {', '.join(name[:80] for name in names[:SHOWN])}{more}"

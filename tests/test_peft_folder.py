@@ -1,0 +1,162 @@
+"""LoRA-XS and LoRA-Mini of PEFT: their folders, read without PEFT by the command line."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fused_lowrank import adapter_file, peft_folder
+from fused_lowrank.cli import main
+from fused_lowrank.export import of_contents, write
+
+peft = pytest.importorskip("peft")
+
+D = 12
+
+
+def base() -> nn.Module:
+    """The same model at every call; `wide` has room for a rank of 4 only."""
+    generator, model = torch.Generator().manual_seed(5), nn.Sequential()
+    layers = {"a": nn.Linear(D, D), "narrow": nn.Linear(D, 4), "b": nn.Linear(4, D)}
+    for name, module in {**layers, "score": nn.Linear(D, 3)}.items():
+        model.add_module(name, module.double())
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    return model
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "xs": ("LoraXSConfig", {"r": 3, "lora_alpha": 6}),
+    "no alpha": ("LoraXSConfig", {"r": 3}),
+    "clamped": ("LoraXSConfig", {"r": 6, "lora_alpha": 5, "use_rslora": True}),
+    "patterns": (
+        "LoraXSConfig",
+        {"r": 3, "lora_alpha": 6, "rank_pattern": {"b": 2}, "alpha_pattern": {"^a": 5}},
+    ),
+    "bias": ("LoraXSConfig", {"r": 3, "bias": "lora_only"}),
+    "head": ("LoraXSConfig", {"r": 3, "modules_to_save": ["score"]}),
+    "mini": ("LoraMiniConfig", {"r": 2, "a": 6, "b": 8, "lora_alpha": 5}),
+}
+
+
+def saved(case: str, folder: Path, **more: Any) -> nn.Module:
+    """PEFT's model, with random values in all that is trained, whose adapter is in the folder."""
+    from fused_lowrank.integrations import peft as methods
+
+    name, settings = CONFIGS[case]
+    config = getattr(methods, name)(target_modules=["a", "narrow", "b"], **settings, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of reduced ranks
+        model = peft.get_peft_model(base(), config).eval()
+    torch.manual_seed(6)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of operations in float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_same_outputs(case: str, tmp_path: Path) -> None:
+    """In a model of ours, and as plain LoRA."""
+    expected, x = saved(case, tmp_path), torch.randn(4, D, dtype=torch.float64)
+    model = base()
+    adapter_file.load_contents(model, *peft_folder.read(tmp_path), tmp_path, progress=False)
+    with torch.no_grad():
+        wanted = expected(x)
+        assert not torch.allclose(wanted, base()(x), rtol=1e-2)
+        close(model(x), wanted)
+    config, tensors = peft_folder.read(tmp_path)
+    adapter_file.pop_fingerprints(config, tensors)
+    write(of_contents(config, tensors, tmp_path), tmp_path / "lora", None)
+    with torch.no_grad():
+        close(peft.PeftModel.from_pretrained(base(), tmp_path / "lora")(x), wanted)
+
+
+def test_patterns_match_ends_of_names() -> None:
+    """As in PEFT: after a dot, to the end, and the first that matches."""
+    patterns = {"q": 1, "^layer.v": 2, r"layer\.\d.o": 3, "o": 4}
+    names = ("q", "layer.q", "freq", "q.x", "layer.v", "x.layer.v", "a.layer.0.o", "o")
+    found = [peft_folder.pattern_of(patterns, name, 0) for name in names]
+    assert found == [1, 1, 0, 0, 2, 0, 3, 4]
+    theirs = [patterns.get(peft.utils.other.get_pattern_key(patterns, name), 0) for name in names]
+    assert found == theirs
+
+
+def test_without_frozen_factors(tmp_path: Path) -> None:
+    """They are computed from the base's weights, and known by their fingerprint."""
+    with pytest.warns(UserWarning, match="save_projection"):
+        expected = saved("xs", tmp_path, save_projection=False)
+    x = torch.randn(4, D, dtype=torch.float64)
+    contents = peft_folder.read(tmp_path)
+    assert not contents[0]["bases"]
+    with torch.no_grad():
+        model = adapter_file.load_contents(base(), *contents, tmp_path, progress=False)
+        close(model(x), expected(x))
+    other = base()
+    nn.init.normal_(other.b.weight)
+    with pytest.raises(ValueError, match="another base model: the weight of b"):
+        adapter_file.load_contents(other, *peft_folder.read(tmp_path), tmp_path, progress=False)
+
+
+def test_command_line(tmp_path: Path, capsys: Any) -> None:
+    """inspect and convert know the folder."""
+    saved("mini", tmp_path / "mini")
+    assert main(["inspect", str(tmp_path / "mini")]) == 0
+    out = capsys.readouterr().out
+    assert "kind       LoRA-XS or LoRA-Mini in PEFT's format" in out
+    assert re.search(r"^r +2\na +6, 4\nb +8, 4\nscale +2\.5\n", out, re.M)
+    arguments = [str(tmp_path / "mini"), str(tmp_path / "lora"), "--to", "peft-lora"]
+    assert main(["convert", *arguments]) == 0
+    assert main(["inspect", str(tmp_path / "lora")]) == 0
+    assert "plain LoRA in PEFT's format" in capsys.readouterr().out
+
+
+State = dict[str, Tensor]
+PREFIX = "base_model.model."
+FILES: dict[str, tuple[Callable[[State, dict[str, Any]], Any], str]] = {
+    "no core": (lambda s, c: s.pop(f"{PREFIX}a.lora_xs_core"), "lacks core of a"),
+    "vector": (
+        lambda s, c: s.update({f"{PREFIX}a.lora_xs_core": torch.ones(3)}),
+        "lacks core of a",
+    ),
+    "shape": (
+        lambda s, c: s.update({f"{PREFIX}a.basis_up": torch.ones(D, 2)}),
+        r"a\.up is \(12, 2\) there",
+    ),
+    "no print": (lambda s, c: s.pop(f"{PREFIX}a.basis_fingerprint"), r"lacks a\.fingerprint"),
+    "extra": (lambda s, c: s.update({f"{PREFIX}a.z": torch.ones(1)}), r"unexpected a\.z"),
+    "no layers": (lambda s, c: s.clear(), "adapts no layers"),
+    "Conv1D": (lambda s, c: c.update(fan_in_fan_out=True), "fan_in_fan_out is True"),
+    "no r": (lambda s, c: c.pop("r"), "cannot be read"),
+    "patterns": (lambda s, c: c.update(rank_pattern={"(": 1}), "cannot be read"),
+    "method": (lambda s, c: c.update(peft_type="VERA"), "adapter of VERA"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_refused(case: str, tmp_path: Path) -> None:
+    """A ValueError, and the model as it was."""
+    saved("xs", tmp_path)
+    file, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    state, config = load_file(file), json.loads(settings.read_text())
+    change, message = FILES[case]
+    change(state, config)
+    save_file(state, file)
+    settings.write_text(json.dumps(config))
+    model = base()
+    with pytest.raises(ValueError, match=message):
+        adapter_file.load_contents(model, *peft_folder.read(tmp_path), tmp_path, progress=False)
+    assert all(type(module) is nn.Linear for module in model)
