@@ -63,6 +63,7 @@ class Adapter:
     parts: dict[str, Part]  # by layer
     modules: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)  # trained whole: states
     model: nn.Module | None = None
+    turned: bool = False  # whether its weights are stored (in, out)
 
 
 def export_lora(
@@ -191,8 +192,10 @@ def stand_in(
 # --- what is written ---
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
-    """Write the folder."""
+def as_lora(
+    adapter: Adapter, dtype: torch.dtype | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's config and tensors."""
     scale = common_scale(adapter.parts.values())
     tensors, ranks = {}, {}
     for name, part in adapter.parts.items():
@@ -204,14 +207,19 @@ def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | N
             tensors[f"{PREFIX}{name}.base_layer.bias"] = part.bias
     for name, state in adapter.modules.items():
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
-    config = config_of(adapter, ranks, scale)
+    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return config_of(adapter, ranks, scale), own
+
+
+def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+    """Write the folder."""
+    config, tensors = as_lora(adapter, dtype)
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"{path} is a file: path is where a folder is to be")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as settings:
-        own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(own, weights, {"format": "pt"})
+        save_file(tensors, weights, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -270,7 +278,7 @@ def config_of(adapter: Adapter, ranks: dict[str, int], scale: Fraction) -> dict[
         "modules_to_save": list(adapter.modules) or None,
         "bias": "lora_only" if biased else "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.turned,
         "use_rslora": False,
         "use_dora": False,
     }

@@ -11,6 +11,8 @@ import torch
 from peft_cases import config, inputs, methods, mlp, peft, same, state
 from safetensors.torch import load_file, save_file
 
+from fused_lowrank.integrations.peft import convert_to_lora, save_as_lora
+
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -182,6 +184,51 @@ def test_mixtures_are_saved(method: str, tmp_path: Path) -> None:
     model.eval().save_pretrained(tmp_path, selected_adapters=["mixed"])
     other = peft.PeftModel.from_pretrained(mlp(), tmp_path / "mixed")
     torch.testing.assert_close(other(x()), model(x()), rtol=1e-10, atol=1e-10)
+
+
+@methods
+@pytest.mark.parametrize("targets", [["lin0", "lin1"], ["conv"], ["lin0", "conv"]])
+def test_as_plain_lora(method: str, targets: list[str], tmp_path: Path) -> None:
+    """Of rank r, exactly, with its biases and modules; PEFT loads it and computes the same."""
+    settings = {"lora_alpha": 3, "bias": "lora_only", "modules_to_save": ["head"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        given = config(method, target_modules=targets, rank_pattern={"lin1": 1}, **settings)
+        model = peft.get_peft_model(mlp(), given).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    save_as_lora(tmp_path, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        other = peft.PeftModel.from_pretrained(mlp(), tmp_path)
+    assert other.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(other(x()), model(x()), rtol=1e-10, atol=1e-10)
+    lora, tensors = convert_to_lora(model)
+    assert lora.r == {"lora_xs": 4, "lora_mini": 2}[method]
+    ranks = {key.split(".")[2]: len(t) for key, t in tensors.items() if "lora_A" in key}
+    assert ranks == {name: 1 if name == "lin1" else lora.r for name in targets}
+
+
+def test_as_plain_lora_refuses() -> None:
+    """What is not there, and what plain LoRA cannot hold."""
+    model = peft.get_peft_model(mlp(), config("lora_xs", bias="all"))
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        convert_to_lora(model, "other")
+    with pytest.raises(ValueError, match="all biases"):
+        convert_to_lora(model)
+
+
+@methods
+def test_pefts_own_conversion(method: str) -> None:
+    """`peft.convert_to_lora` works on these layers, too; a high threshold finds the rank."""
+    model = peft.get_peft_model(mlp(), config(method)).eval()
+    _, tensors = peft.convert_to_lora(model, rank=1 - 1e-9)
+    a, b = (tensors[f"base_model.model.lin0.lora_{side}.weight"] for side in "AB")
+    assert len(a) == {"lora_xs": 4, "lora_mini": 2}[method]
+    delta = model.base_model.model.lin0.get_delta_weight("default")
+    torch.testing.assert_close(b @ a, delta, rtol=1e-4, atol=1e-4)
 
 
 # --- what is refused ---

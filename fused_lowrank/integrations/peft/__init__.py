@@ -13,6 +13,7 @@ Raises ImportError if PEFT lacks something that is used here, naming it.
 from peft.utils import register_peft_method
 
 from .config import LoraMiniConfig, LoraXSConfig
+from .conversion import convert_to_lora, save_as_lora
 from .model import LoraMiniModel, LoraXSModel
 
 for _config, _model in ((LoraXSConfig, LoraXSModel), (LoraMiniConfig, LoraMiniModel)):
@@ -20,4 +21,11 @@ for _config, _model in ((LoraXSConfig, LoraXSModel), (LoraMiniConfig, LoraMiniMo
         name=_config.method, config_cls=_config, model_cls=_model, prefix=_model.prefix
     )
 
-__all__ = ["LoraMiniConfig", "LoraMiniModel", "LoraXSConfig", "LoraXSModel"]
+__all__ = [
+    "LoraMiniConfig",
+    "LoraMiniModel",
+    "LoraXSConfig",
+    "LoraXSModel",
+    "convert_to_lora",
+    "save_as_lora",
+]

@@ -1,0 +1,71 @@
+"""LoRA-XS and LoRA-Mini in PEFT as plain LoRA: exact, of the smallest rank that holds them.
+
+PEFT's own functions of these names approximate ΔW by a singular value decomposition of it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ...export import Adapter, Part, as_lora, write
+from .layer import PeftLowRankLinear
+
+
+def convert_to_lora(
+    model: nn.Module, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter as PEFT's LoRA: its config, and its state_dict with PEFT's keys.
+
+    Both methods give rank r, LoRA-Mini too, whatever a and b are. The factors are multiplied in
+    float64 and rounded once, to `dtype` or else to the widest of theirs.
+
+    Raises:
+        ValueError: no such adapter, or one that trains biases of other layers.
+    """
+    config, tensors = as_lora(adapter_of(model, adapter_name), dtype)
+    del config["peft_type"], config["revision"]
+    return LoraConfig(**config), tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what `convert_to_lora` gives to a folder that `PeftModel.from_pretrained` loads."""
+    write(adapter_of(model, adapter_name), path, dtype)
+
+
+def adapter_of(model: nn.Module, name: str) -> Adapter:
+    """An adapter of a PeftModel, or of a model that transformers has put adapters into."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {
+        key: layer
+        for key, layer in base.named_modules()
+        if isinstance(layer, PeftLowRankLinear) and name in layer.scaling
+    }
+    if not layers:
+        raise ValueError(f"the model has no adapter {name!r} of LoRA-XS or LoRA-Mini")
+    bias = model.peft_config[name].bias  # type: ignore[index, union-attr]
+    if bias == "all":
+        raise ValueError("the adapter trains all biases: LoRA holds those of its layers alone")
+    parts = {}
+    for key, layer in layers.items():
+        down, core, up, scale = layer.joined([name])
+        own_bias = None if bias == "none" else layer.get_base_layer().bias
+        parts[key] = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)
+    modules = {
+        key: module.modules_to_save[name].state_dict()
+        for key, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    }
+    turned = all(layer.fan_in_fan_out for layer in layers.values())
+    return Adapter(parts, modules, base, turned)
