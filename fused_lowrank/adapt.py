@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
-from .layers.base import why_not_adaptable
+from .layers.base import fsdp_error, why_not_adaptable
 from .targets import Patterns, check_patterns, match_saved, match_targets
 
 HOOKS = re.compile(
@@ -202,11 +202,14 @@ def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
 @contextmanager
 def originals_in_place(model: nn.Module) -> Iterator[None]:
     """Within it the modules trained whole, and whatever is tied to them, have the kept values."""
+    originals = originals_of(model)
+    if originals:
+        require_not_fsdp(model, "disable modules trained whole")
     exchange = {
         tensor: nn.Parameter(original, requires_grad=False)
         if isinstance(tensor, nn.Parameter)
         else original.clone()
-        for tensor, original in originals_of(model).items()
+        for tensor, original in originals.items()
     }
     holders: list[dict[str, Any]] = [
         slot for module in model.modules() for slot in (module._parameters, module._buffers)
@@ -260,6 +263,13 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     return model
 
 
+def require_not_fsdp(model: nn.Module, what: str) -> None:
+    """Raise if `fully_shard` manages parameters of the model: it would put back its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise fsdp_error(what)
+
+
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Take the adapted layers out, in place: plain nn.Linear with the original weights again.
 
@@ -267,6 +277,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     learned. What is frozen stays frozen.
     """
     layers = require_adapted(model)
+    require_not_fsdp(model, "unload")
     if merge:
         merge_layers(layers, model)
     else:
@@ -304,6 +315,7 @@ def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]
 
 def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     """Merge, with one warning for all."""
+    require_not_fsdp(model, "merge")
     tied = tied_layers(layers, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

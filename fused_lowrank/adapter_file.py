@@ -34,7 +34,7 @@ from .adapt import (
     unchanged_on_error,
 )
 from .layers import METHODS, LowRankLinear
-from .layers.base import WEIGHT_DTYPES
+from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 
 FORMAT, VERSION = "fused_lowrank", "1"
 FINGERPRINT = "fingerprint"
@@ -57,6 +57,7 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
 @torch.no_grad()
 def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """down·z, zᵀ·up, ‖W‖ and three zᵀ·W·z, with standard normal z of fixed seed: (P + Q + 4,)."""
+    weight, down, up = map(whole, (weight, down, up))
     stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
 
     def probe(size: int, like: Tensor) -> Tensor:
@@ -103,6 +104,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     which `load_adapter` computes again from the weights and checks against a fingerprint; those of
     the other methods are random, and can then only be loaded into a model that has them.
 
+    Of a sharded model (fully_shard, parallelize_module) every rank must call this: tensors are
+    gathered, and every rank writes the same file, under its own name until it is whole.
+
     Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled.
     """
     layers = complete_layers(model)
@@ -124,7 +128,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
     with replacing(path) as unfinished:
         save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+            {key: own_copy(value) for key, value in tensors.items()},
             unfinished,
             metadata,
         )
@@ -139,6 +143,11 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
         if layer.disabled:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
     return layers
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU, sharing memory with nothing."""
+    return whole(tensor.detach()).cpu().contiguous().clone()
 
 
 @contextmanager
@@ -203,6 +212,10 @@ def install(
 
     `check` raises for a layer, not yet in the model, whose weight is not the one it was made for.
     """
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model is sharded: load an adapter before fully_shard or parallelize_module"
+        )
     saved = config["modules_to_save"]
     present = dict(adapted_layers(model))
     if present:

@@ -12,6 +12,7 @@ from .adapt import adapted_layers
 from .bank_source import SHARED
 from .banked import Place
 from .layers import LowRankLinear
+from .layers.base import is_sharded
 from .routing import Shelf, remember
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
     if len(devices) > 1:
         raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
     for name, layer in layers.items():
+        if is_sharded(layer.weight):
+            raise ValueError(f"{name} is sharded: a bank's layers are whole, one copy on each rank")
         shared = SHARED & set(layer.train_names)
         if layer.core_factors is None or shared:
             what = ", ".join(sorted(shared)) or "down and up"

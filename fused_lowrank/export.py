@@ -27,6 +27,7 @@ from .adapt import adapted_layers, saved_modules
 from .adapter_file import (
     check_shapes,
     complete_layers,
+    own_copy,
     pop_fingerprints,
     read,
     replacing,
@@ -207,7 +208,7 @@ def as_lora(
             tensors[f"{PREFIX}{name}.base_layer.bias"] = part.bias
     for name, state in adapter.modules.items():
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
-    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    own = {key: own_copy(value) for key, value in tensors.items()}
     return config_of(adapter, ranks, scale), own
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner
+from .dropout import kept
 from .reference import Core, Rows, lowrank_linear_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -23,6 +24,7 @@ def lowrank_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     impl: str = "auto",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y = x·weightᵀ + bias + scale · ((dropout(x)·downᵀ) · core) · upᵀ.
 
@@ -44,6 +46,8 @@ def lowrank_linear(
         training: whether dropout is on.
         impl: "auto", "triton", "aten" or "reference"; see `fused_lowrank.planner`. Within it the
             plan is chosen by the sizes and the device: `fused_lowrank.explain` says which.
+        seed: int64 (1,) on x's device, from which the dropout's mask is made; by default it is
+            drawn from the device's generator.
 
     Returns:
         y (..., N) in x's dtype.
@@ -60,10 +64,12 @@ def lowrank_linear(
     """
     a, b = split(core)
     x, weight, bias = prepared(x, weight, down, a, b, up, bias, scale, dropout_p)
+    if seed is not None:
+        check_seed(seed, x)
     dropout_p = dropout_p if training else 0.0
     if impl == "auto" and not dropout_p and planner.small(x):
         return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
-    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl)
+    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl, seed)
 
 
 def prepared(
@@ -100,6 +106,7 @@ def compute(
     scale: float,
     dropout_p: float,
     impl: str,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """`lowrank_linear` of operands that have been checked, by the implementation asked for.
 
@@ -107,12 +114,17 @@ def compute(
     """
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
     if impl == "reference":
-        low = torch.nn.functional.dropout(x, dropout_p) if dropout_p else None
+        if not dropout_p:
+            low = None
+        elif seed is None:
+            low = torch.nn.functional.dropout(x, dropout_p)
+        else:
+            low = x * kept(x, seed, dropout_p) / (1.0 - dropout_p)
         with ops.no_autocast(x):
             core = ops.join(a, b, rows)
             return lowrank_linear_reference(x, weight, down, core, up, bias, scale=scale, low=low)
     # Whoever needs the mask makes it from this, forward and backward.
-    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+    seed = (draw_seed(x) if seed is None else seed) if dropout_p else None
     operands = (x, weight, down, a, b, up, bias)
     rest = seed, scale, dropout_p, impl
     wants_grad = torch.is_grad_enabled() and any(
@@ -128,6 +140,20 @@ def compute(
         core = ops.join(a, b, rows)
         y, _ = ops.forward(ops.fold(x), weight, down, core, up, bias, *rest, False)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """A seed for dropout from the default generator of x's device: int64 (1,)."""
+    return torch.randint(2**62, (1,), device=x.device)
+
+
+def check_seed(seed: Tensor, x: Tensor) -> None:
+    """Raise unless the seed is such as `draw_seed` makes."""
+    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device:
+        raise ValueError(
+            f"seed is {shape(seed)} of {seed.dtype} on {seed.device}: it must be (1,) of "
+            f"torch.int64 on {x.device}"
+        )
 
 
 def split(core: Any) -> tuple[Any, Any]:

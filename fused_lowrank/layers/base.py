@@ -35,6 +35,7 @@ class LowRankLinear(nn.Module):
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: ClassVar[str] = "reference"
     routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
+    sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -103,9 +104,27 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def init_factors(self) -> None:
-        """Give the factors their initial values; LoRA-XS takes its bases from the weight."""
-        self._init_factors()
+        """Give the factors their initial values; LoRA-XS takes its bases from the weight.
+
+        Of a layer that is sharded, every rank must call this: its weight is gathered for it, and
+        the first rank's values are taken.
+        """
+        if is_sharded(self.weight):
+            self._init_sharded()
+        else:
+            self._init_factors()
         self.bases_pending = False
+
+    def _init_sharded(self) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        linear.weight = nn.Parameter(whole(self.weight), requires_grad=False)
+        layer = self.from_linear(linear, **self.settings())
+        for name in self.factors:
+            own: Any = getattr(self, name)
+            value = getattr(layer, name).detach().to(own.dtype)
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
     def _init_factors(self) -> None:
         raise NotImplementedError
@@ -150,6 +169,7 @@ class LowRankLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The plain layer with the present weight (merged or not) and bias Parameters."""
+        self._require_own_weight("unload")
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
@@ -169,7 +189,22 @@ class LowRankLinear(nn.Module):
             return dense(x, self.weight, self.bias)
         if self.bases_pending:
             self._require_factors()
-        operands = x, self.weight, self.down, self.core_factors, self.up, self.bias
+        if self.sharded is not None:
+            return self.sharded(self, x)
+        return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
+
+    def compute(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        core: Core,
+        up: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """y of these operands by this layer's implementation, with its scale and dropout."""
+        operands = x, weight, down, core, up, bias
         if self.impl == "auto" and not (self.dropout and self.training):
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if planner.small(x):
@@ -182,6 +217,7 @@ class LowRankLinear(nn.Module):
             dropout_p=self.dropout,
             training=self.training,
             impl=self.impl,
+            seed=seed,
         )
 
     def _require_factors(self) -> None:
@@ -190,6 +226,12 @@ class LowRankLinear(nn.Module):
                 "the factors of this layer are not initialised: it was made on the meta device. "
                 "Load its weights, then call init_bases(model), or load an adapter"
             )
+
+    def _require_own_weight(self, what: str) -> None:
+        """Raise where fully_shard has the weight: it puts back the one it knows."""
+        weight: Any = self.weight
+        if is_sharded(weight) and (self.sharded is None or weight.device_mesh.ndim > 1):
+            raise fsdp_error(what)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -223,6 +265,7 @@ class LowRankLinear(nn.Module):
         """
         if self.merged:
             return 0.0
+        self._require_own_weight("merge")
         delta, lost = self.delta_weight(), 0.0
         weight = (self.weight + delta).to(self.weight.dtype)
         if self.weight.itemsize < 4:
@@ -256,7 +299,8 @@ class LowRankLinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if all(prefix + name in state_dict for name in self.factors) and not self.down.is_meta:
+        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in self.factors]
+        if not self.down.is_meta and all(is_other(value, own) for value, own in values):
             self.bases_pending = False
 
     def extra_repr(self) -> str:
@@ -266,6 +310,32 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {sizes}"
         )
+
+
+def is_other(value: Any, own: Any) -> bool:
+    """Whether a value to be loaded is there, and not the parameter itself: what
+    torch.distributed.checkpoint loads into a model has the model's own tensors for what it lacks.
+    """
+    value, own = (getattr(tensor, "_local_tensor", tensor) for tensor in (value, own))
+    return value is not None and (not own.numel() or value.data_ptr() != own.data_ptr())
+
+
+def fsdp_error(what: str) -> RuntimeError:
+    """The error of what `fully_shard` would silently undo."""
+    return RuntimeError(
+        f"cannot {what} under fully_shard, which puts back the parameters it knows: "
+        f"save_adapter(model, path), then load_adapter into the plain model and {what} there"
+    )
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; PyTorch's distributed part is not imported to ask."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor; all of it where it is a DTensor, and then every rank must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:
@@ -282,6 +352,8 @@ def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | Non
             f"is a {kind} with a weight of {module.weight.dtype}: quantised and custom linear "
             "layers are not supported; adapt before quantising, or dequantise first"
         )
+    if is_sharded(module.weight):
+        return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if module.weight.is_meta and not defer_bases:
         return (
             "has its weight on the meta device: load the weights first, or pass "
