@@ -193,6 +193,24 @@ def fsdp_mixed(mesh: DeviceMesh, folder: Path) -> Any:
     }
 
 
+def peft(mesh: DeviceMesh, folder: Path) -> Any:
+    """A model of PEFT's with LoRA-XS, by one process, by DDP and by FSDP2."""
+    from peft import get_peft_model
+
+    from fused_lowrank.integrations.peft import LoraXSConfig
+
+    config = LoraXSConfig(r=5, target_modules="all-linear")
+    model: Any = randomized(get_peft_model(llama(), config))
+    by_fsdp = copy.deepcopy(model)
+    by_ddp = DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
+    sharded_by_fsdp(by_fsdp.get_base_model())
+    return {
+        "single": train(model),
+        "ddp": train(by_ddp, sharded_data=True),
+        "fsdp": train(by_fsdp, sharded_data=True),
+    }
+
+
 def tp(mesh: DeviceMesh, folder: Path) -> Any:
     return train(sharded_by_tp(adapted(), mesh))
 

@@ -22,6 +22,7 @@ SCENARIOS: list[Callable[[DeviceMesh, Path], Any]] = [
     training.fsdp,
     training.fsdp_frozen_whole,
     training.fsdp_mixed,
+    training.peft,
     training.tp,
     training.tp_mini,
     training.tp_bare,

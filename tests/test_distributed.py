@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed part", allow_module_level=True)
 
@@ -124,6 +125,15 @@ def assert_pairs(pairs: dict[str, Any], **tolerance: float) -> None:
 @pytest.mark.parametrize("name", ["ddp", "ddp_buffers", "fsdp", "fsdp_frozen_whole", "tp"])
 def test_training_is_that_of_one_process(results, name):
     assert_same_training(results(name), results("single"))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_model_of_peft(results, how):
+    """The same curve, and nothing sent but the gradients of what is trained."""
+    got = results("peft")
+    assert_same_training(got[how], got["single"])
+    reduced = [size for name, size in got[how]["sent"][-1] if name != "allgather_base"]
+    assert sum(reduced) == (TRAINED if how == "ddp" else PADDED)
 
 
 def test_mini_by_tensor_parallelism(results):

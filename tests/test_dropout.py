@@ -180,3 +180,30 @@ def test_compiled_forward_and_backward_see_one_mask(impl: str, device: torch.dev
     (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close((dx * x).sum(), (dy * y).sum())
     assert not torch.allclose(y, made(x))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_call_takes_a_seed(impl: str, device: torch.device) -> None:
+    """And draws none then: one seed gives one y, whatever the generator's state."""
+    layer = FusedLoraXSLinear(16, 8, r=4, dropout=0.5, device=device)
+    torch.nn.init.normal_(layer.core)
+    x, (one, other) = torch.randn(20, 16, device=device), seeds(device, 5, 6)
+
+    def y(seed: torch.Tensor) -> torch.Tensor:
+        factors = layer.down, layer.core, layer.up
+        return lowrank_linear(
+            x, layer.weight, *factors, dropout_p=0.5, training=True, impl=impl, seed=seed
+        )
+
+    assert torch.equal(y(one), y(one))
+    assert not torch.equal(y(one), y(other))
+
+
+@pytest.mark.parametrize(
+    "seed", [torch.zeros(1), torch.zeros(2, dtype=torch.int64), torch.zeros((), dtype=torch.int64)]
+)
+def test_a_seed_that_is_none(seed: torch.Tensor, device: torch.device) -> None:
+    layer = FusedLoraXSLinear(16, 8, r=4, device=device)
+    factors = layer.down, layer.core, layer.up
+    with pytest.raises(ValueError, match=r"seed is .*: it must be \(1,\) of torch.int64"):
+        lowrank_linear(torch.randn(2, 16, device=device), layer.weight, *factors, seed=seed)
