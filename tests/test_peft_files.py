@@ -78,14 +78,20 @@ def test_bases_are_not_made_to_be_overwritten(
     assert not made
     eager = peft.get_peft_model(mlp(), config(method))
     assert len(made) == 2
-    for use in (lambda model: model(x()), lambda model: model.state_dict()):
+    more = {"r": 2, "a": 9, "b": 8} if method == "lora_mini" else {"r": 9}
+    uses = (
+        lambda model: model(x()),
+        lambda model: model.state_dict(),
+        lambda model: model.add_adapter("more", config(method, **more)),
+    )
+    for use in uses:
         later = peft.get_peft_model(mlp(), config(method, inference_mode=True))
         before = len(made)
         use(later)
         assert len(made) == before + 2
         for name in ("basis_down", "basis_up"):
             ours, theirs = (getattr(m.base_model.model.lin0, name) for m in (later, eager))
-            assert torch.equal(ours, theirs)
+            assert torch.equal(ours[: len(theirs), : theirs.shape[1]], theirs)
 
 
 @methods
@@ -174,6 +180,23 @@ def test_biases_and_modules_to_save(method: str, tmp_path: Path) -> None:
         assert torch.equal(other(x()), model(x()))
 
 
+def test_transformers_loads_what_peft_saved(tmp_path: Path) -> None:
+    """Its own load_adapter, with keys that have PEFT's prefix."""
+    pytest.importorskip("transformers")
+    from architectures import batch, tiny
+
+    torch.manual_seed(0)
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    given = config("lora_xs", target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(base, given).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    plain = type(base).from_pretrained(tmp_path / "base")
+    plain.load_adapter(str(tmp_path / "adapter"))
+    tokens = batch("llama", 5)
+    torch.testing.assert_close(plain(**tokens).logits, model(**tokens).logits)
+
+
 @methods
 def test_mixtures_are_saved(method: str, tmp_path: Path) -> None:
     """An adapter that was mixed of others loads into a model of its own."""
@@ -259,10 +282,12 @@ def test_another_base_model(method: str, bases: bool, tmp_path: Path) -> None:
     refused(tmp_path, r"another base model: the weight of .*lin1 differs", method=method)
 
 
-def test_the_same_model_in_another_dtype(tmp_path: Path) -> None:
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_the_same_model_in_another_dtype(low_memory: bool, tmp_path: Path) -> None:
     """Rounded to bfloat16 it is still the same; the bases take the weight's dtype."""
     y = saved(tmp_path, "lora_xs", mlp(torch.float32))
-    model = peft.PeftModel.from_pretrained(mlp(torch.bfloat16), tmp_path)
+    base = mlp(torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_memory)
     assert model.base_model.model.lin0.basis_down.dtype == torch.bfloat16
     torch.testing.assert_close(model(x().bfloat16()).float(), y, rtol=0.1, atol=0.1)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft_cases import CONFIGS, SETTINGS, by_hand, config, inputs, methods, mlp, peft, same, state
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lowrank.integrations.peft import LoraXSConfig, registry
@@ -93,6 +94,16 @@ def test_bases_are_those_of_the_method(method: str) -> None:
     assert layer.basis_down.abs().max() > 0.8 * 12**-0.5
     assert layer.basis_up.abs().max() <= 4**-0.5
     assert layer.basis_up.abs().max() > 0.8 * 4**-0.5
+    draws = {
+        name: factor.flatten()[:40] * 4**0.5 * (3**0.5 if name.startswith("down") else 1)
+        for name, factor in {
+            "down": layer.basis_down,
+            "up": layer.basis_up.t(),
+            "up of another": model.base_model.model.lin1.basis_up.t(),
+        }.items()
+    }
+    for name, draw in draws.items():
+        assert not any(torch.allclose(draw, d) for n, d in draws.items() if n != name)
     other = peft.get_peft_model(mlp(), config(method, projection_seed=1)).base_model.model.lin0
     assert not torch.allclose(other.basis_down, layer.basis_down)
     again = peft.get_peft_model(mlp(), config(method)).base_model.model.lin0
@@ -173,6 +184,9 @@ def test_several_active_with_dropout(method: str) -> None:
     one, two = (by_hand(layer, name, x) - base for name in ("default", "two"))
     mean = torch.stack([layer(x) - base for _ in range(3000)]).mean(0)
     assert (mean - one - two).norm() < 0.1 * two.norm()
+    with torch.no_grad():
+        getattr(layer, layer.adapter_layer_names[0])["two"].zero_()
+    torch.testing.assert_close(layer(x), base + one, **close)
 
 
 @methods
@@ -271,6 +285,20 @@ def test_weighted_adapter_is_exact(method: str) -> None:
                 torch.testing.assert_close(layer.get_delta_weight(name), wanted, **close)
                 assert layer.scaling[name] == 1.0
     assert not any(p.requires_grad for n, p in model.named_parameters() if "_three" in n)
+
+
+@methods
+def test_weighted_adapter_of_unlike_configurations(method: str) -> None:
+    """What leaves modules out, or scales some otherwise, does not do so with the mixture."""
+    first = {"exclude_modules": ["lin1"], "alpha_pattern": {"lin0": 7}, "use_rslora": True}
+    model = peft.get_peft_model(mlp(torch.bfloat16), config(method, **first))
+    model.add_adapter("two", config(method, target_modules=["lin1"]))
+    model.base_model.add_weighted_adapter(["default", "two"], [1.0, 3.0], "sum")
+    for name, source, weight in (("lin0", "default", 1.0), ("lin1", "two", 3.0)):
+        layer = getattr(model.base_model.model, name)
+        wanted = weight * layer.get_delta_weight(source)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), wanted, rtol=1e-5, atol=1e-6)
+        assert getattr(layer, layer.adapter_layer_names[0])["sum"].dtype == torch.float32
 
 
 def test_weighted_adapter_errors() -> None:
@@ -405,6 +433,16 @@ def test_merge(method: str) -> None:
     assert torch.equal(model.unload()(x), mlp()(x))
 
 
+def test_a_merged_model_is_moved_with_what_it_was() -> None:
+    """Unmerged it is in the new dtype as a whole."""
+    model = peft.get_peft_model(mlp(), config("lora_xs"))
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    weight = model.base_model.model.lin0.base_layer.weight
+    assert torch.equal(weight, mlp().lin0.weight.float())
+
+
 def test_merge_broken() -> None:
     """safe_merge refuses NaN and leaves the layer as it was."""
     model = peft.get_peft_model(mlp(), config("lora_xs"))
@@ -517,12 +555,14 @@ def test_seeds_of_one_layer_agree() -> None:
 def test_hooks_and_parametrisations_of_the_base_layer_run(method: str) -> None:
     """It is called then, and the low-rank term added to what it gives."""
     x = inputs()
-    for kind in ("hook", "parametrisation", "pre-hook"):
+    for kind in ("hook", "parametrisation", "pre-hook", "pruning"):
         base = mlp()
         if kind == "hook":
             base.lin0.register_forward_hook(lambda module, args, y: y * 2)
         elif kind == "pre-hook":
             base.lin0.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        elif kind == "pruning":
+            prune.random_unstructured(base.lin0, "weight", 0.5)
         else:
             nn.utils.parametrizations.weight_norm(base.lin0)
         plain = base.lin0(x)
@@ -535,6 +575,18 @@ def test_hooks_and_parametrisations_of_the_base_layer_run(method: str) -> None:
         torch.testing.assert_close(mixed[::2], (plain + term)[::2], **close)
         torch.testing.assert_close(mixed[1::2], plain[1::2], **close)
         assert weight.shape == (16, 12)
+
+
+def test_backward_hooks_and_arguments_of_the_base_layer() -> None:
+    """They reach it: hooks on gradients run, and what nn.Linear does not take is its error."""
+    base, seen = mlp(), []
+    base.lin0.register_full_backward_hook(lambda *_: seen.append("full"))
+    base.lin1.register_full_backward_pre_hook(lambda *_: seen.append("pre"))
+    model = peft.get_peft_model(base, config("lora_xs"))
+    model(inputs().requires_grad_()).sum().backward()
+    assert seen == ["pre", "full"]
+    with pytest.raises(TypeError, match="scale"):
+        model.base_model.model.lin0(inputs(), scale=2)
 
 
 @methods

@@ -262,7 +262,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             *(down, core, up, base._parameters["bias"]),
             scale=scale,
             dropout_p=p.pop(),
-            training=self.training,
+            training=True,  # or p is 0
         )
 
     def is_plain(self, base: Any) -> bool:
@@ -274,7 +274,6 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             or base._forward_pre_hooks
             or base._backward_hooks
             or base._backward_pre_hooks
-            or "weight" not in base._parameters
         )
 
     def term(self, x: Tensor, adapter: str) -> Tensor:

@@ -50,8 +50,6 @@ class LowRankModel(BaseTuner):
         layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
         with onload_layer(layer):
             layer.update_layer(adapter_name, peft_config)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(
