@@ -195,6 +195,12 @@ def test_transformers_loads_what_peft_saved(tmp_path: Path) -> None:
     plain.load_adapter(str(tmp_path / "adapter"))
     tokens = batch("llama", 5)
     torch.testing.assert_close(plain(**tokens).logits, model(**tokens).logits)
+    plain = type(base).from_pretrained(tmp_path / "base")
+    peft.inject_adapter_in_model(given, plain)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    result = peft.set_peft_model_state_dict(plain, tensors)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(plain(**tokens).logits, model(**tokens).logits)
 
 
 @methods

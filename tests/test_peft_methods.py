@@ -184,6 +184,7 @@ def test_several_active_with_dropout(method: str) -> None:
     one, two = (by_hand(layer, name, x) - base for name in ("default", "two"))
     mean = torch.stack([layer(x) - base for _ in range(3000)]).mean(0)
     assert (mean - one - two).norm() < 0.1 * two.norm()
+    assert not torch.equal(layer(x), layer(x))
     with torch.no_grad():
         getattr(layer, layer.adapter_layer_names[0])["two"].zero_()
     torch.testing.assert_close(layer(x), base + one, **close)
@@ -440,6 +441,7 @@ def test_a_merged_model_is_moved_with_what_it_was() -> None:
     model.float()
     model.unmerge_adapter()
     weight = model.base_model.model.lin0.base_layer.weight
+    assert weight.dtype == torch.float32
     assert torch.equal(weight, mlp().lin0.weight.float())
 
 
@@ -586,7 +588,7 @@ def test_backward_hooks_and_arguments_of_the_base_layer() -> None:
     model(inputs().requires_grad_()).sum().backward()
     assert seen == ["pre", "full"]
     with pytest.raises(TypeError, match="scale"):
-        model.base_model.model.lin0(inputs(), scale=2)
+        peft.get_peft_model(mlp(), config("lora_xs")).base_model.model.lin0(inputs(), scale=2)
 
 
 @methods
