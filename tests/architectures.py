@@ -1,6 +1,5 @@
 """Small transformers of four architectures, built from configs, with random weights."""
 
-import math
 from typing import Any
 
 import pytest
@@ -17,37 +16,32 @@ SIZES = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
+    "initializer_range": HIDDEN**-0.5,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}  # fewer keys than queries
 T5 = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": LAYERS}
+ROBERTA = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ROBERTA["problem_type"] = "single_label_classification"  # set at the first call otherwise
+T5_ONLY = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "dropout_rate": 0.0}
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {  # config, model, sizes
     "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
-    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", SIZES),
-    "t5": (
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {**T5, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
-    ),
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", {**SIZES, **ROBERTA}),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {**T5, **T5_ONLY}),
 }
 
 
 def tiny(name: str, **config: Any) -> nn.Module:
     """A model of two layers in eval mode, hidden size 32; `config` overrides its settings.
 
-    Padding is token 0, and no token ends a sequence. Matrices are N(0, 1/inputs), so that every
-    layer changes what comes out.
+    It has no dropout; padding is token 0, and no token ends a sequence. Weights are large enough
+    for every layer to change what comes out.
     """
     config_class, model_class, sizes = KINDS[name]
     ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     settings = {"vocab_size": VOCABULARY, **ids, **sizes, **config}
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
-    if name == "t5":  # which scales its logits down itself
-        nn.init.normal_(model.get_input_embeddings().weight)
-    return model.eval()
+    config_of = getattr(transformers, config_class)
+    return getattr(transformers, model_class)(config_of(**settings)).eval()
 
 
 def batch(name: str, length: int, rows: int = 2) -> dict[str, Tensor]:

@@ -1,0 +1,315 @@
+"""Whole transformers, adapted: the loss and what is trained of them, in every way they are run.
+
+The truth is the same model in float64, and the measure the error of the plain reference layers in
+the same dtype, as for single layers.
+"""
+
+import copy
+import functools
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from architectures import NAMES, batch, targets, tiny
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+
+from fused_lowrank import adapt, planner
+from fused_lowrank.adapt import adapted_layers
+from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig
+from fused_lowrank.integrations.peft.layer import PeftLowRankLinear
+from fused_lowrank.layers import METHODS
+from fused_lowrank.testing import Measured, Results, pooled_ratio
+
+SEQUENCES, LENGTHS = 4, (12, 12, 12)
+SETTINGS: dict[str, dict[str, Any]] = {  # every trained tensor large enough to be pooled
+    "lora_xs": {"r": 16},
+    "lora_mini": {"r": 16, "a": 16, "b": 16},
+}
+ONE = {"num_hidden_layers": 1}  # layer, where it takes long
+SMALLER = {"t5": {"num_layers": 1}}  # which are two, and three attentions
+Way = Callable[[nn.Module, str, bool], nn.Module]  # (model, architecture, fused or plain) → adapted
+
+
+def native(method: str) -> Way:
+    """By `adapt`."""
+
+    def way(model: nn.Module, name: str, fused: bool) -> nn.Module:
+        settings = {"fused": fused, "progress": False, **SETTINGS[method]}
+        return adapt(model, method, target_modules=targets(name), **settings)
+
+    return way
+
+
+def mixed(model: nn.Module, name: str, fused: bool) -> nn.Module:
+    """LoRA-Mini and LoRA-XS in turn, so that one compilation tells of both."""
+    native("lora_xs")(model, name, fused)
+    for path, layer in list(adapted_layers(model))[::2]:
+        mini = METHODS["lora_mini"][fused]
+        model.set_submodule(path, mini.from_linear(layer.to_linear(), **SETTINGS["lora_mini"]))
+    return model
+
+
+def in_peft(config: type[peft.PeftConfig]) -> Way:
+    """By PEFT; plain it is the reference layers with the same frozen factors."""
+
+    def way(model: nn.Module, name: str, fused: bool) -> nn.Module:
+        base, method = copy.deepcopy(model), config.method
+        settings = {"target_modules": targets(name), **SETTINGS[method]}
+        model = peft.get_peft_model(model, config(**settings))
+        if fused:
+            return model
+        layers = [module for module in model.modules() if isinstance(module, PeftLowRankLinear)]
+        plain = native(method)(base, name, False)
+        for layer, (_, reference) in zip(layers, adapted_layers(plain), strict=True):
+            for factor, value in zip((reference.down, reference.up), layer.bases, strict=True):
+                factor.data.copy_(value)
+        return plain
+
+    return way
+
+
+WAYS: dict[str, Way] = {
+    "lora_xs": native("lora_xs"),
+    "lora_mini": native("lora_mini"),
+    "peft lora_xs": in_peft(LoraXSConfig),
+    "peft lora_mini": in_peft(LoraMiniConfig),
+}
+
+
+def adapted(way: Way, name: str, fused: bool, dtype: torch.dtype, **config: Any) -> nn.Module:
+    """The same values each time, with ΔW about as large as W."""
+    torch.manual_seed(1)
+    model = way(tiny(name, **config).to(dtype), name, fused)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+# --- loss and gradients ---
+
+
+class Mode(NamedTuple):
+    """How a model is run."""
+
+    base: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    reentrant: bool | None = None  # the kind of checkpointing, or none
+    small: bool = True  # the way of small inputs, which differs on a CPU
+
+
+MODES = {
+    "eager": Mode(),
+    "checkpointed": Mode(reentrant=False, small=False),
+    "checkpointed, reentrant": Mode(reentrant=True, small=False),
+    "bfloat16": Mode(torch.bfloat16),
+    "autocast bfloat16": Mode(autocast=torch.bfloat16),
+    "autocast float16": Mode(autocast=torch.float16),
+    "autocast bfloat16, checkpointed": Mode(autocast=torch.bfloat16, reentrant=False),
+}
+
+
+class InFloat64(TorchFunctionMode):
+    """What a model computes in float32 whatever its dtype is computed in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
+
+
+def batches(
+    name: str, device: torch.device, lengths: tuple[int, ...] = LENGTHS
+) -> Iterator[dict[str, Tensor]]:
+    """One of each length, the same ones each time."""
+    torch.manual_seed(2)
+    for length in lengths:
+        yield {k: v.to(device) for k, v in batch(name, length, SEQUENCES).items()}
+
+
+def learned(model: nn.Module, inputs: dict[str, Tensor], mode: Mode = MODES["eager"]) -> Results:
+    """The loss and the gradients of all that is trained."""
+    model.zero_grad()
+    kind = inputs["input_ids"].device.type
+    scaler = torch.amp.GradScaler(kind, 2.0**10, enabled=mode.autocast == torch.float16)
+    with torch.autocast(kind, mode.autocast, enabled=mode.autocast is not None):
+        loss = model(**inputs).loss
+    scaler.scale(loss).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if scaler.is_enabled():
+        scaler.unscale_(torch.optim.SGD(trained.values()))
+    return {"loss": loss.detach(), **{plain_name(n): p.grad for n, p in trained.items()}}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what PEFT adds to it."""
+    return re.sub(r"^base_model\.model\.|(lora_xs|lora_mini)_|\.default", "", name)
+
+
+def checkpoint(model: nn.Module, reentrant: bool) -> nn.Module:
+    """As the Trainer does it."""
+    model.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has another name since transformers 5
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    return model
+
+
+def in_mode(model: nn.Module, mode: Mode) -> nn.Module:
+    """A copy."""
+    model = copy.deepcopy(model)
+    return model if mode.reentrant is None else checkpoint(model, mode.reentrant)
+
+
+class Trio(NamedTuple):
+    """The fused model, that of the reference layers, and for each batch the truth."""
+
+    ours: nn.Module
+    plain: nn.Module
+    truth: list[Results]
+
+
+@functools.cache
+def trio(
+    way: Way,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: tuple[int, ...] = LENGTHS,
+    **config: Any,
+) -> Trio:
+    """Those of a way to adapt an architecture."""
+    ours, plain = (adapted(way, name, fused, dtype, **config).to(device) for fused in (True, False))
+    wide = copy.deepcopy(plain).double()
+    with InFloat64():
+        truth = [learned(wide, inputs) for inputs in batches(name, device, lengths)]
+    return Trio(ours, plain, truth)
+
+
+def measure(ours: Results, plain: Results, truth: Results, unit: float) -> list[Measured]:
+    """The errors beside the reference's; the floor is of the truth, for want of the formula."""
+    return [
+        Measured(
+            name,
+            tensor.numel(),
+            float((tensor.double() - truth[name]).norm()),
+            float((plain[name].double() - truth[name]).norm()),
+            float(2 * unit * truth[name].norm()),
+        )
+        for name, tensor in ours.items()
+    ]
+
+
+def check_each(runs: list[list[Measured]]) -> None:
+    """The error of each tensor, in all runs together, is within the budget."""
+    for same in zip(*runs, strict=True):
+        sums = {
+            part: math.hypot(*(getattr(measured, part) for measured in same))
+            for part in ("error", "reference", "floor")
+        }
+        together = Measured(same[0].name, same[0].size, **sums)
+        assert together.within, together
+
+
+def check_pooled(runs: list[list[Measured]]) -> None:
+    """A run's pooled ratio is 1 or less on the average.
+
+    What surrounds the layers rounds too, so a run's ratio scatters about 1: three standard errors.
+    """
+    ratios = [math.log(pooled_ratio(run)) for run in runs]
+    mean, error = statistics.mean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
+    assert mean <= 3 * error, (mean, error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
+def test_budget(way: str, mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error budget, over four architectures."""
+    how = MODES[mode]
+    monkeypatch.setattr(planner, "SMALL", planner.SMALL if how.small else 0)
+    unit = torch.finfo(how.autocast or how.base).eps / 2
+    runs = []
+    for name in NAMES:
+        models = trio(WAYS[way], name, how.base, device, **SMALLER.get(name, {}))
+        ours, plain = (in_mode(model, how) for model in models[:2])
+        new = []
+        for inputs, truth in zip(batches(name, device), models.truth, strict=True):
+            results = (learned(model, inputs, how) for model in (ours, plain))
+            new.append(measure(*results, truth, unit))
+        check_each(new)
+        runs += new
+    check_pooled(runs)
+
+
+def test_checkpointing_recomputes(device: torch.device) -> None:
+    """A layer inside a checkpoint of either kind is called once more, in the backward."""
+    model = trio(WAYS["lora_xs"], "llama", torch.float32, device).ours
+    inputs = next(batches("llama", device))
+    for reentrant, expected in ((None, 1), (False, 2), (True, 2)):
+        changed = in_mode(model, Mode(reentrant=reentrant))
+        calls: list[nn.Module] = []
+        layers = [layer for _, layer in adapted_layers(changed)]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module))
+        learned(changed, inputs)
+        assert [calls.count(layer) for layer in layers] == [expected] * len(layers)
+
+
+# --- compiled ---
+
+SEVEN = (12, 9, 15, 7, 21, 16, 5)
+ROWS = [  # those that trace the backward too are slow
+    *(("mixed", name, "eager", SEVEN) for name in ("qwen3", "roberta", "t5")),
+    ("mixed", "llama", "aot_eager", SEVEN),
+    ("mixed", "roberta", "inductor", LENGTHS),
+    ("peft lora_xs", "llama", "eager", SEVEN),
+    ("peft lora_mini", "roberta", "eager", SEVEN),
+]
+
+
+@pytest.mark.parametrize(("way", "name", "backend", "lengths"), ROWS)
+def test_compiled(
+    way: str, name: str, backend: str, lengths: tuple[int, ...], device: torch.device
+) -> None:
+    """The error budget, in one graph, which is compiled once more for other lengths and no more."""
+    torch._dynamo.reset()
+    dtype = torch.float32
+    ours, plain, truths = trio(
+        WAYS.get(way, mixed), name, dtype, device, lengths, **SMALLER.get(name, ONE)
+    )
+    counter = CompileCounterWithBackend(backend)
+    ours.compile(fullgraph=True, backend=counter)
+    runs = []
+    for inputs, truth in zip(batches(name, device, lengths), truths, strict=True):
+        results = learned(ours, inputs), learned(plain, inputs)
+        runs.append(measure(*results, truth, 2**-24))
+    assert counter.frame_count == min(2, len(set(lengths)))
+    check_each(runs)
+    check_pooled(runs)
+
+
+def test_compiled_and_checkpointed(device: torch.device) -> None:
+    """Checkpointing, of the kind that is not reentrant, compiles in one graph."""
+    torch._dynamo.reset()
+    model = adapted(mixed, "llama", True, torch.float32, **ONE).to(device)
+    inputs = next(batches("llama", device))
+    expected = learned(model, inputs)
+    checkpoint(model, reentrant=False).disable_input_require_grads()  # its hook breaks the graph
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(fullgraph=True, backend=counter)
+    torch.testing.assert_close(learned(model, inputs), expected)
+    assert counter.frame_count == 1
+    assert "tag_activation_checkpoint" in str(counter.graphs[0].graph)
