@@ -15,7 +15,14 @@ from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
 from .layers.base import fsdp_error, why_not_adaptable
-from .targets import Patterns, check_patterns, match_saved, match_targets
+from .targets import (
+    Patterns,
+    check_patterns,
+    match_saved,
+    match_targets,
+    modules_by_name,
+    unwrapped,
+)
 
 HOOKS = re.compile(
     r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
@@ -101,7 +108,7 @@ def build(
     model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool
 ) -> dict[str, LowRankLinear]:
     """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     for name, (cls, keywords) in plan.items():
         linear = modules[name]
         if reason := why_not_adaptable(linear, defer_bases):
@@ -123,7 +130,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
     for name in saved:
         keep_original(model.get_submodule(name))
@@ -185,7 +192,7 @@ def keep_original(module: nn.Module) -> None:
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules trained whole, by name."""
-    return {n: m for n, m in model.named_modules() if "_lowrank_original" in vars(m)}
+    return {unwrapped(n): m for n, m in model.named_modules() if "_lowrank_original" in vars(m)}
 
 
 def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -236,7 +243,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     """(name, layer) of every adapted layer."""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            yield name, module
+            yield unwrapped(name), module
 
 
 def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -35,6 +35,7 @@ from .adapt import (
 )
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
+from .targets import modules_by_name
 
 FORMAT, VERSION = "fused_lowrank", "1"
 FINGERPRINT = "fingerprint"
@@ -300,7 +301,7 @@ def plan_of(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], fused: bool, path: Any
 ) -> Plan:
     """The layers that a file asks for, as modules of this model."""
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     plan: Plan = {}
     for name, entry in config["layers"].items():
         if name not in modules:

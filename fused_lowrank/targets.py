@@ -12,6 +12,23 @@ from torch import nn
 Patterns = str | list[str] | tuple[str, ...] | set[str]
 
 
+# What torch.compile and torch's checkpoint_wrapper put into the names of what they wrap.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """A module's or a parameter's name without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, Any]:
+    """Every module under each of its `unwrapped` names; a wrapper hides the module in it."""
+    modules: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(unwrapped(name), module)
+    return modules
+
+
 def check_patterns(argument: str, patterns: Any) -> None:
     """Raise unless these are strings, or one that is a regular expression."""
     if isinstance(patterns, str):
@@ -38,7 +55,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 def match_saved(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
     """The modules to train whole, by name; each pattern must match."""
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in dict.fromkeys(unwrapped(n) for n, _ in model.named_modules()) if name]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(f"modules_to_save: no module is called {pattern!r}")
@@ -49,7 +66,7 @@ def match_targets(
     model: nn.Module, patterns: Patterns, exclude: Patterns | None, saved: list[str]
 ) -> list[str]:
     """The names of the modules to adapt; raises where one cannot be, or a pattern matches none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model)
     modules.pop("")
     inside_saved = tuple(name + "." for name in saved)
 
@@ -121,6 +138,7 @@ def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
 def refuse_experts(model: nn.Module, patterns: Patterns, left_alone: Callable[[str], bool]) -> None:
     """Raise if a pattern names a Parameter of MoE experts, or the module that holds them."""
     for name, parameter in model.named_parameters():
+        name = unwrapped(name)
         holder = name.rpartition(".")[0]
         named = matches(name, patterns) or (holder and matches(holder, patterns))
         if parameter.dim() == 3 and named and not (left_alone(name) or left_alone(holder)):

@@ -1,0 +1,310 @@
+"""What PyTorch and its libraries do with models, done with adapted ones."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import VOCABULARY, batch, targets, tiny
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+from fused_lowrank import (
+    adapt,
+    disable_adapters,
+    init_bases,
+    load_adapter,
+    merge,
+    planner,
+    save_adapter,
+    unload,
+    unmerge,
+)
+from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig
+
+transformers = pytest.importorskip("transformers")
+ADAPT = {"lora_xs": {"r": 8}, "lora_mini": {"r": 4, "a": 12, "b": 10}}
+CONFIGS = {"lora_xs": LoraXSConfig, "lora_mini": LoraMiniConfig}
+HOWS = [*ADAPT, *(f"peft {method}" for method in CONFIGS)]
+hows = pytest.mark.parametrize("how", HOWS)
+
+
+def put_in(how: str, model: nn.Module, name: str, **more: Any) -> nn.Module:
+    """Adapt a model; all that is trained is random."""
+    method = how.removeprefix("peft ")
+    settings = {"target_modules": targets(name), **ADAPT[method], **more}
+    if method == how:
+        adapt(model, method, progress=False, **settings)
+    else:
+        model = peft.get_peft_model(model, CONFIGS[method](**settings))
+    return randomised(model)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """ΔW about as large as W."""
+    for parameter in trained(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The loss, and the gradients of what is trained."""
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in trained(model).values())]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs there."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are computed as for large inputs on a CPU too."""
+    monkeypatch.setattr(planner, "SMALL", 0)
+
+
+# --- copies ---
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """Through pickle."""
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    """Through torch.save, whole."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@hows
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, pickled, saved])
+def test_copies(how: str, copy_of: Callable[..., Any], device: torch.device) -> None:
+    """A copy computes and learns the same, has the same ties, and shares nothing."""
+    model = put_in(how, tiny("roberta", num_hidden_layers=1), "roberta").to(device)
+    inputs = on(device, batch("roberta", 9))
+    expected = gradients(model, inputs)
+    clone = copy_of(model)
+    assert equal(gradients(clone, inputs), expected)
+    assert {name: p.requires_grad for name, p in clone.named_parameters()} == {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
+    theirs = {p.data_ptr() for p in model.parameters()}
+    assert not theirs & {p.data_ptr() for p in clone.parameters()}
+    for parameter in trained(clone).values():
+        nn.init.zeros_(parameter)
+    assert equal(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("method", ADAPT)
+def test_to_empty(method: str, device: torch.device) -> None:
+    """A transformer with tied weights: from the meta device, with its weights loaded later."""
+    loaded = tiny("t5", tie_word_embeddings=True).to(device)
+    state = copy.deepcopy(loaded.state_dict())
+    with torch.device("meta"):
+        model = tiny("t5", tie_word_embeddings=True)
+    settings = {"target_modules": [*targets("t5"), "lm_head"], "progress": False, **ADAPT[method]}
+    adapt(model, method, defer_bases=True, **settings)
+    model.to_empty(device=device)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    torch.manual_seed(1)
+    init_bases(model, progress=False)
+    torch.manual_seed(1)
+    adapt(loaded, method, **settings)
+    assert model.lm_head.weight is model.shared.weight
+    inputs = on(device, batch("t5", 9))
+    assert equal(gradients(model, inputs), gradients(loaded, inputs))
+
+
+# --- calls with other parameters, and hooks ---
+
+
+@hows
+def test_functional_call(how: str, device: torch.device, large: None) -> None:
+    """A call with other values is a call of the model that holds them; so are its gradients."""
+    model = put_in(how, tiny("llama", num_hidden_layers=1), "llama").to(device)
+    inputs = on(device, batch("llama", 9))
+    other = randomised(copy.deepcopy(model))
+    expected = gradients(other, inputs)
+    values = {n: p.detach().clone().requires_grad_() for n, p in trained(other).items()}
+    loss = torch.func.functional_call(model, values, (), inputs).loss
+    assert equal([loss, *torch.autograd.grad(loss, list(values.values()))], expected)
+    assert not equal(gradients(model, inputs), expected)
+
+
+@hows
+def test_hooks(how: str, device: torch.device, large: None) -> None:
+    """Hooks of an adapted layer see what passes, and may change it."""
+    model = put_in(how, tiny("llama", num_hidden_layers=1), "llama").to(device)
+    inputs = on(device, batch("llama", 9))
+    expected = gradients(model, inputs)
+    layer = next(m for name, m in model.named_modules() if name.endswith("down_proj"))
+    seen: list[Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, x: (x[0] * 2,)),
+        layer.register_forward_hook(lambda _, x, y: seen.extend((x[0], y)) or y / 2),
+        layer.register_full_backward_hook(lambda _, dx, dy: seen.extend((*dx, *dy))),
+    ]
+    assert equal(gradients(model, inputs), expected)  # without a bias a factor passes through
+    for handle in handles:
+        handle.remove()
+    x, y, dx, dy = seen
+    x = x.detach().requires_grad_()
+    again = layer(x)
+    assert torch.equal(again, y)
+    assert equal([dx], list(torch.autograd.grad(again, x, dy / 2)))
+    seen.clear()
+    assert equal(gradients(model, inputs), expected)
+    assert not seen
+
+
+# --- what transformers do ---
+
+
+@pytest.mark.parametrize("how", ["lora_xs", "lora_mini", "peft lora_xs"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5"])
+def test_generate(name: str, how: str, device: torch.device) -> None:
+    """With the cache and without, alone and padded beside others: the same tokens."""
+    model = put_in(how, tiny(name).double(), name).to(device)
+    prompts = [[5, 9, 33], [7], [12, 40, 2, 51, 19]]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    alone = [
+        model.generate(input_ids=torch.tensor([prompt], device=device), **options)[0, -6:].tolist()
+        for prompt in prompts
+    ]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    ids = torch.zeros(3, 5, dtype=torch.long, device=device)
+    for row, prompt in zip(ids, prompts, strict=True):
+        place = slice(0, len(prompt)) if name == "t5" else slice(5 - len(prompt), 5)
+        row[place] = torch.tensor(prompt)
+    padded = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    for use_cache in (True, False):
+        assert model.generate(**padded, **options, use_cache=use_cache)[:, -6:].tolist() == alone
+
+
+@pytest.mark.parametrize("method", ADAPT)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_tied_head(name: str, method: str, device: torch.device) -> None:
+    """A head tied to the embeddings, adapted: it stays tied, and its adapter is its own."""
+    torch.manual_seed(3)
+    model = tiny(name, tie_word_embeddings=True).to(device)
+    plain, inputs = copy.deepcopy(model), on(device, batch(name, 9))
+    settings = {"target_modules": ["lm_head"], "progress": False, **ADAPT[method]}
+    randomised(adapt(model, method, **settings))
+    adapt(plain, method, fused=False, **settings)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(gradients(model, inputs), gradients(plain, inputs))
+    embeddings = model.get_input_embeddings()
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.lm_head.weight is embeddings.weight
+    model.tie_weights()
+    assert model.lm_head.weight is embeddings.weight
+    y, before = model(**inputs).logits, embeddings.weight.detach().clone()
+    with pytest.warns(UserWarning, match="were tied"):
+        merge(model)
+    torch.testing.assert_close(model(**inputs).logits, y, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embeddings.weight, before)
+    unload(model)
+    assert model.lm_head.weight is embeddings.weight
+
+
+@hows
+def test_shared_layers(how: str, device: torch.device) -> None:
+    """ALBERT runs one layer three times: it is adapted once, and learns from all three."""
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_hidden_groups": 1}
+    config = transformers.AlbertConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes)
+    model = transformers.AlbertForSequenceClassification(config).to(device).eval()
+    names = {"target_modules": ["query", "value", "ffn"]}
+    model = put_in(how, model, "albert", **names)
+    calls: list[nn.Module] = []
+    layers = [m for n, m in model.named_modules() if n.endswith(tuple(names["target_modules"]))]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: calls.append(layer))
+    inputs = on(device, batch("roberta", 9))
+    shared = gradients(model, inputs)[1:]
+    assert [calls.count(layer) for layer in layers] == [3, 3, 3]
+    # Three layers of their own values, which are the same: the sum of their gradients.
+    group = next(m for m in model.modules() if hasattr(m, "albert_layer_groups"))
+    layer = group.albert_layer_groups[0]
+    group.albert_layer_groups = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(2))])
+    group.config.num_hidden_groups = 3
+    alone = gradients(model, inputs)[1:]
+    for i, gradient in enumerate(shared):
+        torch.testing.assert_close(gradient, sum(alone[i :: len(shared)]))
+
+
+# --- compiled, and wrapped ---
+
+
+def wrapped_whole(model: nn.Module) -> nn.Module:
+    """torch.compile's module around it."""
+    return torch.compile(model, backend="eager")
+
+
+def wrapped_layers(model: nn.Module) -> nn.Module:
+    """Each layer compiled, and checkpointed by torch's own wrapper."""
+    for i, layer in enumerate(model.model.layers):
+        wrapped = checkpoint_wrapper.checkpoint_wrapper(layer)
+        model.model.layers[i] = torch.compile(wrapped, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [wrapped_whole, wrapped_layers])
+def test_wrapped_models(wrap: Callable[..., Any], device: torch.device, tmp_path: Path) -> None:
+    """All that is done with an adapted model is done with one in wrappers, under the same names."""
+    torch._dynamo.reset()
+    base = tiny("llama", num_hidden_layers=1, use_cache=False).to(device)
+    model = put_in("lora_xs", copy.deepcopy(base), "llama", modules_to_save=["lm_head"])
+    inputs = on(device, batch("llama", 9))
+    wrapped = wrap(copy.deepcopy(model))
+    for change in (lambda _: None, merge, unmerge):
+        for each in (model, wrapped):
+            change(each)
+        assert torch.equal(wrapped(**inputs).loss, model(**inputs).loss)
+    with disable_adapters(model), disable_adapters(wrapped), torch.no_grad():
+        assert torch.equal(wrapped(**inputs).loss, model(**inputs).loss)
+    assert set(clean(wrapped.state_dict())) == set(model.state_dict())
+    expected = gradients(model, inputs)
+    settings = {"modules_to_save": ["lm_head"], "progress": False, **ADAPT["lora_xs"]}
+    adapted = adapt(copy.deepcopy(base), target_modules=targets("llama"), **settings)
+    for i, source in enumerate((model, wrapped)):
+        save_adapter(source, tmp_path / str(i))
+        for fresh in (base, adapted):
+            for plain_or_wrapped in (lambda model: model, wrap):
+                loaded = plain_or_wrapped(copy.deepcopy(fresh))
+                load_adapter(loaded, tmp_path / str(i), progress=False)
+                assert equal(gradients(loaded, inputs), expected)
+    late = wrap(copy.deepcopy(base))
+    adapt(late, target_modules=r"model\.layers\.0\..*_proj", **settings)
+    late.load_state_dict(wrapped.state_dict())
+    assert equal(gradients(late, inputs), expected)
+    y = base(**inputs).logits
+    for each in (wrapped, late):
+        assert torch.equal(unload(each)(**inputs).logits, y)
+
+
+def clean(names: Any) -> list[str]:
+    """Without the wrappers' parts."""
+    return [n.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for n in names]
