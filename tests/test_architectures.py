@@ -69,8 +69,10 @@ def in_peft(config: type[peft.PeftConfig]) -> Way:
         layers = [module for module in model.modules() if isinstance(module, PeftLowRankLinear)]
         plain = native(method)(base, name, False)
         for layer, (_, reference) in zip(layers, adapted_layers(plain), strict=True):
-            for factor, value in zip((reference.down, reference.up), layer.bases, strict=True):
-                factor.data.copy_(value)
+            for factor, value in zip(
+                ("down", "up"), layer.bases(*layer.sides["default"]), strict=True
+            ):
+                getattr(reference, factor).data.copy_(value)
         return plain
 
     return way
@@ -84,15 +86,19 @@ WAYS: dict[str, Way] = {
 }
 
 
-def adapted(way: Way, name: str, fused: bool, dtype: torch.dtype, **config: Any) -> nn.Module:
+Dtypes = tuple[torch.dtype, torch.dtype | None]  # when adapted, and what it is converted to then
+FLOAT32: Dtypes = (torch.float32, None)
+
+
+def adapted(way: Way, name: str, fused: bool, dtypes: Dtypes, **config: Any) -> nn.Module:
     """The same values each time, with ΔW about as large as W."""
     torch.manual_seed(1)
-    model = way(tiny(name, **config).to(dtype), name, fused)
+    model = way(tiny(name, **config).to(dtypes[0]), name, fused)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
-    return model
+    return model.to(dtypes[1]) if dtypes[1] else model
 
 
 # --- loss and gradients ---
@@ -101,7 +107,7 @@ def adapted(way: Way, name: str, fused: bool, dtype: torch.dtype, **config: Any)
 class Mode(NamedTuple):
     """How a model is run."""
 
-    base: torch.dtype = torch.float32
+    dtypes: Dtypes = FLOAT32
     autocast: torch.dtype | None = None
     reentrant: bool | None = None  # the kind of checkpointing, or none
     small: bool = True  # the way of small inputs, which differs on a CPU
@@ -111,7 +117,8 @@ MODES = {
     "eager": Mode(),
     "checkpointed": Mode(reentrant=False, small=False),
     "checkpointed, reentrant": Mode(reentrant=True, small=False),
-    "bfloat16": Mode(torch.bfloat16),
+    "bfloat16": Mode((torch.bfloat16, None)),
+    "half()": Mode((torch.float32, torch.float16)),
     "autocast bfloat16": Mode(autocast=torch.bfloat16),
     "autocast float16": Mode(autocast=torch.float16),
     "autocast bfloat16, checkpointed": Mode(autocast=torch.bfloat16, reentrant=False),
@@ -186,13 +193,15 @@ class Trio(NamedTuple):
 def trio(
     way: Way,
     name: str,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     device: torch.device,
     lengths: tuple[int, ...] = LENGTHS,
     **config: Any,
 ) -> Trio:
     """Those of a way to adapt an architecture."""
-    ours, plain = (adapted(way, name, fused, dtype, **config).to(device) for fused in (True, False))
+    ours, plain = (
+        adapted(way, name, fused, dtypes, **config).to(device) for fused in (True, False)
+    )
     wide = copy.deepcopy(plain).double()
     with InFloat64():
         truth = [learned(wide, inputs) for inputs in batches(name, device, lengths)]
@@ -240,10 +249,10 @@ def test_budget(way: str, mode: str, device: torch.device, monkeypatch: pytest.M
     """The error budget, over four architectures."""
     how = MODES[mode]
     monkeypatch.setattr(planner, "SMALL", planner.SMALL if how.small else 0)
-    unit = torch.finfo(how.autocast or how.base).eps / 2
+    unit = torch.finfo(how.autocast or how.dtypes[1] or how.dtypes[0]).eps / 2
     runs = []
     for name in NAMES:
-        models = trio(WAYS[way], name, how.base, device, **SMALLER.get(name, {}))
+        models = trio(WAYS[way], name, how.dtypes, device, **SMALLER.get(name, {}))
         ours, plain = (in_mode(model, how) for model in models[:2])
         new = []
         for inputs, truth in zip(batches(name, device), models.truth, strict=True):
@@ -256,7 +265,7 @@ def test_budget(way: str, mode: str, device: torch.device, monkeypatch: pytest.M
 
 def test_checkpointing_recomputes(device: torch.device) -> None:
     """A layer inside a checkpoint of either kind is called once more, in the backward."""
-    model = trio(WAYS["lora_xs"], "llama", torch.float32, device).ours
+    model = trio(WAYS["lora_xs"], "llama", FLOAT32, device).ours
     inputs = next(batches("llama", device))
     for reentrant, expected in ((None, 1), (False, 2), (True, 2)):
         changed = in_mode(model, Mode(reentrant=reentrant))
@@ -286,9 +295,8 @@ def test_compiled(
 ) -> None:
     """The error budget, in one graph, which is compiled once more for other lengths and no more."""
     torch._dynamo.reset()
-    dtype = torch.float32
     ours, plain, truths = trio(
-        WAYS.get(way, mixed), name, dtype, device, lengths, **SMALLER.get(name, ONE)
+        WAYS.get(way, mixed), name, FLOAT32, device, lengths, **SMALLER.get(name, ONE)
     )
     counter = CompileCounterWithBackend(backend)
     ours.compile(fullgraph=True, backend=counter)
@@ -304,7 +312,7 @@ def test_compiled(
 def test_compiled_and_checkpointed(device: torch.device) -> None:
     """Checkpointing, of the kind that is not reentrant, compiles in one graph."""
     torch._dynamo.reset()
-    model = adapted(mixed, "llama", True, torch.float32, **ONE).to(device)
+    model = adapted(mixed, "llama", True, FLOAT32, **ONE).to(device)
     inputs = next(batches("llama", device))
     expected = learned(model, inputs)
     checkpoint(model, reentrant=False).disable_input_require_grads()  # its hook breaks the graph

@@ -289,7 +289,7 @@ def test_one_compiled_graph_serves_every_routing(model: Model, device: torch.dev
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", "inductor"])
 def test_a_compiled_checkpoint_recomputes_with_its_own_adapters(
     backend: str, device: torch.device
 ) -> None:
