@@ -2,7 +2,8 @@
 
 triton     this library's kernels: a GPU, or Triton's interpreter
 aten       the framework's GEMM and an in-place addmm_, with our own backward: any device
-auto       whatever is fastest on the device: the kernels or library GEMMs
+auto       whatever is fastest on the device: the kernels or library GEMMs; the reference within
+           torch.func's grad, vmap, jvp, …
 reference  the equation in plain torch, differentiated by autograd: any device
 
 Within an implementation a plan is chosen for each `Pass`: by what was measured, where something
@@ -186,7 +187,13 @@ def small(x: torch.Tensor) -> bool:
         and x.numel() <= SMALL
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether this is inside a transform of torch.func: grad, vmap, jvp, …"""
+    return torch._C._are_functorch_transforms_active()
 
 
 def bucket(rows: int) -> int:
@@ -195,7 +202,7 @@ def bucket(rows: int) -> int:
 
 
 def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:
-    """`asked`, checked.
+    """`asked`, checked; "auto" is "reference" within torch.func's transforms, which see into that.
 
     Raises ValueError for an unknown one, RuntimeError if "triton" is asked for and cannot do it.
     """
@@ -203,7 +210,7 @@ def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:
         raise ValueError(f"impl is {asked!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     if asked == "triton" and (reason := why_not_triton(x.device, x.dtype, p, q)):
         raise RuntimeError(f"impl='triton' cannot compute this: {reason}. impl='auto' can.")
-    return asked
+    return "reference" if asked == "auto" and transformed() else asked
 
 
 @dataclass(frozen=True)

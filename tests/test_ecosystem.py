@@ -154,6 +154,37 @@ def test_functional_call(how: str, device: torch.device, large: None) -> None:
 
 
 @hows
+@pytest.mark.parametrize("small", [True, False])
+def test_transforms(
+    how: str, small: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.func's transforms: a gradient for each sample, a slope, many adapters at once."""
+    monkeypatch.setattr(planner, "SMALL", planner.SMALL if small else 0)
+    model = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 16)).to(device).double()
+    model = put_in(how, model, "", target_modules=["0", "2"])
+    values = {name: p.detach() for name, p in trained(model).items()}
+    x = torch.randn(5, 3, 16, dtype=torch.float64, device=device)
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().mean()
+
+    by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    for i, sample in enumerate(x):
+        model.zero_grad()
+        model(sample).square().mean().backward()
+        for name, parameter in trained(model).items():
+            torch.testing.assert_close(by_sample[name][i], parameter.grad)
+    direction = {name: torch.randn_like(value) for name, value in values.items()}
+    _, slope = torch.func.jvp(lambda values: loss(values, x[0]), (values,), (direction,))
+    expected = sum((by_sample[name][0] * direction[name]).sum() for name in values)
+    torch.testing.assert_close(slope, expected)
+    many = {name: torch.stack([value, 2 * value]) for name, value in values.items()}
+    losses = torch.func.vmap(loss, in_dims=(0, None))(many, x[0])
+    each = [loss({name: pair[i] for name, pair in many.items()}, x[0]) for i in range(2)]
+    torch.testing.assert_close(losses, torch.stack(each))
+
+
+@hows
 def test_hooks(how: str, device: torch.device, large: None) -> None:
     """Hooks of an adapted layer see what passes, and may change it."""
     model = put_in(how, tiny("llama", num_hidden_layers=1), "llama").to(device)
