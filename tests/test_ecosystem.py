@@ -256,6 +256,12 @@ def test_tied_head(name: str, method: str, device: torch.device) -> None:
         merge(model)
     torch.testing.assert_close(model(**inputs).logits, y, rtol=1e-4, atol=1e-5)
     assert torch.equal(embeddings.weight, before)
+    model.tie_weights()  # which takes the sum out of the head: it is merged no longer
+    assert not model.lm_head.merged
+    assert torch.equal(model(**inputs).logits, y)
+    with pytest.warns(UserWarning, match="were tied"):
+        merge(model)
+    assert model.lm_head.merged
     unload(model)
     assert model.lm_head.weight is embeddings.weight
 

@@ -185,7 +185,7 @@ class LowRankLinear(nn.Module):
         """The layer with its own core, whatever a bank has for it."""
         if self.disabled:
             return dense(x, self.base_weight, self.bias)
-        if self._original is not None:
+        if self.merged:
             return dense(x, self.weight, self.bias)
         if self.bases_pending:
             self._require_factors()
@@ -252,8 +252,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` is W + ΔW now."""
-        return self._original is not None
+        """Whether `weight` is W + ΔW now; no longer where somebody has put W back, to tie it."""
+        return self._original is not None and self._original[0] is not self.weight
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -290,8 +290,8 @@ class LowRankLinear(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name != "routed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if self._original is not None:  # .to(), .cuda(), … move the kept weight too
-            kept = self._original[0]
+        if self.merged:  # .to(), .cuda(), … move the kept weight too
+            kept = self.base_weight
             kept.data = fn(kept.data)
         return super()._apply(fn, recurse)
 
