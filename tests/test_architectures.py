@@ -285,7 +285,6 @@ ROWS = [  # those that trace the backward too are slow
     ("mixed", "llama", "aot_eager", SEVEN),
     ("mixed", "roberta", "inductor", LENGTHS),
     ("peft lora_xs", "llama", "eager", SEVEN),
-    ("peft lora_mini", "roberta", "eager", SEVEN),
 ]
 
 
