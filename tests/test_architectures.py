@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import peft
 import pytest
 import torch
 from architectures import NAMES, batch, targets, tiny
@@ -23,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from fused_lowrank import adapt, planner
 from fused_lowrank.adapt import adapted_layers
-from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig
-from fused_lowrank.integrations.peft.layer import PeftLowRankLinear
 from fused_lowrank.layers import METHODS
 from fused_lowrank.testing import Measured, Results, pooled_ratio
+
+peft = pytest.importorskip("peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft")
 
 SEQUENCES, LENGTHS = 4, (12, 12, 12)
 SETTINGS: dict[str, dict[str, Any]] = {  # every trained tensor large enough to be pooled
@@ -66,7 +66,7 @@ def in_peft(config: type[peft.PeftConfig]) -> Way:
         model = peft.get_peft_model(model, config(**settings))
         if fused:
             return model
-        layers = [module for module in model.modules() if isinstance(module, PeftLowRankLinear)]
+        layers = [module for module in model.modules() if hasattr(module, "basis_down")]
         plain = native(method)(base, name, False)
         for layer, (_, reference) in zip(layers, adapted_layers(plain), strict=True):
             for factor, value in zip(
@@ -81,8 +81,8 @@ def in_peft(config: type[peft.PeftConfig]) -> Way:
 WAYS: dict[str, Way] = {
     "lora_xs": native("lora_xs"),
     "lora_mini": native("lora_mini"),
-    "peft lora_xs": in_peft(LoraXSConfig),
-    "peft lora_mini": in_peft(LoraMiniConfig),
+    "peft lora_xs": in_peft(integration.LoraXSConfig),
+    "peft lora_mini": in_peft(integration.LoraMiniConfig),
 }
 
 

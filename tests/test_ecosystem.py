@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from architectures import VOCABULARY, batch, targets, tiny
@@ -25,11 +24,12 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
-from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig
 
+peft = pytest.importorskip("peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft")
 transformers = pytest.importorskip("transformers")
 ADAPT = {"lora_xs": {"r": 8}, "lora_mini": {"r": 4, "a": 12, "b": 10}}
-CONFIGS = {"lora_xs": LoraXSConfig, "lora_mini": LoraMiniConfig}
+CONFIGS = {"lora_xs": integration.LoraXSConfig, "lora_mini": integration.LoraMiniConfig}
 HOWS = [*ADAPT, *(f"peft {method}" for method in CONFIGS)]
 hows = pytest.mark.parametrize("how", HOWS)
 

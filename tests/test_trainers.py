@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from architectures import batch, targets, tiny
 from torch import Tensor, nn
 
 from fused_lowrank import adapt, load_adapter, save_adapter
-from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig
 
 accelerate = pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft")
 transformers = pytest.importorskip("transformers")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"lora_xs": {"r": 8}, "lora_mini": {"r": 4, "a": 12, "b": 10}}
@@ -28,7 +28,7 @@ def make(method: str, how: str = "adapt") -> nn.Module:
     if how == "adapt":
         names = targets("llama")
         return adapt(model, method, target_modules=names, progress=False, **SETTINGS[method])
-    config = {"lora_xs": LoraXSConfig, "lora_mini": LoraMiniConfig}[method]
+    config = {"lora_xs": integration.LoraXSConfig, "lora_mini": integration.LoraMiniConfig}[method]
     return peft.get_peft_model(model, config(target_modules="all-linear", **SETTINGS[method]))
 
 
