@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,15 +32,12 @@ from .adapt import (
     saved_modules,
     unchanged_on_error,
 )
+from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint_of
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .targets import modules_by_name
 
 FORMAT, VERSION = "fused_lowrank", "1"
-FINGERPRINT = "fingerprint"
-WEIGHT_PROBES = 3
-BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
-WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
 
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
@@ -53,49 +49,6 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
     if "bias" in train and layer.bias is not None:
         own["bias"] = layer.bias
     return own
-
-
-@torch.no_grad()
-def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """down·z, zᵀ·up, ‖W‖ and three zᵀ·W·z, with standard normal z of fixed seed: (P + Q + 4,)."""
-    weight, down, up = map(whole, (weight, down, up))
-    stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
-
-    def probe(size: int, like: Tensor) -> Tensor:
-        return torch.from_numpy(stream.standard_normal(size)).to(like.device)
-
-    n, k = weight.shape
-    values = [
-        down.double() @ probe(k, down),
-        probe(n, up) @ up.double(),
-        weight.double().norm()[None],
-    ]
-    for _ in range(WEIGHT_PROBES):
-        values.append((probe(n, weight) @ weight.double() @ probe(k, weight))[None])
-    return torch.cat(values).cpu()
-
-
-def fingerprint_of(layer: LowRankLinear) -> Tensor:
-    """The fingerprint of an adapted layer."""
-    return fingerprint(layer.base_weight, layer.down, layer.up)
-
-
-def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:
-    """Whether two tensors are of one shape and differ by no more than rounding."""
-    if ours.shape != theirs.shape:
-        return False
-    a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
-    return bool((a - b).norm() <= tolerance * b.norm())
-
-
-def differing(ours: Tensor, theirs: Tensor, p: int, q: int) -> list[str]:
-    """Which of "weight", "down" and "up" two fingerprints of the same P and Q differ in."""
-    (down, up, weight), (their_down, their_up, their_weight) = (
-        one.split([p, q, 1 + WEIGHT_PROBES]) for one in (ours, theirs)
-    )
-    other = not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]
-    found = {"weight": other, "down": not alike(down, their_down), "up": not alike(up, their_up)}
-    return [name for name, differs in found.items() if differs]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import require_adapted
-from .adapter_file import fingerprint_of
 from .bank_input import (
     Names,
     check_distinct,
@@ -33,6 +32,7 @@ from .bank_input import (
 from .bank_layers import attach, check_layers, index_of, new_shelf
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
+from .fingerprint import fingerprint_of
 from .layers.base import WEIGHT_DTYPES
 from .reference import NONE, SLOT_BITS
 from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge
@@ -193,7 +193,7 @@ class AdapterBank:
         return fresh_cores(self) if source is None else cores_of(self, source)
 
     def fingerprint(self, layer: str) -> Tensor:
-        """That of `adapter_file.fingerprint_of`, made once."""
+        """That of `fingerprint.fingerprint_of`, made once."""
         if layer not in self._fingerprints:
             self._fingerprints[layer] = fingerprint_of(self.layers[layer])
         return self._fingerprints[layer]

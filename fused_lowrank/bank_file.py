@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter_file import FINGERPRINT, opened, replacing
+from .adapter_file import opened, replacing
 from .bank_layers import index_of
 from .bank_source import Found, check_core, check_names, checked, joined
+from .fingerprint import FINGERPRINT
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import adapted_layers
-from .adapter_file import WEIGHT_TOLERANCE, alike, install
+from .adapter_file import install
+from .fingerprint import WEIGHT_TOLERANCE, alike
 from .layers import LowRankLinear
 from .peft_folder import config_of, file_of, json_of, refuse, scaling, tensors_of, whole_modules
 

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .adapter_file import FINGERPRINT
 from .export import CONFIG, PREFIX, WEIGHTS
+from .fingerprint import FINGERPRINT
 from .layers import METHODS
 from .targets import matches
 

@@ -1,7 +1,7 @@
 """What an adapter's file holds besides the trained factors, and what is checked on loading it.
 
 <module>.basis_down, basis_up    the frozen factors, as far as the adapter uses them
-<module>.basis_fingerprint       of these and of the weight (`adapter_file.fingerprint`)
+<module>.basis_fingerprint       of these and of the weight (`fingerprint.fingerprint`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...adapter_file import WEIGHT_PROBES, alike, differing, fingerprint
+from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"

@@ -1,0 +1,59 @@
+"""A fingerprint of a layer's weight and frozen factors, for a file to know its base model by."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layers import LowRankLinear
+from .layers.base import whole
+
+FINGERPRINT = "fingerprint"  # the name of it in a file
+WEIGHT_PROBES = 3
+BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
+WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
+
+
+@torch.no_grad()
+def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """down·z, zᵀ·up, ‖W‖ and three zᵀ·W·z, with standard normal z of fixed seed: (P + Q + 4,).
+
+    Computed in float32 or wider, in float64 for the factors; in float64 on the CPU.
+    """
+    weight, down, up = map(whole, (weight, down, up))
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    down, up = down.double(), up.double()
+    stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
+
+    def probe(size: int, like: Tensor) -> Tensor:
+        return torch.from_numpy(stream.standard_normal(size)).to(like)
+
+    n, k = weight.shape
+    values = [down @ probe(k, down), probe(n, up) @ up, weight.norm()[None]]
+    for _ in range(WEIGHT_PROBES):
+        values.append((probe(n, weight) @ weight @ probe(k, weight))[None])
+    return torch.cat([value.double() for value in values]).cpu()
+
+
+def fingerprint_of(layer: LowRankLinear) -> Tensor:
+    """The fingerprint of an adapted layer."""
+    return fingerprint(layer.base_weight, layer.down, layer.up)
+
+
+def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:
+    """Whether two tensors are of one shape and differ by no more than rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def differing(ours: Tensor, theirs: Tensor, p: int, q: int) -> list[str]:
+    """Which of "weight", "down" and "up" two fingerprints of the same P and Q differ in."""
+    (down, up, weight), (their_down, their_up, their_weight) = (
+        one.split([p, q, 1 + WEIGHT_PROBES]) for one in (ours, theirs)
+    )
+    other = not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]
+    found = {"weight": other, "down": not alike(down, their_down), "up": not alike(up, their_up)}
+    return [name for name, differs in found.items() if differs]
