@@ -158,14 +158,17 @@ def small(
     up: Tensor,
     bias: OptTensor,
     scale: float,
+    low: OptTensor = None,
 ) -> Tensor:
     """y, by library operations that autograd itself differentiates: the least work for the host.
+
+    `low` is the input of the low-rank term where that is not x itself.
 
     t is all that it saves of size M where down, up and weight are frozen, as `LowRankLinear` does;
     its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
     rows = fold(x)
-    t = linear(rows, like(down, x.dtype))
+    t = linear(rows if low is None else fold(low), like(down, x.dtype))
     if isinstance(core, Rows):
         u = through_rows(t, core, 1.0)
     else:

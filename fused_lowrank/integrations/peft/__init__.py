@@ -1,11 +1,12 @@
-"""LoRA-XS and LoRA-Mini as methods of PEFT.
+"""LoRA-XS and LoRA-Mini as methods of PEFT, and PEFT's own LoRA through the fused kernels.
 
-Importing this registers them:
+Importing this registers the methods:
 
     import peft
-    from fused_lowrank.integrations.peft import LoraXSConfig
+    from fused_lowrank.integrations.peft import LoraXSConfig, fuse_lora
 
     model = peft.get_peft_model(model, LoraXSConfig(r=16, target_modules="all-linear"))
+    model = fuse_lora(peft.get_peft_model(model, peft.LoraConfig(r=16, …)))
 
 Raises ImportError if PEFT lacks something that is used here, naming it.
 """
@@ -14,6 +15,7 @@ from peft.utils import register_peft_method
 
 from .config import LoraMiniConfig, LoraXSConfig
 from .conversion import convert_to_lora, save_as_lora
+from .lora import fuse_lora, unfuse_lora
 from .model import LoraMiniModel, LoraXSModel
 
 for _config, _model in ((LoraXSConfig, LoraXSModel), (LoraMiniConfig, LoraMiniModel)):
@@ -27,5 +29,7 @@ __all__ = [
     "LoraXSConfig",
     "LoraXSModel",
     "convert_to_lora",
+    "fuse_lora",
     "save_as_lora",
+    "unfuse_lora",
 ]

@@ -1,0 +1,218 @@
+"""PEFT's own LoRA through the fused kernels: `fuse_lora(model)` and back, `unfuse_lora(model)`.
+
+A fused layer is PEFT's layer of another class: Parameters, state_dict, adapters and files are the
+same. Each call is computed by `lowrank_linear` where that is the same computation, and by PEFT's
+own forward everywhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops, planner
+from ...functional import DTYPES, lowrank_linear
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear, LoraLayer
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(
+        f"{error}: fuse_lora needs PEFT's LoRA layers; tested with peft 0.21.2 (pip install peft)"
+    ) from error
+
+Model = TypeVar("Model", bound=nn.Module)
+BASES = (nn.Linear.forward, Conv1D.forward)  # the forwards that the equation replaces
+TENSORS = (nn.Parameter, Tensor)  # FSDP and functional_call put plain tensors in Parameters' places
+USED = (
+    *("_disable_adapters", "active_adapters", "base_layer", "lora_A", "lora_B", "lora_dropout"),
+    *("lora_variant", "merged_adapters", "scaling", "update_layer"),
+)
+
+
+def check_peft() -> None:
+    """Raise ImportError, naming what is missing, if PEFT's LoRA layer is not as it is used here."""
+    try:
+        with torch.device("meta"):  # draws nothing from anybody's generator
+            layer = Linear(nn.Linear(1, 1), "probe", config=LoraConfig(), r=1)
+        missing = [name for name in USED if not hasattr(layer, name)]
+    except Exception as error:
+        missing = [f"Linear(base_layer, adapter_name, config=, r=) ({error})"]
+    if missing:
+        raise ImportError(
+            f"this version of PEFT has no {', '.join(missing)} in peft.tuners.lora.layer: "
+            "fuse_lora is tested with peft 0.21.2"
+        )
+
+
+check_peft()
+
+
+class FusedLinear(Linear):
+    """`peft.tuners.lora.layer.Linear` through the fused kernels, where these compute the same."""
+
+    impl: ClassVar[str] = "auto"  # as in `lowrank_linear`
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            factors = self._modules["lora_A"]._modules
+            here = [name for name in self.active_adapters if name in factors]
+            if len(here) == 1 and why_not_fused(self, here[0]) is None:
+                y = self.fused(x, here[0])
+                if y is not None:
+                    return y
+        return super().forward(x, *args, **kwargs)
+
+    def fused(self, x: Tensor, adapter: str) -> Tensor | None:
+        """The layer with one adapter, or None for an x that is left to PEFT."""
+        base, a, b, dropout = parts(self, adapter)
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        down, up, up_bias = a._parameters["weight"], b._parameters["weight"], b._parameters["bias"]
+        if not takes(x, weight, down):
+            return None
+        scale = self.scaling[adapter]
+        if up_bias is not None:
+            folded = up_bias * scale if bias is None else torch.add(bias, up_bias, alpha=scale)
+            bias = folded.to(weight.dtype)
+        if type(base).forward is Conv1D.forward:
+            weight = weight.t()
+        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        if self.impl == "auto" and planner.small(x):
+            low = torch.dropout(x, dropout_p, True) if dropout_p else None
+            return ops.small(x, weight, down, None, up, bias, scale, low)
+        rest = {"dropout_p": dropout_p, "training": True, "impl": self.impl}
+        return lowrank_linear(x, weight, down, None, up, bias, scale=scale, **rest)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; says so if it is one that PEFT's own forward computes."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        if reason := why_not_fused(self, adapter_name):
+            warnings.warn(f"left to PEFT's own forward: a layer {reason}", stacklevel=2)
+
+
+def parts(layer: Linear, adapter: str) -> tuple[Any, Any, Any, Any]:
+    """(base, A, B, dropout): the modules that PEFT's forward calls for an adapter."""
+    modules: Any = layer._modules  # asked by name, a module takes the host ten times as long
+    names = "lora_A", "lora_B", "lora_dropout"
+    return modules["base_layer"], *(modules[name]._modules[adapter] for name in names)
+
+
+def why_not_fused(layer: Linear, adapter: str) -> str | None:
+    """Why PEFT's own forward computes a layer with this adapter, or None."""
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__
+        return f"whose adapter {adapter!r} is no plain LoRA ({variant})"
+    base, a, b, dropout = parts(layer, adapter)
+    if type(base).forward not in BASES:
+        return f"around a {type(base).__name__}, which is no plain nn.Linear or Conv1D"
+    for factor in a, b:
+        if type(factor).forward is not nn.Linear.forward:
+            return f"whose adapter {adapter!r} has a {type(factor).__name__} for an nn.Linear"
+    for part in base, a, b:
+        weight = part._parameters.get("weight")
+        if type(weight) not in TENSORS or weight.dtype not in DTYPES:
+            return "with a weight that is parametrised, sharded or quantised"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
+        return f"with the dropout {dropout}"
+    for part in base, a, b, dropout:
+        if (
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or "forward" in part.__dict__
+        ):
+            return "in which a module has hooks (offloading, for one)"
+    return None
+
+
+def takes(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether `lowrank_linear` gives what PEFT's forward gives for this x.
+
+    float16 beside wider factors is left to PEFT where a gradient is wanted: float32 holds small
+    gradients of theirs that would vanish in float16. Under autocast PEFT computes in float16 too.
+    """
+    if type(x) is not Tensor or x.is_nested:
+        return False
+    if x.dtype == weight.dtype and (
+        x.dtype != torch.float16 or down.dtype == x.dtype or not torch.is_grad_enabled()
+    ):
+        return True
+    return ops.under_autocast(x)
+
+
+def fuse_lora(model: Model) -> Model:
+    """Compute the model's PEFT LoRA layers by the fused kernels, in place; returns the model.
+
+    For a PeftModel, and for any model with layers by `inject_adapter_in_model`:
+
+        model = fuse_lora(get_peft_model(model, LoraConfig(…)))
+
+    Layers around nn.Linear and transformers' Conv1D are fused: any r, alpha, rsLoRA, bias, lora_bias
+    and dropout. What else there is, and what these layers do beside (several active adapters at once,
+    merged or disabled ones, `adapter_names`), is left to PEFT's own forward; one UserWarning names
+    the layers that are left to it whole, and why. Adapters may be added, changed and deleted
+    afterwards; if one brings new layers, call this again. Call it before `fully_shard`.
+
+    Outputs and gradients are PEFT's but for rounding, in the same dtypes: factors wider than x are
+    used in x's dtype, as under autocast. Dropout draws another mask of the same distribution from a
+    seed. A second differentiation raises, but for small calls on a CPU.
+
+    Raises:
+        ValueError: the model has no LoRA layers of PEFT's.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if not layers:
+        raise ValueError(
+            "the model has no LoRA layers of PEFT's: get_peft_model(model, LoraConfig(…)) first "
+            "(for layers of this library there is adapt(model, method='lora'))"
+        )
+    left: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        for reason in reasons(layer):
+            left.setdefault(reason, []).append(name or "the model")
+        if type(layer) is Linear:
+            change_class(layer, FusedLinear)
+    if left:
+        said = "; ".join(f"{', '.join(names)}: a layer {reason}" for reason, names in left.items())
+        warnings.warn(f"left to PEFT's own forward: {said}", stacklevel=2)
+    return model
+
+
+def unfuse_lora(model: Model) -> Model:
+    """Undo `fuse_lora`, in place; returns the model.
+
+    Raises:
+        ValueError: the model has no fused LoRA layers, or one whose class was changed since.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedLinear)}
+    if not layers:
+        raise ValueError("the model has no fused LoRA layers: fuse_lora(model) first")
+    for name, layer in layers.items():
+        if type(layer) is not FusedLinear:
+            raise ValueError(f"{name} is a {type(layer).__name__} by now: unfuse before sharding")
+    for layer in layers.values():
+        change_class(layer, Linear)
+    return model
+
+
+def reasons(layer: LoraLayer) -> list[str]:
+    """Why calls of a layer are left to PEFT."""
+    if type(layer) not in (Linear, FusedLinear):
+        return [f"of another kind ({type(layer).__name__})"]
+    if "forward" in vars(layer) and "_old_forward" not in vars(layer):
+        return ["whose forward has been replaced"]
+    return list(filter(None, dict.fromkeys(why_not_fused(layer, name) for name in layer.lora_A)))
+
+
+def change_class(layer: Linear, kind: type[Linear]) -> None:
+    """Make the layer one of that class."""
+    wrapped = vars(layer).get("_old_forward")  # what accelerate's hooks call in the end
+    if getattr(wrapped, "__func__", None) is type(layer).forward:
+        layer._old_forward = kind.forward.__get__(layer)
+    layer.__class__ = kind
