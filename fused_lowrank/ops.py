@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from . import plans
 from .reference import AnyCore, Rows, like, product, through_core, through_rows
 
+unsafe_view = torch.ops.aten._unsafe_view.default
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
 Wanted = Any  # a Tensor, or None where it was not wanted
 
@@ -162,7 +163,7 @@ def small(
 ) -> Tensor:
     """y, by library operations that autograd itself differentiates: the least work for the host.
 
-    `low` is the input of the low-rank term where that is not x itself.
+    `low`, if given, is what the low-rank term is of instead of x: x after a dropout.
 
     t is all that it saves of size M where down, up and weight are frozen, as `LowRankLinear` does;
     its backward makes dx in two parts and adds them, which costs another pass over M × K.
@@ -193,7 +194,8 @@ class LowRankLinear(torch.autograd.Function):
         # Those of rows are saved for autograd to see that they are not written to meanwhile.
         ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed, *by_row)
         ctx.needs, ctx.rest, ctx.lead, ctx.rows = needs, rest[1:], lead, rows
-        return y.view(*lead, y.shape[-1])
+        # A view that autograd does not know for one: a caller may then write to y.
+        return y if x.dim() == len(lead) + 1 else unsafe_view(y, (*lead, y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
