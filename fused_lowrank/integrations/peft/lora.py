@@ -60,7 +60,7 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) → (..., out_features)."""
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            factors = self._modules["lora_A"]._modules
+            factors: Any = self._modules["lora_A"]
             here = [name for name in self.active_adapters if name in factors]
             if len(here) == 1 and why_not_fused(self, here[0]) is None:
                 y = self.fused(x, here[0])
@@ -71,11 +71,10 @@ class FusedLinear(Linear):
     def fused(self, x: Tensor, adapter: str) -> Tensor | None:
         """The layer with one adapter, or None for an x that is left to PEFT."""
         base, a, b, dropout = parts(self, adapter)
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        down, up, up_bias = a._parameters["weight"], b._parameters["weight"], b._parameters["bias"]
+        weight, bias, scale = base._parameters["weight"], base.bias, self.scaling[adapter]
+        down, up, up_bias = a._parameters["weight"], b._parameters["weight"], b.bias
         if not takes(x, weight, down):
             return None
-        scale = self.scaling[adapter]
         if up_bias is not None:
             folded = up_bias * scale if bias is None else torch.add(bias, up_bias, alpha=scale)
             bias = folded.to(weight.dtype)
@@ -85,8 +84,13 @@ class FusedLinear(Linear):
         if self.impl == "auto" and planner.small(x):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
             return ops.small(x, weight, down, None, up, bias, scale, low)
-        rest = {"dropout_p": dropout_p, "training": True, "impl": self.impl}
-        return lowrank_linear(x, weight, down, None, up, bias, scale=scale, **rest)
+        return lowrank_linear(
+            *(x, weight, down, None, up, bias),
+            scale=scale,
+            dropout_p=dropout_p,
+            training=True,
+            impl=self.impl,
+        )
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; says so if it is one that PEFT's own forward computes."""
@@ -107,28 +111,36 @@ def why_not_fused(layer: Linear, adapter: str) -> str | None:
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"whose adapter {adapter!r} is no plain LoRA ({variant})"
-    base, a, b, dropout = parts(layer, adapter)
-    if type(base).forward not in BASES:
-        return f"around a {type(base).__name__}, which is no plain nn.Linear or Conv1D"
-    for factor in a, b:
-        if type(factor).forward is not nn.Linear.forward:
-            return f"whose adapter {adapter!r} has a {type(factor).__name__} for an nn.Linear"
-    for part in base, a, b:
-        weight = part._parameters.get("weight")
-        if type(weight) not in TENSORS or weight.dtype not in DTYPES:
-            return "with a weight that is parametrised, sharded or quantised"
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
-        return f"with the dropout {dropout}"
-    for part in base, a, b, dropout:
+    if not isinstance(layer.scaling[adapter], int | float):
+        return f"whose adapter {adapter!r} has a tensor for its scaling"
+    base, a, b, dropout = called = parts(layer, adapter)
+    for part in called:
         if (
             part._forward_hooks
             or part._forward_pre_hooks
             or part._backward_hooks
             or part._backward_pre_hooks
-            or "forward" in part.__dict__
+            or ("forward" in part.__dict__ and is_replaced(part))
         ):
-            return "in which a module has hooks (offloading, for one)"
+            return "inside which there are hooks (of offloading, say)"
+    if type(base).forward not in BASES:
+        return f"around a {type(base).__name__}, which is no plain nn.Linear or Conv1D"
+    for part in base, a, b:
+        weight = part._parameters.get("weight")
+        if type(weight) not in TENSORS or weight.dtype not in DTYPES:
+            return "with a weight that is parametrised, sharded or quantised"
+    for part in a, b:
+        if type(part).forward is not nn.Linear.forward:
+            return f"whose adapter {adapter!r} has a {type(part).__name__} for an nn.Linear"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
+        return f"with {dropout}"
     return None
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the module's forward is not its class's. Hooks of accelerate's leave that behind."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def takes(x: Tensor, weight: Tensor, down: Tensor) -> bool:
@@ -153,15 +165,16 @@ def fuse_lora(model: Model) -> Model:
 
         model = fuse_lora(get_peft_model(model, LoraConfig(…)))
 
-    Layers around nn.Linear and transformers' Conv1D are fused: any r, alpha, rsLoRA, bias, lora_bias
-    and dropout. What else there is, and what these layers do beside (several active adapters at once,
-    merged or disabled ones, `adapter_names`), is left to PEFT's own forward; one UserWarning names
-    the layers that are left to it whole, and why. Adapters may be added, changed and deleted
-    afterwards; if one brings new layers, call this again. Call it before `fully_shard`.
+    Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
+    lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
+    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones,
+    `adapter_names`. One UserWarning names the layers that are left, and why. Adapters may be added,
+    changed and deleted afterwards; if one brings new layers, call this again. Call it before
+    `fully_shard`.
 
-    Outputs and gradients are PEFT's but for rounding, in the same dtypes: factors wider than x are
-    used in x's dtype, as under autocast. Dropout draws another mask of the same distribution from a
-    seed. A second differentiation raises, but for small calls on a CPU.
+    Outputs and gradients are PEFT's but for rounding, and in the same dtypes: factors wider than x
+    are used in x's dtype, as under autocast. Dropout draws another mask of the same distribution,
+    from a seed. A second differentiation raises: `unfuse_lora` first.
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.
@@ -201,18 +214,19 @@ def unfuse_lora(model: Model) -> Model:
     return model
 
 
-def reasons(layer: LoraLayer) -> list[str]:
+def reasons(layer: Any) -> list[str]:
     """Why calls of a layer are left to PEFT."""
     if type(layer) not in (Linear, FusedLinear):
         return [f"of another kind ({type(layer).__name__})"]
-    if "forward" in vars(layer) and "_old_forward" not in vars(layer):
+    if is_replaced(layer) and "_old_forward" not in vars(layer):
         return ["whose forward has been replaced"]
     return list(filter(None, dict.fromkeys(why_not_fused(layer, name) for name in layer.lora_A)))
 
 
 def change_class(layer: Linear, kind: type[Linear]) -> None:
-    """Make the layer one of that class."""
-    wrapped = vars(layer).get("_old_forward")  # what accelerate's hooks call in the end
-    if getattr(wrapped, "__func__", None) is type(layer).forward:
-        layer._old_forward = kind.forward.__get__(layer)
+    """Make the layer one of that class, also where accelerate's hooks have kept its forward."""
+    for name in "forward", "_old_forward":
+        kept = vars(layer).get(name)
+        if getattr(kept, "__func__", None) is type(layer).forward:
+            vars(layer)[name] = kind.forward.__get__(layer)
     layer.__class__ = kind
