@@ -147,6 +147,13 @@ def peft_layer(case: Case, tensors: Tensors) -> Call:
     return made.train()
 
 
+def fused_peft_layer(case: Case, tensors: Tensors) -> Call:
+    """That layer through our kernels."""
+    from fused_lowrank.integrations.peft import fuse_lora
+
+    return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+
+
 def lorafusion_layer(case: Case, tensors: Tensors) -> Call:
     """LoRAFusion's fused LoRA; it takes (batch, rows, K), and its backward needs dropout."""
     function = importlib.import_module("lorafusion.ops.lora_v1").FusedLinearLoRA
@@ -294,6 +301,13 @@ PROVIDERS: dict[str, Provider] = {
         Provider("auto", "method", AUTO, own_mask=True),
         Provider("eager-lora", "lora", LORA),
         Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
+        Provider(
+            "peft-lora-fused",
+            "lora",
+            fused_peft_layer,
+            not_importable("peft", gpu=False),
+            own_mask=True,
+        ),
         Provider(
             "lorafusion",
             "lora",

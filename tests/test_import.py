@@ -37,7 +37,7 @@ def run(code: str) -> str:
 
 
 def test_import_initialises_no_gpu_and_no_triton() -> None:
-    """Neither CUDA nor Triton is touched."""
+    """Neither CUDA nor Triton is touched, nor what integrations are with."""
     out = run(
         """
         import sys, torch
@@ -48,10 +48,10 @@ def test_import_initialises_no_gpu_and_no_triton() -> None:
         torch.cuda.is_available = torch.cuda.get_device_capability = forbidden
         torch._C._cuda_init = forbidden
         import fused_lowrank
-        print(torch.cuda.is_initialized(), "triton" in sys.modules)
+        print(torch.cuda.is_initialized(), *(name in sys.modules for name in ("triton", "peft")))
         """
     )
-    assert out.split() == ["False", "False"]
+    assert out.split() == ["False", "False", "False"]
 
 
 def test_works_without_triton() -> None:

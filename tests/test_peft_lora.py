@@ -480,6 +480,23 @@ def test_accelerate_hooks(first: str, device: torch.device, ran: Counter) -> Non
     assert (hook.count, ran.total()) == (2, 2)
 
 
+def test_transforms_and_traces_are_peft_s(device: torch.device) -> None:
+    """Gradients by torch.func for each sample, and torch.jit.trace."""
+    theirs = layer(dtype=F64).to(device)
+    ours = fuse_lora(copy.deepcopy(theirs))
+    x = torch.randn(2, ROWS, K, device=device, dtype=F64)
+
+    def by_sample(module: nn.Module) -> dict[str, torch.Tensor]:
+        def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return functional_call(module, parameters, (x,)).square().sum()
+
+        values = {name: p.detach() for name, p in module.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+
+    torch.testing.assert_close(by_sample(ours), by_sample(theirs))
+    torch.testing.assert_close(torch.jit.trace(ours, x)(x), theirs(x))
+
+
 def test_trained_scaling_is_peft_s(device: torch.device, ran: Counter) -> None:
     """A tensor in scaling's place keeps its gradient."""
     ours, scale = fuse_lora(layer().to(device)), torch.ones((), device=device, requires_grad=True)

@@ -148,8 +148,11 @@ def takes(x: Tensor, weight: Tensor, down: Tensor) -> bool:
 
     float16 beside wider factors is left to PEFT where a gradient is wanted: float32 holds small
     gradients of theirs that would vanish in float16. Under autocast PEFT computes in float16 too.
+    torch.func's transforms and torch.jit.trace do not see through our functions.
     """
     if type(x) is not Tensor or x.is_nested:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
     if x.dtype == weight.dtype and (
         x.dtype != torch.float16 or down.dtype == x.dtype or not torch.is_grad_enabled()
