@@ -177,7 +177,7 @@ def test_results_are_within_the_error_budget(
 ) -> None:
     """y and every gradient, in PEFT's dtypes, with rsLoRA and a bias of the factor's too."""
     wide, narrow, autocast = DTYPES[dtypes]
-    theirs = layer(BASES[base](), wide, use_rslora=True, lora_bias=base != "no bias").to(device)
+    theirs = layer(BASES[base](), wide, use_rslora=True, lora_bias=True).to(device)
     for part in theirs.lora_A, theirs.lora_B:
         part.to(narrow)
     ours = fuse_lora(copy.deepcopy(theirs))
@@ -401,8 +401,11 @@ def test_other_kinds_are_named(device: torch.device, ran: Counter) -> None:
             return 2 * super().forward(x)
 
     theirs = Block()
-    theirs.proj = Doubled(16, 24)
-    theirs = inject_adapter_in_model(config(target_modules=["embed", "proj", "out"]), theirs)
+    theirs.proj, theirs.more = Doubled(16, 24), nn.Linear(16, 16)
+    settings = config(target_modules=["embed", "proj", "out", "more"])
+    for name in ("default", "second"):
+        theirs = inject_adapter_in_model(settings, theirs, name)
+    theirs.more.forward = theirs.more.base_layer.forward
     torch.nn.utils.parametrizations.orthogonal(theirs.out.base_layer)
     theirs = fill(theirs).to(device)
     ours = copy.deepcopy(theirs)
@@ -413,12 +416,51 @@ def test_other_kinds_are_named(device: torch.device, ran: Counter) -> None:
     for part in (
         "embed: a layer of another kind (Embedding)",
         "proj: a layer around a Doubled",
-        "out: a layer with a weight that is parametrised",
+        "; out: a layer with a weight that is parametrised",
+        "more: a layer whose forward has been replaced",
     ):
         assert part in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(ours(ids(device)), theirs(ids(device)))
+    assert not ran
+
+
+class Marked(torch.Tensor):
+    """A tensor of another class, which what is computed from it has too."""
+
+
+class Halved(nn.Linear):
+    """A factor that is not what the equation says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def replace_factor(module: Linear) -> None:
+    module.lora_A["default"] = Halved(K, R, bias=False, device=module.weight.device)
+
+
+def replace_dropout(module: Linear) -> None:
+    module.lora_dropout["default"] = nn.ReLU()
+
+
+def drop_all(module: Linear) -> None:
+    module.lora_dropout["default"] = nn.Dropout(1.0)
+
+
+def complex_numbers(module: Linear) -> None:
+    module.to(torch.complex64)
+
+
+@pytest.mark.parametrize("change", [replace_factor, replace_dropout, drop_all, complex_numbers])
+def test_what_the_equation_does_not_say(change: Any, device: torch.device, ran: Counter) -> None:
+    """Other modules in the factors' and dropout's places, nothing kept at all, complex numbers."""
+    theirs = layer().to(device)
+    change(theirs)
+    ours = fuse_lora(copy.deepcopy(theirs))
+    x = torch.randn(ROWS, K, device=device, dtype=theirs.weight.dtype)
+    assert torch.equal(ours(x), theirs(x))
     assert not ran
 
 
@@ -459,10 +501,12 @@ def test_accelerate_hooks(first: str, device: torch.device, ran: Counter) -> Non
     """On the layer: called, and the layer is fused inside; on its base: PEFT calls the base."""
     model, hook, x = layer().to(device), Seen(), torch.randn(SMALL_ROWS, K, device=device)
     expected = model(x)
-    if first == "hook":
-        fuse_lora(add_hook_to_module(model, hook))
-    else:
-        add_hook_to_module(fuse_lora(model), hook)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if first == "hook":
+            fuse_lora(add_hook_to_module(model, hook))
+        else:
+            add_hook_to_module(fuse_lora(model), hook)
     torch.testing.assert_close(model(x), expected)
     assert (hook.count, ran.total()) == (1, 1)
     remove_hook_from_module(unfuse_lora(model))
@@ -506,15 +550,16 @@ def test_trained_scaling_is_peft_s(device: torch.device, ran: Counter) -> None:
     assert not ran
 
 
-def test_inputs_of_other_dtypes_are_peft_s(device: torch.device) -> None:
-    """Its error for an x that does not fit, and its own computation of a nested one."""
+def test_inputs_of_other_dtypes_are_peft_s(device: torch.device, ran: Counter) -> None:
+    """Its error for an x that does not fit, and its own computation of tensors of other kinds."""
     ours = fuse_lora(layer().to(device))
     with pytest.raises(RuntimeError, match="dtype"):
-        ours(torch.randn(3, K, device=device, dtype=BF16))
-    with pytest.raises(RuntimeError, match="shape"):
-        ours(torch.randn(3, K + 1, device=device))
+        ours(torch.randn(ROWS, K, device=device, dtype=BF16))
+    marked = torch.randn(ROWS, K, device=device).as_subclass(Marked)
+    assert type(ours(marked)) is Marked
     nested = torch.nested.nested_tensor([torch.randn(n, K, device=device) for n in (2, 3)])
     assert ours(nested).is_nested
+    assert not ran
 
 
 # --- models ---
