@@ -10,20 +10,20 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar, TypeVar
 
+import peft
 import torch
 from torch import Tensor, nn
 
 from ... import ops, planner
 from ...functional import DTYPES, lowrank_linear
+from .registry import TESTED
 
 try:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear, LoraLayer
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
-    raise ImportError(
-        f"{error}: fuse_lora needs PEFT's LoRA layers; tested with peft 0.21.2 (pip install peft)"
-    ) from error
+    raise ImportError(f"{error}: fuse_lora was tested with peft {TESTED}") from error
 
 Model = TypeVar("Model", bound=nn.Module)
 BASES = (nn.Linear.forward, Conv1D.forward)  # the forwards that the equation replaces
@@ -44,8 +44,8 @@ def check_peft() -> None:
         missing = [f"Linear(base_layer, adapter_name, config=, r=) ({error})"]
     if missing:
         raise ImportError(
-            f"this version of PEFT has no {', '.join(missing)} in peft.tuners.lora.layer: "
-            "fuse_lora is tested with peft 0.21.2"
+            f"PEFT {peft.__version__} is not as fuse_lora needs it; it was tested with {TESTED}. "
+            f"Missing in peft.tuners.lora.layer: {', '.join(missing)}"
         )
 
 
