@@ -78,11 +78,18 @@ def in_peft(config: type[peft.PeftConfig]) -> Way:
     return way
 
 
+def fast_path(model: nn.Module, name: str, fused: bool) -> nn.Module:
+    """PEFT's own LoRA, through the kernels or as it is."""
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=targets(name)))
+    return integration.fuse_lora(model) if fused else model
+
+
 WAYS: dict[str, Way] = {
     "lora_xs": native("lora_xs"),
     "lora_mini": native("lora_mini"),
     "peft lora_xs": in_peft(integration.LoraXSConfig),
     "peft lora_mini": in_peft(integration.LoraMiniConfig),
+    "peft lora": fast_path,
 }
 
 
