@@ -605,6 +605,9 @@ def test_offloaded_weights(method: str) -> None:
         getattr(layer, name)["default"].data.copy_(getattr(like, name)["default"].data)
     x = inputs()
     torch.testing.assert_close(layer(x), like(x), **close)
+    assert not layer.is_plain(layer.base_layer)
+    accelerate.hooks.remove_hook_from_submodules(layer)
+    assert layer.is_plain(layer.base_layer)
 
 
 def test_meta_weights_are_refused() -> None:

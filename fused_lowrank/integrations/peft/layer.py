@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ...functional import compute, lowrank_linear, prepared
 from ...reference import NONE, Core, Rows, like, product, through_core
 from .config import LowRankConfig
+from .hooks import is_hooked
 
 Sides = tuple[int, int]
 BASE = "__base__"  # PEFT's name for no adapter, in a mixed batch
@@ -255,11 +256,10 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
                 y = y + self.term(x, name).to(y.dtype)
             return y
         down, core, up, scale = self.joined(active)
-        weight = base._parameters["weight"]
         return lowrank_linear(
             x,
-            weight.t() if self.fan_in_fan_out else weight,
-            *(down, core, up, base._parameters["bias"]),
+            base.weight.t() if self.fan_in_fan_out else base.weight,
+            *(down, core, up, base.bias),
             scale=scale,
             dropout_p=p.pop(),
             training=True,  # or p is 0
@@ -267,14 +267,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     def is_plain(self, base: Any) -> bool:
         """Whether the base layer's call is x·Wᵀ + bias, and nothing else happens in it."""
-        return not (
-            type(base) is not (Conv1D if self.fan_in_fan_out else nn.Linear)
-            or "forward" in base.__dict__  # accelerate's hooks, which move offloaded weights
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-        )
+        kind = Conv1D if self.fan_in_fan_out else nn.Linear
+        return type(base) is kind and not is_hooked(base)
 
     def term(self, x: Tensor, adapter: str) -> Tensor:
         """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ... import ops, planner
 from ...functional import DTYPES, lowrank_linear
+from .hooks import is_hooked, is_replaced
 from .registry import TESTED
 
 try:
@@ -115,13 +116,7 @@ def why_not_fused(layer: Linear, adapter: str) -> str | None:
         return f"whose adapter {adapter!r} has a tensor for its scaling"
     base, a, b, dropout = called = parts(layer, adapter)
     for part in called:
-        if (
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or ("forward" in part.__dict__ and is_replaced(part))
-        ):
+        if is_hooked(part):
             return "inside which there are hooks (of offloading, say)"
     if type(base).forward not in BASES:
         return f"around a {type(base).__name__}, which is no plain nn.Linear or Conv1D"
@@ -135,12 +130,6 @@ def why_not_fused(layer: Linear, adapter: str) -> str | None:
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"with {dropout}"
     return None
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether the module's forward is not its class's. Hooks of accelerate's leave that behind."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def takes(x: Tensor, weight: Tensor, down: Tensor) -> bool:
