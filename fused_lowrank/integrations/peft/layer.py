@@ -55,10 +55,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         for name in self.base_names:
             self.register_parameter(name, None)
-        self.r: dict[
-            str, int
-        ] = {}  # what the adapter has here, which may be less than it asked for
-        self.sides: dict[str, tuple[int, int]] = {}  # P and Q
+        self.r: dict[str, int] = {}  # which may be less than an adapter asked for
+        self.sides: dict[str, Sides] = {}  # P and Q
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.projection_seed: dict[str, int] = {}
@@ -147,9 +145,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             and getattr(config, "b", q) == q
         )
 
-    def shapes(
-        self, r: int, config: LowRankConfig
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    def shapes(self, r: int, config: LowRankConfig) -> tuple[list[Sides], Sides]:
         """The shapes of the trained factors, and (P, Q), for the rank that is asked for."""
         raise NotImplementedError
 
@@ -355,6 +351,13 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             self._original = (base.weight,)
         base.weight = nn.Parameter(new, requires_grad=base.weight.requires_grad)
         self.merged_adapters.extend(adapters)
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged. They are not if the weight was tied again meanwhile."""
+        if self._original is not None and self.get_base_layer().weight is self._original[0]:
+            self.unmerge()
+        return bool(self.merged_adapters)
 
     def unmerge(self) -> None:
         """Put back the weight as it was before all merges, bit for bit."""
