@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import adapted_layers, saved_modules
-from .adapter_file import (
-    read,
-)
+from .adapter_file import read
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike
 from .layers import LowRankLinear
 from .layers.base import WEIGHT_DTYPES

@@ -9,7 +9,7 @@ the weight. An adapter is its core; one of lower rank uses the pair's first rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +21,12 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ...functional import compute, lowrank_linear, prepared
-from ...reference import NONE, Core, Rows, like, product, through_core
+from ...reference import Core, like, product, through_core
 from .config import LowRankConfig
 from .hooks import is_hooked
+from .mixed import Lines
 
 Sides = tuple[int, int]
-BASE = "__base__"  # PEFT's name for no adapter, in a mixed batch
 
 
 class PeftLowRankLinear(nn.Module, BaseTunerLayer):
@@ -63,6 +63,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
         self.pending_seed: int | None = None  # of bases that are not made yet
+        self._kept: Any = None  # what `_table` gave last
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
 
     # --- the parts of the equation ---
@@ -273,7 +274,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         u = through_core(linear(x, down), core, scale)
         return linear(u, up)
 
-    def mixed(self, x: Tensor, names: list[str]) -> Tensor:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Each row of the batch through the adapter of its own name, in one pass."""
         if self.merged:
             raise ValueError(
@@ -285,30 +286,43 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} names for x of {tuple(x.shape)}"
             )
-        there = [name for name in dict.fromkeys(names) if name in self.scaling]
+        lines = names if isinstance(names, Lines) else Lines(names)
+        there = [name for name in lines.different if name in self.scaling]
         if not there:
             return self.base_layer(x)
-        p, q = self.common_sides(there)
-        (down, up), weight, base = self.bases(p, q), self.base_weight, self.base_layer
-        place: Any = {"device": weight.device}
-        table = torch.stack([self.scaled(name, p, q) for name in there])
-        slot = {name: number for number, name in enumerate(there)}
-        rows = Rows(
-            table,
-            None,
-            torch.tensor([[slot.get(name, NONE)] for name in names], **place),
-            None,
-            torch.ones(len(there), **place),
-            torch.zeros(len(there), dtype=torch.int32, **place),
-            torch.zeros(1, dtype=torch.int32, **place),
-            x.shape[:-1].numel() // len(names),
-        )
+        sides = self.common_sides(there)
+        (down, up), weight, base = self.bases(*sides), self.base_weight, self.base_layer
+        table = self._table(there, *sides)
+        rows = lines.rows(there, table, x.shape[:-1].numel())
         if not self.is_plain(base) or torch.compiler.is_compiling():
             y = base(x)
             t = linear(like(x, down.dtype), down)
             return y + linear(through_core(t, rows, 1.0), up).to(y.dtype)
         x, w, bias = prepared(x, weight, down, table[0], None, up, base.bias, 1.0, 0.0)
         return compute(x, w, down, table, None, up, bias, rows, 1.0, 0.0, "auto")
+
+    def _table(self, adapters: list[str], p: int, q: int) -> Tensor:
+        """The cores (adapters, p, q), each times its scaling; kept while nobody changes one."""
+        factors = [
+            factor for name in self.adapter_layer_names for factor in self._factors(name, adapters)
+        ]
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            return torch.stack([self.scaled(name, p, q) for name in adapters])
+        scalings = [self.scaling[name] for name in adapters]
+        stamp = [(id(f), f.data_ptr(), f._version) for f in factors], scalings
+        if self._kept is None or self._kept[0] != stamp:
+            with torch.inference_mode(False), torch.no_grad():
+                table = torch.stack([self.scaled(name, p, q) for name in adapters])
+            self._kept = stamp, table, factors  # which keeps their ids taken
+        return self._kept[1]
+
+    def _factors(self, name: str, adapters: list[str]) -> list[nn.Parameter]:
+        parameters = self._modules[name]
+        return [parameters[adapter] for adapter in adapters]  # type: ignore[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own table."""
+        return {**super().__getstate__(), "_kept": None}
 
     # --- merging ---
 

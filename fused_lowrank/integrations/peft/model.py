@@ -20,8 +20,9 @@ from ...layers.base import WEIGHT_DTYPES
 from ...targets import never_called
 from . import files
 from .config import LowRankConfig
-from .layer import BASE, PeftLowRankLinear
+from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
+from .mixed import BASE, Lines
 
 
 class LowRankModel(BaseTuner):
@@ -92,9 +93,9 @@ class LowRankModel(BaseTuner):
                 f"{', '.join(sorted(there))}, and {BASE} for none"
             )
         beams = kwargs.get("num_beams")
-        repeated = names
+        names = repeated = Lines(names)
         if isinstance(beams, int) and beams > 1:  # generate repeats each sequence for its beams
-            repeated = [name for name in names for _ in range(beams)]
+            repeated = Lines([name for name in names for _ in range(beams)])
         # An encoder sees the sequences before they are repeated.
         get_encoder = getattr(self.model, "get_encoder", None)
         encoder = get_encoder() if get_encoder is not None and repeated is not names else None
