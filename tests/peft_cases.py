@@ -15,6 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 4},
     "lora_mini": {"r": 2, "a": 5, "b": 4},
 }
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 methods = pytest.mark.parametrize("method", CONFIGS)
 
 
@@ -76,3 +77,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two state_dicts are alike bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers by name."""
+    return {n: m for n, m in model.named_modules() if hasattr(m, "basis_down")}
