@@ -292,6 +292,7 @@ ROWS = [  # those that trace the backward too are slow
     ("mixed", "llama", "aot_eager", SEVEN),
     ("mixed", "roberta", "inductor", LENGTHS),
     ("peft lora_xs", "llama", "eager", SEVEN),
+    *(("peft lora", name, "eager", SEVEN) for name in NAMES),
 ]
 
 
