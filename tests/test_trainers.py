@@ -1,7 +1,9 @@
 """Adapted models in others' training loops: Accelerate's, transformers' Trainer, the demo's."""
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,19 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 # --- Accelerate ---
 
 
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    """A process has one state of Accelerate's, which Trainers leave behind."""
+    reset = functools.partial(
+        accelerate.state.AcceleratorState._reset_state, reset_partial_state=True
+    )
+    reset()
+    yield
+    reset()
+
+
 @methods
+@pytest.mark.usefixtures("fresh_state")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(method: str, precision: str, device: torch.device, tmp_path: Path) -> None:
     """Accumulation, clipping, mixed precision, a saved state: as in a loop written by hand."""
@@ -62,30 +76,27 @@ def test_accelerate(method: str, precision: str, device: torch.device, tmp_path:
     accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=2
     )
-    try:
-        model = make(method)
-        optimizer = torch.optim.AdamW(trained(model), 0.02)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        for i, inputs in enumerate(batches):
-            inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**inputs).loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained(model), 0.5)
-                optimizer.step()
-                optimizer.zero_grad()
-            if i == 3:
-                accelerator.save_state(tmp_path / "state")
-        final = [parameter.detach().clone() for parameter in trained(model)]
-        assert all(map(torch.equal, final, trained(by_hand)))
-        accelerator.load_state(tmp_path / "state")
-        assert not any(map(torch.equal, final, trained(model)))
-        save_adapter(accelerator.unwrap_model(model), tmp_path / "adapter")
-        loaded = load_adapter(make(method), tmp_path / "adapter")
-        assert all(map(torch.equal, trained(loaded), map(Tensor.cpu, trained(model))))
-    finally:
-        accelerator.end_training()
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = make(method)
+    optimizer = torch.optim.AdamW(trained(model), 0.02)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for i, inputs in enumerate(batches):
+        inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**inputs).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained(model), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        if i == 3:
+            accelerator.save_state(tmp_path / "state")
+    final = [parameter.detach().clone() for parameter in trained(model)]
+    assert all(map(torch.equal, final, trained(by_hand)))
+    accelerator.load_state(tmp_path / "state")
+    assert not any(map(torch.equal, final, trained(model)))
+    save_adapter(accelerator.unwrap_model(model), tmp_path / "adapter")
+    loaded = load_adapter(make(method), tmp_path / "adapter")
+    assert all(map(torch.equal, trained(loaded), map(Tensor.cpu, trained(model))))
+    accelerator.end_training()
 
 
 # --- transformers' Trainer ---
