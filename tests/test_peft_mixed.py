@@ -201,3 +201,49 @@ def test_weighted_adapter_errors() -> None:
         with pytest.raises(ValueError, match=message):
             add(*arguments)
     assert list(model.peft_config) == ["default", "two", "three"]
+
+
+@methods
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_through_the_kernels(
+    method: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in the first part of longer bases, and mixed: strided factors and weights included."""
+    from fused_lowrank.integrations.peft import layer as module
+
+    larger = {"r": 2, "a": 9, "b": 7} if method == "lora_mini" else {"r": 9}
+    targets = {"target_modules": ["lin0", "conv"], "fan_in_fan_out": True}
+    model = peft.get_peft_model(mlp(torch.float32), config(method, **targets))
+    model.add_adapter("large", config(method, **targets, **larger))
+    model.to(device).eval()
+    names = ["default", "large", "__base__"] * 2
+
+    def step(adapter: str | None) -> list[torch.Tensor]:
+        x = torch.linspace(-1, 1, 72, device=device).view(6, 12).requires_grad_()
+        model.zero_grad()
+        if adapter is None:
+            y = model(x, adapter_names=names)
+        else:
+            model.set_adapter(adapter)
+            y = model(x)
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ways = ("default", "large", None)
+    wanted = [step(adapter) for adapter in ways]
+    alone, by_rows, calls = module.lowrank_linear, module.compute, []
+
+    def through(*operands: Any, **settings: Any) -> torch.Tensor:
+        calls.append("alone")
+        return alone(*operands, **settings, impl="triton")
+
+    def through_rows(*operands: Any) -> torch.Tensor:
+        calls.append("rows")
+        return by_rows(*operands[:-1], "triton")
+
+    monkeypatch.setattr(module, "lowrank_linear", through)
+    monkeypatch.setattr(module, "compute", through_rows)
+    for adapter, expected in zip(ways, wanted, strict=True):
+        for ours, theirs in zip(step(adapter), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert calls == ["alone"] * 4 + ["rows"] * 2
