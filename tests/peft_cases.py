@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 peft = pytest.importorskip("peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 
-from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig  # noqa: E402
-
-CONFIGS = {"lora_xs": LoraXSConfig, "lora_mini": LoraMiniConfig}
+CONFIGS = {"lora_xs": integration.LoraXSConfig, "lora_mini": integration.LoraMiniConfig}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 4},
     "lora_mini": {"r": 2, "a": 5, "b": 4},

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
+pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 import architectures
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear

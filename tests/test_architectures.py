@@ -26,7 +26,7 @@ from fused_lowrank.layers import METHODS
 from fused_lowrank.testing import Measured, Results, pooled_ratio
 
 peft = pytest.importorskip("peft")
-integration = pytest.importorskip("fused_lowrank.integrations.peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 
 SEQUENCES, LENGTHS = 4, (12, 12, 12)
 SETTINGS: dict[str, dict[str, Any]] = {  # every trained tensor large enough to be pooled

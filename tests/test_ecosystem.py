@@ -26,7 +26,7 @@ from fused_lowrank import (
 )
 
 peft = pytest.importorskip("peft")
-integration = pytest.importorskip("fused_lowrank.integrations.peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 transformers = pytest.importorskip("transformers")
 ADAPT = {"lora_xs": {"r": 8}, "lora_mini": {"r": 4, "a": 12, "b": 10}}
 CONFIGS = {"lora_xs": integration.LoraXSConfig, "lora_mini": integration.LoraMiniConfig}

@@ -16,7 +16,7 @@ from fused_lowrank import adapt, load_adapter, save_adapter
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
-integration = pytest.importorskip("fused_lowrank.integrations.peft")
+integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 transformers = pytest.importorskip("transformers")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"lora_xs": {"r": 8}, "lora_mini": {"r": 4, "a": 12, "b": 10}}
