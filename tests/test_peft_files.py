@@ -235,6 +235,7 @@ def test_as_plain_lora(method: str, targets: list[str], tmp_path: Path) -> None:
     assert other.peft_config["default"].peft_type == "LORA"
     torch.testing.assert_close(other(x()), model(x()), rtol=1e-10, atol=1e-10)
     lora, tensors = convert_to_lora(model)
+    assert lora.fan_in_fan_out == (targets == ["conv"])
     assert lora.r == {"lora_xs": 4, "lora_mini": 2}[method]
     ranks = {key.split(".")[2]: len(t) for key, t in tensors.items() if "lora_A" in key}
     assert ranks == {name: 1 if name == "lin1" else lora.r for name in targets}

@@ -51,6 +51,21 @@ def test_mixed_batch(method: str) -> None:
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@methods
+def test_mixed_batch_of_sequences(method: str) -> None:
+    """Whole sequences go to their adapters, also where their rows come folded, as from experts."""
+    model = peft.get_peft_model(mlp(), config(method))
+    model.add_adapter("two", config(method))
+    model.eval()
+    x, names = inputs(24).view(4, 6, 12), ["two", "default", "__base__", "two"]
+    mixed = model(x, adapter_names=names)
+    folded = model(x.view(24, 12), adapter_names=names)
+    torch.testing.assert_close(folded.view_as(mixed), mixed, **CLOSE)
+    for i, name in ((0, "two"), (1, "default"), (3, "two")):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[i], model(x[i]), **CLOSE)
+
+
 class Ops(TorchDispatchMode):
     """Counts what is run, by name."""
 
@@ -105,6 +120,7 @@ def test_cores_of_a_mixed_batch_are_the_present_ones(method: str) -> None:
     model.add_adapter("two", config(method))
     outputs.append(check())
     copied = copy.deepcopy(model)
+    assert copied.base_model.model.lin0._kept is None
     with torch.no_grad():
         for name, parameter in copied.named_parameters():
             if ".two" in name:
