@@ -95,6 +95,31 @@ def test_bases_are_not_made_to_be_overwritten(
 
 
 @methods
+@pytest.mark.parametrize("bases", [True, False])
+def test_offloaded_models(method: str, bases: bool, tmp_path: Path) -> None:
+    """Their weights are on the meta device between calls: files are as those of any other model."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def offloaded() -> torch.nn.Module:
+        return accelerate.cpu_offload(mlp(), execution_device=torch.device("cpu"))
+
+    wanted = saved(tmp_path / "here", method, save_projection=bases)
+    model = peft.PeftModel.from_pretrained(offloaded(), tmp_path / "here")
+    torch.testing.assert_close(model(x()), wanted, rtol=1e-10, atol=1e-10)
+    model.save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / folder / WEIGHTS) for folder in ("again", "here"))
+    assert same(ours, theirs)
+    model.load_adapter(tmp_path / "again", "second")
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x()), wanted, rtol=1e-10, atol=1e-10)
+    change(tmp_path / "again", "base_model.model.lin0.basis_fingerprint", lambda t: t + 5)
+    with pytest.raises(ValueError, match="another base model"):
+        model.load_adapter(tmp_path / "again", "third")
+    later = peft.get_peft_model(offloaded(), config(method, inference_mode=True))
+    assert later(x()).isfinite().all()
+
+
+@methods
 def test_size_of_a_file(method: str, tmp_path: Path) -> None:
     """One pair of bases in it, cut to the adapter's own; without, some hundred numbers."""
     model = peft.get_peft_model(mlp(), config(method))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +28,11 @@ def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowR
             yield name.removeprefix("_fsdp_wrapped_module."), module
 
 
+def is_here(tensor: Tensor) -> bool:
+    """Whether this process has all of its values."""
+    return not (isinstance(tensor, DTensor) or tensor.is_meta)
+
+
 def to_save(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], bases: bool
 ) -> dict[str, Tensor]:
@@ -37,10 +43,11 @@ def to_save(
             continue
         p, q = layer.sides[adapter]
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
-        weight = layer.unmerged_weight
-        if not any(isinstance(part, DTensor) or part.is_meta for part in (weight, down, up)):
-            key = f"{name}.{FINGERPRINT}"
-            tensors[key] = fingerprint(weight.to(down.device), down, up)
+        with onload_layer(layer):
+            weight = layer.unmerged_weight
+            if all(map(is_here, (weight, down, up))):
+                key = f"{name}.{FINGERPRINT}"
+                tensors[key] = fingerprint(weight.to(down.device), down, up)
         if bases:
             tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()
     return tensors
@@ -82,7 +89,8 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
                     f"{tuple(tensors[part].shape)} there and {tuple(wanted)} here"
                 )
         own = tuple(tensors.pop(key, None) for key in keys)
-        new = bases_to_load(name, layer, adapter, own, known)
+        with onload_layer(layer):
+            new = bases_to_load(name, layer, adapter, own, known)
         tensors.update(dict(zip(keys, new, strict=True)) if new else {})
     return tensors
 
@@ -121,9 +129,7 @@ def bases_to_load(
         )
     else:
         made = own
-    if any(isinstance(part, DTensor) or part.is_meta for part in (weight, *own)):
-        return made
-    if known is not None:
+    if known is not None and all(map(is_here, (weight, *own))):
         if known.shape != (p + q + 1 + WEIGHT_PROBES,):
             raise ValueError(f"the fingerprint of {name} is not of its ranks: the file is damaged")
         weight_device = [factor.to(weight.device) for factor in own]

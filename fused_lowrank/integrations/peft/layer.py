@@ -129,7 +129,9 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.lora_dropout[adapter] = config.lora_dropout
         self.projection_seed[adapter] = config.projection_seed
-        self.grow_bases(*sides, config.projection_seed, later=config.inference_mode)
+        # Offloaded weights are here now, and on the meta device when the bases are asked for.
+        later = config.inference_mode and not is_hooked(self.get_base_layer())
+        self.grow_bases(*sides, config.projection_seed, later)
         like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
         for name, shape in zip(self.adapter_layer_names, shapes, strict=True):
             getattr(self, name)[adapter] = nn.Parameter(torch.empty(shape, **like_base))

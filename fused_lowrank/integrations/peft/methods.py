@@ -43,7 +43,7 @@ class PeftLoraXSLinear(PeftLowRankLinear):
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and the leading triples of what they leave of the weight."""
-        down, up = (self.basis_down, self.basis_up)
+        down, up = self.basis_down, self.basis_up
         basis, _ = torch.linalg.qr(up.to(wide(up.dtype)))
         weight = self.unmerged_weight.to(basis.dtype)
         rest = weight - basis @ (basis.t() @ weight)
