@@ -1,6 +1,7 @@
 """LoRA-XS and LoRA-Mini in PEFT: frozen factors, once and never trained; merging."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,32 @@ def test_a_merged_model_is_moved_with_what_it_was() -> None:
     weight = model.base_model.model.lin0.base_layer.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, mlp().lin0.weight.float())
+
+
+def test_merge_of_sharded_weights(tmp_path: Path) -> None:
+    """Refused, and so is unloading: fully_shard would put back the weights that it knows."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = peft.get_peft_model(mlp(), config("lora_xs")).eval()
+        fully_shard(model)
+        with pytest.raises(RuntimeError, match="cannot merge under fully_shard"):
+            model.merge_adapter()
+        model = peft.get_peft_model(mlp(), config("lora_xs")).eval()
+        fully_shard(model.base_model.model.lin0)
+        fully_shard(model)
+        x = inputs()
+        with torch.no_grad():
+            y = model(x)  # after which the weights are whole, for a time
+        for method in (model.merge_adapter, model.merge_and_unload, model.unload):
+            with pytest.raises(RuntimeError, match="under fully_shard"):
+                method()
+        with torch.no_grad():
+            assert torch.equal(model(x), y)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_merge_broken() -> None:

@@ -269,8 +269,7 @@ class LowRankLinear(nn.Module):
         delta, lost = self.delta_weight(), 0.0
         weight = (self.weight + delta).to(self.weight.dtype)
         if self.weight.itemsize < 4:
-            lost = float((delta - (weight.to(delta.dtype) - self.weight)).norm() / delta.norm())
-            lost = 0.0 if math.isnan(lost) else lost
+            lost = lost_to_rounding(delta, self.weight, weight)
             if lost:
                 warnings.warn(
                     f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
@@ -312,6 +311,12 @@ class LowRankLinear(nn.Module):
         )
 
 
+def lost_to_rounding(delta: Tensor, before: Tensor, after: Tensor) -> float:
+    """‖lost‖/‖ΔW‖ of a sum `after` = `before` + ΔW that was rounded; 0 where ΔW is."""
+    lost = float((delta - (after.to(delta.dtype) - before)).norm() / delta.norm())
+    return 0.0 if math.isnan(lost) else lost
+
+
 def is_other(value: Any, own: Any) -> bool:
     """Whether a value to be loaded is there, and not the parameter itself: what
     torch.distributed.checkpoint loads into a model has the model's own tensors for what it lacks.
@@ -324,7 +329,7 @@ def fsdp_error(what: str) -> RuntimeError:
     """The error of what `fully_shard` would silently undo."""
     return RuntimeError(
         f"cannot {what} under fully_shard, which puts back the parameters it knows: "
-        f"save_adapter(model, path), then load_adapter into the plain model and {what} there"
+        f"save the adapter, load it into the plain model, and {what} there"
     )
 
 

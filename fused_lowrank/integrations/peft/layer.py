@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ...functional import compute, lowrank_linear, prepared
+from ...layers.base import fsdp_error, is_sharded, lost_to_rounding
 from ...reference import Core, like, product, through_core
 from .config import LowRankConfig
 from .hooks import is_hooked
@@ -350,6 +351,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         base = self.get_base_layer()
+        if is_sharded(base.weight):
+            raise fsdp_error("merge")
         if parametrize.is_parametrized(base):
             raise ValueError(f"{self.key} is parametrised: remove that before merging into it")
         delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
@@ -361,8 +364,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             )
         self.lost = 0.0
         if new.itemsize < 4:
-            kept = new.to(delta.dtype) - base.weight
-            self.lost = float((delta - kept).norm() / delta.norm().clamp(min=1e-30))
+            self.lost = lost_to_rounding(delta, base.weight, new)
         if self._original is None:
             self._original = (base.weight,)
         base.weight = nn.Parameter(new, requires_grad=base.weight.requires_grad)

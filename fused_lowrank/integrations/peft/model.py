@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...adapt import require_not_fsdp
 from ...layers.base import WEIGHT_DTYPES
 from ...targets import never_called
 from . import files
@@ -207,13 +208,18 @@ class LowRankModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """PEFT's; one warning says how much of ΔW was lost to rounding, below float32."""
+        """PEFT's; one warning says how much of ΔW was lost to rounding, below float32.
+
+        Raises RuntimeError under fully_shard, which would put back the weights that it knows.
+        """
+        require_not_fsdp(self.model, "merge")
         super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
+        require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
