@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import planner
 from .adapt import adapted_layers
 from .bank_source import SHARED
 from .banked import Place
@@ -39,6 +40,8 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
             raise ValueError(f"{name} {state} first")
         if layer.routed is not None:
             raise ValueError(f"{name} is in a bank already: close() that first")
+        # Probes the library, where this is a CPU.
+        planner.isolates(layer.impl, layer.weight, layer.down, layer.up)
 
 
 def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:

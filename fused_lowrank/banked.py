@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense
 
-from . import ops, planner
+from . import isolation, ops, planner
 from .functional import compute, prepared
 from .layers.base import LowRankLinear
 from .reference import AnyCore
@@ -42,37 +41,40 @@ class Place:
         if layer.training or torch.is_grad_enabled():
             remember_storage(x)
         routing = current(self.bank.key)
-        if routing is None:
+        apart = planner.isolates(layer.impl, x, layer.down, layer.up)
+        if routing is None and (layer.merged or not apart):
             return layer.own(x)
         if layer.merged:
             raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
-        dropout_p = layer.dropout if layer.training else 0.0
-        if routing.bare and not planner.INVARIANT[0]:
-            return dense(x, layer.weight, layer.bias)
+        dropout_p, scale = layer.dropout if layer.training else 0.0, 1.0
         rows = None
-        if routing.handles is None:
-            a, b = routing.one(self.name)
-            first = a, b
+        if routing is None:
+            a, b = first = factors_of(layer)
+            scale = layer.scale
+        elif routing.bare and not planner.INVARIANT[0]:
+            return isolation.linear(x, layer.weight, layer.bias)
+        elif routing.handles is None:
+            a, b = first = routing.one(self.name)
         else:
             rows = routing.rows(self.name, x.shape[:-1])
             a, b = rows.table, rows.right
             first = a[0], None if b is None else b[0]
         quick = layer.impl == "auto" and not dropout_p and not torch.is_grad_enabled()
-        if quick and planner.small(x):
+        if quick and not apart and planner.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 factors = layer.down, ops.join(a, b, rows), layer.up
                 return ops.small(x, layer.weight, *factors, layer.bias, 1.0)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
         given = x, layer.weight, layer.down, *first, layer.up, layer.bias
-        x, w, bias = prepared(*given, 1.0, dropout_p)
-        rest = rows, 1.0, dropout_p, layer.impl
-        return compute(x, w, layer.down, a, b, layer.up, bias, *rest)
+        x, w, bias = prepared(*given, scale, dropout_p)
+        rest = rows, scale, dropout_p, layer.impl
+        return compute(x, w, layer.down, a, b, layer.up, bias, *rest, apart=True)
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The same as library ops, whatever the routing will be."""
-        own, dropout_p = layer.core_factors, layer.dropout if layer.training else 0.0
-        a, b = own if isinstance(own, tuple) else (own, None)
+        dropout_p = layer.dropout if layer.training else 0.0
+        a, b = factors_of(layer)
         operands = x, layer.weight, layer.down, a, b, layer.up, layer.bias
         x, weight, bias = prepared(*operands, layer.scale, dropout_p)
         lead = x.shape[:-1]
@@ -88,6 +90,12 @@ class Place:
         folded = ops.fold(x)
         y, _ = banked(folded, weight, layer.down, *factors, layer.up, bias, *rest, want_t)
         return y.view(*lead, y.shape[-1])
+
+
+def factors_of(layer: LowRankLinear) -> tuple[OptTensor, OptTensor]:
+    """The layer's own core in its two places."""
+    own = layer.core_factors
+    return own if isinstance(own, tuple) else (own, None)
 
 
 # --- the ops of a compiled graph ---
@@ -174,6 +182,8 @@ def banked(
 ) -> tuple[Tensor, Tensor]:
     """(y, t), as `fused_lowrank::forward` gives them, by the routing that the token stands for."""
     what = resolve(token, name, lead, a, b, trained_a, trained_b, scale)
+    if planner.isolates(impl, x, down, up):
+        impl = "isolated"
     operands = x, weight, down, what.core, up, bias, seed, what.scale, dropout_p, impl
     y, t = ops.forward(*operands, want_t)
     return y, x.new_empty(0) if t is None else t
@@ -227,6 +237,8 @@ def banked_backward(
     pairs = {"own": (need.a, need.b), "trained": (need.trained_a, need.trained_b)}
     wanted = pairs.get(what.factors, (False, False))
     inner = ops.Needs(need.x, need.weight, need.down, *wanted, need.up, need.bias)
+    if planner.isolates(impl, dy, down, up):
+        impl = "isolated"
     operands = dy, t, x, weight, down, what.core, up, seed, what.scale, dropout_p, impl
     dx, dweight, ddown, da, db, dup, dbias = ops.backward(*operands, inner)
     both = {"own": (da, db, None, None), "trained": (None, None, da, db)}

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, planner
+from . import isolation, ops, planner
 from .dropout import kept
-from .reference import Core, Rows, lowrank_linear_reference
+from .reference import TORCH, Core, Rows, lowrank_linear_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -107,12 +107,17 @@ def compute(
     dropout_p: float,
     impl: str,
     seed: Tensor | None = None,
+    apart: bool = False,
 ) -> Tensor:
     """`lowrank_linear` of operands that have been checked, by the implementation asked for.
 
-    With `rows` the core's two places hold its tables.
+    With `rows` the core's two places hold its tables. Where there are `rows`, or `apart` is set, no
+    row's NaN or Inf reaches another.
     """
     impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
+    products = TORCH
+    if (rows is not None or apart) and planner.isolates(impl, x, down, up):
+        impl, products = ("reference" if impl == "reference" else "isolated"), isolation.PRODUCTS
     if impl == "reference":
         if not dropout_p:
             low = None
@@ -122,7 +127,9 @@ def compute(
             low = x * kept(x, seed, dropout_p) / (1.0 - dropout_p)
         with ops.no_autocast(x):
             core = ops.join(a, b, rows)
-            return lowrank_linear_reference(x, weight, down, core, up, bias, scale=scale, low=low)
+            return lowrank_linear_reference(
+                x, weight, down, core, up, bias, scale=scale, low=low, products=products
+            )
     # Whoever needs the mask makes it from this, forward and backward.
     seed = (draw_seed(x) if seed is None else seed) if dropout_p else None
     operands = (x, weight, down, a, b, up, bias)

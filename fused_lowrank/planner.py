@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import costs, tuning
+from . import costs, isolation, tuning
 from .costs import Pass
 
 if TYPE_CHECKING:
@@ -211,6 +211,15 @@ def implementation(asked: str, x: torch.Tensor, p: int, q: int) -> str:
     if asked == "triton" and (reason := why_not_triton(x.device, x.dtype, p, q)):
         raise RuntimeError(f"impl='triton' cannot compute this: {reason}. impl='auto' can.")
     return "reference" if asked == "auto" and transformed() else asked
+
+
+def isolates(impl: str, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether the library's products of a call have to be padded for its rows to stay apart.
+
+    x (…, K) or dy (…, N), down (P, K), up (N, Q): the inner sizes, forward and backward.
+    """
+    sizes = *down.shape, *up.shape
+    return impl != "triton" and isolation.is_needed(x, sizes)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from . import planner
+from . import isolation, planner
 from .costs import Pass
 from .dropout import Dropout, dropped, kept
 from .kernels.tiles import VARIANTS
-from .reference import AnyCore, Rows, like, product, rows_grad, through_rows
+from .reference import TORCH, AnyCore, Rows, like, product, rows_grad, through_rows
 
 OptTensor = Tensor | None
 Wanted = Any  # a Tensor, or None where it was not wanted
@@ -38,6 +37,7 @@ class Aten:
 
     name = "aten"
     proven = True  # may be chosen; others must be asked for by name
+    products = TORCH
 
     def why_not(self, at: Pass) -> str | None:
         """Why this plan cannot compute the pass, or None if it can."""
@@ -61,7 +61,7 @@ class Aten:
     ) -> tuple[Wanted, Wanted]:
         """(t, u). With `back`, down lies as (K, P) and the core as (Q, P)."""
         down = like(down, x.dtype)
-        t = dropped(x, dropout) @ (down if back else down.t())
+        t = self.products.matmul(dropped(x, dropout), down if back else down.t())
         if dropout is not None:
             t.div_(1.0 - dropout[1])
         if not want_u:
@@ -71,12 +71,12 @@ class Aten:
         matrix = product(core)
         if matrix is None:
             return t, (t if scale == 1.0 else t * scale)
-        u = like(t, matrix.dtype) @ (matrix.t() if back else matrix)
+        u = self.products.matmul(like(t, matrix.dtype), matrix.t() if back else matrix)
         return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype)
 
     def base(self, x: Tensor, weight: Tensor, bias: OptTensor) -> Tensor:
         """x·Wᵀ + bias, by itself."""
-        return linear(x, weight, bias)
+        return self.products.linear(x, weight, bias)
 
     def gemm_tail(
         self,
@@ -92,8 +92,8 @@ class Aten:
         up = like(up, x.dtype) if back else like(up, x.dtype).t()
         y = self.base(x, weight, bias)
         if dropout is None:
-            return y.addmm_(u, up)
-        return y.add_(kept(y, *dropout).mul_(u @ up))
+            return self.products.add_matmul(y, u, up)
+        return y.add_(kept(y, *dropout).mul_(self.products.matmul(u, up)))
 
     def layer(
         self,
@@ -145,6 +145,12 @@ class Aten:
     def tiles(self, at: Pass) -> list[tuple[str, Any]]:
         """The kernels of a pass, and the tiles that they take."""
         return []
+
+
+class Isolated(Aten):
+    """`aten` for a CPU whose library reads beyond rows (`isolation`): what a bank takes there."""
+
+    products = isolation.PRODUCTS
 
 
 class First(Aten):
@@ -247,7 +253,7 @@ class Split(Aten):
         return [(kernel, choose(planner.spec_of(kernel, at), at.m)) for kernel in self.kernels]
 
 
-class Alone(Aten):
+class Alone(Isolated):
     """Each row by itself: libraries choose their kernels by the shape."""
 
     def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
@@ -321,7 +327,7 @@ class OneLaunch(Split):
         return *launch(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
 
 
-ATEN, SPLIT, ALONE, FIXED = Aten(), Split(), Alone(), Fixed()
+ATEN, ISOLATED, SPLIT, ALONE, FIXED = Aten(), Isolated(), Split(), Alone(), Fixed()
 PLANS: dict[str, Aten] = {
     plan.name: plan
     for plan in (
@@ -338,7 +344,7 @@ PLANS: dict[str, Aten] = {
 
 def plan_names(impl: str, at: Pass) -> list[str]:
     """The plans that an implementation may take for a pass."""
-    if impl == "aten":
+    if impl in ("aten", "isolated"):
         return ["aten"]
     kernels = [name for name, plan in PLANS.items() if isinstance(plan, Split)]
     if impl == "triton":
@@ -392,7 +398,7 @@ def layer(
         return plan, *plan.layer(*operands, counters, dropout), counters
 
     def compute(name: str) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
-        return by(PLANS[name])
+        return by(ISOLATED if impl == "isolated" and name == "aten" else PLANS[name])
 
     if x.shape[0] == 0:  # nothing to launch
         return by(ATEN)
@@ -411,6 +417,8 @@ def layer(
 
 def steps(impl: str, x: Tensor, p: int, q: int) -> Aten:
     """Who makes the single steps of a backward that needs no dx."""
+    if impl == "isolated":
+        return ISOLATED
     kernels = impl == "triton" or (
         impl == "auto" and x.is_cuda and not planner.why_not_triton(x.device, x.dtype, p, q)
     )

@@ -8,6 +8,7 @@ The core is one for all rows or, in a bank of adapters, one for each (`Rows`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,17 @@ class Rows(NamedTuple):
 
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 AnyCore = Core | Rows
+
+
+class Products(NamedTuple):
+    """The library products that the equation is made of."""
+
+    linear: Callable[..., torch.Tensor]  # (x, weight, bias) → x·weightᵀ + bias
+    matmul: Callable[..., torch.Tensor]  # (a, b) → a·b
+    add_matmul: Callable[..., torch.Tensor]  # (y, a, b) → y + a·b, in place
+
+
+TORCH = Products(linear, torch.matmul, torch.Tensor.addmm_)
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -133,14 +145,16 @@ def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: Rows, scale: float) -> tor
     return grad
 
 
-def through_core(t: torch.Tensor, core: AnyCore, scale: float) -> torch.Tensor:
+def through_core(
+    t: torch.Tensor, core: AnyCore, scale: float, products: Products = TORCH
+) -> torch.Tensor:
     """u = scale · t · core, computed in core's dtype and returned in t's."""
     if isinstance(core, Rows):
         return through_rows(t, core, scale)
     matrix = product(core)
     if matrix is None:
         return t * scale
-    return like(like(t, matrix.dtype) @ matrix * scale, t.dtype)
+    return like(products.matmul(like(t, matrix.dtype), matrix) * scale, t.dtype)
 
 
 def lowrank_linear_reference(
@@ -153,13 +167,15 @@ def lowrank_linear_reference(
     *,
     scale: float = 1.0,
     low: torch.Tensor | None = None,
+    products: Products = TORCH,
 ) -> torch.Tensor:
     """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
 
     x (..., K), weight (N, K), down (P, K), core (P, Q) or the pair (P, r), (r, Q) or None, up
     (N, Q), bias (N,) → (..., N); or a core for each row (`Rows`). down and up are used in x's
-    dtype; the product with core is taken in core's. Differentiable any number of times.
+    dtype; the product with core is taken in core's. Differentiable any number of times. `products`
+    are torch's own by default.
     """
-    t = linear(x if low is None else low, like(down, x.dtype))
-    u = through_core(t, core, scale)
-    return linear(x, weight, bias) + linear(u, like(up, x.dtype))
+    t = products.linear(x if low is None else low, like(down, x.dtype))
+    u = through_core(t, core, scale, products)
+    return products.linear(x, weight, bias) + products.linear(u, like(up, x.dtype))

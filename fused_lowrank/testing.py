@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FACTOR = 2.5  # a correct result's error exceeds this multiple of the reference's in 1% of tensors
 POOLED = 200  # elements from which a tensor's ratio is stable enough to be pooled
+PARTS = 8  # of such a tensor, each with a ratio of its own
 
 
 @contextmanager
@@ -53,6 +55,7 @@ class Measured:
     error: float
     reference: float
     floor: float  # 2·u·‖the formula on absolute values‖, u the dtype's unit roundoff
+    logs: tuple[float, ...] = ()  # of error / reference in each of PARTS parts, where it is pooled
 
     @property
     def within(self) -> bool:
@@ -122,16 +125,25 @@ def measure(ours: Call, reference: Call, operands: dict[str, Any], dy: Tensor) -
             )
         # Whatever is wider than x still carries x's roundings, and those of the core's product.
         unit = max(torch.finfo(d).eps for d in (tensor.dtype, operands["x"].dtype, product)) / 2
+        error, reference_error = (r.double() - truth[name] for r in (tensor, same[name]))
         measured.append(
             Measured(
                 name,
                 tensor.numel(),
-                float((tensor.double() - truth[name]).norm()),
-                float((same[name].double() - truth[name]).norm()),
+                float(error.norm()),
+                float(reference_error.norm()),
                 float(2 * unit * sizes[name].norm()),
+                log_ratios(error, reference_error) if tensor.numel() > POOLED else (),
             )
         )
     return measured
+
+
+def log_ratios(ours: Tensor, reference: Tensor) -> tuple[float, ...]:
+    """log(‖ours‖ / ‖reference‖) of PARTS parts of two errors, less those in which one is zero."""
+    parts = zip(*(error.flatten().tensor_split(PARTS) for error in (ours, reference)), strict=True)
+    norms = [[float(error.norm()) for error in part] for part in parts]
+    return tuple(math.log(a / b) for a, b in norms if a > 0 and b > 0)
 
 
 def pooled_ratio(measured: list[Measured]) -> float:
@@ -142,3 +154,27 @@ def pooled_ratio(measured: list[Measured]) -> float:
         if m.size > POOLED and m.error > 0 and m.reference > 0
     ]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def check_pooled(measured: list[Measured]) -> None:
+    """Raise an AssertionError unless the errors, pooled, are no larger than the reference's.
+
+    See `check_mean`, of the logarithms of the ratios of all parts of all tensors that are pooled.
+    """
+    check_mean([log for m in measured for log in m.logs])
+
+
+def check_mean(logs: Sequence[float]) -> None:
+    """Raise an AssertionError if log(error / reference) is above 0 on the average, beyond chance.
+
+    A result that is as exact as the reference has errors of the same distribution, so log(e / e')
+    is as often above 0 as below: its mean over n of them is normal about 0 with standard error
+    s/√n, s their standard deviation, however a CPU orders its sums. By chance it is above three
+    standard errors once in 740 times. What is less exact by more than 3·s/√n is seen.
+    """
+    assert len(logs) >= PARTS, f"{len(logs)} ratios say nothing: measure larger tensors"
+    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    assert mean <= 3 * error, (
+        f"errors are {math.exp(mean):.4f} of the reference's, pooled over {len(logs)} parts; by "
+        f"chance it is at most {math.exp(3 * error):.4f}"
+    )

@@ -1,14 +1,25 @@
 """Where the tests run: Triton's interpreter on the CPU or, with FUSED_LOWRANK_TEST_DEVICE=cuda, the
-compiled kernels on a GPU. Every empty tensor is poisoned, so that what is not written shows."""
+compiled kernels on a GPU. Every empty tensor is poisoned, so that what is not written shows.
+
+On a CPU PyTorch's bfloat16 products are those of AVX512_CORE_BF16 at most, unless
+ONEDNN_MAX_CPU_ISA says otherwise (DEFAULT: all that the CPU has). On AMX they read what lies behind
+their operands (`fused_lowrank.isolation`), and a reference that does is no measure of anything.
+test_isolation.py has the test of the CPU as it is."""
 
 import os
+import platform
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 DEVICE = os.environ.get("FUSED_LOWRANK_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # as oneDNN does, of torch
 os.environ["FUSED_LOWRANK_TUNE"] = "off"  # no file of the user's decides what is tested
 
 import _pytest.python
@@ -24,6 +35,35 @@ settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 # hottest calls lie on such an edge, that is half of a test's time.
 _locals = " = ".join(f"local{i}" for i in range(60_000))
 exec(f"def _roomy(call):\n    if call is None:\n        {_locals} = None\n    return call()\n")
+
+
+def pytest_report_header() -> list[str]:
+    """Which machine, instruction sets and libraries the results are of."""
+    try:
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    cpu = named[1] if named else platform.processor() or platform.machine()
+    product = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
+    asked = subprocess.run(  # oneDNN says it on its first line, to who asks for all of them
+        [sys.executable, "-c", product],
+        env={**os.environ, "ONEDNN_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    isa = re.search(r"info,cpu,isa:(.*)", asked.stdout)
+    config = torch.__config__.show()
+    blas = re.search(r"BLAS_INFO=(\w+)", config)
+    versions = re.findall(r"(?:Math Kernel Library Version|MKL-DNN v)\s*([\d.]+)", config)
+    gpu = f"; {torch.cuda.get_device_name()}" if DEVICE == "cuda" else ""
+    return [
+        f"machine: {cpu}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{gpu}",
+        f"instructions: ATen {torch.backends.cpu.get_cpu_capability()}, "
+        f"oneDNN {isa[1] if isa else 'unknown'} "
+        f"(ONEDNN_MAX_CPU_ISA={os.environ.get('ONEDNN_MAX_CPU_ISA', '')})",
+        f"libraries: torch {torch.__version__}, BLAS {blas[1] if blas else 'unknown'} "
+        f"({', '.join(versions)}: MKL, oneDNN)",
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)

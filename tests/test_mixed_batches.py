@@ -2,14 +2,16 @@
 and the promise that a row depends on its own input and its own adapter alone."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaking_library import leaking_library
 from torch import nn
 
-from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear
+from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear, isolation
 from fused_lowrank.testing import pinned_plan
 
 IMPLS = ("triton", "aten")
@@ -151,9 +153,22 @@ def step(
     return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+OWN = [(impl, dtype, "own") for impl in (*IMPLS, "reference") for dtype in DTYPES]
+LEAKING = [(impl, torch.bfloat16, "leaking") for impl in ("aten", "reference")]
+
+
+@pytest.fixture
+def library(request: pytest.FixtureRequest, device: torch.device):
+    """The CPU's own library, or a stand-in for one whose products read beyond rows."""
+    if request.param == "leaking" and device.type != "cpu":
+        pytest.skip("a GPU's library is no CPU's")
+    with leaking_library() if request.param == "leaking" else nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("impl", "dtype", "library"), OWN + LEAKING, indirect=["library"])
 @pytest.mark.parametrize("rows", [7, 70])
-@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_a_row_depends_on_its_own_input_and_adapter_alone(
     impl: str, rows: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -177,9 +192,13 @@ def test_a_row_depends_on_its_own_input_and_adapter_alone(
             assert torch.equal(bits(now_dx[kept]), bits(dx[kept]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+PLANS = [(plan, dtype, "own") for plan in ("aten", "split", "decode") for dtype in DTYPES]
+PLANS += LEAKING[:1]
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("plan", "dtype", "library"), PLANS, indirect=["library"])
 @pytest.mark.parametrize("rows", [7, 70])
-@pytest.mark.parametrize("plan", ["aten", "split", "decode"])
 def test_a_row_without_an_adapter_is_the_bare_layers(
     plan: str, rows: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -196,7 +215,11 @@ def test_a_row_without_an_adapter_is_the_bare_layers(
         with bank.use(names):
             y = model(x)
         if plan == "aten":
-            bare = nn.functional.linear(x, layer.weight, layer.bias)
+            with bank.use(None):
+                bare = model(x)
+            if isolation.readable(80, dtype) == 80:
+                torchs = nn.functional.linear(x, layer.weight, layer.bias)
+                assert torch.equal(bits(bare), bits(torchs))
         else:  # a core of zeros
             layer.core.zero_()
             finite = x.nan_to_num(posinf=0.0)
@@ -269,3 +292,22 @@ def test_a_trained_core_gets_the_gradient_of_its_own_rows(
         for before, after in zip(grads["0"] + grads["1"], now["0"] + now["1"], strict=True):
             assert torch.equal(bits(before), bits(after))
         assert all(grad.isnan().any() for grad in now["3"])
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("impl", "dtype", "library"), LEAKING, indirect=["library"])
+@pytest.mark.parametrize("dx", [False, True])
+def test_a_trained_core_beside_a_library_that_leaks(
+    impl: str, dtype: torch.dtype, dx: bool, device: torch.device
+) -> None:
+    """No other row reaches its gradient, whether x needs one or not."""
+    model, layer = one_layer(device, impl, dtype, method="lora_xs", k=23, n=19)
+    bank = filled(model, 4)
+    names = ["3", "0", None, "0", "3", "0"]
+    x, dy = (torch.randn(6, 3, size).to(dtype) for size in (layer.in_features, layer.out_features))
+    grads = trained_step(bank, model, x.requires_grad_(dx), names, dy)
+    spoiled, spoiled_dy = x.detach().clone(), dy.clone()
+    spoiled[[0, 2, 4]], spoiled_dy[[0, 2, 4]] = torch.nan, torch.inf
+    now = trained_step(bank, model, spoiled.requires_grad_(dx), names, spoiled_dy)
+    assert torch.equal(bits(grads["0"][0]), bits(now["0"][0]))
+    assert grads["0"][0].isfinite().all()

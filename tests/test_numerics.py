@@ -15,12 +15,19 @@ from fused_lowrank import (
     LoraLinear,
     LoraMiniLinear,
     LoraXSLinear,
+    isolation,
     lowrank_linear,
     planner,
     plans,
 )
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.testing import measure, pinned_plan, pinned_tiles, pooled_ratio
+from fused_lowrank.testing import (
+    check_pooled,
+    measure,
+    pinned_plan,
+    pinned_tiles,
+    pooled_ratio,
+)
 
 CASES = 300  # of each implementation
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,15 +58,22 @@ def laid_out(rows: torch.Tensor, layout: str) -> torch.Tensor:
 @st.composite
 def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     """Operands, dy, and whether to use small tiles."""
+    dtype = draw(st.sampled_from(DTYPES))
+    other = draw(st.sampled_from([dtype, dtype, *DTYPES]))  # of some factors
+
+    def sized(size: int) -> int:
+        """A size of which the reference reads no more, whose products these are (`isolation`)."""
+        return max(isolation.readable(size, kind) if size else 0 for kind in (dtype, other))
+
     lead = draw(
         st.sampled_from([(0,), (1,), (7,), (67,), (130,), (3, 5), (2, 0, 3), (2, 3, 11), ()])
     )
-    k, n = (draw(st.integers(1, 80) | st.sampled_from([96, 128, 203, 301])) for _ in "kn")
-    p, q = (draw(st.integers(1, 40) | st.sampled_from([64, 77, 150])) for _ in "pq")
+    if sized(17) != 17:  # rows are an inner size too, of gradients
+        lead = (*lead[:-1], sized(lead[-1])) if lead else (sized(1),)
+    k, n = (sized(draw(st.integers(1, 80) | st.sampled_from([96, 128, 203, 301]))) for _ in "kn")
+    p, q = (sized(draw(st.integers(1, 40) | st.sampled_from([64, 77, 150]))) for _ in "pq")
     method = draw(st.sampled_from(["core", "pair", "none"]))
     q = p if method == "none" else q
-    dtype = draw(st.sampled_from(DTYPES))
-    other = draw(st.sampled_from([dtype, dtype, *DTYPES]))  # of some factors
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def values(*size: int, kind: torch.dtype = dtype, std: float = 1.0) -> torch.Tensor:
@@ -80,7 +94,7 @@ def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     if method == "core":
         operands["core"] = values(p, q, kind=other, std=p**-0.5)
     elif method == "pair":
-        r = draw(st.integers(1, 40))
+        r = sized(draw(st.integers(1, 40)))
         operands["core"] = (
             values(p, r, kind=other, std=p**-0.5),
             values(r, q, kind=draw(either), std=r**-0.5),
@@ -130,7 +144,7 @@ def test_error_budget(impl: str, device: torch.device) -> None:
         check()
     ratio = pooled_ratio(measured)
     print(f"{name}: {examples} cases, {len(measured)} tensors, pooled ratio {ratio:.3f}")
-    assert ratio <= 1.0
+    check_pooled(measured)
 
 
 @pytest.mark.parametrize("core", ["core", "pair", "none"])

@@ -31,7 +31,7 @@ from peft_lora_cases import (
 from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import fuse_lora
-from fused_lowrank.testing import measure, pooled_ratio
+from fused_lowrank.testing import check_pooled, measure
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_results_are_within_the_error_budget(
         isinstance(value, nn.Parameter) and value.requires_grad for value in operands.values()
     )
     assert all(m.within for m in measured), measured
-    if wide == narrow and not autocast:
-        assert pooled_ratio(measured) <= 1.0, measured
+    if wide == narrow != torch.float64 and not autocast:  # whose own errors are the truth's
+        check_pooled(measured)
     way = "small" if rows == SMALL_ROWS and not autocast and device.type == "cpu" else "large"
     assert ran[way] > 0
     assert set(ran) == {way}

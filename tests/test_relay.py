@@ -15,7 +15,7 @@ from fused_lowrank.kernels import relay as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals
 from fused_lowrank.kernels.relay import first_column_first, has_flags, is_possible, relay, spec_of
 from fused_lowrank.kernels.tiles import TARGETS, TileConfig, is_valid
-from fused_lowrank.testing import measure, pooled_ratio
+from fused_lowrank.testing import check_pooled, measure
 
 SM_90 = TARGETS["sm_90"]
 TILE = TileConfig(64, 64, 32, 4, 2, group_m=2, persistent=True)
@@ -101,7 +101,7 @@ def test_is_the_equation(
         errors = measure(lambda c=call, **o: c(**o)[0], reference, made, dy)
         errors += measure(lambda c=call, **o: c(**o)[1], t_reference, made, dy)
         assert all(m.within for m in errors), [m for m in errors if not m.within]
-        assert pooled_ratio(errors) <= 1.0
+        check_pooled(errors)
         assert all_zero(device)
 
 
@@ -139,13 +139,17 @@ def test_counters_are_cleared_and_t_is_stored_only_if_asked(device: torch.device
 def test_nan_and_inf_go_where_the_reference_puts_them(
     name: str, transposed: bool, device: torch.device
 ) -> None:
-    """Of rank 40, so that there is padding for an Inf in x to meet."""
+    """Of rank 40, so that there is padding for an Inf in x to meet.
+
+    The reference is in float32: in bfloat16 some CPUs' library spreads them (`isolation`).
+    """
     made = operands(device, torch.bfloat16, 40, 40, "none", torch.float32)
     for factor in ("weight", "down", "up"):
         made[factor].abs_()  # an Inf in x is then one in y: only the padding could make it NaN
     made[name][3, 5], made[name][-1, -2] = torch.inf, torch.nan
     y, t = launched(transposed)(**made)
-    for ours, theirs in ((y, reference(**made)), (t, t_reference(**made))):
+    wide = {name: x.float() if isinstance(x, torch.Tensor) else x for name, x in made.items()}
+    for ours, theirs in ((y, reference(**wide)), (t, t_reference(**wide))):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
         assert torch.equal(ours[ours.isinf()], theirs[ours.isinf()])
