@@ -52,7 +52,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.bank_cases import BankCase, make_batch
 from bench.cases import Case, parse
 from bench.providers import PROVIDERS, Tensors, layer, make_tensors
-from fused_lowrank import lowrank_linear, ops
+from fused_lowrank import lowrank_linear
+from fused_lowrank.compute.autograd import chain, join
+from fused_lowrank.compute.operands import Operands
 from fused_lowrank.testing import pinned_plan
 
 if TYPE_CHECKING:
@@ -102,13 +104,13 @@ def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
     factors = tensors.method
     down, up = factors["down"], factors["up"]
     a = factors["core"] if "core" in factors else factors.get("a_train")
-    core = ops.join(a, factors.get("b_train"))
+    core = join(a, factors.get("b_train"))
     leaves = [x, *tensors.trained("method").values()]
     layers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         EAGER: Chain(tensors),
         "fused layer": PROVIDERS["auto"].build(case, tensors),
         "lowrank_linear": lambda x: lowrank_linear(x, weight, down, core, up, scale=scale),
-        "its operations": lambda x: ops.small(x, weight, down, core, up, None, scale),
+        "its operations": lambda x: chain(Operands(x, weight, down, core, up, None, scale)),
         "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),
@@ -211,23 +213,23 @@ def layer_rows() -> Iterator[Row]:
 
 def launches(of: Tensors) -> Iterator[Row]:
     """Single launches, by the functions that the plans call: of `decode` where it has its rows."""
-    from fused_lowrank import planner
-    from fused_lowrank.kernels.core_grad import core_grad, new_counters
+    from fused_lowrank.compute import devices
+    from fused_lowrank.kernels.core_grad import core_grad
     from fused_lowrank.kernels.decode import decode
     from fused_lowrank.kernels.gemm_tail import gemm_tail
     from fused_lowrank.kernels.shrink import shrink
 
-    choose, x, weight, scale = planner.tiles(CPU), of.xs[0].detach(), of.weight, of.scale
+    choose, x, weight, scale = devices.tiles(CPU), of.xs[0].detach(), of.weight, of.scale
     down, core, up = of.method["down"], of.method["core"], of.method["up"]
-    t, counters = x.new_zeros(len(x), of.case.p), new_counters(CPU)
+    t = x.new_zeros(len(x), of.case.p)
     calls: Calls = {
-        "shrink": partial(shrink, x, down, core, scale, False, True, True, None, None, choose),
+        "shrink": partial(shrink, x, down, core, scale, False, True, True, None, choose),
         "gemm_tail": partial(gemm_tail, x, weight, t, up, None, False, None, choose),
-        "core_grad": partial(core_grad, t, t, core, scale, (True, False), counters, choose),
+        "core_grad": partial(core_grad, t, t, core, scale, (True, False), choose),
     }
     if len(x) == dict(ROWS)["decode"]:
         factors = down, core, up, None
-        calls = {"decode": partial(decode, x, weight, *factors, scale, False, False, None, choose)}
+        calls = {"decode": partial(decode, x, weight, *factors, scale, False, False, choose)}
     for name, call in calls.items():
         yield Row(name, "launch", len(x), call)
 

@@ -89,7 +89,7 @@ def forward(
     dropout = None if seed is None else (seed, dropout_p)
     with no_autocast(x), on_device(x):
         operands = x, weight, down, core, up, bias, scale
-        _, y, t, _, _ = plans.layer(impl, *operands, False, want_t, False, dropout=dropout)
+        _, y, t, _ = plans.layer(impl, *operands, False, want_t, False, dropout=dropout)
         return y, (t if want_t else None)
 
 
@@ -119,20 +119,16 @@ def backward(
         # t has been divided by 1 - p where there was dropout; v is here, for dx and ddown.
         back = scale if dropout is None else scale / (1.0 - dropout_p)
         plan = plans.ATEN
-        counters: Wanted = None
         g: Wanted = None
         v: Wanted = None
         if needs.x:
             operands = dy, weight.t(), up, core, down, None, back
-            plan, grads["x"], g, v, counters = plans.layer(
-                impl, *operands, True, want_g, needs.down, want_g, dropout
-            )
+            plan, grads["x"], g, v = plans.layer(impl, *operands, True, want_g, needs.down, dropout)
         elif want_g or needs.down:
             plan = plans.steps(impl, dy, down.shape[0], up.shape[1])
-            counters = plan.counters(dy) if want_g else None
-            g, v = plan.shrink(dy, up, core, back, True, want_g, needs.down, counters)
+            g, v = plan.shrink(dy, up, core, back, True, want_g, needs.down)
         if want_g:
-            grads["a"], grads["b"] = plan.core_grad(t, g, core, scale, (needs.a, needs.b), counters)
+            grads["a"], grads["b"] = plan.core_grad(t, g, core, scale, (needs.a, needs.b))
         if needs.down:
             grads["down"] = (v[:, :p].t() @ plan.dropped(x, dropout)).to(down.dtype)
         if needs.up:

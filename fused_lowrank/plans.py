@@ -43,10 +43,6 @@ class Aten:
         """Why this plan cannot compute the pass, or None if it can."""
         return None
 
-    def counters(self, x: Tensor) -> OptTensor:
-        """What `shrink` sets to zero for the `core_grad` that follows."""
-        return None
-
     def shrink(
         self,
         x: Tensor,
@@ -56,7 +52,6 @@ class Aten:
         back: bool,
         want_t: bool,
         want_u: bool,
-        counters: OptTensor = None,
         dropout: Dropout = None,
     ) -> tuple[Wanted, Wanted]:
         """(t, u). With `back`, down lies as (K, P) and the core as (Q, P)."""
@@ -107,12 +102,11 @@ class Aten:
         back: bool,
         want_t: bool,
         want_u: bool,
-        counters: OptTensor = None,
         dropout: Dropout = None,
     ) -> tuple[Tensor, Wanted, Wanted]:
         """(y, t, u): one pass. Dropout is of x on the way there, of the tail on the way back."""
         there, tail = (None, dropout) if back else (dropout, None)
-        t, u = self.shrink(x, down, core, scale, back, want_t, True, counters, there)
+        t, u = self.shrink(x, down, core, scale, back, want_t, True, there)
         return self.gemm_tail(x, weight, u, up, bias, back, tail), t, u
 
     def core_grad(
@@ -122,7 +116,6 @@ class Aten:
         core: Any,
         scale: float,
         want: tuple[bool, bool],
-        counters: OptTensor,
     ) -> tuple[Wanted, Wanted]:
         """(dcore, None), or for a pair (da, db), those that are wanted."""
         if isinstance(core, Rows):
@@ -207,19 +200,13 @@ class Split(Aten):
             return reason
         return planner.why_not_variant(at, self.variant) if self.variant else None
 
-    def counters(self, x: Tensor) -> OptTensor:
-        """Arrival counters, unset."""
-        from .kernels.core_grad import new_counters
-
-        return new_counters(x.device)
-
-    def shrink(self, x, down, core, scale, back, want_t, want_u, counters=None, dropout=None):  # type: ignore[no-untyped-def]
+    def shrink(self, x, down, core, scale, back, want_t, want_u, dropout=None):  # type: ignore[no-untyped-def]
         """(t, u) in one launch; u is padded to a power of two."""
         from .kernels.shrink import shrink
 
         choose = planner.tiles(x.device, self.variant)
         down, core = down.contiguous(), contiguous(core)
-        return shrink(x, down, core, scale, back, want_t, want_u, counters, dropout, choose)
+        return shrink(x, down, core, scale, back, want_t, want_u, dropout, choose)
 
     def gemm_tail(self, x, weight, u, up, bias, back, dropout=None):  # type: ignore[no-untyped-def]
         """y in one launch; without u and up it is the base by itself."""
@@ -230,7 +217,7 @@ class Split(Aten):
         choose = planner.tiles(x.device, self.variant)
         return gemm_tail(x, weight, u, up, bias, back, dropout, choose)
 
-    def core_grad(self, t, g, core, scale, want, counters):  # type: ignore[no-untyped-def]
+    def core_grad(self, t, g, core, scale, want):  # type: ignore[no-untyped-def]
         """The core's gradients in one launch."""
         from .kernels.core_grad import core_grad
 
@@ -239,7 +226,7 @@ class Split(Aten):
             from .kernels.core_grad_rows import core_grad_rows
 
             return core_grads(core_grad_rows(t, g, core, scale, choose), core, want)
-        return core_grad(t, g, contiguous(core), scale, want, counters, choose)
+        return core_grad(t, g, contiguous(core), scale, want, choose)
 
     def dropped(self, x: Tensor, dropout: Dropout) -> Tensor:
         """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
@@ -256,12 +243,11 @@ class Split(Aten):
 class Alone(Isolated):
     """Each row by itself: libraries choose their kernels by the shape."""
 
-    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
+    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, dropout=None):  # type: ignore[no-untyped-def]
         """(y, t, u), a row at a time."""
-        counters, dropout = rest
         if dropout is not None:
             raise RuntimeError("batch invariance by library GEMMs has no dropout: switch it off")
-        same = up, bias, scale, back, want_t, want_u, counters, None
+        same = up, bias, scale, back, want_t, want_u, None
         parts = []
         for m, row in enumerate(x.split(1)):
             own = core
@@ -314,17 +300,16 @@ class OneLaunch(Split):
         """Where the kernel is not for so many rows, for such ranks, or for this device."""
         return super().why_not(at) or planner.why_not_one_launch(at, self.name)
 
-    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, *rest):  # type: ignore[no-untyped-def]
+    def layer(self, x, weight, down, core, up, bias, scale, back, want_t, want_u, dropout=None):  # type: ignore[no-untyped-def]
         """(y, t, None) in one launch."""
         from .kernels.decode import decode
         from .kernels.relay import relay
 
         launch = decode if self.name == "decode" else relay
-        counters, _ = rest
         factors = down.contiguous(), contiguous(core), up.contiguous()
         bias = None if bias is None else bias.contiguous()
         choose = planner.tiles(x.device)
-        return *launch(x, weight, *factors, bias, scale, back, want_t, counters, choose), None
+        return *launch(x, weight, *factors, bias, scale, back, want_t, choose), None
 
 
 ATEN, ISOLATED, SPLIT, ALONE, FIXED = Aten(), Isolated(), Split(), Alone(), Fixed()
@@ -387,17 +372,15 @@ def layer(
     back: bool,
     want_t: bool,
     want_u: bool,
-    want_core: bool = False,
     dropout: Dropout = None,
-) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
-    """(plan, y, t, u, counters): one pass, by the plan that the planner chooses for it."""
+) -> tuple[Aten, Tensor, Wanted, Wanted]:
+    """(plan, y, t, u): one pass, by the plan that the planner chooses for it."""
 
-    def by(plan: Aten) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
-        counters = plan.counters(x) if want_core else None
+    def by(plan: Aten) -> tuple[Aten, Tensor, Wanted, Wanted]:
         operands = x, weight, down, core, up, bias, scale, back, want_t, want_u
-        return plan, *plan.layer(*operands, counters, dropout), counters
+        return plan, *plan.layer(*operands, dropout)
 
-    def compute(name: str) -> tuple[Aten, Tensor, Wanted, Wanted, OptTensor]:
+    def compute(name: str) -> tuple[Aten, Tensor, Wanted, Wanted]:
         return by(ISOLATED if impl == "isolated" and name == "aten" else PLANS[name])
 
     if x.shape[0] == 0:  # nothing to launch

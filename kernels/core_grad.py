@@ -4,8 +4,8 @@
     da = dcore·bᵀ,  db = aᵀ·dcore   for LoRA-Mini's core a (P, r) · b (r, Q)
 
 The rows are split over programs; each stores its partial sum, and the last to arrive adds them in
-the order of their index, so the result is bitwise reproducible. The arrival counters are zeroed by
-the `shrink` that made g.
+the order of their index, so the result is bitwise reproducible. Of a pair's tiles the last to have
+its sum goes on from dcore to the two gradients. Both meetings are at `arrivals`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator, aligned, cast, dot, offset, variants
-from .tiles import N_COUNTERS, Choice, Spec, TileConfig, padded, rank_constants
+from .common import accumulator, aligned, arrivals, cast, dot, gathered, offset, variants
+from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 MIN_ROWS = 256  # per program: fewer, and the partial sums cost more than the rows
 MAX_SPLITS = 32
+
+# What the counters of a launch count: tiles that have their sum; a counter for each tile follows.
+DONE, TILES = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def core_grad_kernel(
     da_ptr,
     db_ptr,
     partial_ptr,
-    counters_ptr,
+    arrivals_ptr,
     scale,
     M,
     rows,
@@ -104,21 +107,18 @@ def core_grad_kernel(
 
     # The partial sums lie as (splits, PAD_P, PAD_Q).
     tile_ptrs = partial_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
-    tl.store(tile_ptrs + split * PAD_P * PAD_Q, acc)
-    tl.debug_barrier()  # every thread's part is stored before the arrival is counted
-    if tl.atomic_add(counters_ptr + 1 + tile, 1, sem="acq_rel") == splits - 1:
-        total = tl.zeros((BLOCK_P, BLOCK_Q), acc_dtype)
-        for s in range(0, splits):
-            total += tl.load(tile_ptrs + s * PAD_P * PAD_Q, cache_modifier=".cg")
-        total *= scale
+    acc, last = gathered(acc, tile_ptrs, split, splits, PAD_P * PAD_Q, arrivals_ptr + TILES + tile)
+    if last:
+        acc *= scale
         if R == 0:
             dcore_ptrs = dcore_ptr + offs_p[:, None] * Q + offs_q[None, :]
-            tl.store(dcore_ptrs, cast(total, dcore_ptr.dtype.element_ty), mask_p & mask_q)
+            tl.store(dcore_ptrs, cast(acc, dcore_ptr.dtype.element_ty), mask_p & mask_q)
         else:
             # dcore takes the place of the first partial sum; the last tile goes on from there.
-            tl.store(tile_ptrs, total)
+            tl.store(tile_ptrs, acc)
             tl.debug_barrier()
-            if tl.atomic_add(counters_ptr, 1, sem="acq_rel") == tiles - 1:
+            if tl.atomic_add(arrivals_ptr + DONE, 1, sem="acq_rel") == tiles - 1:
+                tl.store(arrivals_ptr + DONE, 0)
                 for r in range(0, PAD_R, BLOCK_R):
                     if WANT_A:  # da = dcore·bᵀ
                         for p in range(0, PAD_P, BLOCK):
@@ -153,25 +153,18 @@ def constants(
     }
 
 
-def new_counters(device: torch.device) -> torch.Tensor:
-    """Room for the arrival counters, unset: pass it to the `shrink` before, then to `core_grad`."""
-    return torch.empty(N_COUNTERS, dtype=torch.int32, device=device)
-
-
 def core_grad(
     t: torch.Tensor,
     g: torch.Tensor,
     core: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     scale: float,
     want: tuple[bool, bool],
-    counters: torch.Tensor,
     choose: Choice,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dcore, None), or (da, db) for a pair, each in its factor's shape and dtype.
 
     t (M, P) and g (M, Q) of one dtype, core (P, Q) or a (P, r) and b (r, Q), all contiguous; M at
-    least 1. `want` says which gradients of the pair are wanted; the others are None. `counters` are
-    those that the shrink before has set to zero.
+    least 1. `want` says which gradients of the pair are wanted; the others are None.
     """
     (m, p), q = t.shape, g.shape[1]
     dcore = da = db = None
@@ -183,7 +176,7 @@ def core_grad(
         a = b = core
         r, dcore = 0, torch.empty_like(core)
     factor_itemsize = max(a.element_size(), b.element_size())
-    is_aligned = aligned((t, g, a, b, counters), (p, q))
+    is_aligned = aligned((t, g, a, b), (p, q))
     spec = Spec("core_grad", t.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
     config = choose(spec, m)
     values = constants(p, q, r, da is not None, db is not None, config)
@@ -204,7 +197,7 @@ def core_grad(
         t if da is None else da,
         t if db is None else db,
         partial,
-        counters,
+        arrivals(t.device),
         float(scale),
         m,
         rows,

@@ -112,7 +112,6 @@ def decode_kernel(
     t_ptr,
     u_ptr,
     y_ptr,
-    counters_ptr,
     partial_ptr,
     partial_low_ptr,
     arrivals_ptr,
@@ -142,7 +141,6 @@ def decode_kernel(
     TRANSPOSED: tl.constexpr,  # each of the five factors lies the other way round
     HAS_BIAS: tl.constexpr,
     STORE_T: tl.constexpr,
-    N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over `splits` programs of `depth` blocks each
     MIX: tl.constexpr,  # cores to a row, each from the tables `left` and `right`; 0: one for all
@@ -161,8 +159,6 @@ def decode_kernel(
     split, first_n = ticket % splits, tile * BLOCK_N
     first_k = split * depth * BLOCK_K
     end_k = min(K, first_k + depth * BLOCK_K)
-    if N_COUNTERS > 0 and ticket == 0:
-        tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
 
     rows = tl.arange(0, BLOCK_M)[:, None]
     if tile == 0:
@@ -229,7 +225,6 @@ def constants(
     transposed: bool,
     bias: bool,
     store_t: bool,
-    counters: int,
     split: bool,
     mix: int,
     config: TileConfig,
@@ -242,7 +237,6 @@ def constants(
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
         "STORE_T": store_t,
-        "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
         "MIX": mix,
@@ -276,13 +270,12 @@ def decode(
     scale: float,
     transposed: bool,
     want_t: bool,
-    counters: torch.Tensor | None,
     choose: Choice,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, t): what `gemm_tail` gives for the u of `shrink`; t, (M, P), is None if not wanted.
 
     The operands are as `shrink` and `gemm_tail` take them, with the one `transposed`; M is at most
-    the rows of a tile. `counters`, int32, is set to zero for the core_grad that follows.
+    the rows of a tile.
     """
     (m, k), n = x.shape, weight.shape[0]
     left, right, p, q, r = unpacked(down, core, transposed)
@@ -307,7 +300,6 @@ def decode(
         partial = torch.empty(size, dtype=sum_dtype, device=x.device)
         size_low = parts, config.block_m, padded(p)
         partial_low = torch.empty(size_low, dtype=sum_dtype, device=x.device)
-    n_counters = 0 if counters is None else counters.numel()
     KERNELS[is_aligned][(tiles * parts,)](
         x,
         weight,
@@ -319,7 +311,6 @@ def decode(
         x if t is None else t,
         u,
         y,
-        x if counters is None else counters,
         partial,
         partial_low,
         arrivals(x.device),
@@ -332,9 +323,7 @@ def decode(
         k,
         *x.stride(),
         *weight.stride(),
-        **constants(
-            p, q, r, k, transposed, bias is not None, store_t, n_counters, parts > 1, by_row, config
-        ),
+        **constants(p, q, r, k, transposed, bias is not None, store_t, parts > 1, by_row, config),
         **config.options(),
     )
     return y, t if want_t else None

@@ -80,7 +80,6 @@ def relay_kernel(
     t_ptr,
     u_ptr,
     y_desc,
-    counters_ptr,
     arrivals_ptr,
     scale,
     M,
@@ -96,7 +95,6 @@ def relay_kernel(
     W_ROWS_ARE_K: tl.constexpr,  # W lies as (K, N): its rows are what is summed over
     STORE_T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,9 +104,6 @@ def relay_kernel(
     GROUP_M: tl.constexpr,
 ):
     dtype: tl.constexpr = u_ptr.dtype.element_ty
-    if N_COUNTERS > 0 and tl.program_id(0) == 0:
-        tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
-
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     ticket = tl.atomic_add(arrivals_ptr + TICKET, 1, sem="relaxed")
     while ticket < tiles_m * tiles_n:
@@ -161,7 +156,6 @@ def constants(
     transposed: bool,
     want_t: bool,
     bias: bool,
-    counters: int,
     config: TileConfig,
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
@@ -172,7 +166,6 @@ def constants(
         "TRANSPOSED": transposed,
         "STORE_T": want_t,
         "HAS_BIAS": bias,
-        "N_COUNTERS": counters,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -225,7 +218,6 @@ def relay(
     scale: float,
     transposed: bool,
     want_t: bool,
-    counters: torch.Tensor | None,
     choose: Choice,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, t): y = x·weightᵀ + bias + u·upᵀ with t, u = shrink(x, down, core, scale, transposed).
@@ -246,7 +238,6 @@ def relay(
     rows = weight.t() if w_rows_are_k else weight
     block_w, block_down = [config.block_n, config.block_k], [padded(p), config.block_k]
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    n_counters = 0 if counters is None else counters.numel()
     relay_kernel[(min(tiles, multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(rows, block_w[::-1] if w_rows_are_k else block_w),
@@ -258,14 +249,13 @@ def relay(
         u if t is None else t,
         u,
         TensorDescriptor.from_tensor(y, [config.block_m, config.block_n // 2]),
-        u if counters is None else counters,
         arrivals(x.device),
         float(scale),
         m,
         n,
         k,
         W_ROWS_ARE_K=w_rows_are_k,
-        **constants(p, q, r, transposed, want_t, bias is not None, n_counters, config),
+        **constants(p, q, r, transposed, want_t, bias is not None, config),
         **config.options(),
     )
     return y, t

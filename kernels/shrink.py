@@ -158,7 +158,6 @@ def shrink_kernel(
     right_ptr,
     t_ptr,
     u_ptr,
-    counters_ptr,
     seed_ptr,
     partial_ptr,
     arrivals_ptr,
@@ -187,7 +186,6 @@ def shrink_kernel(
     STORE_T: tl.constexpr,
     STORE_U: tl.constexpr,
     DROPOUT: tl.constexpr,  # of x, by `kept`; low_scale is then 1 / (1 - p)
-    N_COUNTERS: tl.constexpr,  # counters of a later core_grad, to be set to zero
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over programs of `depth` blocks each
     OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
@@ -208,8 +206,6 @@ def shrink_kernel(
         end_k = min(K, first_k + depth * BLOCK_K)
     if OVERLAP and not INTERPRETED:
         gdc_launch_dependents()
-    if N_COUNTERS > 0 and pid + split == 0:
-        tl.store(counters_ptr + tl.arange(0, N_COUNTERS), tl.zeros((N_COUNTERS,), tl.int32))
 
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_p = tl.arange(0, PAD_P)
@@ -268,7 +264,6 @@ def constants(
     want_t: bool,
     want_u: bool,
     dropout: bool,
-    counters: int,
     split: bool,
     mix: int,
     config: TileConfig,
@@ -282,7 +277,6 @@ def constants(
         "STORE_T": want_t,
         "STORE_U": want_u,
         "DROPOUT": dropout,
-        "N_COUNTERS": counters,
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
         "OVERLAP": config.overlap,
@@ -326,7 +320,6 @@ def shrink(
     transposed: bool,
     want_t: bool,
     want_u: bool,
-    counters: torch.Tensor | None,
     dropout: Dropout,
     choose: Choice,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -335,8 +328,8 @@ def shrink(
     u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
     K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
     float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
-    (r, P). A core for each row lies as `rows` says, as it is for both. `counters`, int32, is set to
-    zero for the core_grad that follows. With `dropout` (seed, p), x is dropout(x).
+    (r, P). A core for each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x
+    is dropout(x).
     """
     m, k = x.shape
     left, right, p, q, r = unpacked(down, core, transposed)
@@ -351,7 +344,6 @@ def shrink(
     store_t = want_t or (want_u and read_t)
     t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
     u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
-    n_counters = 0 if counters is None else counters.numel()
     tiles, blocks = triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k)
     # A program that lets the next launch start must not leave its part of u to another.
     parts = 1 if config.overlap or config.whole_k else splits(tiles, blocks, x.device)
@@ -370,7 +362,6 @@ def shrink(
         right,
         x if t is None else t,
         x if u is None else u,
-        x if counters is None else counters,
         seed,
         partial,
         arrived,
@@ -391,7 +382,6 @@ def shrink(
             store_t,
             want_u,
             dropout is not None,
-            n_counters,
             parts > 1,
             by_row,
             config,

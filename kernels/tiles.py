@@ -14,7 +14,6 @@ MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 RELAY_RANK = 64  # padded(P) at most: relay holds rows of t beside its tile of y
 FEW_M = 32  # up to here one of decode does, which has at most SMALL_M
-N_COUNTERS = 32  # of core_grad: one per tile, one for all tiles together; a power of two
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,12 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
     loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k}
-    tiles = max(1, spec.pad_p // n) * max(1, spec.pad_q // n)
     return (
         all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
         and config.num_warps in (1, 2, 4, 8)
         and config.num_stages >= 1
         and spec.pad_p <= MAX_RANK
         and spec.pad_q <= MAX_RANK
-        and (spec.kernel != "core_grad" or tiles < N_COUNTERS)
         and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
         and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
         and (not config.overlap or target.name in TENSOR)

@@ -23,7 +23,6 @@ from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
 from fused_lowrank.kernels.tiles import (
     FEW_M,
-    N_COUNTERS,
     RELAY_RANK,
     SMALL_M,
     VARIANTS,
@@ -49,7 +48,7 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
-    flags: str  # stored: t, u and c(ounters); b(ias), d(ropout), s(plit over K); gradients a, b;
+    flags: str  # stored: t and u; b(ias), d(ropout), s(plit over K); gradients a and b;
     # m(any cores): one for each row or, w(eighted), two
     even_k: bool
     small: bool  # the tile for few rows; for fewer still in decode
@@ -91,7 +90,6 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         m = SMALL_M
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
-    counters = torch.empty(N_COUNTERS, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     dropout = (seed, 0.1) if "d" in case.flags else None
     if case.kernel == "gemm_tail":
@@ -112,7 +110,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         if "m" in case.flags:
             core_grad_rows(t, g, bank(core, m, case.flags), 0.5, choose)
             return
-        core_grad(t, g, core, 0.5, ("a" in case.flags, "b" in case.flags), counters, choose)
+        core_grad(t, g, core, 0.5, ("a" in case.flags, "b" in case.flags), choose)
         return
     if transposed:  # the way back: p is what x is multiplied down to
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
@@ -121,13 +119,12 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if "m" in case.flags:
         core = bank(core, m, case.flags)
     x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)
-    zeroed = counters if "c" in case.flags else None
     if case.kernel in ("decode", "relay"):
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
         factors, whole = (down, core, up), decode if case.kernel == "decode" else relay
-        whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, zeroed, choose)
+        whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, choose)
         return
     shrink(
         x,
@@ -137,7 +134,6 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         transposed,
         "t" in case.flags,
         "u" in case.flags,
-        zeroed,
         dropout,
         choose,
     )
@@ -166,13 +162,13 @@ def shrink_cases() -> Iterator[Case]:
         layouts: Layouts,
         ranks: Ranks,
         smalls: Iterable[bool] = (False,),
-        flags: str = "tuc",
+        flags: str = "tu",
     ) -> Iterator[Case]:
         product = itertools.product(factors, layouts, ranks, smalls)
         for (down, core), (layout, aligned), (p, q, r, even), small in product:
             yield Case("shrink", x, down, core, layout, aligned, p, q, r, flags, even, small)
 
-    # Storing t and u and clearing counters is the most a launch can do: it stands for all.
+    # Storing t and u is the most a launch can do: it stands for all.
     yield from some("bf16", [SAME], ALIGNED, FULL + PARTIAL)
     yield from some("bf16", [CORE], ALIGNED, FULL[:5] + PARTIAL[1:])
     yield from some("bf16", [SAME, CORE], UNALIGNED, ODD)
@@ -181,9 +177,9 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("bf16", [ALL], ALIGNED, [FULL[0], FULL[3], FULL[4]])
     yield from some("bf16", [ALL], UNALIGNED, ODD[2:])
     # Few row tiles share K among programs, which only adds to a launch.
-    yield from some("bf16", [CORE], ALIGNED, [FULL[1], FULL[4], PARTIAL[1]], flags="tucs")
-    yield from some("bf16", [CORE], UNALIGNED[:1] + STRIDED, ODD[1:3], flags="tucs")
-    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]], flags="tucs")
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1], FULL[4], PARTIAL[1]], flags="tus")
+    yield from some("bf16", [CORE], UNALIGNED[:1] + STRIDED, ODD[1:3], flags="tus")
+    yield from some("fp32", [ALL], ALIGNED, [FULL[1], FULL[4]], flags="tus")
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tuds")
     # The tile for few rows differs for P up to 64 alone; it shares K.
     yield from some("bf16", [SAME, ALL], ALIGNED, [FULL[1], PARTIAL[1]], (True,))
@@ -205,14 +201,14 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], ALIGNED[:1], [FULL[1], FULL[4]], flags="tud")
     yield from some("fp32", [ALL], STRIDED, [ODD[0], ODD[3]], flags="tud")
     # A core for each row is read where t lies, whatever made t; two, weighted, are the most.
-    yield from some("bf16", [CORE], ALIGNED, [FULL[0], FULL[1], FULL[4]], flags="tucmw")
-    yield from some("bf16", [CORE], UNALIGNED[1:] + STRIDED, [ODD[0], ODD[3]], flags="tucmw")
-    yield from some("bf16", [SAME], ALIGNED[:1], [FULL[4]], flags="tucmw")
-    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tucm")
+    yield from some("bf16", [CORE], ALIGNED, [FULL[0], FULL[1], FULL[4]], flags="tumw")
+    yield from some("bf16", [CORE], UNALIGNED[1:] + STRIDED, [ODD[0], ODD[3]], flags="tumw")
+    yield from some("bf16", [SAME], ALIGNED[:1], [FULL[4]], flags="tumw")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tum")
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tudsm")
-    yield from some("fp16", [CORE_16], STRIDED, [ODD[0]], flags="tucmw")
-    yield from some("fp32", [ALL], STRIDED, [ODD[3]], flags="tucmw")
-    for flags in ("tu", "u", "tc", "uc"):  # forward, inference, backward for the core, and for x
+    yield from some("fp16", [CORE_16], STRIDED, [ODD[0]], flags="tumw")
+    yield from some("fp32", [ALL], STRIDED, [ODD[3]], flags="tumw")
+    for flags in ("t", "u"):  # the backward where the core alone is trained, and inference
         yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
 
 
@@ -280,7 +276,7 @@ def relay_cases() -> Iterator[Case]:
 
     def some(x: str, down: str, core: str, ranks: list[tuple[int, int, int]]) -> Iterator[Case]:
         for (layout, aligned), (p, q, r) in itertools.product(ALIGNED, ranks):
-            yield Case("relay", x, down, core, layout, aligned, p, q, r, "tbc", True, False)
+            yield Case("relay", x, down, core, layout, aligned, p, q, r, "tb", True, False)
 
     yield from some("bf16", "bf16", "fp32", [(16, 16, 0), (64, 64, 0), (64, 64, 8), (48, 200, 0)])
     yield from some("bf16", "fp32", "fp32", [(64, 64, -1), (64, 200, 64)])
@@ -294,13 +290,13 @@ def decode_cases() -> Iterator[Case]:
         layouts: Layouts,
         ranks: Ranks,
         smalls: Iterable[bool] = (False,),
-        flags: str = "tcbs",
+        flags: str = "tbs",
     ) -> Iterator[Case]:
         product = itertools.product(factors, layouts, ranks, smalls)
         for (down, core), (layout, aligned), (p, q, r, even), small in product:
             yield Case("decode", x, down, core, layout, aligned, p, q, r, flags, even, small)
 
-    # Sharing K adds to a launch; so do t, the counters and a bias. P has what every target holds.
+    # Sharing K adds to a launch; so do t and a bias. P has what every target holds.
     both, few = (False, True), (True,)
     yield from some("bf16", [CORE], ALIGNED, [FULL[1], PARTIAL[1]], both)
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[2]], few)
@@ -312,9 +308,9 @@ def decode_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], STRIDED, [ODD[0]], few)
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
     # With many cores, on CUDA alone.
-    yield from some("bf16", [CORE], ALIGNED, [FULL[1]], flags="tcbsmw")
-    yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tcbsmw")
-    yield from some("fp32", [ALL], ALIGNED[:1], [FULL[0]], few, flags="tcbsmw")
+    yield from some("bf16", [CORE], ALIGNED, [FULL[1]], flags="tbsmw")
+    yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tbsmw")
+    yield from some("fp32", [ALL], ALIGNED[:1], [FULL[0]], few, flags="tbsmw")
 
 
 def dropped_cases() -> Iterator[Case]:
@@ -333,7 +329,7 @@ def variant_cases() -> Iterator[Case]:
                 common = (layout, aligned)
                 gemm = Case("gemm_tail", dtype, dtype, "", *common, 0, rank, 0, "b", True, False)
                 shrink = Case(
-                    "shrink", dtype, dtype, "fp32", *common, rank, rank, 0, "tuc", True, False
+                    "shrink", dtype, dtype, "fp32", *common, rank, rank, 0, "tu", True, False
                 )
                 for case in (gemm, shrink):
                     if case.kernel in tiles:
@@ -375,7 +371,7 @@ def sampled(count: int, seed: int) -> list[Case]:
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
         if kernel == "relay":
             layout, aligned = rng.choice(ALIGNED)
-            x, flags = rng.choice(("bf16", "fp16")), rng.choice(("", "t", "b", "c", "tbc"))
+            x, flags = rng.choice(("bf16", "fp16")), rng.choice(("", "t", "b", "tb"))
             p = rng.choice((16, 32, RELAY_RANK, rng.randint(1, RELAY_RANK)))
             most = RELAY_RANK // 2 if x == "fp16" and r > 0 else RELAY_RANK
             p, r = min(p, most), min(r, most)
@@ -384,10 +380,10 @@ def sampled(count: int, seed: int) -> list[Case]:
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
         if kernel == "decode":
             p = min(p, 32)  # what every target holds, for any dtype
-            flags, q = rng.choice(("b", "tc")) + rng.choice(("", "s")), p if r < 0 else q
+            flags, q = rng.choice(("b", "t", "tb")) + rng.choice(("", "s")), p if r < 0 else q
             flags += many(r)
             return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, True)
-        flags = rng.choice(("tu", "tud", "u", "ud", "tuc", "tc", "uc")) + rng.choice(("", "s"))
+        flags = rng.choice(("tu", "tud", "u", "ud", "t")) + rng.choice(("", "s"))
         flags += many(r)
         q = p if r < 0 else q
         return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)

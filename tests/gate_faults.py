@@ -23,8 +23,8 @@ from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
 GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)
 UNALIGNED = replace(GEMM, aligned=False)
-SHRINK = Case("shrink", "bf16", "bf16", "fp32", "forward", True, 64, 64, 8, "tuc", True, False)
-DECODE = replace(SHRINK, kernel="decode", flags="tcbs", small=True)
+SHRINK = Case("shrink", "bf16", "bf16", "fp32", "forward", True, 64, 64, 8, "tu", True, False)
+DECODE = replace(SHRINK, kernel="decode", flags="tbs", small=True)
 CORE_GRAD = Case("core_grad", "bf16", "bf16", "fp32", "forward", True, 16, 16, 0, "ab", True, False)
 
 

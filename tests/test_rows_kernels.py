@@ -90,12 +90,10 @@ def by_kernel(
             )
         if plan == "decode":
             y, t = decode_module.decode(
-                x, weight, down, core, up, bias, 0.5, transposed, True, None, choose
+                x, weight, down, core, up, bias, 0.5, transposed, True, choose
             )
         else:
-            t, u = shrink_module.shrink(
-                x, down, core, 0.5, transposed, True, True, None, None, choose
-            )
+            t, u = shrink_module.shrink(x, down, core, 0.5, transposed, True, True, None, choose)
             q = (table if right is None else right).shape[-1]
             assert not u[:, q:].any()
             y = u[:, :q]
@@ -184,7 +182,7 @@ def test_dropout(device: torch.device) -> None:
     made, rows = operands(device, dtype=torch.float64, other=torch.float64)
     core = rows(*(made[name] for name in ("table", "right", "weights", "scales")))
     dropout = torch.tensor([7], device=device), 0.5
-    call = made["x"], made["down"], core, 0.5, False, True, True, None
+    call = made["x"], made["down"], core, 0.5, False, True, True
     t, u = shrink_module.shrink(*call, dropout, choose)
     assert not torch.allclose(t, shrink_module.shrink(*call, None, choose)[0])
     assert torch.allclose(u[:, :25], through_rows(t, core, 0.5), rtol=1e-12, atol=1e-12)
@@ -256,10 +254,10 @@ def test_a_row_without_an_adapter_has_the_bits_of_a_zero_core(
     shared = [made["x"], made["down"], zero]
     if plan == "decode":
         shared[1:1] = [made["weight"]]
-        call = (*shared, made["up"], made["bias"], 0.5, False, True, None, choose)
+        call = (*shared, made["up"], made["bias"], 0.5, False, True, choose)
         expected = decode_module.decode(*call)[0]
     else:
-        call = (*shared, 0.5, False, True, True, None, None, choose)
+        call = (*shared, 0.5, False, True, True, None, choose)
         expected = shrink_module.shrink(*call)[1][:, :25]
     assert torch.equal(y[3], expected[3])
     assert y[0].isnan().all()
@@ -328,7 +326,7 @@ def test_slots_beyond_int32(device: torch.device) -> None:
         ),
         generations=torch.cat([small.generations.new_zeros(slots - SLOTS), small.generations]),
     )
-    call = 0.5, False, False, True, None, None, choose
+    call = 0.5, False, False, True, None, choose
     u, again = (
         shrink_module.shrink(made["x"], made["down"], core, *call)[1] for core in (small, far)
     )
@@ -368,10 +366,10 @@ def test_a_launch_does_not_depend_on_handles(
     if plan == "shrink":
         core = rows(*(made[name] for name in ("table", "right", "weights", "scales")))
         call = made["x"], made["down"], core, 0.5, False
-        t, u = module.shrink(*call, True, True, None, None, choose)
-        none, again = module.shrink(*call, False, True, None, None, choose)
+        t, u = module.shrink(*call, True, True, None, choose)
+        none, again = module.shrink(*call, False, True, None, choose)
         assert none is None
         assert torch.equal(u, again)
-        again, none = module.shrink(*call, True, False, None, None, choose)
+        again, none = module.shrink(*call, True, False, None, choose)
         assert none is None
         assert torch.equal(t, again)

@@ -6,7 +6,7 @@ import triton
 
 from fused_lowrank.kernels import shrink as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
-from fused_lowrank.kernels.tiles import N_COUNTERS, TileConfig
+from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.reference import Core, like, through_core
 from fused_lowrank.testing import measure
 
@@ -34,7 +34,6 @@ def launched(
     down: torch.Tensor,
     core: Core,
     transposed: bool = False,
-    counters: torch.Tensor | None = None,
     tile: TileConfig = TILE,
 ) -> Result:
     """(t, u) by the kernel, without u's padding."""
@@ -45,7 +44,7 @@ def launched(
         core = turned if isinstance(core, tuple) else turned[0] if turned else None
         down = down.t().contiguous()
     choose = lambda *_: tile  # noqa: E731
-    t, u = module.shrink(x, down, core, 0.5, transposed, True, True, counters, None, choose)
+    t, u = module.shrink(x, down, core, 0.5, transposed, True, True, None, choose)
     assert not u[:, q:].any()
     return t, u[:, :q]
 
@@ -69,12 +68,10 @@ def test_split_over_k(
     device: torch.device,
     monkeypatch,
 ) -> None:
-    """Whatever the number of programs: t and u, both kinds of counters at zero, the same bits."""
+    """Whatever the number of programs: t and u, the counters at zero, the same bits."""
     monkeypatch.setattr(module, "splits", lambda *_: asked)
     made = operands(device, core, p, dtype)
-    counters = torch.full((N_COUNTERS,), 7, dtype=torch.int32, device=device)
-    first = launched(**made, transposed=transposed, counters=counters)
-    assert not counters.any()
+    first = launched(**made, transposed=transposed)
     assert not arrivals(device).any()
     for i in (0, 1):
         errors = measure(
