@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fused_lowrank import planner, use_batch_invariance
-from fused_lowrank.costs import Pass
-from fused_lowrank.plans import PLANS, Split
+from fused_lowrank import use_batch_invariance
+from fused_lowrank.compute.operands import Problem, bucket
+from fused_lowrank.compute.plans import MEASURED, PLANS
 from fused_lowrank.testing import pinned_plan
 
 from .bank_cases import RANK, SCALE, BankCase, Batch
@@ -196,12 +196,12 @@ def no_graph(case: BankCase, device: torch.device) -> str | None:
 
 def no_plan(name: str, case: BankCase, device: torch.device) -> str | None:
     """Why a plan cannot compute a case; kernels that are interpreted are not timed."""
-    if isinstance(PLANS[name], Split) and device.type != "cuda":
+    if PLANS[name].ours and device.type != "cuda":
         return "needs a GPU"
     regular = device.type == "cuda" and case.k % 16 == 0
-    kind, size = (device, case.torch_dtype, planner.bucket(case.rows)), (case.k, case.k)
-    at = Pass(*kind, *size, RANK, RANK, False, regular, False, False, rows=True)
-    return PLANS[name].why_not(at)
+    kind, size = (device, case.torch_dtype, bucket(case.rows)), (case.k, case.k)
+    problem = Problem(*kind, *size, RANK, RANK, False, regular, False, False, by_row=True)
+    return PLANS[name].why_not(problem)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ BANK_PROVIDERS: dict[str, BankProvider] = {
         BankProvider("bank:handles", "method", by_handles),
         BankProvider("bank:layer", "method", inside),
         BankProvider("bank:invariant", "method", invariant, no_invariant),
-        *(BankProvider(name, "method", inside, plan=name) for name in PLANS),
+        *(BankProvider(name, "method", inside, plan=name) for name in MEASURED),
         BankProvider("graph", "method", graph, no_graph),
         BankProvider("gather-cores", "method", gather_cores),
         BankProvider("gather-lora", "lora", gather_pairs, too_large),

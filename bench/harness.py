@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fused_lowrank.reference import lowrank_linear_reference
+from fused_lowrank.compute.reference import lowrank_linear_reference
 from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case

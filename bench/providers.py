@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_lowrank import planner
-from fused_lowrank.costs import Pass
+from fused_lowrank.compute import choose, devices
+from fused_lowrank.compute.operands import Operands, Problem, bucket
+from fused_lowrank.compute.plans import MEASURED, PLANS
 from fused_lowrank.layers import METHODS
 from fused_lowrank.layers.base import LowRankLinear
-from fused_lowrank.plans import PLANS, Split, plan_names
 from fused_lowrank.testing import pinned_plan
 
 from .cases import Case
@@ -190,28 +190,29 @@ def no_compiler(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def passes(case: Case, device: torch.device) -> tuple[Pass, Pass]:
-    """The forward and the backward of a case, as the planner sees them."""
-    m, dropout = planner.bucket(case.rows), case.dropout > 0.0
+def passes(case: Case, device: torch.device) -> tuple[Problem, Problem]:
+    """The forward and the backward of a case, as plans are chosen for them."""
+    m, dropout = bucket(case.rows), case.dropout > 0.0
     regular = device.type == "cuda" and (case.k | case.n) % 16 == 0
     kind, p = (device, case.torch_dtype, m), case.p
-    forward = Pass(*kind, case.k, case.n, p, p, False, regular, dropout, False)
+    forward = Problem(*kind, case.k, case.n, p, p, False, regular, dropout, False)
     trains_down = case.method == "lora"
-    return forward, Pass(*kind, case.n, case.k, p, p, True, regular, dropout, trains_down)
+    flags = True, regular, dropout, trains_down
+    return forward, Problem(*kind, case.n, case.k, p, p, *flags)
 
 
 def planned(case: Case, device: torch.device) -> list[str]:
     """The plans that would be chosen on paper, forward and backward; "auto" for none."""
     x = torch.empty(1, case.k, device=device, dtype=case.torch_dtype).expand(case.rows, case.k)
-    if planner.small(x) and not case.dropout:
+    if choose.small(x) and not case.dropout:
         return ["auto", "auto"]
     pair = passes(case, device)
-    return [planner.decide(at, "auto", plan_names, None, "off").plans[0] for at in pair]
+    return [choose.decide(at, "auto", mode="off").plans[0] for at in pair]
 
 
 def no_plan(name: str, case: Case, device: torch.device) -> str | None:
     """Why a plan cannot compute a case; kernels that are interpreted are not timed."""
-    if isinstance(PLANS[name], Split) and device.type != "cuda":
+    if PLANS[name].ours and device.type != "cuda":
         return "needs a GPU"
     return next(filter(None, (PLANS[name].why_not(at) for at in passes(case, device))), None)
 
@@ -242,20 +243,25 @@ def bare(case: Case, tensors: Tensors) -> Call:
     return linear_of(tensors)
 
 
+NO_ADAPTER = None, None, None, None, 1.0  # down, core, up, bias, scale
+
+
 def our_gemm(plan: str) -> Callable[[Case, Tensors], Call]:
     """A builder of the bare layer by our own GEMM, which a plan can be no faster than."""
-    gemm = PLANS[plan].gemm_tail
+    gemm, tiles = PLANS[plan].up.run, PLANS[plan].tiles
 
     class Gemm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
             ctx.save_for_backward(weight)
-            return gemm(x, weight, None, None, None, False)  # type: ignore[arg-type]
+            operands = Operands(x, weight, *NO_ADAPTER)  # type: ignore[arg-type]
+            return gemm(operands, devices.tiles(x.device, tiles), None)
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
             (weight,) = ctx.saved_tensors
-            return gemm(dy, weight.t(), None, None, None, True), None  # type: ignore[arg-type]
+            operands = Operands(dy, weight.t(), *NO_ADAPTER, transposed=True)  # type: ignore
+            return gemm(operands, devices.tiles(dy.device, tiles), None), None
 
     def build(case: Case, tensors: Tensors) -> Call:
         return lambda x: Gemm.apply(x, tensors.weight)
@@ -297,7 +303,7 @@ PROVIDERS: dict[str, Provider] = {
             for plan in ("split", "split:deep", "split:narrow", "split:pointers")
         ),
         Provider("eager", "method", EAGER),
-        *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in PLANS),
+        *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in MEASURED),
         Provider("auto", "method", AUTO, own_mask=True),
         Provider("eager-lora", "lora", LORA),
         Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),

@@ -26,7 +26,7 @@ from bench.tables import (
     number,
     spread_line,
 )
-from fused_lowrank.plans import PLANS
+from fused_lowrank.compute.plans import PLANS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADLINE = 8  # cases in the README's table

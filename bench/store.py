@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fused_lowrank.planner import has_triton
+from fused_lowrank.compute.devices import HAS_TRITON
 
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def make_key(device: torch.device) -> Line:
     """What identifies a measurement. BENCH_COMMIT names the commit where there is no git."""
     gpu = device.type == "cuda"
     triton_version = "absent"
-    if has_triton():
+    if HAS_TRITON:
         import triton
 
         triton_version = triton.__version__

@@ -8,7 +8,8 @@ Importing this initialises no GPU and needs no Triton.
 from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .adapter_file import load_adapter, save_adapter
 from .bank import AdapterBank
-from .explain import explain
+from .config import use_batch_invariance
+from .explain import Explanation, explain
 from .export import export_lora
 from .functional import lowrank_linear
 from .layers import (
@@ -20,11 +21,11 @@ from .layers import (
     LoraXSLinear,
 )
 from .official import load_official_lora_xs
-from .planner import use_batch_invariance
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
+    "Explanation",
     "FusedLoraLinear",
     "FusedLoraMiniLinear",
     "FusedLoraXSLinear",

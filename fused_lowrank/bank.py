@@ -22,20 +22,22 @@ from torch import Tensor, nn
 
 from .adapt import require_adapted
 from .bank_input import (
+    Assigned,
+    Assignments,
+    Lines,
     Names,
     check_distinct,
     check_handles,
     check_weights,
     flattened,
-    known_slots,
 )
 from .bank_layers import attach, check_layers, index_of, new_shelf
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
+from .compute.reference import NONE, SLOT_BITS
 from .fingerprint import fingerprint_of
 from .layers.base import WEIGHT_DTYPES
-from .reference import NONE, SLOT_BITS
-from .routing import ACTIVE, Routing, Shelf, checkpoint_context, purge
+from .routing import Routing, Shelf, Use, checkpoint_context, purge
 
 if TYPE_CHECKING:
     from .bank_training import Trainable
@@ -84,6 +86,7 @@ class AdapterBank:
         self._retired: deque[tuple[int, int]] = deque()  # (slot, serial)
         self._serials = itertools.count()
         self._running: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
+        self._assignments = Assignments(self.device)
         self._fingerprints: dict[str, Tensor] = {}
         self._lock = threading.RLock()
         self._hooks = attach(model, self)
@@ -164,6 +167,7 @@ class AdapterBank:
         """Take an adapter out. Calls under way keep it; its slot is free after them."""
         with self._lock:
             self._known([name])
+            self._assignments.forget()
             self._retire([self._slot.pop(name)])
 
     def put(self, names: Sequence[str], cores: Cores, new: bool = True) -> None:
@@ -182,6 +186,8 @@ class AdapterBank:
             with self._lock:
                 old = self._replaced(names, new)  # another thread may have come first
                 self._slot.update(zip(names, slots, strict=True))
+                if old:  # a new name was not remembered, and changes no other
+                    self._assignments.forget()
         except BaseException:
             with self._lock:
                 self._free.extendleft(reversed(slots))
@@ -276,17 +282,17 @@ class AdapterBank:
         lines, flat = flattened(names)
         with self._lock:
             try:
-                slots = np.array([self._slot.get(name, NONE) for name in flat])  # type: ignore[arg-type]
+                look_up: Any = self._slot.get
+                slots = np.fromiter(map(look_up, flat, itertools.repeat(NONE)), np.int64, len(flat))
             except TypeError:  # one that cannot be looked up
                 slots = np.full(len(flat), NONE)
-            there = slots != NONE
-            if there.sum() + flat.count(None) < len(flat):
+            absent = int((slots == NONE).sum())
+            if absent and flat.count(None) < absent:
                 self._known([name for name in flat if name is not None])  # says which is not
-            handles = np.where(there, self._generation[slots] << SLOT_BITS | slots, NONE)
-        return torch.from_numpy(handles).to(self.device).view(lines, -1)
+            handles = self._generation[slots] << SLOT_BITS | slots  # NONE, all bits set, stays NONE
+        return torch.from_numpy(handles.reshape(lines, -1)).to(self.device)
 
-    @contextmanager
-    def use(self, names: Names, weights: Tensor | None = None) -> Iterator[None]:
+    def use(self, names: Names, weights: Tensor | None = None) -> Use:
         """Within it, calls of the model in this context use the named adapters.
 
         Args:
@@ -309,44 +315,35 @@ class AdapterBank:
             TypeError: handles that are not int64; weights that require a gradient.
             RuntimeError: at the end, where no layer of the model was called: it was another model.
         """
-        with self._routed(self, names, weights):
-            yield
+        return Use(self._begin, self, names, weights)
 
-    @contextmanager
-    def _routed(self, store: Any, names: Names, weights: Tensor | None) -> Iterator[Routing]:
+    def _begin(self, store: Any, names: Names, weights: Tensor | None) -> Routing:
+        """What a `use` that is entered now routes by."""
         with self._lock:
             routing = self._routing(store, names, weights)
             if store is self:
                 self._running[next(self._serials)] = routing
-        routing.outer = ACTIVE.get()
-        entered = ACTIVE.set(routing)
-        try:
-            yield routing
-        finally:
-            ACTIVE.reset(entered)
-        if routing.names and not routing.served:
-            raise RuntimeError(
-                "no layer of this bank's model was called inside bank.use: was it another model?"
-            )
+        return routing
 
     def _routing(self, store: Any, names: Names, weights: Tensor | None) -> Routing:
         if isinstance(names, Tensor):
-            routing = Routing(self.key, store, (), check_handles(names, self.device))
-        elif names is None:
-            none = torch.full((1, 1), NONE, device=self.device)
-            routing = Routing(self.key, store, (None,), none, bare=True)
+            handles = check_handles(names, self.device)
+            routing = Routing(self.key, store, (), handles, own=(handles,))
         elif isinstance(names, str) and store is self:
             (slot,) = self._known([names])
             routing = Routing(self.key, store, (names,), slot=slot)
         else:
-            lines = (names,) if isinstance(names, str) else tuple(names)
-            handles = store.handles(lines)
-            routing = Routing(self.key, store, lines, handles)  # type: ignore[arg-type]
-            if self.device.type == "cpu":  # on a GPU the kernels look, in the same launch
-                routing.known = known_slots(handles)
+            lines: Any = (names,) if names is None or isinstance(names, str) else tuple(names)
+            handles, known = store.assigned(lines)
+            routing = Routing(self.key, store, lines, handles, bare=names is None, known=known)
         if weights is not None:
             routing.weights = check_weights(weights, routing.handles)
+            routing.own = *routing.own, routing.weights
         return routing
+
+    def assigned(self, lines: Lines) -> Assigned:
+        """The handles of names for `use`, remembered; to be called under the lock."""
+        return self._assignments.of(lines, self.handles)
 
     def check(self) -> None:
         """Raise RuntimeError if a call since the last check met a handle that is not valid.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import planner
 from .adapt import adapted_layers
 from .bank_source import SHARED
 from .banked import Place
+from .compute.choose import isolates
 from .layers import LowRankLinear
 from .layers.base import is_sharded
 from .routing import Shelf, remember
@@ -41,7 +41,7 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
         if layer.routed is not None:
             raise ValueError(f"{name} is in a bank already: close() that first")
         # Probes the library, where this is a CPU.
-        planner.isolates(layer.impl, layer.weight, layer.down, layer.up)
+        isolates(layer.impl, layer.weight, layer.down, layer.up)
 
 
 def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
@@ -58,7 +58,7 @@ def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
 def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
     """Route the model's layers through the bank; the hooks to be removed at the end."""
     for name, layer in bank.layers.items():
-        layer.routed = Place(bank, name)
+        layer.routed = Place(bank, name, layer)
     holders = [m for m in model.modules() if not isinstance(m, LowRankLinear)]
     return [
         module.register_forward_pre_hook(remember, with_kwargs=True)

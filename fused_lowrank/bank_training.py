@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .reference import NONE
-from .routing import Shelf, purge
+from .bank_input import Assigned, Assignments
+from .compute.reference import NONE
+from .routing import Shelf, Use, purge
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -55,6 +56,7 @@ class Trainable:
         self.present: set[int] = set()  # the adapters whose gradient the next step will take
         self._index = {name: i for i, name in enumerate(self.names)}
         self._lines: Lines | str | None = ()  # of the last `use`
+        self._assignments = Assignments(bank.device)
         slots = torch.tensor(bank._known(self.names), device=bank.device)
         self.shelves = {layer: trained(shelf, slots) for layer, shelf in bank.shelves.items()}
         self.generations = torch.zeros(len(slots), dtype=torch.int32, device=bank.device)
@@ -88,7 +90,7 @@ class Trainable:
         if self.closed:
             raise RuntimeError("this training is closed: bank.trainable(names) starts another")
         lines = names if names is None or isinstance(names, str) else list(names)
-        with self.bank._routed(self, lines, None):
+        with Use(self.bank._begin, self, lines, None):
             self._lines = lines
             yield
 
@@ -98,6 +100,10 @@ class Trainable:
             raise ValueError("names is empty: it must have a name or None for each sequence")
         found = [NONE if name is None else self._find(name) for name in lines]
         return on_device(found, torch.int64, self.bank.device)[:, None]
+
+    def assigned(self, lines: Any) -> Assigned:
+        """The handles of names for `use`, remembered; to be called under the bank's lock."""
+        return self._assignments.of(lines, self.handles)
 
     def _find(self, name: Any) -> int:
         try:

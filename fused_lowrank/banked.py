@@ -10,15 +10,30 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from . import isolation, ops, planner
-from .functional import compute, prepared
+from . import config
+from .compute import autograd, choose, isolation
+from .compute.autograd import (
+    chain,
+    connect,
+    dropout_of,
+    fake_gradients,
+    fake_results,
+    fold,
+    gradients_of_op,
+    join,
+    places,
+    run_op,
+    there,
+)
+from .compute.operands import Operands
+from .compute.reference import AnyCore
+from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .reference import AnyCore
 from .routing import WRITTEN, Routing, current, remember_storage
 
 if TYPE_CHECKING:
@@ -30,72 +45,64 @@ OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotati
 class Place:
     """Where a layer stands in a bank; called by the layer instead of its own forward."""
 
-    def __init__(self, bank: AdapterBank, name: str) -> None:
+    def __init__(self, bank: AdapterBank, name: str, layer: LowRankLinear) -> None:
         self.bank, self.name = bank, name
+        self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         if layer.disabled:
             return layer.own(x)
         if torch.compiler.is_compiling():
             return self.compiled(layer, x)
-        if layer.training or torch.is_grad_enabled():
+        wants_grad = torch.is_grad_enabled()
+        if wants_grad or layer.training:
             remember_storage(x)
         routing = current(self.bank.key)
-        apart = planner.isolates(layer.impl, x, layer.down, layer.up)
-        if routing is None and (layer.merged or not apart):
+        isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"
+        core: AnyCore
+        if layer._original is not None and layer.merged:
+            if routing is not None:
+                raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
             return layer.own(x)
-        if layer.merged:
-            raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
-        dropout_p, scale = layer.dropout if layer.training else 0.0, 1.0
-        rows = None
         if routing is None:
-            a, b = first = factors_of(layer)
-            scale = layer.scale
-        elif routing.bare and not planner.INVARIANT[0]:
+            if not isolated:
+                return layer.own(x)
+            core, scale = layer.core_factors, layer.scale
+        elif routing.bare and not config.current().batch_invariance:
             return isolation.linear(x, layer.weight, layer.bias)
         elif routing.handles is None:
-            a, b = first = routing.one(self.name)
+            core, scale = join(*routing.one(self.name)), 1.0
         else:
-            rows = routing.rows(self.name, x.shape[:-1])
-            a, b = rows.table, rows.right
-            first = a[0], None if b is None else b[0]
-        quick = layer.impl == "auto" and not dropout_p and not torch.is_grad_enabled()
-        if quick and not apart and planner.small(x):
+            core, scale = routing.rows(self.name, x.shape[:-1]), 1.0
+        own = layer._parameters
+        dropout = (None, layer.dropout) if layer.dropout and layer.training else None
+        factors: Any = own["down"], core, own["up"], own["bias"], scale, dropout
+        operands = Operands(x, own["weight"], *factors)
+        if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
-                factors = layer.down, ops.join(a, b, rows), layer.up
-                return ops.small(x, layer.weight, *factors, layer.bias, 1.0)
+                return chain(operands)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
-        given = x, layer.weight, layer.down, *first, layer.up, layer.bias
-        x, w, bias = prepared(*given, scale, dropout_p)
-        rest = rows, scale, dropout_p, layer.impl
-        return compute(x, w, layer.down, a, b, layer.up, bias, *rest, apart=True)
+        return compute(prepared(operands), layer.impl, isolated)
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The same as library ops, whatever the routing will be."""
         dropout_p = layer.dropout if layer.training else 0.0
-        a, b = factors_of(layer)
-        operands = x, layer.weight, layer.down, a, b, layer.up, layer.bias
-        x, weight, bias = prepared(*operands, layer.scale, dropout_p)
+        a, b = places(layer.core_factors)
+        given = x, layer.weight, layer.down, layer.core_factors, layer.up, layer.bias, layer.scale
+        x, weight, down, _, up, bias, scale, *_ = prepared(Operands(*given))
         lead = x.shape[:-1]
         trained = self.bank.training
         shelf = None if trained is None else trained.shelves[self.name]
         tables = (None, None) if shelf is None else shelf[:2]
         factors = a, b, *tables
-        seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+        seed = draw_seed(x) if dropout_p else None
         impl = "aten" if layer.impl == "reference" else layer.impl
         want_t = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
         token = route(self.bank.key)
-        rest = token, self.name, lead, seed, layer.scale, dropout_p, impl
-        folded = ops.fold(x)
-        y, _ = banked(folded, weight, layer.down, *factors, layer.up, bias, *rest, want_t)
+        rest = token, self.name, lead, seed, scale, dropout_p, impl
+        y, _ = banked(fold(x), weight, down, *factors, up, bias, *rest, want_t)
         return y.view(*lead, y.shape[-1])
-
-
-def factors_of(layer: LowRankLinear) -> tuple[OptTensor, OptTensor]:
-    """The layer's own core in its two places."""
-    own = layer.core_factors
-    return own if isinstance(own, tuple) else (own, None)
 
 
 # --- the ops of a compiled graph ---
@@ -146,12 +153,12 @@ def resolve(
     """What a token stands for, at one layer."""
     number, version = token.tolist()
     if number == OUTSIDE:
-        return Banked(ops.join(a, b), scale, "own")
+        return Banked(join(a, b), scale, "own")
     routing = ROUTINGS[number]
     if routing.version != version:
         raise RuntimeError(WRITTEN)
     if routing.handles is None:
-        return Banked(ops.join(*routing.one(name)), 1.0, "")
+        return Banked(join(*routing.one(name)), 1.0, "")
     rows = routing.rows(name, lead)
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")
@@ -182,18 +189,15 @@ def banked(
 ) -> tuple[Tensor, Tensor]:
     """(y, t), as `fused_lowrank::forward` gives them, by the routing that the token stands for."""
     what = resolve(token, name, lead, a, b, trained_a, trained_b, scale)
-    if planner.isolates(impl, x, down, up):
+    factors = down, what.core, up, bias, what.scale, dropout_of(seed, dropout_p)
+    if choose.isolates(impl, x, down, up):
         impl = "isolated"
-    operands = x, weight, down, what.core, up, bias, seed, what.scale, dropout_p, impl
-    y, t = ops.forward(*operands, want_t)
-    return y, x.new_empty(0) if t is None else t
+    return run_op(Operands(x, weight, *factors), impl, want_t)
 
 
 @banked.register_fake
-def _(x, weight, down, *rest):  # type: ignore[no-untyped-def]
-    want_t = rest[-1]
-    t = x.new_empty((x.shape[0], down.shape[0]) if want_t else 0)
-    return x.new_empty((x.shape[0], weight.shape[0])), t
+def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
+    return fake_results(x, weight, down, others[-1])
 
 
 class Needs(NamedTuple):
@@ -236,52 +240,24 @@ def banked_backward(
     what = resolve(token, name, lead, a, b, trained_a, trained_b, scale)
     pairs = {"own": (need.a, need.b), "trained": (need.trained_a, need.trained_b)}
     wanted = pairs.get(what.factors, (False, False))
-    inner = ops.Needs(need.x, need.weight, need.down, *wanted, need.up, need.bias)
-    if planner.isolates(impl, dy, down, up):
+    inner = autograd.Needs(need.x, need.weight, need.down, *wanted, need.up, need.bias)
+    if choose.isolates(impl, dy, down, up):
         impl = "isolated"
-    operands = dy, t, x, weight, down, what.core, up, seed, what.scale, dropout_p, impl
-    dx, dweight, ddown, da, db, dup, dbias = ops.backward(*operands, inner)
+    rest = down, what.core, up, None, what.scale, dropout_of(seed, dropout_p)
+    grads = gradients_of_op(dy, t, Operands(x, weight, *rest), impl, inner)
+    dx, dweight, ddown, da, db, dup, dbias = grads
     both = {"own": (da, db, None, None), "trained": (None, None, da, db)}
     factors = both.get(what.factors, (None,) * 4)
     for i, (operand, wants) in enumerate(zip((a, b, trained_a, trained_b), need[3:7], strict=True)):
         if wants and factors[i] is None:
             assert operand is not None
             factors = (*factors[:i], torch.zeros_like(operand), *factors[i + 1 :])
-    grads = dx, dweight, ddown, *factors, dup, dbias
-    return [dy.new_empty(0) if grad is None else grad for grad in grads]
+    return there((dx, dweight, ddown, *factors, dup, dbias), dy)
 
 
 @banked_backward.register_fake
-def _(dy, t, x, weight, down, *rest):  # type: ignore[no-untyped-def]
-    (*factors, up), needs = rest[:5], rest[-1]
-    m, n = dy.shape
-    k = down.shape[1]
-    dx, dweight, dbias = dy.new_empty((m, k)), dy.new_empty((n, k)), dy.new_empty(n)
-    like = dx, dweight, down, *factors, up, dbias
-    return [
-        torch.empty_like(operand) if need else dy.new_empty(0)
-        for need, operand in zip(needs, like, strict=True)
-    ]
+def _(dy, t, x, weight, *others):  # type: ignore[no-untyped-def]
+    return fake_gradients(dy, others[:6], others[-1])
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, down, a, b, trained_a, trained_b, up, _, token, *rest, want_t = inputs
-    needs = Needs(*ctx.needs_input_grad[:9])
-    name, lead, seed, *numbers = rest
-    kept = ops.saved(needs, output[1] if want_t else None, x, weight)
-    ctx.save_for_backward(*kept, down, a, b, trained_a, trained_b, up, token, seed)
-    ctx.needs, ctx.rest = needs, (name, lead, numbers)
-    ctx.set_materialize_grads(False)
-
-
-def _op_backward(ctx, dy, dt):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 17
-    *operands, seed = ctx.saved_tensors
-    name, lead, numbers = ctx.rest
-    grads = banked_backward(dy, *operands, name, lead, seed, *numbers, list(ctx.needs))
-    wanted = [grad if need else None for need, grad in zip(ctx.needs, grads, strict=True)]
-    return (*wanted, *[None] * 8)
-
-
-banked.register_autograd(_op_backward, setup_context=_setup_context)
+connect(banked, banked_backward, count=9)

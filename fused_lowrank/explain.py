@@ -2,29 +2,91 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
 
-from . import costs, planner, plans, tuning
-from .costs import Pass
+import torch
+from torch import Tensor
+
+from . import config
+from .compute import choose, costs, devices, measured
+from .compute.operands import Problem, bucket
+from .compute.plans import PLANS
+from .compute.steps_kernels import spec_of
 from .layers.base import LowRankLinear
 
 
-def explain(layer: LowRankLinear, rows: int) -> None:
-    """Print how a training step of the layer on `rows` rows is computed, and what that costs.
+@dataclass(frozen=True)
+class PassExplained:
+    """One pass of a step: the forward's, or the backward's to dx."""
+
+    problem: Problem
+    plan: str  # its name
+    why: str
+    others: tuple[str, ...]  # the plans that would take its place, the best first
+    cost: costs.Cost  # on paper
+    floor: costs.Cost  # the least that the adapted layer could take on this device
+    bare: costs.Cost  # and the bare one
+    tiles: tuple[tuple[str, Any], ...]  # (kernel, its tile)
+
+    def __str__(self) -> str:
+        way = "backward" if self.problem.transposed else "forward"
+        figures = [
+            f"{cost.operations / 1e9:.3f} GFLOP, {cost.bytes / 1e6:.3f} MB, "
+            f"{cost.seconds * 1e3:.4f} ms"
+            for cost in (self.cost, self.floor)
+        ]
+        said = [
+            f"{way}: {self.plan}, {self.cost.launches} launches; rows up to {self.problem.m}",
+            f"  why: {self.why}",
+            f"  on paper: {figures[0]}; floor {figures[1]}; "
+            f"bare layer {self.bare.seconds * 1e3:.4f} ms",
+        ]
+        if self.others:
+            times = [
+                f"{name} {choose.predict(PLANS[name], self.problem).seconds * 1e3:.4f}"
+                for name in self.others
+            ]
+            said.append(f"  others on paper, ms: {', '.join(times)}")
+        return "\n".join([*said, *(f"  {kernel}: {tile}" for kernel, tile in self.tiles)])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a training step of a layer is computed. `print` it, or read its parts."""
+
+    layer: str  # what it is, and of how many rows the step
+    note: str  # where no plan is chosen: what happens instead
+    passes: tuple[PassExplained, ...]  # forward, then backward; none where no plan is chosen
+
+    def __str__(self) -> str:
+        return "\n".join([self.layer, *([self.note] if self.note else []), *map(str, self.passes)])
+
+    __repr__ = __str__
+
+
+def explain(layer: LowRankLinear, rows: int) -> Explanation:
+    """How a training step of the layer on `rows` rows is computed in this context, and its cost.
 
     For the forward and the backward: the plan, why it is taken, the tiles of its kernels, and on
     paper its operations, bytes and time, beside the least that the adapted layer and the bare one
     could take on this device. The GPU's times on paper are predictions, not measurements. Nothing
-    is computed or measured, and what is said is what a call will do.
+    is computed or measured; the plans are chosen by the very call by which a step's are, under the
+    same `config.use` and batch invariance. Of a layer in a bank it is a step in which each row has
+    an adapter of its own.
 
     Args:
         layer: a fused layer (`FusedLoraXSLinear`, …).
         rows: M, the product of x's leading dimensions; x is taken to be contiguous and of the
             weight's dtype.
 
+    Returns:
+        An `Explanation`, which prints itself.
+
     Raises:
         TypeError: the layer is not a low-rank layer.
-        ValueError: fewer than one row.
+        ValueError: fewer than one row; a plan in `config.use` that is none.
+        RuntimeError: the plan in `config.use`, or batch invariance, cannot compute the step.
     """
     if not isinstance(layer, LowRankLinear):
         raise TypeError(f"layer is a {type(layer).__name__}: it must be a fused low-rank layer")
@@ -32,47 +94,57 @@ def explain(layer: LowRankLinear, rows: int) -> None:
         raise ValueError(f"rows is {rows}: it must be at least 1")
     (n, k), p, q = layer.weight.shape, layer.down.shape[0], layer.up.shape[1]
     device, dtype = layer.weight.device, layer.weight.dtype
-    print(
+    banked = ", in a bank: each row has an adapter of its own" if layer.routed is not None else ""
+    name = (
         f"{type(layer).__name__} {k} → {n}, P = {p}, Q = {q}, {str(dtype).removeprefix('torch.')} "
-        f"on {tuning.device_name(device)}, {rows} rows"
+        f"on {measured.device_name(device)}, {rows} rows{banked}"
     )
-    if layer.merged or layer.disabled:
-        print("the adapter is merged or disabled: this is the bare layer")
-        return
     x = torch.empty(1, k, dtype=dtype, device=device).expand(rows, k)
-    if layer.impl == "reference":
-        print("the equation in plain torch: no plan is chosen")
-        return
-    if layer.impl == "auto" and planner.small(x) and not layer.dropout:
-        print("a chain of library operations: on a CPU the host's work is most of so small a call")
-        return
+    if note := why_no_plan(layer, x):
+        return Explanation(name, note, ())
     dropout, trains_down = layer.dropout > 0.0, layer.down.requires_grad
-    for back in (False, True):
-        sizes = (n, k, q, p) if back else (k, n, p, q)
-        regular = planner.has_kernels(device) and (k | n) % 16 == 0
-        at = Pass(device, dtype, planner.bucket(rows), *sizes, back, regular, dropout,
-                  back and trains_down)  # fmt: skip
-        print("\n".join(lines(at, layer.impl)))
+    impl = layer.impl
+    if layer.routed is not None and choose.isolates(impl, x, layer.down, layer.up):
+        impl = "isolated"
+    regular = devices.has_kernels(device) and (k | n) % 16 == 0
+    passes = []
+    for transposed in (False, True):
+        sizes = (n, k, q, p) if transposed else (k, n, p, q)
+        want_u, by_row = transposed and trains_down, layer.routed is not None
+        flags = transposed, regular, dropout, want_u, by_row
+        passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
+    return Explanation(name, "", tuple(passes))
 
 
-def lines(at: Pass, impl: str) -> list[str]:
+def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
+    """Why no plan is chosen for a call of x; empty where one is."""
+    if layer.merged or layer.disabled:
+        return "the adapter is merged or disabled: this is the bare layer"
+    if layer.impl == "reference":
+        return "the equation in plain torch: no plan is chosen"
+    # A bank takes the chain where no gradient is wanted; of a training step, as here, it never is.
+    if layer.routed is None and layer.impl == "auto" and not layer.dropout and choose.small(x):
+        return "a chain of library operations: on a CPU the host's work is most of so small a call"
+    return ""
+
+
+def of_pass(problem: Problem, impl: str) -> PassExplained:
     """What there is to say of one pass."""
-    decision = planner.CHOSEN.get((at, impl)) or planner.decide(at, impl, plans.plan_names, None)
-    name = decision.plans[0]
-    cost, floor, bare = costs.predict(name, at), costs.least(at), costs.least(at, adapted=False)
-    way = "backward" if at.back else "forward"
-    said = [
-        f"{way}: {name}, {cost.launches} launches; rows up to {at.m}",
-        f"  why: {decision.why}",
-        f"  on paper: {cost.operations / 1e9:.3f} GFLOP, {cost.bytes / 1e6:.3f} MB, "
-        f"{cost.seconds * 1e3:.4f} ms; floor {floor.operations / 1e9:.3f} GFLOP, "
-        f"{floor.bytes / 1e6:.3f} MB, {floor.seconds * 1e3:.4f} ms; "
-        f"bare layer {bare.seconds * 1e3:.4f} ms",
-    ]
-    others = [
-        f"{other} {costs.predict(other, at).seconds * 1e3:.4f}" for other in decision.plans[1:]
-    ]
-    if others:
-        said.append(f"  others on paper, ms: {', '.join(others)}")
-    said += [f"  {kernel}: {tile}" for kernel, tile in plans.PLANS[name].tiles(at)]
-    return said
+    settings = config.current()
+    decision = choose.choose(problem, impl, settings)
+    plan = PLANS[decision.plans[0]]
+    tiles: tuple[tuple[str, Any], ...] = ()
+    if plan.ours:
+        of = devices.tiles(problem.device, plan.tiles, settings.tiles)
+        kernels = [kernel for step in plan.steps for kernel in step.kernels]
+        tiles = tuple((kernel, of(spec_of(kernel, problem), problem.m)) for kernel in kernels)
+    return PassExplained(
+        problem,
+        plan.name,
+        decision.why,
+        decision.plans[1:],
+        choose.predict(plan, problem),
+        costs.least(problem),
+        costs.least(problem, adapted=False),
+        tiles,
+    )

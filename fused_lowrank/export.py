@@ -35,9 +35,9 @@ from .adapter_file import (
 )
 from .bank import AdapterBank
 from .bank_source import holds
+from .compute.reference import Core
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
-from .reference import Core
 from .targets import matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -5,11 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import isolation, ops, planner
-from .dropout import kept
-from .reference import TORCH, Core, Rows, lowrank_linear_reference
+from . import config
+from .compute import choose, isolation
+from .compute.autograd import Call, LowRankFunction, chain, fold, forward_op, places
+from .compute.dropout import kept
+from .compute.operands import Operands
+from .compute.reference import TORCH, Core, Products, Rows, lowrank_linear_reference
+from .compute.run import no_autocast, run, under_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OPERANDS = ("weight", "down", "core", "core", "up", "bias")  # as the messages name them
 
 
 def lowrank_linear(
@@ -44,8 +49,8 @@ def lowrank_linear(
         dropout_p: probability with which an element of x is zeroed on the low-rank path, while
             `training`, taken to the nearest 2⁻¹⁶.
         training: whether dropout is on.
-        impl: "auto", "triton", "aten" or "reference"; see `fused_lowrank.planner`. Within it the
-            plan is chosen by the sizes and the device: `fused_lowrank.explain` says which.
+        impl: "auto", "triton", "aten" or "reference"; see `fused_lowrank.compute.choose`. Within it
+            the plan is chosen by the sizes and the device: `fused_lowrank.explain` says which.
         seed: int64 (1,) on x's device, from which the dropout's mask is made; by default it is
             drawn from the device's generator.
 
@@ -62,91 +67,82 @@ def lowrank_linear(
         RuntimeError: impl="triton" where the kernels cannot run; a second differentiation
             (impl="reference" can be differentiated twice).
     """
-    a, b = split(core)
-    x, weight, bias = prepared(x, weight, down, a, b, up, bias, scale, dropout_p)
-    if seed is not None:
-        check_seed(seed, x)
-    dropout_p = dropout_p if training else 0.0
-    if impl == "auto" and not dropout_p and planner.small(x):
-        return ops.small(x, weight, down, ops.join(a, b), up, bias, scale)
-    return compute(x, weight, down, a, b, up, bias, None, scale, dropout_p, impl, seed)
+    dropout = (seed, dropout_p) if training and dropout_p else None
+    operands = prepared(Operands(x, weight, down, paired(core), up, bias, scale, dropout))
+    check_dropout(dropout_p, seed, x)
+    if impl == "auto" and dropout is None and choose.small(operands.x):
+        return chain(operands)
+    return compute(operands, impl)
 
 
-def prepared(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    up: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x, weight, bias) in autocast's dtype, where it is on, of operands that fit together."""
+def prepared(operands: Operands) -> Operands:
+    """The operands in autocast's dtype, where it is on, if they fit together.
+
+    Raises as `lowrank_linear` does.
+    """
     try:
-        if ops.under_autocast(x):
-            x, weight, bias = autocast(x, weight, bias)
-        check(x, weight, down, a, b, up, bias, scale, dropout_p)
+        if under_autocast(operands.x):
+            operands = autocast(operands)
+        check(operands)
     except AttributeError:
-        check_kinds(x=x, weight=weight, down=down, core=a, up=up, bias=bias)
+        check_kinds(operands)
         raise
-    return x, weight, bias
+    return operands
 
 
-def compute(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    up: Tensor,
-    bias: Tensor | None,
-    rows: Rows | None,
-    scale: float,
-    dropout_p: float,
-    impl: str,
-    seed: Tensor | None = None,
-    apart: bool = False,
-) -> Tensor:
+def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tensor:
     """`lowrank_linear` of operands that have been checked, by the implementation asked for.
 
-    With `rows` the core's two places hold its tables. Where there are `rows`, or `apart` is set, no
-    row's NaN or Inf reaches another.
+    x (..., K) may have any leading dimensions; a dropout's seed may be None, and is then drawn.
+    `isolated` says whether products are padded so that no row's NaN or Inf reaches another; None:
+    where there is a core for each row and this CPU's library needs it.
     """
-    impl = planner.implementation(impl, x, down.shape[0], up.shape[1])
+    x, weight, down, core, up, bias, scale, dropout, _ = operands
+    rows = core if isinstance(core, Rows) else None
+    impl = choose.implementation(impl, x, down.shape[0], up.shape[1])
     products = TORCH
-    if (rows is not None or apart) and planner.isolates(impl, x, down, up):
+    if isolated is None:
+        isolated = rows is not None and choose.isolates(impl, x, down, up)
+    if isolated:
         impl, products = ("reference" if impl == "reference" else "isolated"), isolation.PRODUCTS
     if impl == "reference":
-        if not dropout_p:
-            low = None
-        elif seed is None:
+        return by_reference(operands, products)
+    # Whoever needs the mask makes it from this, forward and backward.
+    seed, dropout_p = (None, 0.0) if dropout is None else dropout
+    if dropout is not None and seed is None:
+        seed = draw_seed(x)
+    a, b = places(core)
+    tensors = x, weight, down, a, b, up, bias
+    wants_grad = torch.is_grad_enabled() and any(
+        operand is not None and operand.requires_grad for operand in tensors
+    )
+    if torch.compiler.is_compiling():
+        want_t = wants_grad and any(f is not None and f.requires_grad for f in (a, b, up))
+        y, _ = forward_op(fold(x), *tensors[1:], seed, scale, dropout_p, impl, want_t)
+    elif wants_grad:
+        call = Call(scale, dropout_p, impl, config.current(), rows)
+        return LowRankFunction.apply(call, *tensors, seed)
+    else:
+        dropout = None if seed is None else (seed, dropout_p)
+        folded = Operands(fold(x), weight, down, core, up, bias, scale, dropout)
+        y = run(folded, impl, config.current(), False, False).y
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def by_reference(operands: Operands, products: Products) -> Tensor:
+    """y by the equation in plain torch."""
+    x, weight, down, core, up, bias, scale, dropout, _ = operands
+    low = None
+    if dropout is not None:
+        seed, dropout_p = dropout
+        if seed is None:
             low = torch.nn.functional.dropout(x, dropout_p)
         else:
             low = x * kept(x, seed, dropout_p) / (1.0 - dropout_p)
-        with ops.no_autocast(x):
-            core = ops.join(a, b, rows)
-            return lowrank_linear_reference(
-                x, weight, down, core, up, bias, scale=scale, low=low, products=products
-            )
-    # Whoever needs the mask makes it from this, forward and backward.
-    seed = (draw_seed(x) if seed is None else seed) if dropout_p else None
-    operands = (x, weight, down, a, b, up, bias)
-    rest = seed, scale, dropout_p, impl
-    wants_grad = torch.is_grad_enabled() and any(
-        operand is not None and operand.requires_grad for operand in operands
-    )
-    if wants_grad and not torch.compiler.is_compiling():
-        return ops.LowRankLinear.apply(*operands, *rest, rows)
-    if torch.compiler.is_compiling():
-        folded = (ops.fold(x), *operands[1:])
-        want_t = wants_grad and any(f is not None and f.requires_grad for f in (a, b, up))
-        y, _ = ops.forward_op(*folded, *rest, want_t)
-    else:
-        core = ops.join(a, b, rows)
-        y, _ = ops.forward(ops.fold(x), weight, down, core, up, bias, *rest, False)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    with no_autocast(x):
+        return lowrank_linear_reference(
+            x, weight, down, core, up, bias, scale=scale, low=low, products=products
+        )
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -154,8 +150,12 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**62, (1,), device=x.device)
 
 
-def check_seed(seed: Tensor, x: Tensor) -> None:
-    """Raise unless the seed is such as `draw_seed` makes."""
+def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless these are a probability and, or None, a seed as `draw_seed` makes."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: it must be at least 0 and below 1")
+    if seed is None:
+        return
     if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device:
         raise ValueError(
             f"seed is {shape(seed)} of {seed.dtype} on {seed.device}: it must be (1,) of "
@@ -163,44 +163,41 @@ def check_seed(seed: Tensor, x: Tensor) -> None:
         )
 
 
-def split(core: Any) -> tuple[Any, Any]:
-    """The core's two places in an op's signature: (core, None), or the pair."""
+def paired(core: Any) -> Any:
+    """The core as `Operands` have it: a pair that was given as a list is a tuple."""
     if not isinstance(core, tuple | list):
-        return core, None
+        return core
     if len(core) != 2 or not all(isinstance(factor, Tensor) for factor in core):
         kinds = ", ".join(type(factor).__name__ for factor in core)
         raise TypeError(f"core is ({kinds}): it must be a tensor, a pair of tensors or None")
-    return core[0], core[1]
+    return tuple(core)
 
 
-def check_kinds(**operands: Any) -> None:
+def check_kinds(operands: Operands) -> None:
     """Raise a TypeError, naming the argument, for an operand that is no tensor."""
-    for name, operand in operands.items():
+    for name in ("x", "weight", "down", "core", "up", "bias"):
+        operand = getattr(operands, name)
+        if name == "core":
+            operand, _ = places(operand)
         if not isinstance(operand, Tensor) and not (operand is None and name in ("core", "bias")):
             raise TypeError(f"{name} is a {type(operand).__name__}: it must be a tensor")
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype, as torch's own linear takes them; fp64 stays."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
+def autocast(operands: Operands) -> Operands:
+    """x, weight and bias in autocast's dtype, as torch's own linear takes them; fp64 stays."""
+    dtype = torch.get_autocast_dtype(operands.x.device.type)
+    x, weight, bias = (
         tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in tensors
+        for tensor in (operands.x, operands.weight, operands.bias)
     )
+    return operands._replace(x=x, weight=weight, bias=bias)
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    up: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> None:
+def check(operands: Operands) -> None:
     """Raise, naming the argument, what it is and what it must be, if the operands do not fit."""
+    x, weight, down, core, up, bias, scale, _, _ = operands
+    a, b = places(core)
+    of_rows = isinstance(core, Rows)  # a and b are tables then, of factors
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         dtype_error(x, weight)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -217,8 +214,11 @@ def check(
         if p != q:
             raise ValueError(f"core is None, but down has P={p} and up has Q={q}: they must agree")
     elif b is None:
-        if a.shape != (p, q):
+        if (a.shape[1:] if of_rows else a.shape) != (p, q):
             raise ValueError(f"core is {shape(a)}: it must be ({p}, {q}), as down and up say")
+    elif of_rows:
+        if a.shape[1] != p or b.shape[1:] != (a.shape[2], q):
+            raise ValueError(f"tables are {shape(a)}·{shape(b)}: they must be of ({p}, r)·(r, {q})")
     elif a.dim() != 2 or b.dim() != 2 or a.shape[0] != p or b.shape != (a.shape[1], q):
         raise ValueError(f"core is {shape(a)}·{shape(b)}: it must be ({p}, r)·(r, {q})")
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
@@ -227,13 +227,7 @@ def check(
         )
     if not isinstance(scale, int | float):
         raise TypeError(f"scale is {scale!r}: it must be a number")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}: it must be at least 0 and below 1")
-    for name, operand in zip(
-        ("weight", "down", "core", "core", "up", "bias"),
-        (weight, down, a, b, up, bias),
-        strict=True,
-    ):
+    for name, operand in zip(OPERANDS, (weight, down, a, b, up, bias), strict=True):
         if operand is not None:
             if operand.device != device:
                 raise ValueError(f"{name} is on {operand.device}, but x on {device}: move one")

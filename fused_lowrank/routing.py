@@ -9,11 +9,12 @@ module on it again, and the routing is found by it.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .reference import Rows
+from .compute.reference import Rows
 
 
 class Shelf(NamedTuple):
@@ -53,40 +54,52 @@ class Routing:
     bare: bool = False  # all of the call is declared to be the base model's
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
-    known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles that were just made
+    known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles, where they are known
+    own: tuple[Tensor, ...] = ()  # what the caller may write to, of the handles and the weights
     _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _repeat: tuple[tuple[int, ...] | None, int] = (None, 0)  # of the last lead
 
     @property
     def version(self) -> int:
         """It rises when the caller writes to the handles or the weights."""
-        own = (self.handles, self.weights)
-        return sum(t._version for t in own if t is not None and not t.is_inference())
+        version = 0
+        for tensor in self.own:
+            if not tensor.is_inference():
+                version += tensor._version
+        return version
 
     def rows(self, layer: str, lead: Sequence[int]) -> Rows:
         """The cores for the rows of x, which is (*lead, K)."""
+        last, repeat = self._repeat
+        if last != lead:
+            repeat = self._repeated(layer, lead)
+            self._repeat = tuple(lead), repeat  # in one: a call on another thread may come between
+        store = self.store
+        table, right, scales = store.shelves[layer]
+        return Rows(
+            table,
+            right,
+            self.handles,  # type: ignore[arg-type]
+            self.weights,
+            scales,
+            store.generations,
+            store.refused,
+            repeat,
+            self,
+            self.known,
+        )
+
+    def _repeated(self, layer: str, lead: Sequence[int]) -> int:
+        """The rows to a line."""
         assert self.handles is not None
-        lines, count = self.handles.shape[0], 1
-        for size in lead:
-            count *= size
+        lines, count = self.handles.shape[0], math.prod(lead)
         if count != lines and (not lead or lead[0] % lines):
             raise ValueError(
                 f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but bank.use "
                 f"was given {lines} adapters: x must have a row for each, or its first dimension "
                 "must be the sequences, as many to each"
             )
-        (table, right, scales), store = self.store.shelves[layer], self.store
-        return Rows(
-            table,
-            right,
-            self.handles,
-            self.weights,
-            scales,
-            store.generations,
-            store.refused,
-            count // lines,
-            self,
-            self.known,
-        )
+        return count // lines
 
     def one(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """The core of the one adapter, times its scale: copies, whatever becomes of its slot."""
@@ -102,6 +115,7 @@ class Routing:
 
 
 ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)
+graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
 
 
 def find(head: Routing | None, key: int) -> Routing | None:
@@ -116,11 +130,42 @@ def current(key: int) -> Routing | None:
 
     Raises RuntimeError where a checkpoint recomputes a call and nothing says what its routing was.
     """
-    task = torch._C._current_graph_task_id()
-    routing = outer = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
+    task = graph_task()
+    routing = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
+    outer = routing
     while outer is not None and not outer.served:
         outer.served, outer = True, find(outer.outer, key)
     return routing
+
+
+class Use(ContextDecorator, AbstractContextManager[None]):
+    """Calls within it have the routing that `begin` gives; it can be entered again after its end.
+
+    A class, for a generator costs more at each call of a model.
+    """
+
+    def __init__(self, begin: Callable[..., Routing], *given: Any) -> None:
+        self._begin, self._given = begin, given
+        self._entered: tuple[Routing, Token[Routing | None]] | None = None
+
+    def _recreate_cm(self) -> Use:  # a decorated function may be called within itself
+        return Use(self._begin, *self._given)
+
+    def __enter__(self) -> None:
+        if self._entered is not None:
+            raise RuntimeError("this use was entered already: make another by bank.use(names)")
+        routing = self._begin(*self._given)
+        routing.outer = ACTIVE.get()
+        self._entered = routing, ACTIVE.set(routing)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._entered is not None
+        (routing, token), self._entered = self._entered, None  # whoever keeps this keeps no slot
+        ACTIVE.reset(token)
+        if kind is None and routing.names and not routing.served:
+            raise RuntimeError(
+                "no layer of this bank's model was called inside bank.use: was it another model?"
+            )
 
 
 # --- recomputation ---
@@ -137,24 +182,52 @@ WRITTEN = (
 PURGE = 256  # memories at which those of storages that are gone are dropped
 
 
+Others = tuple[tuple[weakref.ref["Routing"], int], ...]
+
+
 class Memory(NamedTuple):
     """With which routing a module was called on a storage."""
 
     storage: StorageWeakRef
     routing: weakref.ref[Routing] | None  # None: outside `bank.use`
     kept: Routing | None  # where autograd keeps none: a reentrant checkpoint runs without gradients
-    certain: bool  # it was always the same while the storage lived
+    certain: bool  # it was always the same, and unwritten to, since the last one was gone
     version: int  # of the routing then
+    others: Others  # routings of earlier calls, which may yet be recomputed, and their versions
 
     @property
     def alive(self) -> bool:
         """Whether a routed call on the storage may still be recomputed."""
         return self.routing is not None and bool(self.routing()) and not self.storage.expired()
 
+    def of(self, head: Routing | None) -> bool:
+        """Whether it was this one."""
+        weak = self.routing
+        return weak is None if head is None else weak is not None and weak() is head
+
+    def then(self, head: Routing | None, version: int) -> tuple[bool, int, Others]:
+        """`certain`, `version` and `others` of a call with a routing after this one."""
+        certain, others = True, self.others
+        if self.of(head):
+            certain = self.certain and self.version == version
+        elif self.routing is None or self.routing() is not None:
+            certain = False
+            if self.routing is not None:
+                living = (other for other in others if other[0]() is not None)
+                others = *living, (self.routing, self.version)
+        return certain, version, others
+
+    def beside(self) -> bool:
+        """Whether one of the others lives."""
+        own = self.routing, self.version
+        return any(other[0]() is not None and other != own for other in self.others)
+
     def recall(self) -> Routing | None:
         """The routing; raises RuntimeError where it is uncertain, or gone."""
         routing = None if self.routing is None else self.routing()
-        if not self.certain or (self.routing is not None and routing is None):
+        if self.beside():
+            purge()  # memories that are over may have kept it
+        if not self.certain or (self.routing is not None and routing is None) or self.beside():
             raise RuntimeError(LOST)
         if routing is not None and routing.version != self.version:
             raise RuntimeError(WRITTEN)
@@ -181,25 +254,25 @@ def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
 def remember_storage(x: Tensor) -> None:
     """Remember the routing of a call on x or, in a recomputation, recall it."""
     storage = x.untyped_storage()
-    address, task = storage._cdata, torch._C._current_graph_task_id()
-    before = MEMORIES.get(address)
-    if before is not None and before.storage.expired():
-        before = None
+    address, task = storage._cdata, graph_task()
+    before = MEMORIES.get(address)  # of this storage: its weak reference keeps the address taken
     if task >= 0:
         if before is not None:
             _thread.place = address, *place(task)
         return
     head = ACTIVE.get()
-    weak = None if head is None else weakref.ref(head)
-    certain = (
-        before is None
-        or (before.routing is not None and before.routing() is None)
-        or (before.routing == weak and before.certain)
-    )
     kept = None if torch.is_grad_enabled() else head
+    version = 0 if head is None else head.version
+    if before is not None and before.kept is kept and before.version == version and before.of(head):
+        return  # the same would be remembered again
+    weak = None if head is None else weakref.ref(head)
     with _lock:
-        version = 0 if head is None else head.version
-        MEMORIES[address] = Memory(StorageWeakRef(storage), weak, kept, certain, version)
+        before = MEMORIES.get(address)
+        if before is None:
+            memory = Memory(StorageWeakRef(storage), weak, kept, True, version, ())
+        else:
+            memory = Memory(before.storage, weak, kept, *before.then(head, version))
+        MEMORIES[address] = memory
         if len(MEMORIES) >= _size[0]:
             _purge()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import planner
+from . import config
 
 if TYPE_CHECKING:
     from .kernels.tiles import TileConfig
@@ -23,27 +23,14 @@ POOLED = 200  # elements from which a tensor's ratio is stable enough to be pool
 PARTS = 8  # of such a tensor, each with a ratio of its own
 
 
-@contextmanager
-def pinned_tiles(**tiles: TileConfig) -> Iterator[None]:
+def pinned_tiles(**tiles: TileConfig) -> AbstractContextManager[None]:
     """Launch the named kernels with these tiles: pinned_tiles(shrink=TileConfig(…), …)."""
-    before = dict(planner.PINNED)
-    planner.PINNED.update(tiles)
-    try:
-        yield
-    finally:
-        planner.PINNED.clear()
-        planner.PINNED.update(before)
+    return config.use(tiles=tiles)
 
 
-@contextmanager
-def pinned_plan(name: str) -> Iterator[None]:
-    """Compute every pass by the plan of that name (`plans.PLANS`), chosen or not."""
-    before = list(planner.PINNED_PLAN)
-    planner.PINNED_PLAN[:] = [name]
-    try:
-        yield
-    finally:
-        planner.PINNED_PLAN[:] = before
+def pinned_plan(name: str) -> AbstractContextManager[None]:
+    """Compute every pass by the plan of that name (`compute.plans.PLANS`), chosen or not."""
+    return config.use(plan=name)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def layouts(mesh: DeviceMesh, folder: Path) -> Any:
 def kernels(mesh: DeviceMesh, folder: Path) -> Any:
     """The kernels, in the interpreter, on the parts of a layer."""
     torch.manual_seed(2)
-    model = adapt(MLP(32, 16), target_modules=["a", "b"], progress=False, r=4)
+    model = adapt(MLP(32, 16).double(), target_modules=["a", "b"], progress=False, r=4)
     for layer in (model.a, model.b):
         layer.impl = "triton"
     return compared(randomized(model), mesh)
@@ -193,13 +193,15 @@ def rowwise_by_hand(layer: Any, x: Tensor) -> Tensor:
 def compiled(mesh: DeviceMesh, folder: Path) -> Any:
     """A compiled model of sharded layers, of two lengths."""
     torch.manual_seed(2)
-    model = randomized(adapt(MLP(12, 20), target_modules=["a", "b"], progress=False, r=4))
+    model = adapt(MLP(12, 20).double(), target_modules=["a", "b"], progress=False, r=4)
+    model = randomized(model)
     whole = copy.deepcopy(model)
     parallelize_module(model, mesh, mlp_plan())
     run = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     pairs: dict[str, Any] = {}
     for rows in (5, 8):
-        x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(4))
+        generator = torch.Generator().manual_seed(4)
+        x = torch.randn(rows, 12, dtype=torch.float64, generator=generator)
         y, expected = run(x), whole(x)
         y.square().sum().backward()
         expected.square().sum().backward()

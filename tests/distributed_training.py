@@ -39,10 +39,18 @@ ROWWISE = ["self_attn.o_proj", "mlp.down_proj"]
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
-def llama() -> nn.Module:
-    """A Llama of two blocks, of random weights that are always the same."""
+def llama(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A Llama of two blocks, of random weights that are always the same.
+
+    torch's norm is in the dtype of its input; transformers' is in float32 in a float64 model too.
+    """
     torch.manual_seed(0)
-    return tiny("llama", use_cache=False)
+    model = tiny("llama", use_cache=False).to(dtype)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            size, epsilon = module.weight.shape, module.variance_epsilon
+            model.set_submodule(name, nn.RMSNorm(size, epsilon, dtype=dtype))
+    return model
 
 
 def adapted(method: str = "lora_xs", model: nn.Module | None = None, **settings: Any) -> nn.Module:
@@ -85,7 +93,7 @@ def train(
     for ids in batches()[steps.start : steps.stop]:
         part = ids.chunk(WORLD)[dist.get_rank()] if sharded_data else ids
         with Traffic() as traffic:
-            loss = model(input_ids=part, labels=part).loss
+            loss = loss_of(model, part)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -96,6 +104,21 @@ def train(
         losses.append(loss.item())
         sent.append(traffic.sent)
     return {"losses": losses, "sent": sent, "trained": whole_of(trained(model))}
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """That of each next token, in the logits' dtype; transformers' is in float32."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def trained_by(
+    wrap: Callable[[nn.Module], nn.Module],
+    model_of: Callable[[torch.dtype], nn.Module] = lambda dtype: adapted(model=llama(dtype)),
+) -> dict[str, Any]:
+    """Training in float64, each rank on its part of the data, and what it sends in float32."""
+    out = train(wrap(model_of(torch.float64)), sharded_data=True)
+    return {**out, "sent": train(wrap(model_of(torch.float32)), sharded_data=True)["sent"]}
 
 
 def whole_of(tensors: list[Any]) -> list[Tensor]:
@@ -160,26 +183,27 @@ def single(mesh: DeviceMesh, folder: Path) -> Any:
 
 
 def ddp(mesh: DeviceMesh, folder: Path) -> Any:
-    model = DistributedDataParallel(adapted(), broadcast_buffers=False)
-    return train(model, sharded_data=True)
+    return trained_by(lambda model: DistributedDataParallel(model, broadcast_buffers=False))
 
 
 def ddp_buffers(mesh: DeviceMesh, folder: Path) -> Any:
     """DDP as it is by default: it broadcasts the buffers of the base model, and none of ours."""
-    model = DistributedDataParallel(adapted())
-    buffers = bytes_of(list(llama().buffers()))
-    return {**train(model, sharded_data=True), "buffers": buffers}
+    buffers = bytes_of(list(llama(torch.float32).buffers()))
+    return {**trained_by(DistributedDataParallel), "buffers": buffers}
 
 
 def fsdp(mesh: DeviceMesh, folder: Path) -> Any:
-    return train(sharded_by_fsdp(adapted()), sharded_data=True)
+    return trained_by(sharded_by_fsdp)
 
 
 def fsdp_frozen_whole(mesh: DeviceMesh, folder: Path) -> Any:
     """What is frozen is on every rank, and what is trained is sharded."""
-    model = adapted()
-    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return train(sharded_by_fsdp(model, ignored_params=frozen), sharded_data=True)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        return sharded_by_fsdp(model, ignored_params=frozen)
+
+    return trained_by(wrap)
 
 
 def fsdp_mixed(mesh: DeviceMesh, folder: Path) -> Any:
@@ -199,15 +223,21 @@ def peft(mesh: DeviceMesh, folder: Path) -> Any:
 
     from fused_lowrank.integrations.peft import LoraXSConfig
 
-    config = LoraXSConfig(r=5, target_modules="all-linear")
-    model: Any = randomized(get_peft_model(llama(), config))
-    by_fsdp = copy.deepcopy(model)
-    by_ddp = DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
-    sharded_by_fsdp(by_fsdp.get_base_model())
+    def model_of(dtype: torch.dtype) -> Any:
+        config = LoraXSConfig(r=5, target_modules="all-linear")
+        return randomized(get_peft_model(llama(dtype), config))
+
+    def by_ddp(model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def by_fsdp(model: Any) -> nn.Module:
+        sharded_by_fsdp(model.get_base_model())
+        return model
+
     return {
-        "single": train(model),
-        "ddp": train(by_ddp, sharded_data=True),
-        "fsdp": train(by_fsdp, sharded_data=True),
+        "single": train(model_of(torch.float64)),
+        "ddp": trained_by(by_ddp, model_of),
+        "fsdp": trained_by(by_fsdp, model_of),
     }
 
 
@@ -224,7 +254,8 @@ def tp_mini(mesh: DeviceMesh, folder: Path) -> Any:
 def tp_bare(mesh: DeviceMesh, folder: Path) -> Any:
     """The bare model under torch's own styles; its embeddings are trained, so that dx is needed."""
     out = []
-    for model, styles in ((llama(), (ColwiseParallel, RowwiseParallel)), (adapted(), None)):
+    bare, ours = llama(torch.float32), adapted(model=llama(torch.float32))
+    for model, styles in ((bare, (ColwiseParallel, RowwiseParallel)), (ours, None)):
         model = sharded_by_tp(model, mesh, styles)
         model.requires_grad_(False)
         model.get_input_embeddings().requires_grad_(True)
@@ -312,9 +343,14 @@ def example(mesh: DeviceMesh, folder: Path) -> Any:
 
 
 def run_example(folder: Path, steps: int, how: str = "fsdp") -> list[float]:
-    """The losses of the example's steps, by the processes that there are."""
+    """The losses of the example's steps, by the processes that there are; its model in float64."""
     if (examples := str(Path(__file__).parents[1] / "examples")) not in sys.path:
         sys.path.append(examples)
     from train_distributed import main
 
-    return main(["--parallel", how, "--folder", str(folder), "--steps", str(steps)])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return main(["--parallel", how, "--folder", str(folder), "--steps", str(steps)])
+    finally:
+        torch.set_default_dtype(before)

@@ -30,7 +30,7 @@ from fused_lowrank.kernels.tiles import (
     TileConfig,
     padded,
 )
-from fused_lowrank.reference import Rows
+from fused_lowrank.compute.reference import Rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

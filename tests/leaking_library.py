@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fused_lowrank import isolation
+from fused_lowrank.compute import isolation
 
 
 def behind(left: Tensor, unit: int) -> Tensor | float:
@@ -46,9 +46,15 @@ def leaking_library(unit: int = 32) -> Iterator[None]:
         warnings.simplefilter("ignore")  # which says that torch's own are overridden
         for product in (mm, addmm, addmm_):
             library.impl(product.__name__, product, "CPU")
-    isolation.readable.cache_clear()
+    forget()
     try:
         yield
     finally:
         library._destroy()
-        isolation.readable.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    """Have what was probed probed again."""
+    isolation.readable.cache_clear()
+    isolation.mixes.cache_clear()

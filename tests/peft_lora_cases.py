@@ -85,7 +85,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
         return wrapper
 
     monkeypatch.setattr(lora, "lowrank_linear", counting("large", lora.lowrank_linear))
-    monkeypatch.setattr(lora.ops, "small", counting("small", lora.ops.small))
+    monkeypatch.setattr(lora, "chain", counting("small", lora.chain))
     return counts
 
 

@@ -1,14 +1,18 @@
 """Whole transformers, adapted: the loss and what is trained of them, in every way they are run.
 
 The truth is the same model in float64, and the measure the error of the plain reference layers in
-the same dtype, as for single layers.
+the same dtype, as for single layers. The floor is of the absolute values of what a layer is given
+in that model: roundings within the layer are relative to these, however much a gradient's terms
+cancel. What comes from elsewhere in the model is the same for the reference layers.
 """
 
 import copy
 import functools
 import math
 import re
+import statistics
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,9 +23,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
-from fused_lowrank import adapt, planner
+from fused_lowrank import adapt
 from fused_lowrank.adapt import adapted_layers
-from fused_lowrank.layers import METHODS
+from fused_lowrank.compute import choose
+from fused_lowrank.layers import METHODS, LowRankLinear
 from fused_lowrank.testing import Measured, Results, check_mean, pooled_ratio
 
 peft = pytest.importorskip("peft")
@@ -187,12 +192,56 @@ def in_mode(model: nn.Module, mode: Mode) -> nn.Module:
     return model if mode.reentrant is None else checkpoint(model, mode.reentrant)
 
 
+class Truth(NamedTuple):
+    """The results in float64, and how much rounding can matter to each."""
+
+    results: Results
+    sizes: Results
+
+
 class Trio(NamedTuple):
     """The fused model, that of the reference layers, and for each batch the truth."""
 
     ours: nn.Module
     plain: nn.Module
-    truth: list[Results]
+    truth: list[Truth]
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with an adapter, ours or PEFT's."""
+    kinds = LowRankLinear, peft.tuners.lora.Linear
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def true(model: nn.Module, absolute: nn.Module, inputs: dict[str, Tensor]) -> Truth:
+    """Of a float64 model; the sizes of a layer's gradients are its formula on absolute values: of
+    x, dy and all factors. That of the loss, a mean of log Σ exp(logits) - logit, is its two terms.
+
+    `absolute` is a copy of the model with the absolute values of all parameters.
+    """
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, args: Any, y: Tensor) -> None:
+            y.register_hook(lambda dy: calls.append((name, args[0].detach().abs(), dy.abs())))
+
+        return layer.register_forward_hook(hook)
+
+    handles = [watch(name, layer) for name, layer in layers_of(model).items()]
+    logits: list[Tensor] = []
+    handles.append(model.register_forward_hook(lambda *args: logits.append(args[2].logits)))
+    results = learned(model, inputs)
+    for handle in handles:
+        handle.remove()
+    sizes = {"loss": results["loss"] + 2 * logits[0].detach().abs().amax(-1).mean()}
+    layers = layers_of(absolute)
+    for name, x, dy in calls:
+        trained = {n: p for n, p in layers[name].named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(layers[name](x), list(trained.values()), dy)
+        for key, size in zip(trained, gradients, strict=True):
+            key = plain_name(f"{name}.{key}")
+            sizes[key] = sizes.get(key, 0) + size
+    return Truth(results, sizes)
 
 
 @functools.cache
@@ -209,26 +258,29 @@ def trio(
         adapted(way, name, fused, dtypes, **config).to(device) for fused in (True, False)
     )
     wide = copy.deepcopy(plain).double()
+    absolute = copy.deepcopy(wide)
+    for parameter in absolute.parameters():
+        parameter.data.abs_()
     with InFloat64():
-        truth = [learned(wide, inputs) for inputs in batches(name, device, lengths)]
+        truth = [true(wide, absolute, inputs) for inputs in batches(name, device, lengths)]
     return Trio(ours, plain, truth)
 
 
-def measure(ours: Results, plain: Results, truth: Results, unit: float) -> list[Measured]:
-    """The errors beside the reference's; the floor is of the truth, for want of the formula."""
+def measure(ours: Results, plain: Results, truth: Truth, unit: float) -> list[Measured]:
+    """The errors beside the reference's."""
     return [
         Measured(
             name,
             tensor.numel(),
-            float((tensor.double() - truth[name]).norm()),
-            float((plain[name].double() - truth[name]).norm()),
-            float(2 * unit * truth[name].norm()),
+            float((tensor.double() - truth.results[name]).norm()),
+            float((plain[name].double() - truth.results[name]).norm()),
+            float(2 * unit * truth.sizes[name].norm()),
         )
         for name, tensor in ours.items()
     ]
 
 
-def check_each(runs: list[list[Measured]]) -> None:
+def check_each(runs: list[list[Measured]], where: str) -> None:
     """The error of each tensor, in all runs together, is within the budget."""
     for same in zip(*runs, strict=True):
         sums = {
@@ -236,7 +288,7 @@ def check_each(runs: list[list[Measured]]) -> None:
             for part in ("error", "reference", "floor")
         }
         together = Measured(same[0].name, same[0].size, **sums)
-        assert together.within, together
+        assert together.within, (where, together)
 
 
 def check_pooled(runs: list[list[Measured]]) -> None:
@@ -245,23 +297,26 @@ def check_pooled(runs: list[list[Measured]]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mode", MODES)
-def test_budget(way: str, mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error budget, over four architectures."""
-    how = MODES[mode]
-    monkeypatch.setattr(planner, "SMALL", planner.SMALL if how.small else 0)
-    unit = torch.finfo(how.autocast or how.dtypes[1] or how.dtypes[0]).eps / 2
-    runs = []
-    for name in NAMES:
-        models = trio(WAYS[way], name, how.dtypes, device, **SMALLER.get(name, {}))
-        ours, plain = (in_mode(model, how) for model in models[:2])
-        new = []
-        for inputs, truth in zip(batches(name, device), models.truth, strict=True):
-            results = (learned(model, inputs, how) for model in (ours, plain))
-            new.append(measure(*results, truth, unit))
-        check_each(new)
-        runs += new
-    check_pooled(runs)
+def test_budget(way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error budget, over four architectures and all modes; pooled over all of them at once.
+
+    Modes that differ in checkpointing alone round alike: of a batch they are one number together.
+    """
+    small, logs = choose.SMALL, defaultdict(list)
+    for mode, how in MODES.items():
+        monkeypatch.setattr(choose, "SMALL", small if how.small else 0)
+        unit = torch.finfo(how.autocast or how.dtypes[1] or how.dtypes[0]).eps / 2
+        for name in NAMES:
+            models = trio(WAYS[way], name, how.dtypes, device, **SMALLER.get(name, {}))
+            ours, plain = (in_mode(model, how) for model in models[:2])
+            new = []
+            for inputs, truth in zip(batches(name, device), models.truth, strict=True):
+                results = (learned(model, inputs, how) for model in (ours, plain))
+                new.append(measure(*results, truth, unit))
+            check_each(new, f"{mode}, {name}")
+            for i, run in enumerate(new):
+                logs[how.dtypes, how.autocast, name, i].append(math.log(pooled_ratio(run)))
+    check_mean([statistics.mean(alike) for alike in logs.values()])
 
 
 def test_checkpointing_recomputes(device: torch.device) -> None:
@@ -306,14 +361,14 @@ def test_compiled(
         results = learned(ours, inputs), learned(plain, inputs)
         runs.append(measure(*results, truth, 2**-24))
     assert counter.frame_count == min(2, len(set(lengths)))
-    check_each(runs)
+    check_each(runs, f"{way}, {name}, {backend}")
     check_pooled(runs)
 
 
 def test_compiled_and_checkpointed(device: torch.device) -> None:
     """Checkpointing, of the kind that is not reentrant, compiles in one graph."""
     torch._dynamo.reset()
-    model = adapted(mixed, "llama", True, FLOAT32, **ONE).to(device)
+    model = adapted(mixed, "llama", True, (torch.float64, None), **ONE).to(device)
     inputs = next(batches("llama", device))
     expected = learned(model, inputs)
     checkpoint(model, reentrant=False).disable_input_require_grads()  # its hook breaks the graph

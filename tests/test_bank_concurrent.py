@@ -92,9 +92,12 @@ def test_changes_beside_calls(path: Path, tmp_path: Path) -> None:
 
     def call(thread: int) -> None:
         pick = random.Random(thread)
+        often = [[pick.choice(hot) for _ in range(ROWS)] for _ in range(4)]
         try:
             while not over.is_set():
                 names = [pick.choice(hot) for _ in range(ROWS - 8)] + pick.sample(range(COUNT), 8)
+                if calls[thread] % 3 == 0:  # names that were asked for before
+                    names = pick.choice(often)
                 alone = calls[thread] % 4 == 0
                 names = names[:1] * ROWS if alone else names
                 oldest = [done[name] for name in names]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bank_cases import bank_of, kinds
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from training_cases import (
@@ -171,6 +172,28 @@ def test_checkpointing(s: Setting, reentrant: bool, inside: bool, device: torch.
         loss.backward()
     for layer, grad in gradients(s.trainable).items():
         assert torch.equal(grad, plain[layer])
+
+
+PARTS = {"cores": ["core"], "pairs": ["a_train", "b_train"], "products": ["core_product"]}
+
+
+@kinds
+def test_names_of_the_parameters(kind: str) -> None:
+    """They are the layer's own where the Parameters are its factors, otherwise no factor's."""
+    model, bank = bank_of(kind, names="ab")
+    trainable = bank.trainable(["b", "a"])
+    found = dict(trainable.named_parameters())
+    assert list(found) == [f"{layer}.{part}" for layer in bank.layers for part in PARTS[kind]]
+    assert [id(p) for p in found.values()] == [id(p) for p in trainable.parameters()]
+    state = model.state_dict()
+    for name, parameter in found.items():
+        if kind == "products":
+            assert name not in state
+            layer = model.get_submodule(name.rpartition(".")[0])
+            assert parameter.shape == (2, layer.a_train.shape[0], layer.b_train.shape[1])
+        else:
+            assert parameter.shape == (2, *state[name].shape)
+    trainable.close()
 
 
 def test_sum_and_one_name(s: Setting, device: torch.device) -> None:

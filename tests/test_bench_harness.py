@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import block, cases, harness, host, report, run, timers
 from bench.providers import PROVIDERS, Provider, layer, make_tensors
 from bench.store import Refused, Store, key_id, read
-from fused_lowrank import planner
+from fused_lowrank import config
 
 CPU = torch.device("cpu")
 CASE = cases.parse("tiny", "square", 8, "fp32")
@@ -150,13 +150,13 @@ def test_a_plan_is_pinned_while_its_provider_runs():
 
     def build(case, tensors):
         call = PROVIDERS["eager"].build(case, tensors)
-        return lambda x: seen.append(list(planner.PINNED_PLAN)) or call(x)
+        return lambda x: seen.append(config.current().plan) or call(x)
 
     pinned = Provider("pinned", "method", build, plan="first")
     harness.measure_case(CASE, [PROVIDERS["bare"], pinned], timers.HostTimer(CPU), CPU, QUICK)
     assert len(seen) > QUICK.min_reps
-    assert all(there == ["first"] for there in seen)
-    assert not planner.PINNED_PLAN
+    assert all(there == "first" for there in seen)
+    assert config.current().plan is None
 
 
 @pytest.mark.parametrize("case", cases.SETS["smoke"], ids=lambda case: case.name)

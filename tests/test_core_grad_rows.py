@@ -5,10 +5,10 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_lowrank.compute.reference import NONE, SLOT_BITS, Rows, through_rows
 from fused_lowrank.kernels import core_grad_rows as module
 from fused_lowrank.kernels.common import arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.reference import NONE, SLOT_BITS, Rows, through_rows
 from fused_lowrank.testing import measure
 
 SLOTS, LINES, REPEAT = 4, 17, 3
@@ -76,13 +76,15 @@ def test_core_grad(
         return by_autograd(x, g, kept)
 
     made = {"x": t, "g": g}
-    measured = measure(ours, reference, made, torch.ones(()))
-    assert all(m.within for m in measured), measured
+    if dtype != torch.float64:  # in which the truth has errors of the same size
+        measured = measure(ours, reference, made, torch.ones(()))
+        assert all(m.within for m in measured), measured
     dcore, expected = ours(**made), reference(**made)
-    if dtype == torch.float64:
-        assert torch.allclose(dcore, expected, rtol=1e-13, atol=1e-13)
-    elif dtype == torch.float32 or (k == 1 and not weighted):  # summed in float32
-        assert torch.allclose(dcore, expected, rtol=1e-5, atol=1e-5)
+    if dtype != torch.bfloat16 or (k == 1 and not weighted):  # products are exact in bfloat16
+        # Each is off by the unit roundoff for each sum and each factor, times absolute values.
+        operations, unit = LINES * REPEAT * k + 5, torch.finfo(dcore.dtype).eps / 2
+        sizes = reference(t.double().abs(), g.double().abs())
+        assert ((dcore - expected).abs() <= 2 * operations * unit * sizes).all()
     assert dcore[0].any()
     assert not dcore[1].any()
     assert torch.equal(dcore, ours(**made))

@@ -6,19 +6,23 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_lowrank import FusedLoraXSLinear, lowrank_linear, planner, plans
+from fused_lowrank import FusedLoraXSLinear, lowrank_linear
+from fused_lowrank.compute import devices
+from fused_lowrank.compute.plans import PLANS
+from fused_lowrank.compute.reference import lowrank_linear_reference
 from fused_lowrank.kernels import shrink
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.reference import lowrank_linear_reference
 from fused_lowrank.testing import measure, pinned_tiles
 
 IMPLS = ("triton", "aten")
+SIGMAS = 7  # of a mean: a good mask has one of its thousand means beyond once in 10⁶ seeds
 
 
 def mask(impl: str, seed: torch.Tensor, m: int, k: int, p: float) -> torch.Tensor:
     """What dropout keeps of an x (m, k)."""
-    plan = plans.SPLIT if impl == "triton" else plans.ATEN
-    kept = plan.dropped(torch.ones(m, k, device=seed.device), (seed, p))
+    plan = PLANS["split" if impl == "triton" else "aten"]
+    tiles = devices.tiles(seed.device) if plan.ours else None
+    kept = plan.masked.run(torch.ones(m, k, device=seed.device), (seed, p), tiles)
     assert ((kept == 0) | (kept == 1)).all()
     return kept.bool()
 
@@ -36,17 +40,20 @@ def test_the_mask_is_random(p: float, impl: str, device: torch.device) -> None:
     one, other = (mask(impl, seed, size, size, p).float() for seed in seeds(device, 5, 2**61 + 5))
     sigma = math.sqrt(p * (1 - p))
 
-    def near(value: torch.Tensor, expected: float, samples: int, sigmas: float = 5.0) -> bool:
-        return bool((value - expected).abs().max() <= sigmas * sigma / math.sqrt(samples))
+    def near(value: torch.Tensor, expected: float, samples: int) -> bool:
+        return bool((value - expected).abs().max() <= SIGMAS * sigma / math.sqrt(samples))
 
     assert near(one.mean(), 1 - p, size**2)
     for along in (0, 1):
         assert near(one.mean(along), 1 - p, size)
     centred, theirs = ((kept - (1 - p)) / sigma for kept in (one, other))
     for distance in (1, 2, 3, 4, 7, 8, 16, 32, 64):
-        assert (centred[:, distance:] * centred[:, :-distance]).mean().abs() < 5 / size
-        assert (centred[distance:] * centred[:-distance]).mean().abs() < 5 / size
-    assert (centred * theirs).mean().abs() < 5 / size
+        for pairs in (
+            centred[:, distance:] * centred[:, :-distance],
+            centred[distance:] * centred[:-distance],
+        ):
+            assert pairs.mean().abs() < SIGMAS / math.sqrt(pairs.numel())
+    assert (centred * theirs).mean().abs() < SIGMAS / size
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -90,7 +97,7 @@ def test_a_call_is_the_equation_under_the_mask(
     Without a core down is trained: its gradient sees the mask as well.
     """
     impl = "aten" if tiles == "aten" else "triton"
-    descriptors = dtype == torch.bfloat16 and planner.target(device).name in ("sm_90", "sm_100")
+    descriptors = dtype == torch.bfloat16 and devices.target(device).name in ("sm_90", "sm_100")
     if tiles == "persistent" and not descriptors:
         pytest.skip("tensor descriptors are for 16 bits on sm_90 and sm_100")
     rows, k, n, rank, p = 100, 112, 176, 20, 0.25
@@ -121,9 +128,14 @@ def test_a_call_is_the_equation_under_the_mask(
     assert all(m.within for m in errors), [m for m in errors if not m.within]
 
 
-def layer(impl: str, device: torch.device, dropout: float = 0.3) -> FusedLoraXSLinear:
+def layer(
+    impl: str,
+    device: torch.device,
+    dropout: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+) -> FusedLoraXSLinear:
     """A layer whose dropout shows."""
-    made = FusedLoraXSLinear(64, 48, r=8, dropout=dropout, device=device)
+    made = FusedLoraXSLinear(64, 48, r=8, dropout=dropout, device=device, dtype=dtype)
     made.impl = impl
     with torch.no_grad():
         made.core.normal_()
@@ -171,14 +183,26 @@ def test_checkpointing_recomputes_under_the_same_mask(impl: str, device: torch.d
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_forward_and_backward_see_one_mask(impl: str, device: torch.device) -> None:
-    """Without a bias y is linear in x under a mask, so that ⟨dy, y⟩ = ⟨dx, x⟩."""
-    made = layer(impl, device, 0.5)
+    """Without a bias y is linear in x under a mask, so that ⟨dy, y⟩ = ⟨dx, x⟩.
+
+    An element of y or dx is off by the unit roundoff times the number of operations on its way,
+    times the equation on absolute values, at most.
+    """
+    kernels = impl == "triton" and device.type == "cuda"
+    dtype = torch.float32 if kernels else torch.float64  # which the interpreter takes, too
+    made = layer(impl, device, 0.5, dtype)
     made.bias = None
-    x = torch.randn(70, 64, device=device, requires_grad=True)
-    dy = torch.randn(70, 48, device=device)
+    x = torch.randn(70, 64, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(70, 48, device=device, dtype=dtype)
     y = torch.compile(made, fullgraph=True)(x)
     (dx,) = torch.autograd.grad(y, x, dy)
-    torch.testing.assert_close((dx * x).sum(), (dy * y).sum())
+    factors = (made.weight, made.down, made.core, made.up)
+    sizes = [tensor.detach().double().abs() for tensor in (x, *factors)]
+    absolute = lowrank_linear_reference(*sizes, None, scale=abs(made.scale) / (1 - 0.5))
+    operations = 64 + 48 + 2 * 8 + 8
+    bound = 2 * operations * torch.finfo(dtype).eps / 2 * (dy.double().abs() * absolute).sum()
+    apart = (dx.double() * x).sum() - (dy.double() * y).sum()
+    assert apart.abs() <= bound
     assert not torch.allclose(y, made(x))
 
 

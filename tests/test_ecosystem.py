@@ -19,11 +19,11 @@ from fused_lowrank import (
     init_bases,
     load_adapter,
     merge,
-    planner,
     save_adapter,
     unload,
     unmerge,
 )
+from fused_lowrank.compute import choose
 
 peft = pytest.importorskip("peft")
 integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
@@ -78,7 +78,7 @@ def on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are computed as for large inputs on a CPU too."""
-    monkeypatch.setattr(planner, "SMALL", 0)
+    monkeypatch.setattr(choose, "SMALL", 0)
 
 
 # --- copies ---
@@ -159,7 +159,7 @@ def test_transforms(
     how: str, small: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.func's transforms: a gradient for each sample, a slope, many adapters at once."""
-    monkeypatch.setattr(planner, "SMALL", planner.SMALL if small else 0)
+    monkeypatch.setattr(choose, "SMALL", choose.SMALL if small else 0)
     model = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 16)).to(device).double()
     model = put_in(how, model, "", target_modules=["0", "2"])
     values = {name: p.detach() for name, p in trained(model).items()}
@@ -308,20 +308,28 @@ def wrapped_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def close(ours: Any, theirs: Any) -> None:
+    """Equal but for the order of operations in float64, which float32 within a model may magnify:
+    1e-16 of what it rounds makes 1e-7 of it, seldom.
+    """
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("wrap", [wrapped_whole, wrapped_layers])
+@pytest.mark.usefixtures("large")  # compiled or not, by the same op
 def test_wrapped_models(wrap: Callable[..., Any], device: torch.device, tmp_path: Path) -> None:
     """All that is done with an adapted model is done with one in wrappers, under the same names."""
     torch._dynamo.reset()
-    base = tiny("llama", num_hidden_layers=1, use_cache=False).to(device)
+    base = tiny("llama", num_hidden_layers=1, use_cache=False).to(device).double()
     model = put_in("lora_xs", copy.deepcopy(base), "llama", modules_to_save=["lm_head"])
     inputs = on(device, batch("llama", 9))
     wrapped = wrap(copy.deepcopy(model))
     for change in (lambda _: None, merge, unmerge):
         for each in (model, wrapped):
             change(each)
-        assert torch.equal(wrapped(**inputs).loss, model(**inputs).loss)
+        close(wrapped(**inputs).loss, model(**inputs).loss)
     with disable_adapters(model), disable_adapters(wrapped), torch.no_grad():
-        assert torch.equal(wrapped(**inputs).loss, model(**inputs).loss)
+        close(wrapped(**inputs).loss, model(**inputs).loss)
     assert set(clean(wrapped.state_dict())) == set(model.state_dict())
     expected = gradients(model, inputs)
     settings = {"modules_to_save": ["lm_head"], "progress": False, **ADAPT["lora_xs"]}
@@ -332,14 +340,14 @@ def test_wrapped_models(wrap: Callable[..., Any], device: torch.device, tmp_path
             for plain_or_wrapped in (lambda model: model, wrap):
                 loaded = plain_or_wrapped(copy.deepcopy(fresh))
                 load_adapter(loaded, tmp_path / str(i), progress=False)
-                assert equal(gradients(loaded, inputs), expected)
+                close(gradients(loaded, inputs), expected)
     late = wrap(copy.deepcopy(base))
     adapt(late, target_modules=r"model\.layers\.0\..*_proj", **settings)
     late.load_state_dict(wrapped.state_dict())
-    assert equal(gradients(late, inputs), expected)
+    close(gradients(late, inputs), expected)
     y = base(**inputs).logits
     for each in (wrapped, late):
-        assert torch.equal(unload(each)(**inputs).logits, y)
+        close(unload(each)(**inputs).logits, y)
 
 
 def clean(names: Any) -> list[str]:

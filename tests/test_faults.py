@@ -21,9 +21,9 @@ FAULTS = {
         f"{NUMERICS}[triton]",
     ),
     "scale dropped in the backward": (
-        "fused_lowrank/ops.py",
-        "operands = dy, weight.t(), up, core, down, None, back",
-        "operands = dy, weight.t(), up, core, down, None, 1.0",
+        "fused_lowrank/compute/operands.py",
+        "scale = self.scale / dropped",
+        "scale = 1.0",
         f"{NUMERICS}[aten]",
     ),
     "core not transposed in the backward": (
@@ -99,8 +99,8 @@ FAULTS = {
         "tests/test_ops.py::test_offsets_beyond_int32",
     ),
     "x saved for the backward": (
-        "fused_lowrank/ops.py",
-        "(x if needs.weight or needs.down else None)",
+        "fused_lowrank/compute/autograd.py",
+        "(x if needs[1] or needs[2] else None)",
         "x",
         "tests/test_ops.py::test_saves_t_and_nothing_else_of_m",
     ),

@@ -7,9 +7,9 @@ from fused_lowrank import (
     AdapterBank,
     FusedLoraMiniLinear,
     FusedLoraXSLinear,
-    planner,
     use_batch_invariance,
 )
+from fused_lowrank.compute import devices
 from fused_lowrank.kernels.tiles import Spec
 
 SIZES = (1, 3, 17, 64, 70)
@@ -77,7 +77,7 @@ def test_without_it_shapes_may_change_the_bits(device: torch.device) -> None:
 @pytest.mark.parametrize("kernel", ["shrink", "gemm_tail"])
 def test_tiles_do_not_follow_the_rows(kernel: str, itemsize: int, device: torch.device) -> None:
     """And K is not split over programs."""
-    choose = planner.tiles(device, "fixed")
+    choose = devices.tiles(device, "fixed")
     spec = Spec(kernel, itemsize, itemsize, True, 16, 16)
     tiles = {choose(spec, rows) for rows in (1, 64, 65, 8192)}
     assert len(tiles) == 1

@@ -15,9 +15,9 @@ from fused_lowrank import (
     AdapterBank,
     FusedLoraXSLinear,
     disable_adapters,
-    isolation,
     use_batch_invariance,
 )
+from fused_lowrank.compute import isolation
 
 BF16 = torch.bfloat16
 
@@ -126,6 +126,7 @@ def test_without_the_padding_it_does_not(
 ) -> None:
     """So the tests above are of the padding."""
     monkeypatch.setattr(isolation, "readable", lambda size, dtype: size)
+    isolation.mixes.cache_clear()
     layer = FusedLoraXSLinear.from_linear(nn.Linear(80, 48, dtype=BF16), r=5, dtype=BF16)
     layer.impl = impl
     assert spoiled_rows(layer, names) > {5}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from leaking_library import leaking_library
 from torch import nn
 
-from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear, isolation
+from fused_lowrank import AdapterBank, FusedLoraMiniLinear, FusedLoraXSLinear
+from fused_lowrank.compute import isolation
 from fused_lowrank.testing import pinned_plan
 
 IMPLS = ("triton", "aten")

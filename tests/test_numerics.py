@@ -15,11 +15,11 @@ from fused_lowrank import (
     LoraLinear,
     LoraMiniLinear,
     LoraXSLinear,
-    isolation,
     lowrank_linear,
-    planner,
-    plans,
 )
+from fused_lowrank.compute import devices, isolation
+from fused_lowrank.compute.operands import Operands
+from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import (
     check_pooled,
@@ -150,20 +150,32 @@ def test_error_budget(impl: str, device: torch.device) -> None:
 @pytest.mark.parametrize("core", ["core", "pair", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch.device) -> None:
-    """In 16 bits the kernels are more exact than the reference, which rounds more often."""
-    sizes = {"x": (70, 96), "weight": (80, 96), "down": (20, 96), "up": (80, 20), "bias": (80,)}
-    parts = {"core": [(20, 20)], "pair": [(20, 12), (12, 20)], "none": []}[core]
-    made = {name: torch.randn(s, device=device).to(dtype) for name, s in sizes.items()}
-    factors = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in parts]
+    """In 16 bits y and dx are rounded once, where the reference rounds x·Wᵀ, and then its sum with
+    a small low-rank term: the kernels' errors are 1/√2 of the reference's. With a second rounding
+    they are 0.84 of them or more. Over 24,000 elements either is off by a hundredth or two.
+    """
+    rows, k, n, p = 300, 96, 80, 20
+    sizes = {"x": (rows, k), "weight": (n, k), "down": (p, k), "up": (n, p), "bias": (n,)}
+    stds = {"weight": k**-0.5, "down": k**-0.5, "up": p**-0.5 / 4}
+    parts = {"core": [(p, p)], "pair": [(p, 12), (12, p)], "none": []}[core]
+
+    def values(size: tuple[int, ...], std: float) -> torch.Tensor:
+        return (std * torch.randn(size, device=device)).to(dtype)
+
+    made = {name: values(size, stds.get(name, 1.0)) for name, size in sizes.items()}
+    factors = [values(size, size[0] ** -0.5).requires_grad_() for size in parts]
     made["core"] = {"core": factors[:1], "pair": [tuple(factors)], "none": [None]}[core][0]
     made["x"].requires_grad_()
     errors = measure(
         lambda **operands: lowrank_linear(**operands, impl="triton"),
         reference,
         made,
-        torch.randn(70, 80, device=device),
+        torch.randn(rows, n, device=device),
     )
-    assert pooled_ratio(errors) < 0.95
+    assert all(m.within for m in errors), [m for m in errors if not m.within]
+    once = {m.name: m.error / m.reference for m in errors if m.name in ("y", "dx")}
+    assert len(once) == 2
+    assert max(once.values()) < 0.78, once
 
 
 def test_why_no_plan_multiplies_by_the_sum_of_weights(device: torch.device) -> None:
@@ -198,7 +210,7 @@ def test_persistent_gemm_tail(
     counted_launches,
 ) -> None:
     """By tensor descriptors, several tiles to a program, W read along either of its sides."""
-    target = planner.target(device)
+    target = devices.target(device)
     if target.name not in ("sm_90", "sm_100"):
         pytest.skip(f"{target.name} has no tensor descriptors")
     sizes = {"x": (rows, 112), "weight": (176, 112), "down": (rank, 112), "up": (176, rank)}
@@ -228,22 +240,24 @@ def test_gemm_without_a_tail(tile: str, device: torch.device) -> None:
     """The base by itself, along either side of W."""
     tiles = {"pointers": SMALL_TILES["gemm_tail"]}
     tiles["persistent"] = TileConfig(64, 64, 32, 4, 2, persistent=True)
-    if planner.target(device).name not in ("sm_90", "sm_100") and tile == "persistent":
+    if devices.target(device).name not in ("sm_90", "sm_100") and tile == "persistent":
         pytest.skip("no tensor descriptors here")
     made = {"x": torch.randn(100, 112, device=device), "weight": torch.randn(176, 112)}
     made = {name: tensor.to(device).bfloat16() for name, tensor in made.items()}
     dy = torch.randn(100, 176, device=device).bfloat16()
+    gemm = PLANS["split"].up.run
+    choose = devices.tiles(device, "", (("gemm_tail", tiles[tile]),))
 
     def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return plans.SPLIT.gemm_tail(x, weight, None, None, None, False)
+        return gemm(Operands(x, weight, None, None, None, None, 1.0), choose, None)
 
     def back(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return plans.SPLIT.gemm_tail(x, weight.t(), None, None, None, True)
+        back = Operands(x, weight.t(), None, None, None, None, 1.0, transposed=True)
+        return gemm(back, choose, None)
 
-    with pinned_tiles(gemm_tail=tiles[tile]):
-        errors = measure(ours, torch.nn.functional.linear, made, dy)
-        way_back = {"x": dy, "weight": made["weight"]}
-        errors += measure(back, lambda x, weight: x @ weight, way_back, made["x"])
+    errors = measure(ours, torch.nn.functional.linear, made, dy)
+    way_back = {"x": dy, "weight": made["weight"]}
+    errors += measure(back, lambda x, weight: x @ weight, way_back, made["x"])
     assert all(m.within for m in errors), errors
 
 

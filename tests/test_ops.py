@@ -9,7 +9,11 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lowrank import lowrank_linear, ops, plans
+from fused_lowrank import lowrank_linear
+from fused_lowrank.compute import devices
+from fused_lowrank.compute.autograd import backward_op, forward_op
+from fused_lowrank.compute.plans import PLANS
+from fused_lowrank.compute.run import on_device
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_plan, pinned_tiles
 
@@ -231,9 +235,9 @@ def test_a_kernel_is_launched_where_its_operands_are(monkeypatch) -> None:
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or device)
     for index, expected in ((0, []), (1, [torch.device("cuda:1")])):
-        ops.on_device(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)))
+        on_device(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)))
         assert entered == expected
-    ops.on_device(torch.empty(0))
+    on_device(torch.empty(0))
     assert len(entered) == 1
 
 
@@ -270,15 +274,15 @@ def test_opcheck(train: tuple[str, ...], impl: str, core: str, device: torch.dev
     a, b = made["core"] if core == "pair" else (made["core"], None)
     want_t = any(t is not None and t.requires_grad for t in (a, b, made["up"]))
     args = (made["x"], made["weight"], made["down"], a, b, made["up"], made["bias"])
-    torch.library.opcheck(ops.forward_op, (*args, None, 0.5, 0.0, impl, want_t))
+    torch.library.opcheck(forward_op, (*args, None, 0.5, 0.0, impl, want_t))
 
     with torch.no_grad():
-        y, t = ops.forward_op(*args, None, 0.5, 0.0, impl, True)
+        y, t = forward_op(*args, None, 0.5, 0.0, impl, True)
     needs = [True, True, True, a is not None, b is not None, True, True]
     rest = (made["weight"], made["down"], a, b, made["up"])
     rest = tuple(None if part is None else part.detach() for part in rest)
     torch.library.opcheck(
-        ops.backward_op, (y, t, made["x"].detach(), *rest, None, 0.5, 0.0, impl, needs)
+        backward_op, (y, t, made["x"].detach(), *rest, None, 0.5, 0.0, impl, needs)
     )
 
 
@@ -354,9 +358,10 @@ def test_dropout(impl: str, device: torch.device) -> None:
     if impl == "reference":
         mask = torch.nn.functional.dropout(ones, 0.25)
     else:
-        plan = plans.SPLIT if impl == "triton" else plans.ATEN
+        plan = PLANS["split" if impl == "triton" else "aten"]
         seed = torch.randint(2**62, (1,), device=device)
-        mask = plan.dropped(ones, (seed, 0.25)) / 0.75
+        tiles = devices.tiles(device) if plan.ours else None
+        mask = plan.masked.run(ones, (seed, 0.25), tiles) / 0.75
     assert 0.6 < (mask > 0).float().mean() < 0.9
 
     def dropped(**call: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,11 @@ def x() -> torch.Tensor:
         return inputs()
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of the sums, in float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def change(path: Path, old: str, new: Any) -> None:
     """Give a tensor of a file another value, or none."""
     tensors = load_file(path / WEIGHTS)
@@ -46,7 +51,7 @@ def change(path: Path, old: str, new: Any) -> None:
 @pytest.mark.parametrize("bases", [True, False])
 @pytest.mark.parametrize("low_memory", [True, False])
 def test_round_trip(method: str, bases: bool, low_memory: bool, tmp_path: Path) -> None:
-    """The same bits, with the bases in the file or made again, whichever way PEFT loads."""
+    """The same numbers, with the bases in the file or made again, whichever way PEFT loads."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = config(method, save_projection=bases)
@@ -57,7 +62,7 @@ def test_round_trip(method: str, bases: bool, low_memory: bool, tmp_path: Path) 
     assert ({"basis_down", "basis_up"} <= keys) == bases
     assert "basis_fingerprint" in keys
     other = peft.PeftModel.from_pretrained(mlp(), tmp_path, low_cpu_mem_usage=low_memory)
-    assert torch.equal(other(x()), model(x()))
+    close(other(x()), model(x()))  # another alignment in memory may have another order of sums
     assert same(state(other), state(model))
     assert not any(p.requires_grad for p in other.parameters())
     other = peft.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
@@ -74,7 +79,7 @@ def test_bases_are_not_made_to_be_overwritten(
     cls = type(peft.get_peft_model(mlp(), config(method)).base_model.model.lin0)
     real = cls.new_bases
     monkeypatch.setattr(cls, "new_bases", lambda *a, **k: made.append(1) or real(*a, **k))
-    assert torch.equal(peft.PeftModel.from_pretrained(mlp(), tmp_path)(x()), wanted)
+    close(peft.PeftModel.from_pretrained(mlp(), tmp_path)(x()), wanted)
     assert not made
     eager = peft.get_peft_model(mlp(), config(method))
     assert len(made) == 2

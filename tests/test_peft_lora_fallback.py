@@ -220,7 +220,8 @@ class Seen(ModelHook):
 @pytest.mark.parametrize("first", ["hook", "fuse"])
 def test_accelerate_hooks(first: str, device: torch.device, ran: Counter) -> None:
     """On the layer: called, and the layer is fused inside; on its base: PEFT calls the base."""
-    model, hook, x = layer().to(device), Seen(), torch.randn(SMALL_ROWS, K, device=device)
+    model, hook = layer(dtype=F64).to(device).double(), Seen()
+    x = torch.randn(SMALL_ROWS, K, device=device, dtype=F64)
     expected = model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,6 +17,7 @@ import architectures
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
+    F64,
     SMALL_ROWS,
     Block,
     K,
@@ -109,11 +110,11 @@ def test_compile(device: torch.device) -> None:
 def test_switches_within_a_compiled_model(device: torch.device) -> None:
     """Another adapter, none, a new scale: each call as PEFT's, compiled or not."""
     torch._dynamo.reset()
-    theirs = layer().to(device)
+    theirs = layer(dtype=F64).to(device)
     theirs.update_layer("second", 3, lora_alpha=2, config=config())
-    ours = fuse_lora(copy.deepcopy(fill(theirs)))
+    ours = fuse_lora(copy.deepcopy(fill(theirs).double()))
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    x = torch.randn(SMALL_ROWS, K, device=device)
+    x = torch.randn(SMALL_ROWS, K, device=device, dtype=F64)
     for change in (
         lambda module: None,
         lambda module: module.set_adapter("second"),
@@ -131,7 +132,7 @@ def test_sharded(tmp_path: Path, device: torch.device, ran: Counter) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    theirs = block(target_modules=["proj", "out"]).to(device)
+    theirs = block(target_modules=["proj", "out"]).to(device).double()
     ours = fuse_lora(copy.deepcopy(theirs))
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)

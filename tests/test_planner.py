@@ -1,26 +1,41 @@
 """Which plan computes a pass: by cost on paper, by measured times, and when things go wrong."""
 
+import concurrent.futures
+import contextlib
 import json
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lowrank import FusedLoraXSLinear, LoraXSLinear, costs, explain, planner, plans, tuning
-from fused_lowrank.costs import Pass, Peaks
+from fused_lowrank import (
+    AdapterBank,
+    FusedLoraXSLinear,
+    LoraXSLinear,
+    config,
+    explain,
+    use_batch_invariance,
+)
+from fused_lowrank.compute import choose, costs, devices, operands
+from fused_lowrank.compute import measured as tuning
+from fused_lowrank.compute.operands import Operands, Problem
+from fused_lowrank.compute.plans import PLANS, Plan
+from fused_lowrank.compute.run import run
+from fused_lowrank.compute.costs import Peaks
 from fused_lowrank.testing import pinned_plan
 
 CPU = torch.device("cpu")
 H200 = Peaks(67e12 * 0.75, 989e12 * 0.75, 4.8e12 * 0.9, 3e-6)
 
 
-def at(m: int = 512, k: int = 1024, n: int = 1024, rank: int = 16, **other: object) -> Pass:
+def at(m: int = 512, k: int = 1024, n: int = 1024, rank: int = 16, **other: object) -> Problem:
     """A pass on the CPU, in float32, unless said otherwise."""
-    values = {"device": CPU, "dtype": torch.float32, "back": False, "regular": True}
+    values = {"device": CPU, "dtype": torch.float32, "transposed": False, "regular": True}
     values |= {"dropout": False, "want_u": False, **other}
-    return Pass(m=m, k=k, n=n, p=rank, q=rank, **values)
+    return Problem(m=m, k=k, n=n, p=rank, q=rank, **values)
 
 
 class OutOfResources(Exception):
@@ -34,7 +49,7 @@ def tune(tmp_path, monkeypatch):
     def start(mode: str) -> None:
         monkeypatch.setenv("FUSED_LOWRANK_TUNE", mode)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        planner.CHOSEN.clear()
+        choose.CHOSEN.clear()
         for cached in (tuning.known, tuning.identity, tuning.warn_once):
             cached.cache_clear()
 
@@ -49,9 +64,6 @@ class Fake:
         self.behaviour = behaviour
         self.calls: list[str] = []
 
-    def names(self, impl: str, at: Pass) -> list[str]:
-        return list(self.behaviour)
-
     def compute(self, name: str) -> str:
         self.calls.append(name)
         does = self.behaviour[name]
@@ -60,18 +72,33 @@ class Fake:
         time.sleep(does)
         return name
 
-    def carry_out(self, of: Pass) -> str:
-        return planner.carry_out(of, "auto", self.names, self.compute)
+    def plan(self, name: str) -> Plan:
+        """One whose y is its name."""
+        step = SimpleNamespace(
+            run=lambda *_: (self.compute(name), None),
+            why_not=lambda problem: None,
+            work=lambda problem: [costs.Work(COSTS[name], 1.0)],
+        )
+        return Plan(name, down=None, whole=step)
+
+    def carry_out(self, of: Problem) -> str:
+        """What `run` gives for operands of that pass, of these plans alone."""
+        x, weight, down, up = (
+            torch.zeros(1, columns).expand(rows, columns)
+            for rows, columns in ((of.m, of.k), (of.n, of.k), (of.p, of.k), (of.n, of.q))
+        )
+        plans = {name: self.plan(name) for name in self.behaviour}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choose, "candidates", lambda problem, impl: list(plans))
+            for name, plan in plans.items():
+                patch.setitem(PLANS, name, plan)
+            # As of a layout that is regular, whether kernels are there or not.
+            patch.setattr(operands, "has_kernels", lambda device: True)
+            of_pass = Operands(x, weight.contiguous(), down, None, up, None, 1.0)
+            return run(of_pass, "auto", config.Config(), True, False).y
 
 
-@pytest.fixture(autouse=True)
-def _costs_of_fakes(monkeypatch):
-    """On paper "a" is cheaper than "b"."""
-    real = costs.predict
-    fakes = {"a": costs.Cost(1.0, 1.0, 1, 1.0), "b": costs.Cost(1.0, 1.0, 1, 2.0)}
-    monkeypatch.setattr(
-        costs, "predict", lambda plan, of: fakes[plan] if plan in fakes else real(plan, of)
-    )
+COSTS = {"a": 1e9, "b": 2e9, "aten": 3e9}  # on paper "a" is cheaper than "b"
 
 
 def test_off_depends_on_paper_alone(tune) -> None:
@@ -126,7 +153,7 @@ def test_a_bucket_keeps_its_plan_while_the_process_lives(tune) -> None:
 
 def test_rows_share_a_bucket() -> None:
     """Up to a power of two."""
-    assert [planner.bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 4097)] == [1, 2, 4, 4, 8, 8, 16, 8192]
+    assert [operands.bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 4097)] == [1, 2, 4, 4, 8, 8, 16, 8192]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +239,10 @@ def test_out_of_memory_while_measuring_leaves_the_call_working(tune) -> None:
     fake = Fake(a=torch.OutOfMemoryError("full"), b=0.0)
     assert fake.carry_out(at()) == "b"
     fake = Fake(a=torch.OutOfMemoryError("full"), b=MemoryError())
-    assert planner.decide(at(m=64), "auto", fake.names, fake.compute).plans == ("a", "b")
+    with pytest.raises(torch.OutOfMemoryError):
+        fake.carry_out(at(m=64))
+    (decision,) = [chosen for (of, _), chosen in choose.CHOSEN.items() if of.m == 64]
+    assert decision.plans == ("a", "b")
 
 
 def test_other_errors_are_not_hidden(tune) -> None:
@@ -249,15 +279,15 @@ def test_an_unknown_mode_is_refused(tune) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 16, 256])
-@pytest.mark.parametrize("back", [False, True])
-def test_costs_grow_with_the_work(back: bool, rank: int) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_costs_grow_with_the_work(transposed: bool, rank: int) -> None:
     """Each plan's cost is above the floor, and the floor above that of the bare layer."""
     for m in (1, 16, 512, 8192):
-        of = at(m, 4096, 1024, rank, back=back)
+        of = at(m, 4096, 1024, rank, transposed=transposed)
         floor, bare = costs.least(of), costs.least(of, adapted=False)
         assert bare.seconds < floor.seconds
-        for plan in plans.PLANS:
-            cost, more = costs.predict(plan, of), costs.predict(plan, of._replace(n=2048))
+        for plan in PLANS.values():
+            cost, more = (choose.predict(plan, one) for one in (of, of._replace(n=2048)))
             assert floor.operations <= cost.operations * 1.0001
             assert cost.seconds < more.seconds
             assert floor.seconds <= cost.seconds
@@ -269,9 +299,11 @@ def test_the_choice_on_paper_for_a_gpu(monkeypatch) -> None:
     gpu = torch.device("cuda:0")
     for m in (1024, 8192):
         of = at(m, 4096, 4096, device=gpu, dtype=torch.bfloat16)
-        seconds = {plan: costs.predict(plan, of).seconds for plan in ("split", "first", "aten")}
+        seconds = {
+            name: choose.predict(PLANS[name], of).seconds for name in ("split", "first", "aten")
+        }
         assert min(seconds.values()) < seconds["aten"]
-    assert costs.predict("split", of).seconds < 1.15 * costs.least(of, adapted=False).seconds
+    assert seconds["split"] < 1.15 * costs.least(of, adapted=False).seconds
 
 
 def test_an_unknown_gpu_has_peaks(monkeypatch) -> None:
@@ -290,97 +322,159 @@ def test_an_unknown_gpu_has_peaks(monkeypatch) -> None:
 
 def test_plans_of_a_cpu() -> None:
     """Library steps in either order, in one order where a mask lies between them."""
-    assert plans.plan_names("auto", at()) == ["aten", "first"]
-    assert plans.plan_names("auto", at(back=True, dropout=True)) == ["aten"]
-    assert plans.plan_names("aten", at()) == ["aten"]
+    assert choose.candidates(at(), "auto") == ["aten", "first"]
+    assert choose.candidates(at(transposed=True, dropout=True), "auto") == ["aten"]
+    assert choose.candidates(at(), "aten") == ["aten"]
 
 
 @pytest.fixture
 def hopper(monkeypatch) -> torch.device:
     """A device that the planner takes for an H200."""
     tiles = pytest.importorskip("fused_lowrank.kernels.tiles")
-    monkeypatch.setattr(planner, "target", lambda device: tiles.TARGETS["sm_90"])
+    monkeypatch.setattr(devices, "target", lambda device: tiles.TARGETS["sm_90"])
     monkeypatch.setattr(costs, "peaks", lambda device: H200)
     return torch.device("cuda:0")
 
 
-@pytest.mark.parametrize("back", [False, True])
-def test_plans_of_a_gpu(back: bool, hopper: torch.device) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_plans_of_a_gpu(transposed: bool, hopper: torch.device) -> None:
     """Library steps and kernels; in one launch where rows are few; none that is not proven."""
-    pair = {"device": hopper, "dtype": torch.bfloat16, "back": back}
+    pair = {"device": hopper, "dtype": torch.bfloat16, "transposed": transposed}
     many, few = at(8192, **pair), at(64, **pair)
-    assert plans.plan_names("auto", many) == ["aten", "first", "split", "mixed"]
-    assert plans.plan_names("auto", few) == ["aten", "first", "split", "mixed", "decode"]
-    assert plans.plan_names("triton", few) == ["split", "decode"]
-    assert plans.plan_names("auto", few._replace(p=300)) == ["aten", "first"]
-    assert plans.plan_names("auto", few._replace(want_u=True)) == plans.plan_names("auto", many)
-    assert planner.decide(few, "auto", plans.plan_names, None, "off").plans[0] == "decode"
-    assert planner.decide(many, "auto", plans.plan_names, None, "off").plans[0] != "aten"
+    assert choose.candidates(many, "auto") == ["aten", "first", "split", "mixed"]
+    assert choose.candidates(few, "auto") == ["aten", "first", "split", "mixed", "decode"]
+    assert choose.candidates(few, "triton") == ["split", "decode"]
+    assert choose.candidates(few._replace(p=300), "auto") == ["aten", "first"]
+    assert choose.candidates(few._replace(want_u=True), "auto") == choose.candidates(many, "auto")
+    assert choose.decide(few, "auto", mode="off").plans[0] == "decode"
+    assert choose.decide(many, "auto", mode="off").plans[0] != "aten"
 
 
 @pytest.mark.parametrize("rank", [16, 300])
 def test_dropout_has_one_mask_forward_and_backward(rank: int, hopper: torch.device) -> None:
     """The kernels' and torch's differ: whichever plans two passes take, they are of one kind."""
     kinds = set()
-    for back in (False, True):
-        of = at(8192, rank=rank, device=hopper, dtype=torch.bfloat16, back=back, dropout=True)
-        names = plans.plan_names("auto", of)
-        kinds |= {isinstance(plans.PLANS[name], plans.Split) for name in names}
+    for transposed in (False, True):
+        kind = {"dtype": torch.bfloat16, "transposed": transposed, "dropout": True}
+        of = at(8192, rank=rank, device=hopper, **kind)
+        names = choose.candidates(of, "auto")
+        kinds |= {PLANS[name].ours for name in names}
     assert kinds == {rank == 16}
 
 
 def test_a_pinned_plan_that_cannot_says_why(device: torch.device) -> None:
     """Rather than another one's result under its name."""
     layer = FusedLoraXSLinear(96, 64, r=4, dropout=0.5, device=device)
-    y = layer(torch.randn(5, 96, device=device, requires_grad=True))
-    with pinned_plan("first"), pytest.raises(RuntimeError, match=r"first cannot.*dropout"):
+    with pinned_plan("first"):
+        y = layer(torch.randn(5, 96, device=device, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"first cannot.*dropout"):
         y.sum().backward()
 
 
-def test_explain_says_what_a_call_does(device: torch.device, capsys) -> None:
+def taken() -> dict[bool, str]:
+    """transposed → the plan that calls have been given since `choose.CHOSEN` was cleared."""
+    return {of.transposed: decision.plans[0] for (of, _), decision in choose.CHOSEN.items()}
+
+
+def test_explain_says_what_a_call_does(device: torch.device) -> None:
     """Plan, costs, floor, tiles and why, for both passes; a call then takes that plan."""
-    planner.CHOSEN.clear()
+    choose.CHOSEN.clear()
     layer = FusedLoraXSLinear(256, 512, r=8, device=device)
     layer.impl = "triton"
-    explain(layer, 300)
-    said = capsys.readouterr().out
+    explanation = explain(layer, 300)
+    said = str(explanation)
     wanted = "256 → 512|P = 8|300 rows|rows up to 512|forward: |backward: |why: |GFLOP|MB|floor"
     for text in [*wanted.split("|"), "bare layer", "shrink: ", "gemm_tail: "]:
         assert text in said, text
-    assert not planner.CHOSEN
+    choose.CHOSEN.clear()
     layer(torch.randn(300, 256, device=device, requires_grad=True)).sum().backward()
-    taken = {(key.back, decision.plans[0]) for (key, _), decision in planner.CHOSEN.items()}
-    for back, plan in taken:
-        assert f"{'backward' if back else 'forward'}: {plan}," in said
-    assert len(taken) == 2
+    assert taken() == {one.problem.transposed: one.plan for one in explanation.passes}
+    assert len(taken()) == 2
 
 
-def test_explain_where_no_plan_is_chosen(capsys) -> None:
+def plans_of(call) -> set[str]:
+    """The names of the plans that passes of a call were computed by."""
+    from fused_lowrank.compute import autograd
+
+    names = set()
+
+    def noted(*args):
+        done = run(*args)
+        names.add(done.plan.name)
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "run", noted)
+        call()
+    return names
+
+
+@pytest.mark.parametrize("impl", ["auto", "aten", "triton"])
+@pytest.mark.parametrize("way", ["plain", "invariant", "bank", "bank, invariant", "pinned"])
+def test_explain_names_the_plans_that_are_run(way: str, impl: str, device: torch.device) -> None:
+    """Under batch invariance, in a bank and under a pin, forward and backward."""
+    layer = FusedLoraXSLinear(96, 64, r=8, device=device)
+    layer.impl, model = impl, torch.nn.Sequential(layer)
+    x = torch.randn(700, 96, device=device, requires_grad=True)
+    if "bank" in way:
+        bank = AdapterBank.from_model(model, slots=2)
+        bank.add("a")
+
+    def call() -> None:
+        with bank.use(["a", None] * 350) if "bank" in way else contextlib.nullcontext():
+            y = model(x)
+        y.sum().backward()
+
+    use_batch_invariance("invariant" in way)
+    try:
+        with config.use(plan="split" if way == "pinned" else None):
+            expected = {one.plan for one in explain(layer, 700).passes}
+            assert plans_of(call) == expected
+    finally:
+        use_batch_invariance(False)
+    if "invariant" in way:
+        assert expected <= {"fixed", "alone"}
+
+
+def test_explain_where_no_plan_is_chosen() -> None:
     """Small calls on a CPU, and the reference layers; other things are refused."""
-    explain(FusedLoraXSLinear(64, 64, r=4), 1)
-    assert "chain of library operations" in capsys.readouterr().out
-    explain(LoraXSLinear(64, 64, r=4), 1)
-    assert "no plan" in capsys.readouterr().out
+    assert "chain of library operations" in str(explain(FusedLoraXSLinear(64, 64, r=4), 1))
+    assert "no plan" in str(explain(LoraXSLinear(64, 64, r=4), 1))
     merged = FusedLoraXSLinear(64, 64, r=4)
     merged.merge()
-    explain(merged, 1000)
-    assert "bare layer" in capsys.readouterr().out
+    assert "bare layer" in str(explain(merged, 1000))
     with pytest.raises(TypeError, match="layer is a Linear"):
         explain(torch.nn.Linear(4, 4), 1)
     with pytest.raises(ValueError, match="rows is 0"):
         explain(FusedLoraXSLinear(64, 64, r=4), 0)
 
 
+def test_config_is_of_its_context() -> None:
+    """It nests, is left again, and is not seen by another thread; a backward has its forward's."""
+    layer = FusedLoraXSLinear(96, 64, r=8)
+    x = torch.randn(700, 96, requires_grad=True)
+    with config.use(plan="first"):
+        with config.use(batch_invariance=True):
+            assert config.current() == config.Config("first", (), True)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                assert pool.submit(config.current).result() == config.Config()
+        y = layer(x)
+    assert config.current() == config.Config()
+    assert plans_of(lambda: y.sum().backward()) == {"first"}
+    with config.use(plan="frist"), pytest.raises(ValueError, match=r"plan is 'frist'.*aten, first"):
+        layer(x)
+
+
 def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
     """For those that give the bare layer's bits where it is zero, where there is room for it."""
     from fused_lowrank.kernels.tiles import TARGETS
 
-    rows, one = (at(m=16, dtype=torch.bfloat16, rows=value) for value in (True, False))
-    assert plans.plan_names("triton", rows) == ["split", "decode"]
-    assert plans.plan_names("aten", rows) == ["aten"]
-    assert plans.plan_names("auto", rows) == ["aten"]
-    assert plans.plan_names("auto", one) == ["aten", "first"]
-    assert all(plans.PLANS[name].why_not(rows) for name in ("first", "mixed", "relay"))
-    monkeypatch.setattr(planner, "target", lambda device: TARGETS["gfx942"])
-    assert plans.plan_names("triton", rows) == ["split"]
-    assert plans.plan_names("triton", one) == ["split", "decode"]
+    rows, one = (at(m=16, dtype=torch.bfloat16, by_row=value) for value in (True, False))
+    assert choose.candidates(rows, "triton") == ["split", "decode"]
+    assert choose.candidates(rows, "aten") == ["aten"]
+    assert choose.candidates(rows, "auto") == ["aten"]
+    assert choose.candidates(one, "auto") == ["aten", "first"]
+    assert all(PLANS[name].why_not(rows) for name in ("first", "mixed", "relay"))
+    monkeypatch.setattr(devices, "target", lambda device: TARGETS["gfx942"])
+    assert choose.candidates(rows, "triton") == ["split"]
+    assert choose.candidates(one, "triton") == ["split", "decode"]

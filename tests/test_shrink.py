@@ -4,10 +4,11 @@ import pytest
 import torch
 import triton
 
+from fused_lowrank.kernels import launch
 from fused_lowrank.kernels import shrink as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.reference import Core, like, through_core
+from fused_lowrank.compute.reference import Core, like, through_core
 from fused_lowrank.testing import measure
 
 ROWS, DEPTH, Q = 37, 203, 20  # three row tiles; thirteen blocks of K, the last of them cut
@@ -120,7 +121,7 @@ def test_a_launch_that_lets_the_next_one_start_is_not_split(
 ) -> None:
     """The next launch waits for the programs of this one, not for the last of them to arrive."""
     monkeypatch.setattr(module, "splits", lambda *_: 4)
-    monkeypatch.setattr(module, "arrivals", lambda *_: pytest.fail("split"))
+    monkeypatch.setattr(launch, "arrivals", lambda *_: pytest.fail("split"))
     made = operands(device, "core", 20, torch.bfloat16)
     launched(**made, tile=TileConfig(16, 16, 16, 4, 1, overlap=True))
 

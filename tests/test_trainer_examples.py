@@ -44,7 +44,7 @@ def test_learns(
     monkeypatch.setattr(script, "collect_pairs", pairs)
     monkeypatch.setattr(script, "PACKAGES", 3)
     monkeypatch.setattr(script, "EACH", 24)
-    monkeypatch.setattr(sys, "argv", [name, "--steps", "12", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "18", "--out", str(tmp_path)])
     script.main()
     out = capsys.readouterr().out
     before, after = map(float, re.search(r"held-out loss: ([\d.]+) → ([\d.]+)", out).groups())

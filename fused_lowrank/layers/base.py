@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 from torch.nn.utils import parametrize
 
-from .. import ops, planner
-from ..functional import lowrank_linear
-from ..reference import Core
+from ..compute import choose
+from ..compute.autograd import chain
+from ..compute.operands import Operands
+from ..compute.reference import Core
+from ..functional import compute, prepared
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +35,7 @@ class LowRankLinear(nn.Module):
     method: ClassVar[str]
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
-    impl: ClassVar[str] = "reference"
+    impl: str = "reference"
     routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
     sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
 
@@ -53,6 +55,7 @@ class LowRankLinear(nn.Module):
         alpha: float | None,
         dropout: float,
         train: tuple[str, ...],
+        impl: str | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         linear: nn.Linear | None,
@@ -62,6 +65,8 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.r, self.alpha = r, float(r if alpha is None else alpha)
         self.dropout, self.train_names = float(dropout), tuple(train)
+        if impl is not None:
+            self.impl = impl
         self._check_settings()
         self.scale = self.alpha / r
         self.disabled = False
@@ -87,6 +92,7 @@ class LowRankLinear(nn.Module):
         known = ("weight", "bias", *self.factors)
         if unknown := [name for name in self.train_names if name not in known]:
             raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
+        choose.check_known(self.impl)
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha}: it must be finite")
         if not 0.0 <= self.dropout < 1.0:
@@ -179,7 +185,11 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        return self.own(x) if self.routed is None else self.routed(self, x)
+        if self.routed is not None:
+            return self.routed(self, x)
+        if self.disabled or self._original or self.bases_pending or self.sharded is not None:
+            return self.own(x)
+        return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whatever a bank has for it."""
@@ -204,21 +214,15 @@ class LowRankLinear(nn.Module):
         seed: Tensor | None = None,
     ) -> Tensor:
         """y of these operands by this layer's implementation, with its scale and dropout."""
-        operands = x, weight, down, core, up, bias
-        if self.impl == "auto" and not (self.dropout and self.training):
+        dropout = (seed, self.dropout) if self.dropout and self.training else None
+        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
+        if dropout is None and self.impl == "auto":
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
-                if planner.small(x):
-                    return ops.small(*operands, self.scale)
+                if choose.small(x):
+                    return chain(operands)
             except (AttributeError, IndexError, RuntimeError):
-                pass  # the checks in lowrank_linear say it better
-        return lowrank_linear(
-            *operands,
-            scale=self.scale,
-            dropout_p=self.dropout,
-            training=self.training,
-            impl=self.impl,
-            seed=seed,
-        )
+                pass  # the checks say it better
+        return compute(prepared(operands), self.impl)
 
     def _require_factors(self) -> None:
         if self.bases_pending:

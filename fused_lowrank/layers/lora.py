@@ -15,6 +15,7 @@ class LoraLinear(LowRankLinear):
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
     is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    `impl` is that of `lowrank_linear`; None is the class's own.
 
     Raises ValueError for r outside 1 … min(in, out), and for a `train` that could never learn.
     """
@@ -33,6 +34,7 @@ class LoraLinear(LowRankLinear):
         alpha: float | None = None,
         dropout: float = 0.0,
         train: tuple[str, ...] = ("down", "up"),
+        impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _linear: nn.Linear | None = None,
@@ -49,6 +51,7 @@ class LoraLinear(LowRankLinear):
             alpha=alpha,
             dropout=dropout,
             train=train,
+            impl=impl,
             device=device,
             dtype=dtype,
             linear=_linear,

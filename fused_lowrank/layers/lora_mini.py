@@ -24,6 +24,7 @@ class LoraMiniLinear(LowRankLinear):
     Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
     init="identity" sets b_train to zero, so that training starts from the base model.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    `impl` is that of `lowrank_linear`; None is the class's own.
 
     Raises ValueError for a outside 1 … in, b outside 1 … out, r outside 1 … min(a, b), an unknown
     init, and a `train` that could never learn.
@@ -49,6 +50,7 @@ class LoraMiniLinear(LowRankLinear):
         dropout: float = 0.0,
         init: str = "identity",
         train: tuple[str, ...] = ("a_train", "b_train"),
+        impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _linear: nn.Linear | None = None,
@@ -78,6 +80,7 @@ class LoraMiniLinear(LowRankLinear):
             alpha=alpha,
             dropout=dropout,
             train=train,
+            impl=impl,
             device=device,
             dtype=dtype,
             linear=_linear,

@@ -24,6 +24,7 @@ class LoraXSLinear(LowRankLinear):
     which starts as N(0, 1e-5²). In terms of the authors' code, down is lora_A, up is lora_B and
     core is the transpose of their latent mapping's weight. scale = alpha / r; alpha None means r.
     `svd`: "randomized" (fixed seed) or "exact". `dropout` acts on the input of down.
+    `impl` is that of `lowrank_linear`; None is the class's own.
 
     Raises ValueError for r outside 1 … min(in, out).
     """
@@ -45,6 +46,7 @@ class LoraXSLinear(LowRankLinear):
         dropout: float = 0.0,
         train: tuple[str, ...] = ("core",),
         svd: str = "randomized",
+        impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _linear: nn.Linear | None = None,
@@ -62,6 +64,7 @@ class LoraXSLinear(LowRankLinear):
             alpha=alpha,
             dropout=dropout,
             train=train,
+            impl=impl,
             device=device,
             dtype=dtype,
             linear=_linear,

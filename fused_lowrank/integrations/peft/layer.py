@@ -20,9 +20,10 @@ from torch.nn.functional import dropout, linear, pad
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from ...compute.operands import Operands
+from ...compute.reference import Core, like, product, through_core
 from ...functional import compute, lowrank_linear, prepared
 from ...layers.base import fsdp_error, is_sharded, lost_to_rounding
-from ...reference import Core, like, product, through_core
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines
@@ -301,8 +302,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             y = base(x)
             t = linear(like(x, down.dtype), down)
             return y + linear(through_core(t, rows, 1.0), up).to(y.dtype)
-        x, w, bias = prepared(x, weight, down, table[0], None, up, base.bias, 1.0, 0.0)
-        return compute(x, w, down, table, None, up, bias, rows, 1.0, 0.0, "auto")
+        return compute(prepared(Operands(x, weight, down, rows, up, base.bias, 1.0)), "auto")
 
     def _table(self, adapters: list[str], p: int, q: int) -> Tensor:
         """The cores (adapters, p, q), each times its scaling; kept while nobody changes one."""

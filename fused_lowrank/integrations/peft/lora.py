@@ -14,7 +14,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from ... import ops, planner
+from ...compute import choose
+from ...compute.autograd import chain
+from ...compute.operands import Operands
+from ...compute.run import under_autocast
 from ...functional import DTYPES, lowrank_linear
 from .hooks import is_hooked, is_replaced
 from .registry import TESTED
@@ -82,9 +85,9 @@ class FusedLinear(Linear):
         if type(base).forward is Conv1D.forward:
             weight = weight.t()
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        if self.impl == "auto" and planner.small(x):
+        if self.impl == "auto" and choose.small(x):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
-            return ops.small(x, weight, down, None, up, bias, scale, low)
+            return chain(Operands(x, weight, down, None, up, bias, scale), low)
         return lowrank_linear(
             *(x, weight, down, None, up, bias),
             scale=scale,
@@ -147,7 +150,7 @@ def takes(x: Tensor, weight: Tensor, down: Tensor) -> bool:
         x.dtype != torch.float16 or down.dtype == x.dtype or not torch.is_grad_enabled()
     ):
         return True
-    return ops.under_autocast(x)
+    return under_autocast(x)
 
 
 def fuse_lora(model: Model) -> Model:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...reference import NONE, Rows
+from ...compute.reference import NONE, Rows
 
 BASE = "__base__"  # PEFT's name for no adapter
 

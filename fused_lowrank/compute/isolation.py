@@ -30,7 +30,12 @@ def is_needed(x: Tensor, sizes: Iterable[int]) -> bool:
     """Whether a product of x over any of these inner sizes has to be padded."""
     if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in DTYPES):
         return False
-    dtype = product_dtype(x)
+    return mixes(tuple(sizes), product_dtype(x))
+
+
+@functools.cache
+def mixes(sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether products over any of these inner sizes have to be padded."""
     safe = [readable(size, dtype) == size for size in sizes]  # all are probed at once
     return not all(safe)
 

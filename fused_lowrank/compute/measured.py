@@ -23,17 +23,25 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .costs import Pass
+if TYPE_CHECKING:
+    from .operands import Problem
 
 MODES = ("off", "cached", "full")
 REPETITIONS = 7
 Times = dict[str, float]  # a plan's name → its median seconds
 NEVER = float("inf")
+FLAGS = {  # of a problem → as the file has it
+    "transposed": "back",
+    "regular": "regular",
+    "dropout": "dropout",
+    "want_u": "want_u",
+    "by_row": "rows",
+}
 
 
 def mode() -> str:
@@ -44,11 +52,11 @@ def mode() -> str:
     return value
 
 
-def name_of(at: Pass) -> str:
+def name_of(problem: Problem) -> str:
     """A pass as the file names it; its device is the file's."""
-    flags = [name for name in ("back", "regular", "dropout", "want_u", "rows") if getattr(at, name)]
-    sizes = f"m{at.m} k{at.k} n{at.n} p{at.p} q{at.q}"
-    return " ".join([str(at.dtype).removeprefix("torch."), sizes, *flags])
+    flags = [word for name, word in FLAGS.items() if getattr(problem, name)]
+    sizes = " ".join(f"{name}{getattr(problem, name)}" for name in "mknpq")
+    return " ".join([str(problem.dtype).removeprefix("torch."), sizes, *flags])
 
 
 def device_name(device: torch.device) -> str:
@@ -62,11 +70,12 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def identity(device: torch.device) -> dict[str, str]:
     """What measured times are valid for."""
-    from . import kernels
+    from .. import kernels
 
     digest = hashlib.sha256()
     sources = sorted(Path(kernels.__path__[0]).glob("*.py"))
-    for path in [*sources, Path(__file__).with_name("plans.py")]:
+    plans = sorted(Path(__file__).parent.glob("*.py"))
+    for path in [*sources, *plans]:
         digest.update(path.name.encode() + path.read_bytes())
     driver = "none"
     if device.type == "cuda":

@@ -8,29 +8,14 @@ where nothing has been measured (`tuning`): those of GPUs are predictions.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .kernels.tiles import SMALL_M
-
-
-class Pass(NamedTuple):
-    """One pass through a layer, as far as the choice of its plan depends on it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    m: int  # the bucket: rows, rounded up to a power of two
-    k: int  # of this pass: on the way back k and n, and p and q, have changed places
-    n: int
-    p: int
-    q: int
-    back: bool  # W is read along its other side
-    regular: bool  # x and W are multiples of 16 in sizes, strides and addresses
-    dropout: bool
-    want_u: bool  # u is wanted outside, as it is where down is trained
-    rows: bool = False  # a core for each row, not one for all
+if TYPE_CHECKING:
+    from .operands import Problem
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,7 @@ def peaks(device: torch.device) -> Peaks:
     return Peaks(wide * cycles, narrow * cycles, BANDWIDTH * FILLED, GPU_START)
 
 
-class Step(NamedTuple):
+class Work(NamedTuple):
     """A launch, or a library's call."""
 
     operations: float
@@ -118,39 +103,10 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def steps(plan: str, at: Pass) -> list[Step]:
-    """The steps of a plan; `split:name` and the like count as what precedes the colon."""
-    size, m, n, k = at.dtype.itemsize, at.m, at.n, at.k
-    x, w, y = m * k * size, n * k * size, m * n * size
-    down, up, t, u = at.p * k * size, n * at.q * size, m * at.p * size, m * at.q * size
-    base = 2.0 * m * n * k
-    way_down, way_up, core = 2.0 * m * k * at.p, 2.0 * m * n * at.q, 2.0 * m * at.p * at.q
-    kind = plan.partition(":")[0]
-    cores = m * at.p * at.q * size if at.rows else 0
-    shrink = [Step(way_down + core, x + down + t + u + cores)]
-    if kind in ("aten", "first"):
-        shrink = [Step(way_down, x + down + t), Step(core, t + u + 3 * cores)]
-    if kind == "aten":
-        return [*shrink, Step(base, x + w + y), Step(way_up, 2 * y + u + up)]
-    if kind in ("first", "mixed"):
-        added = ADDED * m * n if at.device.type == "cpu" and size == 2 else 0
-        return [*shrink, Step(way_up, y + u + up + added), Step(base, x + w + 2 * y)]
-    tail_too = base + way_up, x + w + y + u + up
-    if kind == "split":
-        fast = PERSISTENT if at.regular and size == 2 else POINTERS
-        return [*shrink, Step(*tail_too, FEW_ROWS if m <= SMALL_M else fast)]
-    everything = base + way_up + way_down + core, x + w + y + down + up + t + 2 * u + cores
-    if kind == "decode":
-        return [Step(*everything, DECODE, MEETING)]
-    if kind == "relay":
-        return [Step(*everything, PERSISTENT / (1 + RELAY / n), MEETING)]
-    raise ValueError(f"no costs are known of {plan!r}")
-
-
-def predict(plan: str, at: Pass) -> Cost:
-    """What a plan costs on paper."""
-    peak, parts = peaks(at.device), steps(plan, at)
-    rate = peak.rate(at.dtype)
+def total(parts: Sequence[Work], problem: Problem) -> Cost:
+    """What the parts of a plan cost together, one after the other."""
+    peak = peaks(problem.device)
+    rate = peak.rate(problem.dtype)
     seconds = sum(
         max(part.operations / rate, part.bytes / peak.bandwidth) / part.share
         + part.waits
@@ -161,7 +117,7 @@ def predict(plan: str, at: Pass) -> Cost:
     return Cost(operations, moved, len(parts), seconds)
 
 
-def least(at: Pass, adapted: bool = True) -> Cost:
+def least(at: Problem, adapted: bool = True) -> Cost:
     """The floor: everything computed and moved once, in one step; or so much for the bare layer."""
     size, rank = at.dtype.itemsize, at.p + at.q if adapted else 0
     operations = 2.0 * at.m * at.n * at.k

@@ -1,0 +1,18 @@
+"""How a call is computed: one equation, its operands as one object, and plans as rows of a table.
+
+    reference         the equation in plain torch, and cores by row (`Rows`)
+    dropout           a mask from a seed, in plain torch
+    isolation         library products in which no row reads another
+    devices           what can run where, and which tiles a device takes
+    operands          Operands of a pass, and the Problem that a plan is chosen by
+    costs             what work costs on paper, on a device
+    measured          what plans took when they were measured, in a file of the user's
+    steps_library     steps by library products: run, why_not, work
+    steps_kernels     steps by this library's kernels
+    plans             the table of plans: which steps make a pass
+    choose            which plan a pass takes, and why; the one place that decides
+    run               a pass by the plan that is chosen for it
+    autograd          forward and backward over passes; the library ops of compiled graphs
+
+A module imports those above it in this list.
+"""

@@ -1,0 +1,342 @@
+"""Forward and backward of the equation over passes (`run`), and the two ways to call them:
+
+    eager        a torch.autograd.Function, directly
+    compiled     the torch.library ops fused_lowrank::forward and ::backward
+
+    forward      t, u = shrink(x,  down, core,  scale)        y  = gemm_tail(x,  W,  u, up, bias)
+    backward     g, v = shrink(dy, upᵀ,  coreᵀ, scale)        dx = gemm_tail(dy, Wᵀ, v, downᵀ)
+                 dcore = core_grad(t, g, scale)
+
+Saved for backward is t (M, P), and x only if down or the weight is trained. Operands are 2-D here;
+the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone; its mask is
+made from a seed wherever it is needed, and never kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import config as configuration
+from ..config import Config
+from . import choose, devices
+from .operands import Operands
+from .reference import AnyCore, Rows, like, product, through_core, through_rows
+from .run import is_foreign, no_autocast, on_device, run
+from .steps_library import Wanted
+
+unsafe_view = torch.ops.aten._unsafe_view.default
+OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
+
+
+class Needs(NamedTuple):
+    """Which of the operands require a gradient, in the order of `backward`'s result."""
+
+    x: bool
+    weight: bool
+    down: bool
+    a: bool
+    b: bool
+    up: bool
+    bias: bool
+
+
+def fold(x: Tensor) -> Tensor:
+    """(..., K) as (M, K), a view wherever the strides allow."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def join(a: OptTensor, b: OptTensor, rows: Rows | None = None) -> Any:
+    """The core from its two places in an op's signature; with `rows`, these are its tables."""
+    if rows is not None:
+        return rows if a is None else rows._replace(table=a, right=b)
+    return a if a is None or b is None else (a, b)
+
+
+def places(core: AnyCore) -> tuple[Any, Any]:
+    """The core's two places in a signature: (a, b), (core, None), or the tables of `Rows`."""
+    if isinstance(core, Rows):
+        return core.table, core.right
+    return core if isinstance(core, tuple) else (core, None)
+
+
+def dropout_of(seed: OptTensor, dropout_p: float) -> Any:
+    """The dropout of `Operands` from its two places in an op's signature."""
+    return None if seed is None else (seed, dropout_p)
+
+
+def backward(
+    dy: Tensor, t: Wanted, operands: Operands, impl: str, config: Config, needs: Needs
+) -> list[Wanted]:
+    """The gradients that are needed, in the order of `Needs`; None for the others.
+
+    `operands` are the forward's. t is there if a core factor or up needs a gradient, the weight if
+    x does, x if down or the weight does.
+    """
+    if is_foreign(dy):
+        with no_autocast(dy), on_device(dy):
+            return backward(dy, t, operands, impl, config, needs)
+    _, _, down, core, up, _, scale, dropout, _ = operands
+    want_g = needs.a or needs.b
+    grads: dict[str, Wanted] = dict.fromkeys(Needs._fields)
+    g: Wanted = None
+    v: Wanted = None
+    tiles = None
+    if needs.x or want_g or needs.down:
+        back = operands.of_backward(dy)
+        if needs.x:
+            plan, tiles, grads["x"], g, v = run(back, impl, config, want_g, needs.down)
+        else:
+            plan = choose.for_single_steps(impl, dy, down.shape[0], up.shape[1])
+            tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
+            g, v = plan.down.run(back, tiles, want_g, needs.down)
+    if want_g:
+        want = needs.a, needs.b
+        grads["a"], grads["b"] = plan.core_grad.run(t, g, core, scale, want, tiles)
+    if needs.down:
+        x = plan.masked.run(operands.x, dropout, tiles)
+        grads["down"] = (v[:, : down.shape[0]].t() @ x).to(down.dtype)
+    if needs.up:
+        # Summed over rows with the long side as columns, which CPU libraries do faster.
+        dup = through_core(t, core, scale).t() @ dy
+        grads["up"] = like(dup.t().contiguous(), up.dtype)
+    if needs.weight:
+        grads["weight"] = dy.t() @ operands.x
+    if needs.bias:
+        grads["bias"] = dy.sum(0)
+    return list(grads.values())
+
+
+def saved(needs: Sequence[bool], t: Wanted, x: Tensor, weight: Tensor) -> tuple[Wanted, ...]:
+    """(t, x, weight): what the backward will read of them, None for the rest.
+
+    The first three of `needs` are of x, weight and down.
+    """
+    return t, (x if needs[1] or needs[2] else None), (weight if needs[0] else None)
+
+
+def chain(operands: Operands, low: OptTensor = None) -> Tensor:
+    """y, by library operations that autograd itself differentiates: the least work for the host.
+
+    x may have any leading dimensions. `low`, if given, is what the low-rank term is of instead of
+    x: x after a dropout.
+
+    t is all that it saves of size M where down, up and weight are frozen, as `LowRankFunction`
+    does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
+    """
+    x, weight, down, core, up, bias, scale, _, _ = operands
+    rows = fold(x)
+    t = linear(rows if low is None else fold(low), like(down, x.dtype))
+    if isinstance(core, Rows):
+        u = through_rows(t, core, 1.0)
+    else:
+        matrix = product(core)
+        u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
+    y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
+
+# --- eager ---
+
+
+class Call(NamedTuple):
+    """What an eager call is besides its tensors."""
+
+    scale: float
+    dropout_p: float
+    impl: str
+    config: Config
+    rows: Rows | None  # of a core for each row, whose tables are among the tensors
+
+
+class LowRankFunction(torch.autograd.Function):
+    """The eager call, of a `Call` and x, weight, down, a, b, up, bias, seed.
+
+    Leading dimensions of x are folded here.
+    """
+
+    @staticmethod
+    def forward(ctx, call, *tensors):  # type: ignore[no-untyped-def]
+        x, weight, down, a, b, up, bias, seed = tensors
+        needs, lead, rows = Needs(*ctx.needs_input_grad[1:8]), x.shape[:-1], call.rows
+        x = fold(x)
+        dropout = dropout_of(seed, call.dropout_p)
+        operands = Operands(x, weight, down, join(a, b, rows), up, bias, call.scale, dropout)
+        done = run(operands, call.impl, call.config, needs.a or needs.b or needs.up, False)
+        by_row = (None, None) if rows is None else (rows.handles, rows.weights)
+        t = done.t if needs.a or needs.b or needs.up else None
+        # Those of rows are saved for autograd to see that they are not written to meanwhile.
+        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed, *by_row)
+        ctx.needs, ctx.call, ctx.lead = needs, call, lead
+        # A view that autograd does not know for one: a caller may then write to y.
+        y = done.y
+        return y if x.dim() == len(lead) + 1 else unsafe_view(y, (*lead, y.shape[-1]))
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        t, x, weight, down, a, b, up, seed, *_ = ctx.saved_tensors
+        call = ctx.call
+        core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p)
+        operands = Operands(x, weight, down, core, up, None, call.scale, dropout)
+        with torch.no_grad():
+            grads = backward(fold(dy), t, operands, call.impl, call.config, ctx.needs)
+        if grads[0] is not None:
+            grads[0] = grads[0].view(*ctx.lead, grads[0].shape[-1])
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_double_backward(grads)
+        return (None, *grads, None)
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """The identity on gradients, whose own backward raises."""
+
+    @staticmethod
+    def forward(ctx, anchor, *grads):  # type: ignore[no-untyped-def]
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "lowrank_linear cannot be differentiated twice by impl='triton' or 'aten'; "
+            "impl='reference' can"
+        )
+
+
+def refuse_double_backward(grads: list[Wanted]) -> list[Wanted]:
+    """The same gradients; differentiating them raises an error that says what to do."""
+    anchor = torch.empty(0, requires_grad=True)
+    there = [grad for grad in grads if grad is not None]
+    marked = iter(_Undifferentiable.apply(anchor, *there)) if there else iter(())
+    return [None if grad is None else next(marked) for grad in grads]
+
+
+# --- compiled ---
+#
+# A schema cannot say "maybe a tensor" of a result: what is not wanted is an empty tensor there.
+
+
+def run_op(operands: Operands, impl: str, want_t: bool) -> tuple[Tensor, Tensor]:
+    """(y, t) of an op's forward; t is empty if it is not wanted."""
+    config = configuration.current()
+    if impl == "triton":
+        choose.require_triton(operands.x, *operands.ranks)
+    if operands.dropout is not None and config.plan is not None:
+        raise RuntimeError(
+            "a compiled graph with dropout takes no plan from config.use: its backward would not "
+            "see it, and might draw another mask"
+        )
+    done = run(operands, impl, config, want_t, False)
+    return done.y, done.t if want_t else operands.x.new_empty(0)
+
+
+def gradients_of_op(
+    dy: Tensor, t: OptTensor, operands: Operands, impl: str, needs: Needs
+) -> list[Wanted]:
+    """The gradients of an op's backward, None for those that are not needed."""
+    return backward(dy, t, operands, impl, configuration.current(), needs)
+
+
+def there(grads: Sequence[Wanted], dy: Tensor) -> list[Tensor]:
+    """The gradients as an op returns them."""
+    return [dy.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def fake_results(x: Tensor, weight: Tensor, down: Tensor, want_t: bool) -> tuple[Tensor, Tensor]:
+    """(y, t) of the sizes that an op's forward gives."""
+    t = x.new_empty((x.shape[0], down.shape[0]) if want_t else 0)
+    return x.new_empty((x.shape[0], weight.shape[0])), t
+
+
+def fake_gradients(dy: Tensor, factors: Sequence[OptTensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients of the sizes that an op's backward gives; `factors` go from down to up."""
+    m, n = dy.shape
+    k = factors[0].shape[1]  # type: ignore[union-attr]
+    of_x, of_weight, of_bias = dy.new_empty((m, k)), dy.new_empty((n, k)), dy.new_empty(n)
+    return [
+        torch.empty_like(operand) if need else dy.new_empty(0)  # type: ignore[arg-type]
+        for need, operand in zip(needs, (of_x, of_weight, *factors, of_bias), strict=True)
+    ]
+
+
+def connect(forward_op: Any, backward_op: Callable[..., list[Tensor]], count: int) -> None:
+    """Make `backward_op` the backward of `forward_op`, whose first `count` inputs have gradients.
+
+    The forward's inputs are x, weight, the factors from down to up, bias, then others, the last of
+    which is whether t is wanted. The backward's are dy, t, x, weight, those factors, those others
+    but the last, and which gradients are needed.
+    """
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (x, weight, *factors, _), (*others, want_t) = inputs[:count], inputs[count:]
+        needs = list(ctx.needs_input_grad[:count])
+        values = *saved(needs, output[1] if want_t else None, x, weight), *factors, *others
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in values))
+        ctx.plain = [None if isinstance(v, Tensor) else v for v in values]
+        ctx.needs, ctx.inputs = needs, len(inputs)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dy: Any, dt: Any) -> Any:
+        if dy is None:
+            return (None,) * ctx.inputs
+        pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
+        values = [plain if tensor is None else tensor for tensor, plain in pairs]
+        grads = backward_op(dy, *values, ctx.needs)
+        wanted = [grad if need else None for need, grad in zip(ctx.needs, grads, strict=True)]
+        return (*wanted, *[None] * (ctx.inputs - count))
+
+    forward_op.register_autograd(backward, setup_context=setup_context)
+
+
+@torch.library.custom_op("fused_lowrank::forward", mutates_args=())
+def forward_op(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    a: OptTensor,
+    b: OptTensor,
+    up: Tensor,
+    bias: OptTensor,
+    seed: OptTensor,
+    scale: float,
+    dropout_p: float,
+    impl: str,
+    want_t: bool,
+) -> tuple[Tensor, Tensor]:
+    dropout = dropout_of(seed, dropout_p)
+    return run_op(Operands(x, weight, down, join(a, b), up, bias, scale, dropout), impl, want_t)
+
+
+@forward_op.register_fake
+def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
+    return fake_results(x, weight, down, others[-1])
+
+
+@torch.library.custom_op("fused_lowrank::backward", mutates_args=())
+def backward_op(
+    dy: Tensor,
+    t: OptTensor,
+    x: OptTensor,
+    weight: OptTensor,
+    down: Tensor,
+    a: OptTensor,
+    b: OptTensor,
+    up: Tensor,
+    seed: OptTensor,
+    scale: float,
+    dropout_p: float,
+    impl: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dropout = dropout_of(seed, dropout_p)
+    operands = Operands(x, weight, down, join(a, b), up, None, scale, dropout)
+    return there(gradients_of_op(dy, t, operands, impl, Needs(*needs)), dy)
+
+
+@backward_op.register_fake
+def _(dy, t, x, weight, down, a, b, up, *others):  # type: ignore[no-untyped-def]
+    return fake_gradients(dy, (down, a, b, up), others[-1])
+
+
+connect(forward_op, backward_op, count=7)

@@ -1,0 +1,102 @@
+"""A pass, computed by the plan that is chosen for it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from . import choose, devices
+from .operands import Operands, problem_of
+from .plans import PLANS, Plan
+from .reference import Rows
+from .steps_library import Wanted
+
+
+class Done(NamedTuple):
+    """The results of a pass, and how it was computed."""
+
+    plan: Plan
+    tiles: Any  # how the plan's launches choose theirs
+    y: Tensor
+    t: Wanted
+    u: Wanted
+
+
+def run(operands: Operands, impl: str, config: Config, want_t: bool, want_u: bool) -> Done:
+    """One pass. t is there where it is wanted, u where it is wanted or was made on the way."""
+    x = operands.x
+    if is_foreign(x):
+        with no_autocast(x), on_device(x):
+            return run(operands, impl, config, want_t, want_u)
+    if not x.shape[0]:  # nothing to launch
+        problem, decision = None, choose.Decision(("aten",), "there are no rows")
+    else:
+        problem = problem_of(operands, want_u)
+        decision = choose.choose(
+            problem,
+            impl,
+            config,
+            lambda name: run(operands, impl, replace(config, plan=name), want_t, want_u),
+        )
+    while True:
+        plan = PLANS[decision.plans[0]]
+        tiles = devices.tiles(x.device, plan.tiles, config.tiles) if plan.ours else None
+        try:
+            if plan.alone:
+                return row_by_row(plan, operands, want_t, want_u)
+            if plan.whole is not None:
+                y, t = plan.whole.run(operands, tiles, want_t)
+                return Done(plan, tiles, y, t, None)
+            t, u = plan.down.run(operands, tiles, want_t, True)
+            return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u)
+        except Exception as error:
+            if problem is None:
+                raise
+            decision = choose.give_up(problem, impl, decision, error)
+
+
+def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Done:
+    """A pass of each row alone: libraries choose their kernels by the shape."""
+    core, parts = operands.core, []
+    for m, row in enumerate(operands.x.split(1)):
+        own = core
+        if isinstance(core, Rows):
+            line = slice(m // core.repeat, m // core.repeat + 1)
+            weights = None if core.weights is None else core.weights[line]
+            handles = core.handles[line]
+            own = core._replace(handles=handles, weights=weights, repeat=1, known=None)
+        alone = operands._replace(x=row, core=own)
+        t, u = plan.down.run(alone, None, want_t, True)
+        parts.append((plan.up.run(alone, None, u), t, u))
+    y, t, u = zip(*parts, strict=True)
+    t, u = torch.cat(t) if want_t else None, torch.cat(u) if want_u else None
+    return Done(plan, None, torch.cat(y), t, u)
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def is_foreign(x: Tensor) -> bool:
+    """Whether a pass of x is to be computed within `no_autocast` or `on_device`."""
+    return under_autocast(x) or (x.is_cuda and x.device.index != torch.cuda.current_device())
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast is off inside: the operands have their dtypes by now."""
+    if under_autocast(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """x's GPU is the current one inside: kernels are launched on that, wherever x is."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()

@@ -1,0 +1,171 @@
+"""Steps by this library's kernels: `steps_library` says what a step is.
+
+shrink, gemm_tail    a launch each
+decode, relay        the whole pass in one launch: few rows, many rows
+core_grad            a launch
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.tiles import SMALL_M, VARIANTS, Spec, is_valid, padded, select
+from . import devices
+from .costs import DECODE, FEW_ROWS, MEETING, PERSISTENT, POINTERS, RELAY, Work
+from .dropout import Dropout
+from .operands import Operands, Problem
+from .reference import Rows
+from .steps_library import Step, Wanted, contiguous, of_tables
+
+
+class Kernel(Step):
+    """A step that is a launch of one of this library's kernels; `choose` gives its tiles."""
+
+    def __init__(self, kernel: str, module: str = "") -> None:
+        self.kernels, self.module = (kernel,), module or kernel
+
+    @functools.cached_property
+    def launch(self) -> Any:
+        """The kernel's function, imported with Triton when it is first needed."""
+        module = importlib.import_module(f"fused_lowrank.kernels.{self.module}")
+        return getattr(module, self.kernels[0])
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Where the kernels cannot run."""
+        return devices.why_not_triton(problem.device, problem.dtype, problem.p, problem.q)
+
+
+class Shrink(Kernel):
+    """t and u in one launch; u is padded to a power of two."""
+
+    def run(
+        self, operands: Operands, choose: Any, want_t: bool, want_u: bool
+    ) -> tuple[Wanted, Wanted]:
+        """(t, u): t (M, P), divided by 1 - p where there is dropout, and u (M, padded(Q))."""
+        x, _, down, core, _, _, scale, dropout, transposed = operands
+        down, core = down.contiguous(), contiguous(core)
+        masked = None if transposed else dropout
+        return self.launch(x, down, core, scale, transposed, want_t, want_u, masked, choose)
+
+    def work(self, problem: Problem) -> list[Work]:
+        """x is read once."""
+        size, m, p, q = problem.dtype.itemsize, problem.m, problem.p, problem.q
+        moved = m * problem.k + p * problem.k + m * p + m * q + (m * p * q if problem.by_row else 0)
+        return [Work(2.0 * m * problem.k * p + 2.0 * m * p * q, moved * size)]
+
+
+class GemmTail(Kernel):
+    """y in one launch; without u and up it is the base by itself."""
+
+    def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
+        """y (M, N)."""
+        x, weight, _, _, up, bias, _, dropout, transposed = operands
+        up = None if up is None else up.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        masked = dropout if transposed else None
+        return self.launch(x, weight, u, up, bias, transposed, masked, choose)
+
+    def work(self, problem: Problem) -> list[Work]:
+        """A GEMM with some more steps of its loop."""
+        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
+        fast = PERSISTENT if problem.regular and size == 2 else POINTERS
+        moved = (m * k + n * k + m * n + m * q + n * q) * size
+        share = FEW_ROWS if m <= SMALL_M else fast
+        return [Work(2.0 * m * n * k + 2.0 * m * n * q, moved, share)]
+
+
+class OneLaunch(Kernel):
+    """The whole pass in one launch: `decode` for few rows, `relay` for many."""
+
+    def run(self, operands: Operands, choose: Any, want_t: bool) -> tuple[Tensor, Wanted]:
+        """(y, t), t only if wanted."""
+        x, weight, down, core, up, bias, scale, _, transposed = operands
+        factors = down.contiguous(), contiguous(core), up.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        return self.launch(x, weight, *factors, bias, scale, transposed, want_t, choose)
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Where the kernel is not for so many rows, for such ranks, or for this device."""
+        if reason := super().why_not(problem):
+            return reason
+        from ..kernels.relay import is_possible
+
+        (kernel,) = self.kernels
+        where, spec = devices.target(problem.device), spec_of(kernel, problem)
+        if problem.dropout or problem.want_u:
+            return "has no dropout, and gives no u"
+        if problem.by_row and kernel == "relay":
+            return "has no core for each row"
+        if (problem.m <= SMALL_M) != (kernel == "decode"):
+            return f"is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
+        if kernel == "decode":
+            # A core in float32 beside 16 bits is usual, and takes more.
+            several = spec, replace(spec, factor_itemsize=max(4, spec.itemsize))
+            fits = where and all(
+                is_valid(select(where, each, problem.m), where, each) for each in several
+            )
+            return None if fits else "holds no such P beside its part of y"
+        eights = problem.p % 8 == 0 and problem.q % 8 == 0
+        if not eights or where is None or not is_possible(where, spec, problem.m):
+            return (
+                "is for 16 bits, multiples of 16, ranks in 8s and P up to 64, on sm_90 and sm_100"
+            )
+        return None
+
+    def work(self, problem: Problem) -> list[Work]:
+        """Everything once, and a wait."""
+        size, m, n, k, p, q = problem.dtype.itemsize, *problem[2:7]
+        moved = m * k + n * k + m * n + p * k + n * q + m * p + 2 * m * q
+        moved += m * p * q if problem.by_row else 0
+        operations = 2.0 * m * (n * k + n * q + k * p + p * q)
+        share = DECODE if self.kernels[0] == "decode" else PERSISTENT / (1 + RELAY / n)
+        return [Work(operations, moved * size, share, MEETING)]
+
+
+class CoreGrad(Kernel):
+    """The core's gradients in one launch."""
+
+    def run(
+        self, t: Tensor, g: Tensor, core: Any, scale: float, want: tuple[bool, bool], choose: Any
+    ) -> tuple[Wanted, Wanted]:
+        """(dcore, None), or for a pair (da, db), those that are wanted."""
+        if isinstance(core, Rows):
+            from ..kernels.core_grad_rows import core_grad_rows
+
+            return of_tables(core_grad_rows(t, g, core, scale, choose), core, want)
+        return self.launch(t, g, contiguous(core), scale, want, choose)
+
+
+class Masked(Kernel):
+    """x under the kernels' mask as a whole, for the gradient of a trained down."""
+
+    def run(self, x: Tensor, dropout: Dropout, choose: Any) -> Tensor:
+        """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
+        return x if dropout is None else self.launch(x, *dropout, choose)
+
+
+def spec_of(kernel: str, problem: Problem) -> Spec:
+    """A launch of a pass, its factors in x's dtype."""
+    size = problem.dtype.itemsize
+    p = 16 if kernel == "gemm_tail" else padded(problem.p)
+    masked = problem.dropout and problem.transposed == (kernel == "gemm_tail")
+    by_row = problem.by_row and kernel != "gemm_tail"
+    return Spec(kernel, size, size, problem.regular, p, padded(problem.q), masked, by_row)
+
+
+def why_not_tiles(problem: Problem, name: str) -> str | None:
+    """Why a pass cannot take the set of tiles of that name, or None if it can."""
+    if name not in VARIANTS:
+        return None
+    where = devices.target(problem.device)
+    fits = where is not None and all(
+        is_valid(tile, where, spec_of(kernel, problem)) for kernel, tile in VARIANTS[name].items()
+    )
+    if not fits or problem.dtype.itemsize != 2 or not problem.regular or problem.m <= SMALL_M:
+        return f"{name!r} is for 16 bits, multiples of 16 and more than {SMALL_M} rows"
+    return None

@@ -1,0 +1,184 @@
+"""Steps by library products, on any device.
+
+    t, u = shrink                     t = x·downᵀ   u = scale · t · core
+    y = tail_last or tail_first       y = x·Wᵀ + bias + u·upᵀ, in either order
+    dcore = core_grad                 dcore = scale · tᵀ·g
+
+A step has `run`, which computes it; `why_not`, which says why a problem is none for it, or None;
+and `work`, which says what it does, for `costs`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .costs import ADDED, Work
+from .dropout import Dropout, dropped, kept
+from .operands import Operands, Problem
+from .reference import (
+    TORCH,
+    AnyCore,
+    Products,
+    Rows,
+    like,
+    product,
+    rows_grad,
+    through_rows,
+)
+
+Wanted = Any  # a Tensor, or None where it was not wanted
+
+
+class Step:
+    """A part of a pass. What a subclass does not say holds: nothing stands against it."""
+
+    kernels: tuple[str, ...] = ()  # those of this library that it launches
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this step cannot be a part of the pass, or None if it can."""
+        return None
+
+    def work(self, problem: Problem) -> list[Work]:
+        """What it does, in the order in which it is done."""
+        raise NotImplementedError
+
+
+class Shrink(Step):
+    """The way down and through the core, by `products`."""
+
+    def __init__(self, products: Products = TORCH) -> None:
+        self.products = products
+
+    def run(
+        self, operands: Operands, choose: Any, want_t: bool, want_u: bool
+    ) -> tuple[Wanted, Wanted]:
+        """(t, u): t (M, P), divided by 1 - p where there is dropout, and u (M, Q)."""
+        x, _, down, core, _, _, scale, dropout, transposed = operands
+        if transposed:  # dropout is of the tail then
+            dropout = None
+        down = like(down, x.dtype)
+        t = self.products.matmul(dropped(x, dropout), down if transposed else down.t())
+        if dropout is not None:
+            t.div_(1.0 - dropout[1])
+        if not want_u:
+            return t, None
+        if isinstance(core, Rows):
+            return t, through_rows(t, core.turned() if transposed else core, scale)
+        matrix = product(core)
+        if matrix is None:
+            return t, (t if scale == 1.0 else t * scale)
+        u = self.products.matmul(like(t, matrix.dtype), matrix.t() if transposed else matrix)
+        return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype)
+
+    def work(self, problem: Problem) -> list[Work]:
+        """Two products."""
+        size, m = problem.dtype.itemsize, problem.m
+        x, t, u = m * problem.k * size, m * problem.p * size, m * problem.q * size
+        cores = m * problem.p * problem.q * size if problem.by_row else 0
+        down = problem.p * problem.k * size
+        return [
+            Work(2.0 * m * problem.k * problem.p, x + down + t),
+            Work(2.0 * m * problem.p * problem.q, t + u + 3 * cores),
+        ]
+
+
+class TailLast(Step):
+    """The base, x·Wᵀ + bias, then u·upᵀ added to it in place."""
+
+    def __init__(self, products: Products = TORCH) -> None:
+        self.products = products
+
+    def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
+        """y (M, N); in a backward with dropout u·upᵀ is added where y's place is kept."""
+        x, weight, _, _, up, bias, _, dropout, transposed = operands
+        up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
+        y = self.products.linear(x, weight, bias)
+        if dropout is None or not transposed:
+            return self.products.add_matmul(y, u, up)
+        return y.add_(kept(y, *dropout).mul_(self.products.matmul(u, up)))
+
+    def work(self, problem: Problem) -> list[Work]:
+        """The base, and a product that reads and writes y again."""
+        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
+        x, w, y = m * k * size, n * k * size, m * n * size
+        up, u = n * q * size, m * q * size
+        return [Work(2.0 * m * n * k, x + w + y), Work(2.0 * m * n * q, 2 * y + u + up)]
+
+
+class TailFirst(Step):
+    """u·upᵀ, then the base added to it."""
+
+    def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
+        """y (M, N)."""
+        x, weight, _, _, up, bias, _, _, transposed = operands
+        up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
+        u = u[:, : up.shape[0]]  # the kernels' u is padded
+        y = u @ up if bias is None else torch.addmm(bias, u, up)
+        return y.addmm_(x, weight.t())
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Where a mask lies between the two, there is nothing to add to."""
+        if problem.by_row:
+            return "has no core for each row"  # without an adapter it is not the bare layer's bits
+        if problem.dropout and problem.transposed:
+            return "has no dropout on the way back"
+        return None
+
+    def work(self, problem: Problem) -> list[Work]:
+        """The tail, and the base, which reads what is there."""
+        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
+        x, w, y = m * k * size, n * k * size, m * n * size
+        up, u = n * q * size, m * q * size
+        added = ADDED * m * n if problem.device.type == "cpu" and size == 2 else 0
+        return [Work(2.0 * m * n * q, y + u + up + added), Work(2.0 * m * n * k, x + w + 2 * y)]
+
+
+class CoreGrad(Step):
+    """The gradients of the core."""
+
+    def run(
+        self, t: Tensor, g: Tensor, core: Any, scale: float, want: tuple[bool, bool], choose: Any
+    ) -> tuple[Wanted, Wanted]:
+        """(dcore, None), or for a pair (da, db), those that are wanted."""
+        if isinstance(core, Rows):
+            return of_tables(rows_grad(t, g, core, scale), core, want)
+        a, b = core if isinstance(core, tuple) else (core, core)
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        dcore = t.t().to(dtype) @ g.to(dtype)
+        if scale != 1.0:
+            dcore.mul_(scale)
+        if not isinstance(core, tuple):
+            return dcore, None
+        da = (dcore @ b.t().to(dtype)).to(a.dtype) if want[0] else None
+        db = (a.t().to(dtype) @ dcore).to(b.dtype) if want[1] else None
+        return da, db
+
+
+class Masked(Step):
+    """x under a dropout's mask as a whole, for the gradient of a trained down."""
+
+    def run(self, x: Tensor, dropout: Dropout, choose: Any) -> Tensor:
+        """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
+        return dropped(x, dropout)
+
+
+def of_tables(dcore: Tensor, rows: Rows, want: tuple[bool, bool]) -> tuple[Wanted, Wanted]:
+    """The gradients of the tables of `rows`, from those of the cores, (slots, P, Q)."""
+    a, b = rows.table, rows.right
+    if b is None:
+        return like(dcore, a.dtype), None
+    da = like(dcore @ like(b, dcore.dtype).mT, a.dtype) if want[0] else None
+    db = like(like(a, dcore.dtype).mT @ dcore, b.dtype) if want[1] else None
+    return da, db
+
+
+def contiguous(core: AnyCore) -> Any:
+    """The core with each factor contiguous, as the kernels read it."""
+    if isinstance(core, Rows):  # tables that the bank has made
+        return core
+    if isinstance(core, tuple):
+        return core[0].contiguous(), core[1].contiguous()
+    return None if core is None else core.contiguous()

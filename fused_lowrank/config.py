@@ -1,0 +1,80 @@
+"""How calls are computed in this context: a plan by name, tiles by kernel, batch invariance.
+
+    with config.use(plan="split"):
+        layer(x)  # and its backward, whenever and on whichever thread that runs
+
+A `Config` belongs to the calling context, a thread or an asyncio task. An eager call takes it along
+for its backward. A compiled graph reads it when its forward runs; its backward, and a checkpoint's
+recomputation, read that of the thread that they run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .kernels.tiles import TileConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `use` sets. The default leaves everything to the planner."""
+
+    plan: str | None = None  # of every pass; None: the fastest
+    tiles: tuple[tuple[str, TileConfig], ...] = ()  # (kernel, its tile)
+    batch_invariance: bool = False
+
+
+DEFAULT = [Config()]  # of the process: where no context has its own
+CONTEXT: ContextVar[Config | None] = ContextVar("fused_lowrank_config", default=None)
+
+
+def current() -> Config:
+    """The configuration of this context."""
+    return CONTEXT.get() or DEFAULT[0]
+
+
+@contextmanager
+def use(
+    *,
+    plan: str | None = None,
+    tiles: Mapping[str, TileConfig] | None = None,
+    batch_invariance: bool | None = None,
+) -> Iterator[None]:
+    """Compute calls in this context as told; what is None stays as it was outside.
+
+    Args:
+        plan: the name of a plan (`fused_lowrank.compute.plans.PLANS`: "aten", "split", "decode", …)
+            for every pass of every layer, whatever its `impl` is, "reference" excepted.
+        tiles: the tile with which a kernel is launched, by the kernel's name.
+        batch_invariance: as `use_batch_invariance`, but for this context alone.
+
+    Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
+    cannot compute a pass, when a layer is called.
+    """
+    before = current()
+    changes: dict[str, object] = {"plan": plan, "batch_invariance": batch_invariance}
+    if tiles is not None:
+        changes["tiles"] = tuple({**dict(before.tiles), **tiles}.items())
+    changed = {name: value for name, value in changes.items() if value is not None}
+    entered = CONTEXT.set(replace(before, **changed))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        CONTEXT.reset(entered)
+
+
+def use_batch_invariance(mode: bool) -> None:
+    """Compute a row to the same bits in a batch of any size, from now on, in the whole process.
+
+    Otherwise a row's bits may depend on how many rows there are, though never on what they hold:
+    tiles, the splitting of K and libraries' own kernels follow the shape. With this a GPU takes the
+    tiles for many rows always, and library GEMMs are called for one row at a time, which is many
+    times slower than the batch. It is of y and of dx; a core's gradient is a sum over the rows.
+    `config.use(batch_invariance=True)` is for one context.
+    """
+    DEFAULT[0] = replace(DEFAULT[0], batch_invariance=bool(mode))
