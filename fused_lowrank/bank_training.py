@@ -63,9 +63,16 @@ class Trainable:
         self.refused = torch.zeros(1, dtype=torch.int32, device=bank.device)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The Parameters under the names that they have in the model's layers."""
+        """The Parameters, by names that stay the same and that each has alone.
+
+        A layer has {layer}.core for LoRA-XS. For LoRA-Mini it has {layer}.a_train and .b_train, or
+        {layer}.core_product where the bank holds their product; that is in no layer's state.
+        """
         for layer, (left, right, _) in self.shelves.items():
-            parts = {"core": left} if right is None else {"a_train": left, "b_train": right}
+            parts = {"a_train": left, "b_train": right}
+            if right is None:
+                pair = isinstance(self.bank.layers[layer].core_factors, tuple)
+                parts = {"core_product" if pair else "core": left}
             for part, parameter in parts.items():
                 yield f"{layer}.{part}", parameter  # type: ignore[misc]
 

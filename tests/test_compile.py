@@ -1,6 +1,9 @@
 """torch.compile and torch.export of the layers agree with eager."""
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -62,6 +65,44 @@ def test_compile_agrees_with_eager(method: str, impl: str, device: torch.device)
         x = torch.randn(*lead, 24, device=device, dtype=dtype)
         close(step(layer, compiled, x), step(layer, layer, x))
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("impl", ["auto", "aten"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_large_call_can_be_traced(impl: str, method: str, device: torch.device) -> None:
+    """By torch.jit.trace, with gradients and without; kernels, which it cannot record, say so."""
+    layer = filled(method, device, impl=impl)
+    x = torch.randn(4000, 24, device=device, dtype=torch.float64)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            traced = torch.jit.trace(layer, x)
+        for rows in (x, x[:70]):
+            torch.testing.assert_close(traced(rows), layer(rows), rtol=1e-9, atol=1e-9)
+    close(step(layer, traced, x), step(layer, layer, x))
+    layer.impl = "triton"
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace records no kernels"):
+        torch.jit.trace(layer, x)
+
+
+FIRST_CALL = """
+import warnings, torch, fused_lowrank
+warnings.filterwarnings("error", ".*lru_cache")  # what is asked once is asked outside of traces
+layer = fused_lowrank.FusedLoraXSLinear(24, 20, r=4, dropout=0.5)
+layer.impl = "triton"
+x = torch.randn(6, 24)
+assert torch.compile(layer, fullgraph=True, backend="eager")(x).isfinite().all()
+"""
+
+
+def test_the_first_call_may_be_a_compiled_one() -> None:
+    """Nothing that is asked once in a process is left to be asked within a trace."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("method", LAYERS)

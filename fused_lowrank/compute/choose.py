@@ -54,12 +54,21 @@ def transformed() -> bool:
 
 
 def implementation(asked: str, x: Tensor, p: int, q: int) -> str:
-    """`asked`, checked; "auto" is "reference" within torch.func's transforms, which see into that.
+    """`asked`, checked, or "reference" where something has to see into the call.
+
+    That is within torch.func's transforms, for "auto", and within torch.jit.trace, which records
+    library operations alone, for "aten" too.
 
     Raises ValueError for an unknown one, RuntimeError if "triton" is asked for and cannot do it.
     """
     check_known(asked)
-    if asked == "triton" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return "reference" if asked == "auto" and transformed() else asked
+    if torch.jit.is_tracing():
+        if asked == "triton":
+            raise RuntimeError("torch.jit.trace records no kernels: impl='auto' can be traced")
+        return "reference"
+    if asked == "triton":
         require_triton(x, p, q)
     return "reference" if asked == "auto" and transformed() else asked
 
