@@ -130,8 +130,11 @@ def block_text(device: Device) -> str:
         tokens = f"{line['tokens_per_s']:.0f}" if ok else line["status"]
         memory = number(line["peak"] / 2**20, 1) if ok else line["why"]
         held = number(line["held"] / 2**20, 1) if ok else "–"
-        body.append([name, str(sequence), "yes" if checkpoint else "no", tokens, memory, held])
-    head = ["block", "sequence", "checkpointing", "tokens/s", "peak MiB", "held for backward MiB"]
+        wall = number(line["wall"][1], 2) if ok and "wall" in line else "–"
+        way = "yes" if checkpoint else "no"
+        body.append([name, str(sequence), way, tokens, wall, memory, held])
+    head = ["block", "sequence", "checkpointing", "tokens/s", "ms a step by the wall"]
+    head += ["peak MiB", "held for backward MiB"]
     shape = next(iter(device.blocks.values()))["shape"]
     return f"### One transformer block, whole step ({shape})\n\n{grid(head, body)}"
 

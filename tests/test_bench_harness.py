@@ -187,6 +187,18 @@ def test_a_fused_block_is_checked_and_measured_beside_the_others(tmp_path):
     plain, checkpointed = lines[1], lines[6]
     assert checkpointed["checkpoint"]
     assert checkpointed["held"] < plain["held"] <= plain["peak"]
+    # On a CPU a step takes the host as long as the device: the two clocks agree, but for noise.
+    assert all(0.3 < line["wall"][1] / line["step"][1] < 3 for line in lines)
+
+
+def test_the_clock_on_the_wall_counts_the_host(monkeypatch):
+    """A loop of steps is timed from its begin to its end, the waiting for the host included."""
+    monkeypatch.setattr(block, "LOOP", 4)
+    calls = {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    walls = block.by_the_wall(calls, CPU, rounds=4)
+    assert [len(each) for each in walls.values()] == [2, 2]
+    assert min(walls["slow"]) >= 10.0
+    assert max(walls["fast"]) < 5.0
 
 
 def test_a_wrong_block_is_refused():
