@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,7 +226,7 @@ def measure(
 
 
 def by_the_wall(
-    calls: dict[str, Callable[[], None]], device: torch.device, rounds: int
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Milliseconds a step of a user's loop, by the clock on the wall, the loops in turn.
 

@@ -187,8 +187,7 @@ def test_a_fused_block_is_checked_and_measured_beside_the_others(tmp_path):
     plain, checkpointed = lines[1], lines[6]
     assert checkpointed["checkpoint"]
     assert checkpointed["held"] < plain["held"] <= plain["peak"]
-    # On a CPU a step takes the host as long as the device: the two clocks agree, but for noise.
-    assert all(0.3 < line["wall"][1] / line["step"][1] < 3 for line in lines)
+    assert all(0.0 < line["wall"][0] <= line["wall"][1] for line in lines)
 
 
 def test_the_clock_on_the_wall_counts_the_host(monkeypatch):
