@@ -52,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.bank_cases import BankCase, make_batch
 from bench.cases import Case, parse
 from bench.providers import PROVIDERS, Tensors, layer, make_tensors
+from bench.store import HOST_PREFIX, Store, make_key
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute.autograd import chain, join
 from fused_lowrank.compute.operands import Operands
@@ -300,15 +301,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--stub", action="store_true", help="every plan, as on a GPU's host")
     parser.add_argument("--out", type=Path, help="with --stub: a file for the lines as well")
+    parser.add_argument("--results", type=Path, help="with --stub: a folder for a results file")
     args = parser.parse_args(argv)
-    if args.out is not None and not args.stub:
-        parser.error("--out goes with --stub")
+    if (args.out or args.results) and not args.stub:
+        parser.error("--out and --results go with --stub")
     torch.set_num_threads(1)
     if args.stub:
-        text = "".join(json.dumps(line) + "\n" for line in measure_stub(args.reps))
+        key = make_key(CPU)
+        lines = measure_stub(args.reps)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         print(text, end="")
         if args.out is not None:
             args.out.write_text(text)
+        if args.results is not None:
+            store = Store.new(args.results, key, HOST_PREFIX)
+            for line in lines:
+                store.add({"kind": "host", **line})
+            store.end(0)
         return 0
     for kind in KINDS:
         for what, figures in measure(kind, args.reps, args.dtype).items():

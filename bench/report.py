@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import bank_report, plots
-from bench.store import ROOT, Line, Refused, slug
+from bench.store import BANK_PREFIX, HOST_PREFIX, ROOT, Line, Refused, slug
 from bench.tables import (
     Device,
     about,
@@ -139,6 +139,24 @@ def block_text(device: Device) -> str:
     return f"### One transformer block, whole step ({shape})\n\n{grid(head, body)}"
 
 
+def host_text(device: Device) -> str:
+    """The table of the host's times."""
+    body = []
+    for (plan, what, rows), lines in device.host.items():
+        runs = ", ".join(number(line["ratio"]) for line in lines)
+        quartiles = [number(lines[-1][name], 1) for name in ("q1", "us", "q3")]
+        body.append([plan, what, str(rows), *quartiles, runs, str(lines[-1]["launches"])])
+    head = ["plan", "what", "rows", "µs, lower quartile", "median", "upper quartile"]
+    head += ["× eager LoRA-XS, each run", "launches"]
+    return (
+        f"## The host's time of a GPU's plans, {device.key['device']}\n\n{about(device)}\n\n"
+        "By `bench/host.py --stub`, without a GPU: kernels are compiled for sm_90 and launched by "
+        "a driver that does nothing. Tiny tensors on the CPU; `eager`, `peft-lora` and `bare` "
+        "really compute them.\n\n"
+        f"{grid(head, body)}"
+    )
+
+
 def short_text(device: Device, folder: str, figures: Sequence[str]) -> str:
     """A device's part of the README."""
     others = [name for name in device.providers if name != "bare"]
@@ -211,8 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [(device, make_plots(device)) for device in devices]
         sections = [full_text(device, list(made)) for device, made in named]
         head = "# Results\n\nMade by `bench/report.py` from the files beside this one.\n"
-        banks = load(folder, bank=True)
+        banks = load(folder, BANK_PREFIX)
         sections += [bank_report.full_text(device) for device in banks]
+        sections += [host_text(device) for device in load(folder, HOST_PREFIX)]
         texts[folder / "RESULTS.md"] = "\n".join([head, *sections])
         drawn = {name: plot for _, made in named for name, plot in made.items()}
         if args.readme != "none":

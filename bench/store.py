@@ -3,6 +3,7 @@
 header   the schema and the key: device, versions, commit, a digest of the code
 case     one case and the rows of its providers, measured together: whole or not there
 block    one figure of the whole-step benchmark
+host     the host's time of one call, of a plan or of a layer without one
 ceiling  the device's measured bandwidth and matrix rates
 end      how many lines there are: without it as the last line the file was cut off
 """
@@ -28,6 +29,7 @@ KEY = ("device", "driver", "threads", "python", "torch", "triton", "commit", "di
 BANK = ("bank_cases", "bank_providers", "bank")
 MEASURING = ("cases", "providers", "timers", "harness", "block", *BANK)
 BANK_PREFIX = "bank-"  # of the names of files about mixed batches
+HOST_PREFIX = "host-"  # and about the host's time of each plan
 CODE = ("fused_lowrank", "kernels", *(f"bench/{name}.py" for name in MEASURING))
 Line = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.store import BANK_PREFIX, KEY, Line, Refused, read
+from bench.store import BANK_PREFIX, HOST_PREFIX, KEY, Line, Refused, read
 
 
 class Device:
@@ -17,6 +17,7 @@ class Device:
         self.rows: dict[tuple[str, str], list[Line]] = {}  # (case, provider) → one row per run
         self.ceiling: Line = {}
         self.blocks: dict[tuple[str, int, bool], Line] = {}
+        self.host: dict[tuple[str, str, int], list[Line]] = {}  # (plan, what, rows) → one a run
         self.runs = self.missing = 0
 
     def add(self, lines: Sequence[Line]) -> None:
@@ -31,6 +32,8 @@ class Device:
                 self.ceiling = line
             elif line["kind"] == "block":
                 self.blocks[line["provider"], line["sequence"], line["checkpoint"]] = line
+            elif line["kind"] == "host":
+                self.host.setdefault((line["plan"], line["what"], line["m"]), []).append(line)
         for where, row in own.items():
             self.rows.setdefault(where, []).append(row)
         self.runs, self.missing = self.runs + 1, lines[-1]["missing"]
@@ -64,12 +67,13 @@ class Device:
         return (count, differences[count // 2], differences[-1]) if count else None
 
 
-def load(folder: Path, bank: bool = False) -> list[Device]:
-    """The devices of all files in a folder: of layers, or of mixed batches. Raises Refused."""
+def load(folder: Path, prefix: str = "") -> list[Device]:
+    """The devices of all files in a folder, of layers or with a prefix. Raises Refused."""
     devices: dict[str, Device] = {}
-    files = sorted(folder.glob("*.jsonl"), key=lambda p: (len(p.name), p.name))
-    files = [path for path in files if path.name.startswith(BANK_PREFIX) == bank]
-    if not files and not bank:
+    files = sorted(folder.glob(f"{prefix}*.jsonl"), key=lambda p: (len(p.name), p.name))
+    others = tuple(other for other in (BANK_PREFIX, HOST_PREFIX) if other != prefix)
+    files = [path for path in files if not path.name.startswith(others)]
+    if not files and not prefix:
         raise Refused(f"no results files in {folder.name}")
     for path in files:
         key, lines = read(path)

@@ -140,7 +140,7 @@ def test_files_are_resumed_and_reported_apart_from_those_of_layers(tmp_path, cap
     layers.add({"kind": "case", "case": "c", **about, "planned": ["auto"] * 2, "rows": [row]})
     layers.end(0)
 
-    (device,) = tables.load(tmp_path, bank=True)
+    (device,) = tables.load(tmp_path, tables.BANK_PREFIX)
     text = bank_report.full_text(device)
     assert f"| {case.name} | " in text
     assert f"| {case.group} | 100 |" in text
@@ -184,7 +184,7 @@ def test_a_stack_of_projections(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["header", *["case"] * 4, "end"]
     assert lines[1]["case"] == "7 projections of llama-3.1-8b/m1/d1/of7812/fp32"
-    (device,) = tables.load(tmp_path, bank=True)
+    (device,) = tables.load(tmp_path, tables.BANK_PREFIX)
     assert f"| {lines[4]['case']} | " in bank_report.full_text(device)
     stack = bank_stack.make_stack(CPU, 300, 128)
     timer = timers.TIMERS["host"](CPU)

@@ -13,6 +13,8 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import report, tables
+from bench.store import HOST_PREFIX
 from bench.stub import stub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +38,11 @@ KERNELS = ("shrink", "gemm_tail", "core_grad", "decode")
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> list[dict]:
     """The lines of a short run in a process of its own, where Triton compiles."""
-    out = tmp_path_factory.mktemp("host") / "lines.jsonl"
+    folder = tmp_path_factory.mktemp("host")
+    out, results = folder / "lines.jsonl", folder / "results"
+    files = "--out", str(out), "--results", str(results)
     done = subprocess.run(
-        [sys.executable, "bench/host.py", "--stub", "--reps", "5", "--out", str(out)],
+        [sys.executable, "bench/host.py", "--stub", "--reps", "5", *files],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -47,7 +51,12 @@ def printed(tmp_path_factory) -> list[dict]:
     )
     assert done.returncode == 0, done.stderr
     assert out.read_text() == done.stdout
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    (device,) = tables.load(results, HOST_PREFIX)
+    assert len(device.host) == len(lines)
+    text = report.host_text(device)
+    assert all(f"| {line['plan']} | {line['what']} | {line['m']} |" in text for line in lines)
+    return lines
 
 
 def test_lines_have_all_figures(printed):
