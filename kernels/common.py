@@ -179,22 +179,39 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else 128
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial sums in memory: that of `accumulator`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream's launches go into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _counters(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(N_ARRIVALS, dtype=torch.int32, device=device)
 
 
-def arrivals(device: torch.device) -> torch.Tensor:
+def arrivals(device: torch.device, stream: int | None = None) -> torch.Tensor:
     """Counters for programs of one launch to meet at, int32 (N_ARRIVALS,): zero, one set a stream.
 
     Whatever a launch counts in them it sets to zero again before it ends. In a graph that is being
-    captured they are the graph's own, zeroed in it: two graphs may run side by side.
+    captured they are the graph's own, zeroed in it: two graphs may run side by side. `stream` is
+    the handle of the current one, for who has it.
     """
-    if device.type != "cuda":
-        return _counters(device, 0)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return torch.zeros(N_ARRIVALS, dtype=torch.int32, device=device)
-    return _counters(device, torch.cuda.current_stream(device).cuda_stream)
+    if stream is None:
+        on_gpu = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    return _counters(device, stream)
 
 
 def threshold(dropout_p: float) -> int:

@@ -14,7 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator, aligned, arrivals, cast, dot, gathered, offset, variants
+from .common import (
+    accumulator,
+    aligned,
+    cast,
+    cdiv,
+    dot,
+    gathered,
+    offset,
+    sum_dtype,
+    variants,
+)
+from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 MIN_ROWS = 256  # per program: fewer, and the partial sums cost more than the rows
@@ -166,42 +177,48 @@ def core_grad(
     t (M, P) and g (M, Q) of one dtype, core (P, Q) or a (P, r) and b (r, Q), all contiguous; M at
     least 1. `want` says which gradients of the pair are wanted; the others are None.
     """
-    (m, p), q = t.shape, g.shape[1]
-    dcore = da = db = None
-    if isinstance(core, tuple):
-        (a, b), r = core, core[1].shape[0]
-        da = torch.empty_like(a) if want[0] else None
-        db = torch.empty_like(b) if want[1] else None
-    else:
-        a = b = core
-        r, dcore = 0, torch.empty_like(core)
+    pair = isinstance(core, tuple)
+    a, b = core if isinstance(core, tuple) else (core, core)
+    tensors = t, g, a, b
+    key, addresses = key_of("core_grad", tensors, pair, want, choose)
+    launch = LAUNCHES.get(key) or planned(t, g, a, b, pair, want, choose)
+    dcore, da, db = launch(key, tensors, addresses, float(scale))
+    return (da, db) if pair else (dcore, None)
+
+
+def planned(
+    t: torch.Tensor,
+    g: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    pair: bool,
+    want: tuple[bool, bool],
+    choose: Choice,
+) -> Launch:
+    """The launch of a call of `core_grad`."""
+    (m, p), q, r = t.shape, g.shape[1], b.shape[0] if pair else 0
+    wanted = pair and want[0], pair and want[1]
     factor_itemsize = max(a.element_size(), b.element_size())
     is_aligned = aligned((t, g, a, b), (p, q))
     spec = Spec("core_grad", t.element_size(), factor_itemsize, is_aligned, padded(p), padded(q))
     config = choose(spec, m)
-    values = constants(p, q, r, da is not None, db is not None, config)
-    splits = min(triton.cdiv(m, MIN_ROWS), MAX_SPLITS)
-    rows = triton.cdiv(triton.cdiv(m, splits), config.block_m) * config.block_m
-    partial = torch.empty(
-        (splits, values["PAD_P"], values["PAD_Q"]),
-        dtype=torch.float64 if t.dtype == torch.float64 else torch.float32,
+    values = constants(p, q, r, *wanted, config)
+    splits = min(cdiv(m, MIN_ROWS), MAX_SPLITS)
+    tiles = (values["PAD_P"] // values["BLOCK_P"]) * (values["PAD_Q"] // values["BLOCK_Q"])
+    partial = (splits, values["PAD_P"], values["PAD_Q"]), sum_dtype(t.dtype)
+    return Launch(
+        KERNELS[is_aligned],
+        (splits, tiles),
+        ("t_ptr", "g_ptr", "a_ptr", "b_ptr"),
+        results={
+            "dcore_ptr": None if pair else (a.shape, a.dtype),
+            "da_ptr": (a.shape, a.dtype) if wanted[0] else None,
+            "db_ptr": (b.shape, b.dtype) if wanted[1] else None,
+        },
+        scratch={"partial_ptr": partial},
+        numbers={"M": m, "rows": cdiv(cdiv(m, splits), config.block_m) * config.block_m},
+        constants=values | config.options(),
+        varying=("scale",),
+        meets=True,
         device=t.device,
     )
-    tiles = (values["PAD_P"] // values["BLOCK_P"]) * (values["PAD_Q"] // values["BLOCK_Q"])
-    KERNELS[is_aligned][(splits, tiles)](
-        t,
-        g,
-        a,
-        b,
-        t if dcore is None else dcore,
-        t if da is None else da,
-        t if db is None else db,
-        partial,
-        arrivals(t.device),
-        float(scale),
-        m,
-        rows,
-        **values,
-        **config.options(),
-    )
-    return (da, db) if r else (dcore, None)

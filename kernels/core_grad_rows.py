@@ -13,22 +13,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from .common import (
     accumulator,
     aligned,
-    arrivals,
     cast,
+    cdiv,
     dot,
     dot_mixed,
     gathered,
     multiprocessors,
     offset,
+    sum_dtype,
     variants,
 )
 from .core_grad import MAX_SPLITS, MIN_ROWS
+from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 
@@ -133,7 +134,10 @@ def constants(p: int, q: int, mix: int, split: bool, config: TileConfig) -> dict
 
 def splits(tiles: int, m: int, device: torch.device) -> int:
     """How many programs share the rows of a tile: so many that all tiles about fill the device."""
-    return max(1, min(multiprocessors(device) // tiles, triton.cdiv(m, MIN_ROWS), MAX_SPLITS))
+    return max(1, min(multiprocessors(device) // tiles, cdiv(m, MIN_ROWS), MAX_SPLITS))
+
+
+INPUTS = ("t_ptr", "g_ptr", "handles_ptr", "weights_ptr", "scales_ptr", "generations_ptr")
 
 
 def core_grad_rows(
@@ -144,35 +148,38 @@ def core_grad_rows(
     t (M, P) and g (M, Q) of one dtype, contiguous, M at least 1; `rows` as `shrink` takes them. Of
     a pair it is the gradient of the product.
     """
-    (m, p), q, slots = t.shape, g.shape[1], len(rows.table)
-    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-    is_aligned = aligned((t, g), (p, q))
-    sizes, ranks = (t.element_size(), t.element_size()), (padded(p), padded(q))
-    config = choose(Spec("core_grad", *sizes, is_aligned, *ranks, by_row=True), m)
-    tiles = max(1, ranks[0] // config.block_n) * max(1, ranks[1] // config.block_n)
-    blocks = triton.cdiv(m, config.block_m)
-    depth = triton.cdiv(blocks, splits(slots * tiles, m, t.device))
-    parts = triton.cdiv(blocks, depth)  # none without a block
-    dcore = torch.empty((slots, p, q), dtype=dtype, device=t.device)
-    partial = arrived = t
-    if parts > 1:
-        partial = torch.empty((parts, slots, *ranks), dtype=dtype, device=t.device)
-        arrived = arrivals(t.device)
-    KERNELS[is_aligned][(slots, tiles, parts)](
-        t,
-        g,
-        rows.handles,
-        rows.weights,
-        rows.scales,
-        rows.generations,
-        dcore,
-        partial,
-        arrived,
-        float(scale),
-        rows.repeat,
-        m,
-        depth * config.block_m,
-        **constants(p, q, rows.handles.shape[1], parts > 1, config),
-        **config.options(),
-    )
+    tensors = t, g, rows.handles, rows.weights, rows.scales, rows.generations
+    slots = len(rows.table)
+    key, addresses = key_of("core_grad_rows", tensors, rows.repeat, slots, choose)
+    launch = LAUNCHES.get(key) or planned(t, g, rows, slots, choose)
+    (dcore,) = launch(key, tensors, addresses, float(scale))
     return dcore
+
+
+def planned(t: torch.Tensor, g: torch.Tensor, rows: Any, slots: int, choose: Choice) -> Launch:
+    """The launch of a call of `core_grad_rows`."""
+    (m, p), q = t.shape, g.shape[1]
+    is_aligned = aligned((t, g), (p, q))
+    itemsizes, ranks = (t.element_size(), t.element_size()), (padded(p), padded(q))
+    config = choose(Spec("core_grad", *itemsizes, is_aligned, *ranks, by_row=True), m)
+    tiles = max(1, ranks[0] // config.block_n) * max(1, ranks[1] // config.block_n)
+    blocks = cdiv(m, config.block_m)
+    depth = cdiv(blocks, splits(slots * tiles, m, t.device))
+    parts = cdiv(blocks, depth)  # none without a block
+    partial = (parts, slots, *ranks), sum_dtype(t.dtype)
+    return Launch(
+        KERNELS[is_aligned],
+        (slots, tiles, parts),
+        INPUTS,
+        results={"dcore_ptr": ((slots, p, q), sum_dtype(t.dtype))},
+        scratch={"partial_ptr": partial if parts > 1 else None},
+        numbers={"repeat": rows.repeat, "M": m, "rows": depth * config.block_m},
+        constants={
+            **constants(p, q, rows.handles.shape[1], parts > 1, config),
+            **config.options(),
+        },
+        varying=("scale",),
+        unread=() if parts > 1 else ("arrivals_ptr",),
+        meets=parts > 1,
+        device=t.device,
+    )

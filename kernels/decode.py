@@ -22,19 +22,21 @@ import triton.language as tl
 
 from .common import (
     accumulator,
-    arrivals,
     cast,
+    cdiv,
     dot,
     gathered,
     gemm_aligned,
     multiprocessors,
     offset,
     step,
+    sum_dtype,
     variants,
 )
 from .gemm_tail import add_tail
-from .rows import RUNTIME, arguments, mix, row_blocks
-from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, store_t_and_u, unpacked
+from .launch import LAUNCHES, Launch, key_of
+from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes
+from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, sides, store_t_and_u, unpacked
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 # What the counters of a launch count; a counter for each column tile follows.
@@ -260,6 +262,9 @@ def splits(tiles: int, blocks: int, device: torch.device) -> int:
     return max(1, min((programs + tiles // 2) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
 
 
+INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr", *POINTERS)
+
+
 def decode(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -277,53 +282,74 @@ def decode(
     The operands are as `shrink` and `gemm_tail` take them, with the one `transposed`; M is at most
     the rows of a tile.
     """
+    left, right = sides(down, core, transposed)
+    tensors = x, weight, down, left, right, up, bias, *pointers(core)
+    key, addresses = key_of("decode", tensors, kind(core), transposed, want_t, choose)
+    launch = LAUNCHES.get(key) or planned(
+        x, weight, down, core, up, bias, transposed, want_t, choose
+    )
+    y, t = launch(key, tensors, addresses, float(scale))
+    return y, t
+
+
+def planned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    want_t: bool,
+    choose: Choice,
+) -> Launch:
+    """The launch of a call of `decode`."""
     (m, k), n = x.shape, weight.shape[0]
     left, right, p, q, r = unpacked(down, core, transposed)
     is_aligned = gemm_aligned(x, weight, (down, left, right, up, bias))
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
-    sizes, ranks, by_row = (x.element_size(), factor_itemsize), (padded(p), padded(q)), mix(core)
-    spec = Spec("decode", *sizes, is_aligned, *ranks, by_row=by_row > 0)
-    config = choose(spec, m)
+    itemsizes, ranks = (x.element_size(), factor_itemsize), (padded(p), padded(q))
+    by_row = mix(core)
+    config = choose(Spec("decode", *itemsizes, is_aligned, *ranks, by_row=by_row > 0), m)
     if m > config.block_m:
         raise ValueError(f"x has {m} rows: a tile of {config} holds {config.block_m}")
-    tiles, blocks = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
-    depth = triton.cdiv(blocks, splits(tiles, blocks, x.device))
-    parts = triton.cdiv(blocks, depth)  # none without a block
+    tiles, blocks = cdiv(n, config.block_n), cdiv(k, config.block_k)
+    depth = cdiv(blocks, splits(tiles, blocks, x.device))
+    parts = cdiv(blocks, depth)  # none without a block
     store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
-    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
-    u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device)
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    partial = partial_low = x
-    if parts > 1:
-        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        size = tiles, parts, config.block_m, config.block_n
-        partial = torch.empty(size, dtype=sum_dtype, device=x.device)
-        size_low = parts, config.block_m, padded(p)
-        partial_low = torch.empty(size_low, dtype=sum_dtype, device=x.device)
-    KERNELS[is_aligned][(tiles * parts,)](
-        x,
-        weight,
-        down,
-        left,
-        right,
-        up,
-        bias,
-        x if t is None else t,
-        u,
-        y,
-        partial,
-        partial_low,
-        arrivals(x.device),
-        *arguments(core),
-        float(scale),
-        parts,
-        depth,
-        m,
-        n,
-        k,
-        *x.stride(),
-        *weight.stride(),
-        **constants(p, q, r, k, transposed, bias is not None, store_t, parts > 1, by_row, config),
-        **config.options(),
+    new_t = (m, p), x.dtype
+    partial = (tiles, parts, config.block_m, config.block_n), sum_dtype(x.dtype)
+    partial_low = (parts, config.block_m, padded(p)), sum_dtype(x.dtype)
+    return Launch(
+        KERNELS[is_aligned],
+        (tiles * parts,),
+        INPUTS,
+        results={"y_ptr": ((m, n), x.dtype), "t_ptr": new_t if want_t else None},
+        scratch={
+            **({"t_ptr": new_t} if store_t and not want_t else {}),
+            "u_ptr": ((m, padded(q)), x.dtype),
+            "partial_ptr": partial if parts > 1 else None,
+            "partial_low_ptr": partial_low if parts > 1 else None,
+        },
+        numbers={
+            **sizes(core),
+            "splits": parts,
+            "depth": depth,
+            "M": m,
+            "N": n,
+            "K": k,
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+            "stride_wn": weight.stride(0),
+            "stride_wk": weight.stride(1),
+        },
+        constants={
+            **constants(
+                p, q, r, k, transposed, bias is not None, store_t, parts > 1, by_row, config
+            ),
+            **config.options(),
+        },
+        varying=("scale",),
+        meets=True,
+        device=x.device,
     )
-    return y, t if want_t else None

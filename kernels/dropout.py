@@ -8,10 +8,10 @@ For the gradient of a trained down, the one thing that needs x under its mask as
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from .common import aligned, kept, offset, threshold, variants
+from .common import aligned, cdiv, kept, offset, threshold, variants
+from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec
 
 
@@ -41,21 +41,30 @@ KERNELS = variants(dropped_kernel, runtime=["M", "threshold", "seed_ptr"])
 
 def dropped(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, choose: Choice) -> torch.Tensor:
     """x (M, K), of any strides, with zeros where it is dropped; not scaled by 1 / (1 - p)."""
-    (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    is_aligned = x.stride(1) == 1 and aligned((x, y), (k, x.stride(0)))
-    config = choose(
-        Spec("dropped", x.element_size(), x.element_size(), is_aligned, 16, 16, True), m
-    )
-    KERNELS[is_aligned][(triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k))](
-        x,
-        y,
-        seed,
-        threshold(dropout_p),
-        m,
-        k,
-        *x.stride(),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        **config.options(),
-    )
+    tensors = x, seed
+    key, addresses = key_of("dropped", tensors, dropout_p, choose)
+    launch = LAUNCHES.get(key) or planned(x, dropout_p, choose)
+    (y,) = launch(key, tensors, addresses)
     return y
+
+
+def planned(x: torch.Tensor, dropout_p: float, choose: Choice) -> Launch:
+    """The launch of a call of `dropped`."""
+    (m, k), size = x.shape, x.element_size()
+    is_aligned = x.stride(1) == 1 and aligned((x,), (k, x.stride(0)))
+    config = choose(Spec("dropped", size, size, is_aligned, 16, 16, True), m)
+    return Launch(
+        KERNELS[is_aligned],
+        (cdiv(m, config.block_m), cdiv(k, config.block_k)),
+        ("x_ptr", "seed_ptr"),
+        results={"y_ptr": ((m, k), x.dtype)},
+        numbers={
+            "threshold": threshold(dropout_p),
+            "M": m,
+            "K": k,
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+        },
+        constants={"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, **config.options()},
+        device=x.device,
+    )

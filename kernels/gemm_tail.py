@@ -13,17 +13,19 @@ pointers in both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import (
     INTERPRETED,
     Dropout,
     accumulator,
     cast,
+    cdiv,
     dot,
     gemm_aligned,
     kept,
@@ -35,6 +37,7 @@ from .common import (
     tile_order,
     variants,
 )
+from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec, TileConfig, padded
 
 
@@ -238,6 +241,17 @@ def constants(
     }
 
 
+def rows_of(weight: torch.Tensor, block: list[int]) -> tuple[Any, Any, list[int]]:
+    """(shape, strides, block) of the descriptor of W, or of Wᵀ where it is that whose rows lie."""
+    if weight.stride(1) == 1:
+        return weight.shape, weight.stride(), block
+    return weight.shape[::-1], weight.stride()[::-1], block[::-1]
+
+
+INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "seed_ptr")
+INPUTS_PERSISTENT = ("x_desc", "w_desc", *INPUTS[2:])
+
+
 def gemm_tail(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -256,59 +270,75 @@ def gemm_tail(
     with the same, of an x of y's shape, keeps x. Without u and up it is the base GEMM by itself,
     which the rest of the layer is measured by.
     """
-    m, k = x.shape
-    n = weight.shape[0]
     if u is None or up is None:
-        u = up = weight.new_empty(0)
-    q = up.shape[0 if transposed else 1] if up.numel() else 0
-    is_aligned = gemm_aligned(x, weight, (u, up, bias))
-    sizes = x.element_size(), up.element_size()
-    spec = Spec("gemm_tail", *sizes, is_aligned, 16, padded(q), dropout is not None)
-    config = choose(spec, m)
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    values = constants(q, k, transposed, bias is not None, dropout is not None, config)
-    seed, drop_p = (u, 0.0) if dropout is None else dropout
+        u = up = None
+    seed, drop_p = (None, None) if dropout is None else dropout
+    tensors = x, weight, u, up, bias, seed
+    key, addresses = key_of("gemm_tail", tensors, transposed, drop_p, choose)
+    launch = LAUNCHES.get(key) or planned(x, weight, u, up, bias, transposed, drop_p, choose)
+    (y,) = launch(key, tensors, addresses)
+    return y
+
+
+def planned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor | None,
+    up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    drop_p: float | None,
+    choose: Choice,
+) -> Launch:
+    """The launch of a call of `gemm_tail`."""
+    (m, k), n = x.shape, weight.shape[0]
+    q = 0 if up is None else up.shape[0 if transposed else 1]
+    masked, is_aligned = drop_p is not None, gemm_aligned(x, weight, (u, up, bias))
+    itemsizes = x.element_size(), (weight if up is None else up).element_size()
+    config = choose(Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked), m)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    values = constants(q, k, transposed, bias is not None, masked, config)
+    unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("seed_ptr",))
+    numbers = {"threshold": threshold(drop_p or 0.0), "M": m, "N": n, "K": k}
+    new_y = (m, n), x.dtype
     if config.persistent:
         del values["EVEN_K"]
-        w_rows_are_k = weight.stride(1) != 1
-        rows = weight.t() if w_rows_are_k else weight
-        block_w = [config.block_n, config.block_k]
-        block_y = [config.block_m, config.block_n // (2 if dropout is None else 4)]
-        gemm_tail_persistent_kernel[(min(tiles, multiprocessors(x.device)),)](
-            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-            TensorDescriptor.from_tensor(rows, block_w[::-1] if w_rows_are_k else block_w),
-            u,
-            up,
-            bias,
-            seed,
-            TensorDescriptor.from_tensor(y, block_y),
-            threshold(drop_p),
-            m,
-            n,
-            k,
-            W_ROWS_ARE_K=w_rows_are_k,
-            OVERLAP=config.overlap,
-            **values,
-            **config.options(),
-            **({"launch_pdl": True} if config.overlap else {}),
+        block_x, block_w = [config.block_m, config.block_k], [config.block_n, config.block_k]
+        block_y = [config.block_m, config.block_n // (4 if masked else 2)]
+        return Launch(
+            gemm_tail_persistent_kernel,
+            (min(tiles, multiprocessors(x.device)),),
+            INPUTS_PERSISTENT,
+            results={"y_desc": new_y},
+            numbers=numbers,
+            constants={
+                "W_ROWS_ARE_K": weight.stride(1) != 1,
+                "OVERLAP": config.overlap,
+                **values,
+                **config.options(),
+                **({"launch_pdl": True} if config.overlap else {}),
+            },
+            blocks={
+                "x_desc": (x.shape, x.stride(), block_x),
+                "w_desc": rows_of(weight, block_w),
+                "y_desc": ((m, n), (n, 1), block_y),
+            },
+            unread=unread,
+            device=x.device,
         )
-        return y
-    KERNELS[is_aligned][(tiles,)](
-        x,
-        weight,
-        u,
-        up,
-        bias,
-        seed,
-        y,
-        threshold(drop_p),
-        m,
-        n,
-        k,
-        *x.stride(),
-        *weight.stride(),
-        **values,
-        **config.options(),
+    strides = {
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+    }
+    return Launch(
+        KERNELS[is_aligned],
+        (tiles,),
+        INPUTS,
+        results={"y_ptr": new_y},
+        numbers=numbers | strides,
+        constants=values | config.options(),
+        unread=unread,
+        device=x.device,
     )
-    return y

@@ -15,20 +15,21 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import (
     N_ARRIVALS,
     accumulator,
-    arrivals,
     cast,
+    cdiv,
     dot,
     gemm_aligned,
     multiprocessors,
     tile_order,
 )
-from .gemm_tail import add_tail, split_columns
-from .shrink import Core, store_t_and_u, unpacked
+from .gemm_tail import add_tail, rows_of, split_columns
+from .launch import LAUNCHES, Launch, key_of
+from .rows import kind
+from .shrink import Core, sides, store_t_and_u, unpacked
 from .tiles import Choice, Spec, Target, TileConfig, has_relay, padded, rank_constants, select
 
 # Where in `arrivals` the tickets are drawn, where programs that are done are counted, and where the
@@ -200,12 +201,15 @@ def spec_of(
 
 def has_flags(m: int, config: TileConfig) -> bool:
     """Whether there is a flag for every row of tiles."""
-    return FLAGS.value + triton.cdiv(m, config.block_m) <= N_ARRIVALS
+    return FLAGS.value + cdiv(m, config.block_m) <= N_ARRIVALS
 
 
 def is_possible(target: Target, spec: Spec, m: int) -> bool:
     """Whether `relay` can make this launch, with the tile that `select` gives."""
     return has_relay(target, spec) and has_flags(m, select(target, spec, m))
+
+
+INPUTS = ("x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")
 
 
 def relay(
@@ -225,37 +229,57 @@ def relay(
     The operands are those of `shrink` and `gemm_tail`, as far as `is_possible`; the results are
     contiguous and in x's dtype; t is None unless it is wanted.
     """
+    left, right = sides(down, core, transposed)
+    tensors = x, weight, down, left, right, up, bias
+    key, addresses = key_of("relay", tensors, kind(core), transposed, want_t, choose)
+    launch = LAUNCHES.get(key) or planned(
+        x, weight, down, core, up, bias, transposed, want_t, choose
+    )
+    y, t = launch(key, tensors, addresses, float(scale))
+    return y, t
+
+
+def planned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    want_t: bool,
+    choose: Choice,
+) -> Launch:
+    """The launch of a call of `relay`."""
     (m, k), n = x.shape, weight.shape[0]
-    left, right, p, q, r = unpacked(down, core, transposed)
+    _, _, p, q, r = unpacked(down, core, transposed)
     spec = spec_of(x, weight, down, core, up, bias, transposed)
     config = choose(spec, m)
     if not (spec.aligned and has_flags(m, config)):
         raise ValueError(f"relay cannot compute {m} rows of {spec} with {config}")
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if want_t else None
-    u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device)
     w_rows_are_k = weight.stride(1) != 1
-    rows = weight.t() if w_rows_are_k else weight
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    block_x, block_y = [config.block_m, config.block_k], [config.block_m, config.block_n // 2]
     block_w, block_down = [config.block_n, config.block_k], [padded(p), config.block_k]
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    relay_kernel[(min(tiles, multiprocessors(x.device)),)](
-        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(rows, block_w[::-1] if w_rows_are_k else block_w),
-        TensorDescriptor.from_tensor(down, block_down[::-1] if transposed else block_down),
-        left,
-        right,
-        up,
-        bias,
-        u if t is None else t,
-        u,
-        TensorDescriptor.from_tensor(y, [config.block_m, config.block_n // 2]),
-        arrivals(x.device),
-        float(scale),
-        m,
-        n,
-        k,
-        W_ROWS_ARE_K=w_rows_are_k,
-        **constants(p, q, r, transposed, want_t, bias is not None, config),
-        **config.options(),
+    return Launch(
+        relay_kernel,
+        (min(tiles, multiprocessors(x.device)),),
+        INPUTS,
+        results={"y_desc": ((m, n), x.dtype), "t_ptr": ((m, p), x.dtype) if want_t else None},
+        scratch={"u_ptr": ((m, padded(q)), x.dtype)},
+        numbers={"M": m, "N": n, "K": k},
+        constants={
+            "W_ROWS_ARE_K": w_rows_are_k,
+            **constants(p, q, r, transposed, want_t, bias is not None, config),
+            **config.options(),
+        },
+        blocks={
+            "x_desc": (x.shape, x.stride(), block_x),
+            "w_desc": rows_of(weight, block_w),
+            "down_desc": (down.shape, down.stride(), block_down[:: -1 if transposed else 1]),
+            "y_desc": ((m, n), (n, 1), block_y),
+        },
+        varying=("scale",),
+        meets=True,
+        device=x.device,
     )
-    return y, t

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -131,20 +132,13 @@ def store_u_of_rows(
             tl.store(u_ptrs, cast(tl.where(mask_q, u, 0.0), dtype), mask_m[:, None])
 
 
-RUNTIME = [  # of a kernel's arguments: never specialised
-    "handles_ptr",
-    "weights_ptr",
-    "scales_ptr",
-    "generations_ptr",
-    "refused_ptr",
-    "repeat",
-    "slots",
-]
+POINTERS = ("handles_ptr", "weights_ptr", "scales_ptr", "generations_ptr", "refused_ptr")
+RUNTIME = [*POINTERS, "repeat", "slots"]  # of a kernel's arguments: never specialised
 
 
 def is_rows(core: Any) -> bool:
     """Whether the core is one for each row: a NamedTuple, as a pair is a tuple."""
-    return hasattr(core, "handles")
+    return not isinstance(core, torch.Tensor) and hasattr(core, "handles")
 
 
 def mix(core: Any) -> int:
@@ -152,12 +146,25 @@ def mix(core: Any) -> int:
     return core.handles.shape[1] if is_rows(core) else 0
 
 
-def arguments(core: Any) -> tuple:
-    """The arguments named in RUNTIME, which are not there in a launch of one core for all."""
+def pointers(core: Any) -> tuple[torch.Tensor | None, ...]:
+    """The arguments named in POINTERS, which are not there in a launch of one core for all."""
     if not is_rows(core):
-        return (None,) * len(RUNTIME)
-    state = core.handles, core.weights, core.scales, core.generations, core.refused
-    return *state, core.repeat, len(core.table)
+        return (None,) * len(POINTERS)
+    return core.handles, core.weights, core.scales, core.generations, core.refused
+
+
+def kind(core: Any) -> Any:
+    """What kind of core it is, which the shapes of its tensors do not always tell."""
+    if core is None or isinstance(core, torch.Tensor):
+        return "none" if core is None else "one"
+    return (core.repeat, core.right is None) if is_rows(core) else "pair"
+
+
+def sizes(core: Any) -> dict[str, float | None]:
+    """The other arguments named in RUNTIME."""
+    if not is_rows(core):
+        return {"repeat": None, "slots": None}
+    return {"repeat": core.repeat, "slots": len(core.table)}
 
 
 def row_blocks(p: int, q: int, r: int, block: int) -> tuple[int, int, int]:

@@ -27,8 +27,8 @@ from .common import (
     Dropout,
     accumulator,
     aligned,
-    arrivals,
     cast,
+    cdiv,
     dot,
     dot_mixed,
     gathered,
@@ -37,10 +37,22 @@ from .common import (
     offset,
     promote,
     step,
+    sum_dtype,
     threshold,
     variants,
 )
-from .rows import RUNTIME, arguments, is_rows, mix, row_blocks, store_u_of_rows
+from .launch import LAUNCHES, Launch, key_of
+from .rows import (
+    POINTERS,
+    RUNTIME,
+    is_rows,
+    kind,
+    mix,
+    pointers,
+    row_blocks,
+    sizes,
+    store_u_of_rows,
+)
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
@@ -296,6 +308,17 @@ def splits(tiles: int, blocks: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
 
 
+def sides(down: torch.Tensor, core: Core, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left, right) of a launch; in place of a factor that is not there lies another."""
+    if core is None:
+        return down, down
+    if isinstance(core, torch.Tensor):
+        return core, core
+    if is_rows(core):
+        core = core.table, core.table if core.right is None else core.right
+    return core[::-1] if transposed else core
+
+
 def unpacked(
     down: torch.Tensor, core: Core, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
@@ -303,13 +326,13 @@ def unpacked(
     p = down.shape[1 if transposed else 0]
     if core is None:
         return down, down, p, p, -1
-    if is_rows(core):
-        core = core.table if core.right is None else (core.table, core.right)
-    if isinstance(core, tuple):  # of a table for each row, the last two sides count
-        left, right = core[::-1] if transposed else core
-        q = right.shape[-2 if transposed else -1]
-        return left, right, p, q, core[1].shape[-2]
-    return core, core, p, core.shape[-2 if transposed else -1], 0
+    left, right = sides(down, core, transposed)
+    q = right.shape[-2 if transposed else -1]  # of a table for each row, the last two sides count
+    one = isinstance(core, torch.Tensor) or (is_rows(core) and core.right is None)
+    return left, right, p, q, 0 if one else right.shape[-1 if transposed else -2]
+
+
+INPUTS = ("x_ptr", "down_ptr", "left_ptr", "right_ptr", "seed_ptr", *POINTERS)
 
 
 def shrink(
@@ -331,61 +354,71 @@ def shrink(
     (r, P). A core for each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x
     is dropout(x).
     """
+    left, right = sides(down, core, transposed)
+    seed, drop_p = (None, None) if dropout is None else dropout
+    tensors = x, down, left, right, seed, *pointers(core)
+    flags = kind(core), transposed, want_t, want_u, drop_p, choose
+    key, addresses = key_of("shrink", tensors, *flags)
+    launch = LAUNCHES.get(key) or planned(x, down, core, transposed, want_t, want_u, drop_p, choose)
+    t, u = launch(key, tensors, addresses, float(scale))
+    return t, u
+
+
+def planned(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    transposed: bool,
+    want_t: bool,
+    want_u: bool,
+    drop_p: float | None,
+    choose: Choice,
+) -> Launch:
+    """The launch of a call of `shrink`."""
     m, k = x.shape
     left, right, p, q, r = unpacked(down, core, transposed)
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
     is_aligned = x.stride(1) == 1 and aligned((x, down, left, right), (k, x.stride(0)))
-    sizes = x.element_size(), factor_itemsize
+    itemsizes, masked = (x.element_size(), factor_itemsize), drop_p is not None
     ranks, by_row = (padded(p), padded(q)), mix(core)
-    spec = Spec("shrink", *sizes, is_aligned, *ranks, dropout is not None, by_row > 0)
-    seed, drop_p = (x, 0.0) if dropout is None else dropout
-    config = choose(spec, m)
+    config = choose(Spec("shrink", *itemsizes, is_aligned, *ranks, masked, by_row > 0), m)
     read_t = core is not None and (by_row > 0 or padded(p) > WHOLE)  # for t · core
     store_t = want_t or (want_u and read_t)
-    t = torch.empty((m, p), dtype=x.dtype, device=x.device) if store_t else None
-    u = torch.empty((m, padded(q)), dtype=x.dtype, device=x.device) if want_u else None
-    tiles, blocks = triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k)
+    tiles, blocks = cdiv(m, config.block_m), cdiv(k, config.block_k)
     # A program that lets the next launch start must not leave its part of u to another.
     parts = 1 if config.overlap or config.whole_k else splits(tiles, blocks, x.device)
-    depth = triton.cdiv(blocks, parts)
-    parts = triton.cdiv(blocks, depth)  # none without a block
-    partial = arrived = x
-    if parts > 1:
-        size = parts, tiles * config.block_m, padded(p)
-        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        partial = torch.empty(size, dtype=sum_dtype, device=x.device)
-        arrived = arrivals(x.device)
-    KERNELS[is_aligned][(tiles, parts)](
-        x,
-        down,
-        left,
-        right,
-        x if t is None else t,
-        x if u is None else u,
-        seed,
-        partial,
-        arrived,
-        *arguments(core),
-        float(scale),
-        1.0 / (1.0 - drop_p),
-        threshold(drop_p),
-        depth,
-        m,
-        k,
-        *x.stride(),
-        **constants(
-            p,
-            q,
-            r,
-            k,
-            transposed,
-            store_t,
-            want_u,
-            dropout is not None,
-            parts > 1,
-            by_row,
-            config,
-        ),
-        **config.options(),
+    depth = cdiv(blocks, parts)
+    parts = cdiv(blocks, depth)  # none without a block
+    new_t = (m, p), x.dtype
+    partial = (parts, tiles * config.block_m, padded(p)), sum_dtype(x.dtype)
+    return Launch(
+        KERNELS[is_aligned],
+        (tiles, parts),
+        INPUTS,
+        results={
+            "t_ptr": new_t if want_t else None,
+            "u_ptr": ((m, padded(q)), x.dtype) if want_u else None,
+        },
+        scratch={
+            **({"t_ptr": new_t} if store_t and not want_t else {}),
+            "partial_ptr": partial if parts > 1 else None,
+        },
+        numbers={
+            **sizes(core),
+            "low_scale": 1.0 / (1.0 - (drop_p or 0.0)),
+            "threshold": threshold(drop_p or 0.0),
+            "depth": depth,
+            "M": m,
+            "K": k,
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+        },
+        constants={
+            **constants(p, q, r, k, transposed, store_t, want_u, masked, parts > 1, by_row, config),
+            **config.options(),
+        },
+        varying=("scale",),
+        unread=(*(() if masked else ("seed_ptr",)), *(() if parts > 1 else ("arrivals_ptr",))),
+        meets=parts > 1,
+        device=x.device,
     )
-    return t if want_t else None, u

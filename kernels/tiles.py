@@ -97,7 +97,8 @@ class Spec:
         return self.factor_itemsize > self.itemsize
 
 
-Choice = Callable[[Spec, int], TileConfig]  # (what is launched, M) → its tile
+# (what is launched, M) → its tile, the same in every call: launches are kept under this object.
+Choice = Callable[[Spec, int], TileConfig]
 
 
 def padded(rank: int) -> int:

@@ -98,6 +98,25 @@ FAULTS = {
         "return index * stride",
         "tests/test_ops.py::test_offsets_beyond_int32",
     ),
+    "an address's alignment not in the key of a launch": (
+        "kernels/launch.py",
+        "parts.append(bits % 16 == 0)",
+        "pass",
+        "tests/test_prepared.py::test_check[arguments-check_nothing_else_is_taken_for_it]",
+    ),
+    "a tensor map kept for another address": (
+        "kernels/launch.py",
+        "(filled := kept.get(address)) is None",
+        "(filled := next(iter(kept.values()), None)) is None",
+        "tests/test_prepared.py::test_check[arguments-check_nothing_else_is_taken_for_it]",
+    ),
+    "the counters of another stream": (
+        "kernels/launch.py",
+        "counters = arrivals(device, stream)",
+        "counters = arrivals(device, 0)",
+        "tests/test_prepared.py::test_check[arguments-"
+        "check_the_stream_and_its_counters_are_those_of_the_moment]",
+    ),
     "x saved for the backward": (
         "fused_lowrank/compute/autograd.py",
         "(x if needs[1] or needs[2] else None)",
@@ -109,9 +128,9 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources and tests."""
+    """A copy of the sources, tests and benchmarks."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("fused_lowrank", "kernels", "tests"):
+    for name in ("fused_lowrank", "kernels", "tests", "bench"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)

@@ -1,0 +1,57 @@
+"""Prepared launches are the ordinary ones: the same arguments, and the same bytes for the driver.
+
+This process interprets (TRITON_INTERPRET=1), so the checks (prepared_checks.py) run in others: one
+looks at what the function in C is called with, the other at what comes out of Triton's own, which
+needs a compiler for C.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from fused_lowrank.kernels import launch
+
+CHECKS = Path(__file__).with_name("prepared_checks.py")
+NAMES = re.findall(r"^def (check_\w+)", CHECKS.read_text(), re.MULTILINE)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+HAS_C = shutil.which("gcc") and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        # The stub's function in C is called as Triton's is from 3.7 on.
+        pytest.param("arguments", marks=pytest.mark.skipif(VERSION < (3, 7), reason="3.7's")),
+        pytest.param("bytes", marks=pytest.mark.skipif(not HAS_C, reason="no gcc, or no Python.h")),
+    ],
+)
+def done(request) -> subprocess.CompletedProcess:
+    """All checks, in a process where Triton compiles."""
+    return subprocess.run(
+        [sys.executable, str(CHECKS), request.param],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check(name: str, done: subprocess.CompletedProcess) -> None:
+    assert f"{name} passed" in done.stdout.splitlines(), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled here")
+def test_nothing_is_prepared_in_the_interpreter() -> None:
+    assert launch.key_of("shrink", ()) == (None, [])
+    assert not launch.LAUNCHES
