@@ -83,7 +83,8 @@ def prepared(operands: Operands) -> Operands:
     try:
         if under_autocast(operands.x):
             operands = autocast(operands)
-        check(operands)
+        if not fits(operands):
+            check(operands)
     except AttributeError:
         check_kinds(operands)
         raise
@@ -123,9 +124,10 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         call = Call(scale, dropout_p, impl, config.current(), rows)
         return LowRankFunction.apply(call, *tensors, seed)
     else:
-        dropout = None if seed is None else (seed, dropout_p)
-        folded = Operands(fold(x), weight, down, core, up, bias, scale, dropout)
-        y = run(folded, impl, config.current(), False, False).y
+        if x.dim() != 2 or seed is not None:
+            drawn = None if seed is None else (seed, dropout_p)
+            operands = operands._replace(x=fold(x), dropout=drawn)
+        y = run(operands, impl, config.current(), False, False).y
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -191,6 +193,42 @@ def autocast(operands: Operands) -> Operands:
         for tensor in (operands.x, operands.weight, operands.bias)
     )
     return operands._replace(x=x, weight=weight, bias=bias)
+
+
+def fits(operands: Operands) -> bool:
+    """Whether `check` would find nothing; False where it has to be asked. It costs less."""
+    x, weight, down, core, up, bias, scale, _, _ = operands
+    if isinstance(core, Rows):
+        left, right, first = core.table, core.right, 1  # whose first dimension is that of slots
+    else:
+        (left, right), first = places(core), 0
+    try:
+        (n, k), (p, k_down), (n_up, q) = weight.shape, down.shape, up.shape
+        dtype, device = x.dtype, x.device
+        if left is None:
+            through = p == q
+        elif right is None:
+            through = left.shape[first:] == (p, q)
+        else:
+            (p_left, r), (r_right, q_right) = left.shape[first:], right.shape[first:]
+            through = p_left == p and r == r_right and q_right == q
+        if not (
+            through
+            and dtype in DTYPES
+            and weight.dtype is dtype
+            and x.shape[-1] == k == k_down
+            and n == n_up
+            and 0 not in (p, q)
+            and (bias is None or (bias.shape == (n,) and bias.dtype is dtype))
+            and isinstance(scale, float | int)
+        ):
+            return False
+        for factor in (down, left, right, up):
+            if factor is not None and (factor.device != device or factor.dtype not in DTYPES):
+                return False
+        return weight.device == device and (bias is None or bias.device == device)
+    except (ValueError, IndexError):  # of other dimensions
+        return False
 
 
 def check(operands: Operands) -> None:

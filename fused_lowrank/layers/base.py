@@ -189,7 +189,12 @@ class LowRankLinear(nn.Module):
             return self.routed(self, x)
         if self.disabled or self._original or self.bases_pending or self.sharded is not None:
             return self.own(x)
-        return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
+        own, core = self._parameters, self.core_factors
+        try:  # an attribute of a module costs the host much more
+            factors: Any = own["weight"], own["down"], core, own["up"], own["bias"]
+        except KeyError:  # parametrised since
+            factors = self.weight, self.down, core, self.up, self.bias
+        return self.compute(x, *factors)
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whatever a bank has for it."""
