@@ -262,7 +262,7 @@ def splits(tiles: int, blocks: int, device: torch.device) -> int:
     return max(1, min((programs + tiles // 2) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
 
 
-INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr", *POINTERS)
+INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")
 
 
 def decode(
@@ -323,7 +323,7 @@ def planned(
     return Launch(
         KERNELS[is_aligned],
         (tiles * parts,),
-        INPUTS,
+        (*INPUTS, *POINTERS) if by_row else INPUTS,
         results={"y_ptr": ((m, n), x.dtype), "t_ptr": new_t if want_t else None},
         scratch={
             **({"t_ptr": new_t} if store_t and not want_t else {}),

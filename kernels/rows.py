@@ -147,9 +147,9 @@ def mix(core: Any) -> int:
 
 
 def pointers(core: Any) -> tuple[torch.Tensor | None, ...]:
-    """The arguments named in POINTERS, which are not there in a launch of one core for all."""
+    """The arguments named in POINTERS; nothing in a launch of one core for all."""
     if not is_rows(core):
-        return (None,) * len(POINTERS)
+        return ()
     return core.handles, core.weights, core.scales, core.generations, core.refused
 
 
@@ -161,9 +161,9 @@ def kind(core: Any) -> Any:
 
 
 def sizes(core: Any) -> dict[str, float | None]:
-    """The other arguments named in RUNTIME."""
+    """The other arguments named in RUNTIME; all are None in a launch of one core for all."""
     if not is_rows(core):
-        return {"repeat": None, "slots": None}
+        return dict.fromkeys(RUNTIME)
     return {"repeat": core.repeat, "slots": len(core.table)}
 
 

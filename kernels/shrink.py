@@ -332,7 +332,7 @@ def unpacked(
     return left, right, p, q, 0 if one else right.shape[-1 if transposed else -2]
 
 
-INPUTS = ("x_ptr", "down_ptr", "left_ptr", "right_ptr", "seed_ptr", *POINTERS)
+INPUTS = ("x_ptr", "down_ptr", "left_ptr", "right_ptr", "seed_ptr")
 
 
 def shrink(
@@ -394,7 +394,7 @@ def planned(
     return Launch(
         KERNELS[is_aligned],
         (tiles, parts),
-        INPUTS,
+        (*INPUTS, *POINTERS) if by_row else INPUTS,
         results={
             "t_ptr": new_t if want_t else None,
             "u_ptr": ((m, padded(q)), x.dtype) if want_u else None,
