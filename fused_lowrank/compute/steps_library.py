@@ -95,6 +95,7 @@ class TailLast(Step):
         """y (M, N); in a backward with dropout u·upᵀ is added where y's place is kept."""
         x, weight, _, _, up, bias, _, dropout, transposed = operands
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
+        u = narrow(u, up)
         y = self.products.linear(x, weight, bias)
         if dropout is None or not transposed:
             return self.products.add_matmul(y, u, up)
@@ -115,7 +116,7 @@ class TailFirst(Step):
         """y (M, N)."""
         x, weight, _, _, up, bias, _, _, transposed = operands
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
-        u = u[:, : up.shape[0]]  # the kernels' u is padded
+        u = narrow(u, up)
         y = u @ up if bias is None else torch.addmm(bias, u, up)
         return y.addmm_(x, weight.t())
 
@@ -163,6 +164,11 @@ class Masked(Step):
     def run(self, x: Tensor, dropout: Dropout, choose: Any) -> Tensor:
         """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
         return dropped(x, dropout)
+
+
+def narrow(u: Tensor, up: Tensor) -> Tensor:
+    """u (M, Q) without the padding that the kernels' has; up is (Q, N)."""
+    return u if u.shape[1] == up.shape[0] else u[:, : up.shape[0]]
 
 
 def of_tables(dcore: Tensor, rows: Rows, want: tuple[bool, bool]) -> tuple[Wanted, Wanted]:
