@@ -82,6 +82,13 @@ def _poison_empty_tensors():
 
 
 @pytest.fixture(autouse=True)
+def _forget_launches():
+    """A test may change what launches follow from, so those of other tests are not remembered."""
+    if module := sys.modules.get("fused_lowrank.kernels.launch"):
+        module.LAUNCHES.clear()
+
+
+@pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
