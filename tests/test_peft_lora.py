@@ -31,7 +31,7 @@ from peft_lora_cases import (
 from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import fuse_lora
-from fused_lowrank.testing import check_pooled, measure
+from fused_lowrank.testing import FACTOR, check_pooled, measure
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_fp16_beside_fp32_is_trained_by_peft(device: torch.device, ran: Counter)
     frozen = {name: value.detach() for name, value in operands.items() if value is not None}
     with torch.no_grad():
         (y,) = measure(calls(ours, None), calls(theirs, None), {**operands, **frozen}, dy)
-    assert y.within, y
+    assert y.error <= FACTOR * y.reference, y  # so many elements need no floor
     assert ran["large"] == 1
 
 

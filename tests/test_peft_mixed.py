@@ -263,6 +263,6 @@ def test_through_the_kernels(
     monkeypatch.setattr(module, "lowrank_linear", through)
     monkeypatch.setattr(module, "compute", through_rows)
     for adapter, expected in zip(ways, wanted, strict=True):
-        for ours, theirs in zip(step(adapter), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        close = CLOSE if dtype == torch.float64 else {}
+        torch.testing.assert_close(step(adapter), expected, **close)
     assert calls == ["alone"] * 4 + ["rows"] * 2
