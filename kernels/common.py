@@ -135,7 +135,7 @@ def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def gathered(acc, ptrs, index, count, stride, counter_ptr):
+def gathered(acc, ptrs, index, count, stride, counter_ptr, AHEAD: tl.constexpr = 4):
     """The sum of acc over `count` programs, and whether this is the one that has it: the last.
 
     Each stores its own at ptrs + index·stride, then arrives at the counter; the last to arrive adds
@@ -147,7 +147,7 @@ def gathered(acc, ptrs, index, count, stride, counter_ptr):
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
     if last:
         acc = tl.zeros_like(acc)
-        for i in tl.range(0, count, loop_unroll_factor=4):  # four loads under way at a time
+        for i in tl.range(0, count, loop_unroll_factor=AHEAD):  # loads under way at a time
             acc += tl.load(ptrs + i * stride, cache_modifier=".cg")
         tl.store(counter_ptr, 0)
     return acc, last

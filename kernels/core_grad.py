@@ -118,7 +118,10 @@ def core_grad_kernel(
 
     # The partial sums lie as (splits, PAD_P, PAD_Q).
     tile_ptrs = partial_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
-    acc, last = gathered(acc, tile_ptrs, split, splits, PAD_P * PAD_Q, arrivals_ptr + TILES + tile)
+    # One at a time: more have no registers beside the pointers of unaligned operands.
+    acc, last = gathered(
+        acc, tile_ptrs, split, splits, PAD_P * PAD_Q, arrivals_ptr + TILES + tile, 1
+    )
     if last:
         acc *= scale
         if R == 0:

@@ -253,7 +253,7 @@ def shrink_kernel(
         in_tile = tl.arange(0, BLOCK_M)[:, None] * PAD_P + offs_p[None, :]
         acc, last = gathered(
             acc, partial_ptr + pid * tile + in_tile, split, tl.num_programs(1),
-            tl.num_programs(0) * tile, arrivals_ptr + pid,
+            tl.num_programs(0) * tile, arrivals_ptr + pid, 4 if tile <= 8192 else 2,
         )  # fmt: skip
     if last:
         bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
