@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fused_lowrank.compute.reference import Rows
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
@@ -30,7 +31,6 @@ from fused_lowrank.kernels.tiles import (
     TileConfig,
     padded,
 )
-from fused_lowrank.compute.reference import Rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

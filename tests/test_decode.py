@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 
+from fused_lowrank.compute.reference import Core, lowrank_linear_reference
 from fused_lowrank.kernels import decode as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import SMALL_M, TileConfig, padded
-from fused_lowrank.compute.reference import Core, lowrank_linear_reference
 from fused_lowrank.testing import check_pooled, measure
 
 TILE = TileConfig(16, 32, 32, 4, 1)  # of at most 16 rows

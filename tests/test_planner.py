@@ -21,10 +21,10 @@ from fused_lowrank import (
 )
 from fused_lowrank.compute import choose, costs, devices, operands
 from fused_lowrank.compute import measured as tuning
+from fused_lowrank.compute.costs import Peaks
 from fused_lowrank.compute.operands import Operands, Problem
 from fused_lowrank.compute.plans import PLANS, Plan
 from fused_lowrank.compute.run import run
-from fused_lowrank.compute.costs import Peaks
 from fused_lowrank.testing import pinned_plan
 
 CPU = torch.device("cpu")

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_lowrank.compute.reference import (
+    NONE,
+    SLOT_BITS,
+    Rows,
+    lowrank_linear_reference,
+    through_rows,
+)
 from fused_lowrank.kernels import decode as decode_module
 from fused_lowrank.kernels import launch
 from fused_lowrank.kernels import shrink as shrink_module
 from fused_lowrank.kernels.common import arrivals
 from fused_lowrank.kernels.tiles import TileConfig, padded
-from fused_lowrank.compute.reference import NONE, SLOT_BITS, Rows, lowrank_linear_reference, through_rows
 from fused_lowrank.testing import check_pooled, measure
 
 SLOTS = 5

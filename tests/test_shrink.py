@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton
 
+from fused_lowrank.compute.reference import Core, like, through_core
 from fused_lowrank.kernels import launch
 from fused_lowrank.kernels import shrink as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
-from fused_lowrank.compute.reference import Core, like, through_core
 from fused_lowrank.testing import measure
 
 ROWS, DEPTH, Q = 37, 203, 20  # three row tiles; thirteen blocks of K, the last of them cut
