@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -74,10 +74,9 @@ class Place:
             core, scale = join(*routing.one(self.name)), 1.0
         else:
             core, scale = routing.rows(self.name, x.shape[:-1]), 1.0
-        own = layer._parameters
+        weight, down, up, bias = layer.own_tensors()
         dropout = (None, layer.dropout) if layer.dropout and layer.training else None
-        factors: Any = own["down"], core, own["up"], own["bias"], scale, dropout
-        operands = Operands(x, own["weight"], *factors)
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 return chain(operands)

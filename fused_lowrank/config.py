@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """What `use` sets. The default leaves everything to the planner."""
+    """What `use` sets. The default leaves everything to `choose`."""
 
     plan: str | None = None  # of every pass; None: the fastest
     tiles: tuple[tuple[str, TileConfig], ...] = ()  # (kernel, its tile)
-    batch_invariance: bool = False
+    batch_invariance: bool | None = None  # None: as the process has it
 
 
 DEFAULT = [Config()]  # of the process: where no context has its own
@@ -35,7 +35,12 @@ CONTEXT: ContextVar[Config | None] = ContextVar("fused_lowrank_config", default=
 
 def current() -> Config:
     """The configuration of this context."""
-    return CONTEXT.get() or DEFAULT[0]
+    here, process = CONTEXT.get(), DEFAULT[0]
+    if here is None:
+        return process
+    if here.batch_invariance is None and process.batch_invariance:
+        return replace(here, batch_invariance=True)
+    return here
 
 
 @contextmanager
@@ -56,10 +61,10 @@ def use(
     Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
     cannot compute a pass, when a layer is called.
     """
-    before = current()
+    before = CONTEXT.get() or Config()
     changes: dict[str, object] = {"plan": plan, "batch_invariance": batch_invariance}
     if tiles is not None:
-        changes["tiles"] = tuple({**dict(before.tiles), **tiles}.items())
+        changes["tiles"] = tuple(sorted({**dict(before.tiles), **tiles}.items()))
     changed = {name: value for name, value in changes.items() if value is not None}
     entered = CONTEXT.set(replace(before, **changed))  # type: ignore[arg-type]
     try:
@@ -77,4 +82,4 @@ def use_batch_invariance(mode: bool) -> None:
     times slower than the batch. It is of y and of dx; a core's gradient is a sum over the rows.
     `config.use(batch_invariance=True)` is for one context.
     """
-    DEFAULT[0] = replace(DEFAULT[0], batch_invariance=bool(mode))
+    DEFAULT[0] = replace(DEFAULT[0], batch_invariance=True if mode else None)

@@ -103,7 +103,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     if note := why_no_plan(layer, x):
         return Explanation(name, note, ())
     dropout, trains_down = layer.dropout > 0.0, layer.down.requires_grad
-    impl = layer.impl
+    impl = choose.implementation(layer.impl, x, p, q)
     if layer.routed is not None and choose.isolates(impl, x, layer.down, layer.up):
         impl = "isolated"
     regular = devices.has_kernels(device) and (k | n) % 16 == 0

@@ -69,7 +69,8 @@ def lowrank_linear(
     """
     dropout = (seed, dropout_p) if training and dropout_p else None
     operands = prepared(Operands(x, weight, down, paired(core), up, bias, scale, dropout))
-    check_dropout(dropout_p, seed, x)
+    if dropout is None:
+        check_dropout(dropout_p, seed, x)
     if impl == "auto" and dropout is None and choose.small(operands.x):
         return chain(operands)
     return compute(operands, impl)
@@ -85,6 +86,8 @@ def prepared(operands: Operands) -> Operands:
             operands = autocast(operands)
         if not fits(operands):
             check(operands)
+        if operands.dropout is not None:
+            check_dropout(operands.dropout[1], operands.dropout[0], operands.x)
     except AttributeError:
         check_kinds(operands)
         raise

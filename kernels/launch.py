@@ -44,15 +44,15 @@ def key_of(kernel: str, tensors: Tensors, *flags: Any) -> tuple[Any, list[int]]:
 
     Launches of one key have the same code, grid and integers: `flags` are what these depend on
     besides shapes, dtypes and devices, among them the `Choice` of the tile. Of the addresses it
-    counts whether all are multiples of 16. The first two tensors may have any strides, which count;
-    all others are contiguous.
+    counts which are multiples of 16: a kernel may ask it of some of them. The first two tensors may
+    have any strides, which count; all others are contiguous.
     """
     runtime = knobs.runtime
     if not POSSIBLE or getattr(runtime, "add_stages_inspection_hook", None) is not None:
         return None, []
     parts: list[Any] = [kernel, flags, runtime.debug, knobs.compilation.instrumentation_mode]
     addresses: list[int] = []
-    address, bits, before = 0, 0, None
+    address, odd, before = 0, 0, None
     for tensor in tensors:
         if tensor is None:
             addresses.append(0)
@@ -62,12 +62,13 @@ def key_of(kernel: str, tensors: Tensors, *flags: Any) -> tuple[Any, list[int]]:
             parts.append(True)
         else:
             address, before = tensor.data_ptr(), tensor
-            bits |= address
+            if address & 15:
+                odd |= 1 << len(addresses)
             parts += tensor.shape, tensor.dtype, tensor.get_device()
             if len(addresses) < 2:
                 parts.append(tensor.stride())
         addresses.append(address)
-    parts.append(bits % 16 == 0)
+    parts.append(odd)
     return tuple(parts), addresses
 
 

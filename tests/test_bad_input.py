@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fused_lowrank import adapt, lowrank_linear
+from fused_lowrank import AdapterBank, FusedLoraXSLinear, adapt, lowrank_linear
 from fused_lowrank.layers import METHODS
 
 K, N, P, Q = 8, 6, 4, 3
@@ -261,3 +261,21 @@ def test_layer_input(device: torch.device) -> None:
             layer(torch.ones(2, K + 1, device=device))
         with pytest.raises(ValueError, match=r"weight is on .*x on meta"):
             layer(torch.ones(2, K, device="meta"))
+
+
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("value", [1.0, -0.5, math.nan])
+def test_a_dropout_that_was_set_later_is_checked(value: float, banked: bool) -> None:
+    """It is a plain attribute of a layer, which a schedule may write to."""
+    layer = FusedLoraXSLinear(24, 20, r=4, dropout=0.5)
+    model = torch.nn.Sequential(layer)
+    layer.dropout = value
+    x = torch.randn(6, 24)
+    if not banked:
+        with pytest.raises(ValueError, match="dropout_p is"):
+            model(x)
+        return
+    bank = AdapterBank.from_model(model, slots=1)
+    bank.add("a")
+    with bank.use(["a"] * 6), pytest.raises(ValueError, match="dropout_p is"):
+        model(x)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from bank_cases import bank_of, close, kinds, model_of, picture, plain, x_of
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from fused_lowrank import merge
+from fused_lowrank import AdapterBank, FusedLoraXSLinear, merge
 
 # --- names ---
 
@@ -322,3 +323,35 @@ def test_what_is_no_name_is_not_in_the_bank(name: object) -> None:
         bank.handles(["a", name, None])
     with pytest.raises(ValueError, match="is not in the bank"), bank.use([name]):
         model(x_of(1))
+
+
+@pytest.mark.parametrize("way", ["parametrised", "pruned", "property"])
+def test_a_layer_that_is_changed_after_the_bank_was_made(way: str) -> None:
+    """Its weight is what its attribute says, in the bank and outside."""
+
+    class Doubled(FusedLoraXSLinear):
+        @property
+        def weight(self):
+            return 2 * self._parameters["weight"]
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    linear = nn.Linear(24, 20, dtype=torch.float64)
+    layer = FusedLoraXSLinear.from_linear(linear, r=4, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    bank = AdapterBank.from_model(model, slots=1)
+    bank.add("a")
+    if way == "parametrised":
+        parametrize.register_parametrization(layer, "weight", Double())
+    elif way == "property":
+        layer.__class__ = Doubled
+    else:
+        prune.l1_unstructured(layer, "weight", 0.5)
+    x = torch.randn(6, 24, dtype=torch.float64)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)  # the core is 1e-5
+    for names in (["a"] * 6, "a", None):
+        with bank.use(names):
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)

@@ -191,6 +191,32 @@ def test_other_layers_are_as_pytorchs_are() -> None:
             assert torch.equal(layer(x).isnan(), linear(x).isnan())
 
 
+def test_the_probe_is_of_the_cpu_whatever_the_default_device() -> None:
+    """A model is often made within torch.device(…)."""
+    layer = FusedLoraXSLinear(80, 48, r=5)
+    isolation.mixes.cache_clear()
+    isolation.readable.cache_clear()
+    with torch.device("meta"):
+        AdapterBank.from_model(nn.Sequential(layer), slots=2)
+    assert isolation.readable(80, torch.float32) == 80
+
+
+def test_float32_is_probed_again_where_its_products_change(monkeypatch) -> None:
+    """In medium precision torch may take them in bfloat16."""
+    x, asked = torch.randn(3, 80), []
+    isolation.is_needed(x, (80,))
+    monkeypatch.setattr(isolation, "leaks", lambda size, dtype: asked.append(size) or False)
+    isolation.is_needed(x, (80,))
+    assert not asked
+    torch.set_float32_matmul_precision("medium")
+    try:
+        isolation.is_needed(x, (80,))
+        assert asked == [80]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        isolation.is_needed(x, (80,))
+
+
 PROMISE = """
 import torch
 from torch import nn

@@ -17,6 +17,7 @@ from fused_lowrank import (
     LoraXSLinear,
     config,
     explain,
+    lowrank_linear,
     use_batch_invariance,
 )
 from fused_lowrank.compute import choose, costs, devices, operands
@@ -463,6 +464,72 @@ def test_config_is_of_its_context() -> None:
     assert plans_of(lambda: y.sum().backward()) == {"first"}
     with config.use(plan="frist"), pytest.raises(ValueError, match=r"plan is 'frist'.*aten, first"):
         layer(x)
+
+
+@pytest.mark.parametrize("plan", [None, "aten", "split", "first"])
+@pytest.mark.parametrize("impl", ["auto", "aten", "triton"])
+@pytest.mark.parametrize("dx", [False, True])
+def test_a_pinned_plan_keeps_one_mask(
+    dx: bool, impl: str, plan: str | None, device: torch.device
+) -> None:
+    """Also where x needs no gradient: y is linear in down, so a difference is its gradient."""
+    if plan == "first" and dx:
+        pytest.skip("has no dropout on the way back")
+    torch.manual_seed(0)
+    sizes = {"x": (70, 48), "weight": (32, 48), "down": (8, 48), "core": (8, 8), "up": (32, 8)}
+    made = {n: torch.randn(s, device=device, dtype=torch.float64) for n, s in sizes.items()}
+    if device.type == "cuda":
+        made = {name: tensor.float() for name, tensor in made.items()}
+    seed = torch.tensor([7], device=device)
+    step, dy = torch.randn_like(made["down"]), torch.randn_like(made["x"][:, :32])
+
+    def call(down: torch.Tensor) -> torch.Tensor:
+        given = {**made, "down": down, "x": made["x"].detach().requires_grad_(dx)}
+        with config.use(plan=plan):
+            y = lowrank_linear(**given, dropout_p=0.5, training=True, impl=impl, seed=seed)
+        return (y * dy).sum()
+
+    leaf = made["down"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(call(leaf), leaf)
+    difference = call(made["down"] + step).detach() - call(made["down"]).detach()
+    rtol = 1e-9 if grad.dtype == torch.float64 else 1e-3
+    torch.testing.assert_close((grad * step).sum(), difference, rtol=rtol, atol=rtol)
+
+
+def test_batch_invariance_of_the_process_reaches_into_contexts() -> None:
+    """Switched on or off inside a context that says nothing of it."""
+    with config.use(plan="aten"):
+        use_batch_invariance(True)
+        assert config.current() == config.Config("aten", (), True)
+        with config.use(batch_invariance=False):
+            assert not config.current().batch_invariance
+        use_batch_invariance(False)
+        assert not config.current().batch_invariance
+
+
+def test_a_pinned_tile_that_is_too_large_takes_no_plan_from_others(monkeypatch) -> None:
+    """What is pinned in a context counts there alone."""
+    choose.CHOSEN.clear()
+    decision = choose.decide(at(m=64), "auto", mode="off")
+    pinned = config.Config(tiles=(("shrink", None),))
+    error = OutOfResources("shared memory")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        left = choose.give_up(at(m=64), "auto", pinned, decision, error)
+        assert left.plans == decision.plans[1:]
+        assert not choose.CHOSEN
+        choose.give_up(at(m=64), "auto", config.Config(), decision, error)
+    assert choose.CHOSEN[at(m=64), "auto"] == left
+    choose.CHOSEN.clear()
+
+
+def test_explain_of_what_cannot_run_says_so(monkeypatch) -> None:
+    """As a call does."""
+    layer = FusedLoraXSLinear(96, 64, r=8, impl="triton")
+    monkeypatch.setattr(devices, "target", lambda device: None)
+    for asked in (lambda: explain(layer, 700), lambda: layer(torch.randn(700, 96))):
+        with pytest.raises(RuntimeError, match="impl='triton' cannot compute this"):
+            asked()
 
 
 def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
 from fused_lowrank.kernels import launch
@@ -55,3 +56,17 @@ def test_check(name: str, done: subprocess.CompletedProcess) -> None:
 def test_nothing_is_prepared_in_the_interpreter() -> None:
     assert launch.key_of("shrink", ()) == (None, [])
     assert not launch.LAUNCHES
+
+
+def test_each_operand_that_is_unaligned_makes_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel asks it of some of them, and not of the same ones as another kernel."""
+    monkeypatch.setattr(launch, "POSSIBLE", True)
+
+    def key(unaligned: int) -> object:
+        made = [torch.empty(72, dtype=torch.float32) for _ in range(4)]
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in made)
+        views = [tensor[int(i == unaligned) :][:64].view(8, 8) for i, tensor in enumerate(made)]
+        return launch.key_of("kernel", views, None)[0]
+
+    assert len({key(i) for i in (-1, 0, 1, 2, 3)}) == 5
+    assert key(2) == key(2)

@@ -89,7 +89,7 @@ def backward(
         if needs.x:
             plan, tiles, grads["x"], g, v = run(back, impl, config, want_g, needs.down)
         else:
-            plan = choose.for_single_steps(impl, dy, down.shape[0], up.shape[1])
+            plan = choose.for_single_steps(impl, config, dy, *operands.ranks)
             tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
             g, v = plan.down.run(back, tiles, want_g, needs.down)
     if want_g:
@@ -219,14 +219,9 @@ def refuse_double_backward(grads: list[Wanted]) -> list[Wanted]:
 
 def run_op(operands: Operands, impl: str, want_t: bool) -> tuple[Tensor, Tensor]:
     """(y, t) of an op's forward; t is empty if it is not wanted."""
-    config = configuration.current()
+    config = config_of_op(operands)
     if impl == "triton":
         choose.require_triton(operands.x, *operands.ranks)
-    if operands.dropout is not None and config.plan is not None:
-        raise RuntimeError(
-            "a compiled graph with dropout takes no plan from config.use: its backward would not "
-            "see it, and might draw another mask"
-        )
     done = run(operands, impl, config, want_t, False)
     return done.y, done.t if want_t else operands.x.new_empty(0)
 
@@ -235,7 +230,21 @@ def gradients_of_op(
     dy: Tensor, t: OptTensor, operands: Operands, impl: str, needs: Needs
 ) -> list[Wanted]:
     """The gradients of an op's backward, None for those that are not needed."""
-    return backward(dy, t, operands, impl, configuration.current(), needs)
+    return backward(dy, t, operands, impl, config_of_op(operands), needs)
+
+
+def config_of_op(operands: Operands) -> Config:
+    """The configuration of this context, for one of an op's two passes.
+
+    Raises RuntimeError where the other pass, which may not see it, might draw another mask.
+    """
+    config = configuration.current()
+    if operands.dropout is not None and config.plan is not None:
+        raise RuntimeError(
+            "a compiled graph with dropout takes no plan from config.use: its forward and its "
+            "backward might not both see it, and draw different masks"
+        )
+    return config
 
 
 def there(grads: Sequence[Wanted], dy: Tensor) -> list[Tensor]:

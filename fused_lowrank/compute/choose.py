@@ -119,6 +119,8 @@ def choose(problem: Problem, impl: str, config: Config, compute: Compute | None 
     key = problem, impl
     decision = CHOSEN.get(key)
     if decision is None:
+        if config.tiles:  # times with pinned tiles are not those of the plan
+            compute = None
         decision = CHOSEN.setdefault(key, decide(problem, impl, compute))
     return decision
 
@@ -167,6 +169,8 @@ def decide(problem: Problem, impl: str, compute: Compute | None = None, mode: st
     `mode` is that of FUSED_LOWRANK_TUNE, and read from there if it is not given.
     """
     names = candidates(problem, impl)
+    if not names:
+        raise RuntimeError(f"impl={impl!r} has no plan that can compute {problem}")
     if len(names) == 1:
         return Decision(tuple(names), "no other plan computes this")
     on_paper = sorted(names, key=lambda name: predict(PLANS[name], problem).seconds)
@@ -192,22 +196,32 @@ def predict(plan: Plan, problem: Problem) -> costs.Cost:
     return costs.total(plan.work(problem), problem)
 
 
-def give_up(problem: Problem, impl: str, decision: Decision, error: Exception) -> Decision:
+def give_up(
+    problem: Problem, impl: str, config: Config, decision: Decision, error: Exception
+) -> Decision:
     """The decision without its first plan, for which the device has too little.
 
-    Raises the error again where it is another one, or no plan is left.
+    It holds for the process, unless it is tiles pinned in `config` that are too large. Raises the
+    error again where it is another one, or no plan is left.
     """
     if not measured.is_lack(error) or len(decision.plans) == 1:
         raise error
     left = decision.plans[1:]
     given_up = f"{decision.plans[0]} cannot be launched here ({error})"
     measured.warn_once(f"{given_up}: {left[0]} takes its place")
-    CHOSEN[problem, impl] = changed = replace(decision, plans=left)
+    changed = replace(decision, plans=left)
+    if not config.tiles:
+        CHOSEN[problem, impl] = changed
     return changed
 
 
-def for_single_steps(impl: str, x: Tensor, p: int, q: int) -> Plan:
-    """The plan whose steps a backward uses where x needs no gradient."""
+def for_single_steps(impl: str, config: Config, x: Tensor, p: int, q: int) -> Plan:
+    """The plan whose steps a backward uses where x needs no gradient.
+
+    Its dropout's mask is that of the forward: of the plan that `config` names, where it names one.
+    """
+    if config.plan is not None and not config.batch_invariance:
+        return PLANS["isolated" if impl == "isolated" and config.plan == "aten" else config.plan]
     if impl == "isolated" or not x.shape[0]:
         return PLANS["isolated" if impl == "isolated" else "aten"]
     kernels = impl == "triton" or (

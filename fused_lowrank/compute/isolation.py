@@ -23,6 +23,7 @@ from .reference import Products
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PROBED_ROWS = (1, 7, 70)  # libraries choose their kernels by the number of rows
 PROBED_COLUMNS = 48
+PRECISION = ["highest"]  # torch's of float32 products, when the probes were made
 MULTIPLES = (1, 32, 64, 128)  # to which an inner size is padded, the first that is safe
 
 
@@ -30,6 +31,10 @@ def is_needed(x: Tensor, sizes: Iterable[int]) -> bool:
     """Whether a product of x over any of these inner sizes has to be padded."""
     if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in DTYPES):
         return False
+    if (precision := torch.get_float32_matmul_precision()) != PRECISION[0]:
+        PRECISION[0] = precision  # by which float32 may be multiplied in bfloat16
+        readable.cache_clear()
+        mixes.cache_clear()
     return mixes(tuple(sizes), product_dtype(x))
 
 
@@ -72,7 +77,9 @@ def leaks(size: int, dtype: torch.dtype) -> bool:
     """
 
     def ones(rows: int, columns: int) -> Tensor:
-        memory = torch.full((rows * columns + max(MULTIPLES),), torch.nan, dtype=dtype)
+        memory = torch.full(
+            (rows * columns + max(MULTIPLES),), torch.nan, dtype=dtype, device="cpu"
+        )
         return memory[: rows * columns].fill_(1.0).view(rows, columns)
 
     others = ones(PROBED_COLUMNS, size).t(), ones(size, PROBED_COLUMNS)

@@ -57,7 +57,7 @@ def run(operands: Operands, impl: str, config: Config, want_t: bool, want_u: boo
         except Exception as error:
             if problem is None:
                 raise
-            decision = choose.give_up(problem, impl, decision, error)
+            decision = choose.give_up(problem, impl, config, decision, error)
 
 
 def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Done:

@@ -36,6 +36,7 @@ class LowRankLinear(nn.Module):
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
+    by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
     routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
     sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
 
@@ -87,6 +88,11 @@ class LowRankLinear(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.train_names)
         self.bases_pending = defer or self.weight.is_meta
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
+            cls.by_attributes = True
 
     def _check_settings(self) -> None:
         known = ("weight", "bias", *self.factors)
@@ -189,12 +195,18 @@ class LowRankLinear(nn.Module):
             return self.routed(self, x)
         if self.disabled or self._original or self.bases_pending or self.sharded is not None:
             return self.own(x)
-        own, core = self._parameters, self.core_factors
-        try:  # an attribute of a module costs the host much more
-            factors: Any = own["weight"], own["down"], core, own["up"], own["bias"]
-        except KeyError:  # parametrised since
-            factors = self.weight, self.down, core, self.up, self.bias
-        return self.compute(x, *factors)
+        weight, down, up, bias = self.own_tensors()
+        return self.compute(x, weight, down, self.core_factors, up, bias)
+
+    def own_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(weight, down, up, bias), by the way that costs the host least."""
+        if not self.by_attributes:
+            own: Any = self._parameters
+            try:
+                return own["weight"], own["down"], own["up"], own["bias"]
+            except KeyError:  # parametrised, or pruned, since
+                pass
+        return self.weight, self.down, self.up, self.bias
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whatever a bank has for it."""
