@@ -15,7 +15,7 @@ class LoraLinear(LowRankLinear):
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
     is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
-    `impl` is that of `lowrank_linear`; None is the class's own.
+    `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for r outside 1 … min(in, out), and for a `train` that could never learn.
     """

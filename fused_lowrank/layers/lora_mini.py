@@ -24,7 +24,7 @@ class LoraMiniLinear(LowRankLinear):
     Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
     init="identity" sets b_train to zero, so that training starts from the base model.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
-    `impl` is that of `lowrank_linear`; None is the class's own.
+    `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for a outside 1 … in, b outside 1 … out, r outside 1 … min(a, b), an unknown
     init, and a `train` that could never learn.

@@ -24,7 +24,7 @@ class LoraXSLinear(LowRankLinear):
     which starts as N(0, 1e-5²). In terms of the authors' code, down is lora_A, up is lora_B and
     core is the transpose of their latent mapping's weight. scale = alpha / r; alpha None means r.
     `svd`: "randomized" (fixed seed) or "exact". `dropout` acts on the input of down.
-    `impl` is that of `lowrank_linear`; None is the class's own.
+    `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for r outside 1 … min(in, out).
     """
