@@ -496,6 +496,18 @@ def test_a_pinned_plan_keeps_one_mask(
     torch.testing.assert_close((grad * step).sum(), difference, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("dx", [False, True])
+@pytest.mark.parametrize("plan", ["aten", "first", "split", "mixed"])
+def test_a_pinned_plan_of_no_rows(plan: str, dx: bool, device: torch.device) -> None:
+    """Nothing is launched, and the gradients are zero."""
+    layer = FusedLoraXSLinear(96, 64, r=8, train=("down", "core", "up"), device=device)
+    x = torch.randn(0, 96, device=device, requires_grad=dx)
+    with config.use(plan=plan):
+        y = layer(x)
+    y.sum().backward()
+    assert not any(p.grad.any() for p in (layer.down, layer.core, layer.up))
+
+
 def test_batch_invariance_of_the_process_reaches_into_contexts() -> None:
     """Switched on or off inside a context that says nothing of it."""
     with config.use(plan="aten"):

@@ -220,10 +220,12 @@ def for_single_steps(impl: str, config: Config, x: Tensor, p: int, q: int) -> Pl
 
     Its dropout's mask is that of the forward: of the plan that `config` names, where it names one.
     """
+    if not x.shape[0]:  # nothing to launch
+        return PLANS["aten"]
     if config.plan is not None and not config.batch_invariance:
         return PLANS["isolated" if impl == "isolated" and config.plan == "aten" else config.plan]
-    if impl == "isolated" or not x.shape[0]:
-        return PLANS["isolated" if impl == "isolated" else "aten"]
+    if impl == "isolated":
+        return PLANS[impl]
     kernels = impl == "triton" or (
         impl == "auto" and x.is_cuda and not devices.why_not_triton(x.device, x.dtype, p, q)
     )
