@@ -72,6 +72,23 @@ def key_of(kernel: str, tensors: Tensors, *flags: Any) -> tuple[Any, list[int]]:
     return tuple(parts), addresses
 
 
+def layout(shape: Sequence[int], dtype: torch.dtype) -> tuple[Any, Any, torch.dtype]:
+    """(shape, strides, dtype) of a contiguous tensor."""
+    return tuple(shape), torch.empty(shape, device="meta").stride(), dtype
+
+
+def maker(device: torch.device) -> Callable[[Any, Any, torch.dtype], torch.Tensor]:
+    """The function (shape, strides, dtype) → a new tensor on the current device of this kind.
+
+    Where PyTorch has it, it is what Inductor's code allocates by, past the dispatcher.
+    """
+    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    empty = torch.empty_strided
+    return lambda shape, strides, dtype: empty(shape, strides, dtype=dtype, device=device)
+
+
 @dataclass(eq=False)
 class Launch:
     """A launch of `kernel` over `grid`, with all arguments but the addresses of its tensors.
@@ -175,17 +192,18 @@ class Launch:
         maps = [(names.index(name), fill, {}) for name, fill in kernel.fills.items()]
         instead = dict.fromkeys(self.without_tensor(), len(STATE))
         launch = kernel.bind([*names, *kernel.fills], instead)
-        new, starts = list(self.results.values()), [first for first, *_ in places.values()]
-        active, device, meets, empty = kernel.driver, self.device, self.meets, torch.empty
+        new = [None if n is None else layout(*n) for n in self.results.values()]
+        starts = [first for first, *_ in places.values()]
+        active, device, meets, empty = kernel.driver, self.device, self.meets, maker(self.device)
         index = active.get_current_device()
 
         def again(addresses: Sequence[int], varying: Sequence[float]) -> list[Any]:
-            made = [n if n is None else empty(n[0], dtype=n[1], device=device) for n in new]
+            made = [n if n is None else empty(*n) for n in new]
             stream = active.get_current_stream(index)
             values = [stream, None, None, None, *addresses]
             values += [0 if tensor is None else tensor.data_ptr() for tensor in made]
             if size:
-                room = empty(size, dtype=torch.uint8, device=device)
+                room = empty((size,), (1,), torch.uint8)
                 base = room.data_ptr()
                 values += [base + start for start in starts]
             if meets:

@@ -66,6 +66,8 @@ class Replayed:
             self.kept.clear()
 
     def __call__(self, size: Any, **options: Any) -> torch.Tensor:
+        if options.get("device") == "meta":
+            return self.real(size, **options)
         if self.next == len(self.kept):
             self.kept.append(self.real(size, **options))
         made, self.next = self.kept[self.next], self.next + 1
@@ -75,6 +77,19 @@ class Replayed:
 
 
 EMPTY = Replayed()
+
+
+def maker(device: torch.device) -> Callable[[Any, Any, torch.dtype], torch.Tensor]:
+    """In place of the library's, by EMPTY."""
+
+    def make(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        made = EMPTY(shape, dtype=dtype, device=device)
+        assert made.stride() == strides
+        return made
+
+    return make
+
+
 DRIVER: list[Any] = []
 CALLS: list[tuple[Any, ...]] = []  # of the function in C, where that is Python
 COMPILED: list[Any] = []  # what ordinary launches have launched
@@ -203,6 +218,7 @@ def started() -> Iterator[None]:
             driver = drivers.active
         DRIVER.append(driver)
         stack.enter_context(mock.patch.object(torch, "empty", EMPTY))
+        stack.enter_context(mock.patch.object(launch, "maker", maker))
         stack.enter_context(mock.patch.object(JITFunction, "run", counted))
         yield
 

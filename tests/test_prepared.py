@@ -70,3 +70,22 @@ def test_each_operand_that_is_unaligned_makes_another_key(monkeypatch: pytest.Mo
 
     assert len({key(i) for i in (-1, 0, 1, 2, 3)}) == 5
     assert key(2) == key(2)
+
+
+@pytest.mark.parametrize("inductors", [True, False])
+def test_new_tensors_are_as_torch_makes_them(
+    inductors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the function of Inductor's code, and on a device that has none."""
+    if not inductors:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    make = launch.maker(torch.device("cpu"))
+    assert (make is getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)) == inductors
+    for shape in ((3, 5), (2, 3, 4), (7,), (0, 4), (4, 0), (1, 1)):
+        for dtype in (torch.bfloat16, torch.float32, torch.uint8):
+            made, like = make(*launch.layout(shape, dtype)), torch.empty(shape, dtype=dtype)
+            assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), dtype)
+            assert made.device == like.device
+            assert not made.requires_grad
+    with torch.inference_mode():
+        assert make(*launch.layout((2, 2), torch.float32)).is_inference()
