@@ -188,6 +188,7 @@ def replacements(driver: Stub) -> dict[str, Callable[[Any], Any]]:
         "target": always(TARGETS["sm_90"]),
         "multiprocessors": always(PROCESSORS),
         "SMALL": lambda original: -1,  # no x is so small that a chain of operations takes it
+        "is_needed": lambda original: lambda x, sizes: not x.is_cpu,  # no, as it says of a GPU
         "decide": decide,
     }
 

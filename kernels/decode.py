@@ -283,12 +283,13 @@ def decode(
     the rows of a tile.
     """
     left, right = sides(down, core, transposed)
-    tensors = x, weight, down, left, right, up, bias, *pointers(core)
-    key, addresses = key_of("decode", tensors, kind(core), transposed, want_t, choose)
+    tensors, bank = (x, weight, down, left, right, up, bias), pointers(core)
+    flags = kind(core), transposed, want_t, choose
+    key, addresses = key_of("decode", tensors, *flags, plain=bank)
     launch = LAUNCHES.get(key) or planned(
         x, weight, down, core, up, bias, transposed, want_t, choose
     )
-    y, t = launch(key, tensors, addresses, float(scale))
+    y, t = launch(key, (*tensors, *bank), addresses, float(scale))
     return y, t
 
 

@@ -39,7 +39,9 @@ UNIT = 256  # bytes: scratch tensors begin at multiples of it
 WARNED: list[str] = []  # at most one, why launches stay ordinary
 
 
-def key_of(kernel: str, tensors: Tensors, *flags: Any) -> tuple[Any, list[int]]:
+def key_of(
+    kernel: str, tensors: Tensors, *flags: Any, plain: Tensors = ()
+) -> tuple[Any, list[int]]:
     """(the key of a launch, the addresses of its tensors); the key is None where none is kept.
 
     Launches of one key have the same code, grid and integers: `flags` are what these depend on
@@ -68,6 +70,8 @@ def key_of(kernel: str, tensors: Tensors, *flags: Any) -> tuple[Any, list[int]]:
             if len(addresses) < 2:
                 parts.append(tensor.stride())
         addresses.append(address)
+    for tensor in plain:
+        addresses.append(0 if tensor is None else tensor.data_ptr())
     parts.append(odd)
     return tuple(parts), addresses
 
@@ -84,7 +88,7 @@ def maker(device: torch.device) -> Callable[[Any, Any, torch.dtype], torch.Tenso
     """
     found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     if found is not None:
-        return found  # type: ignore[no-any-return]
+        return found
     empty = torch.empty_strided
     return lambda shape, strides, dtype: empty(shape, strides, dtype=dtype, device=device)
 

@@ -154,10 +154,12 @@ def pointers(core: Any) -> tuple[torch.Tensor | None, ...]:
 
 
 def kind(core: Any) -> Any:
-    """What kind of core it is, which the shapes of its tensors do not always tell."""
+    """What kind of core it is, which the shapes of its factors do not always tell."""
     if core is None or isinstance(core, torch.Tensor):
         return "none" if core is None else "one"
-    return (core.repeat, core.right is None) if is_rows(core) else "pair"
+    if not is_rows(core):
+        return "pair"
+    return core.repeat, core.handles.shape[1], core.right is None, core.weights is None
 
 
 def sizes(core: Any) -> dict[str, float | None]:

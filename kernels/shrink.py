@@ -356,11 +356,11 @@ def shrink(
     """
     left, right = sides(down, core, transposed)
     seed, drop_p = (None, None) if dropout is None else dropout
-    tensors = x, down, left, right, seed, *pointers(core)
+    tensors, bank = (x, down, left, right, seed), pointers(core)
     flags = kind(core), transposed, want_t, want_u, drop_p, choose
-    key, addresses = key_of("shrink", tensors, *flags)
+    key, addresses = key_of("shrink", tensors, *flags, plain=bank)
     launch = LAUNCHES.get(key) or planned(x, down, core, transposed, want_t, want_u, drop_p, choose)
-    t, u = launch(key, tensors, addresses, float(scale))
+    t, u = launch(key, (*tensors, *bank), addresses, float(scale))
     return t, u
 
 
