@@ -417,6 +417,28 @@ def check_nothing_else_is_taken_for_it() -> None:
                 assert ordinary(call) == taken(call), (function.__name__, label)
 
 
+def check_rows_of_another_kind_are_another_launch() -> None:
+    """Adapters to a row, their weights, and the rows to a line: no shape in the key tells them."""
+    m, k = 48, 512
+    x, whole = (
+        zeros(m, k),
+        {"down": zeros(P, k), "scale": 0.5, "transposed": False, "want_t": False},
+    )
+    more = {"weight": zeros(64, k), "up": zeros(64, P), "bias": None}
+    kinds = list(itertools.product((1, 2), (1, 2), (False, True)))
+    for _ in range(2):
+        for repeat, mix, weighted in kinds:
+            rows = Rows(m // repeat, 3, mix, weighted)
+            rows.repeat = repeat
+            given = {"x": x, "core": rows, "choose": by_default, **whole}
+            for function, others in (
+                (shrink, {"want_u": True, "dropout": None}),
+                (decode, more),
+            ):
+                call = partial(function, **given, **others)
+                assert ordinary(call) == taken(call), (function.__name__, repeat, mix, weighted)
+
+
 def check_transposed_counts_where_no_shape_shows_it() -> None:
     side, one = 64, zeros(64, 64)
     tensors = {"x": zeros(side, side), "down": one, "up": one.clone(), "weight": zeros(side, side)}
