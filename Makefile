@@ -32,6 +32,8 @@ RESULTS ?= bench/results
 README ?= README.md
 DEVICE ?= cuda
 TEST_MINUTES ?= 3
+# How many processes compile at a time on a GPU's machine, each with a share of the GPU's memory.
+PROCESSES ?= 16
 CASE_MINUTES ?= 3
 BANK_MINUTES ?= 1
 # Where test-peft puts PEFT's source distribution.
@@ -71,12 +73,13 @@ bench: $(READY)
 	$(RUN) bench/report.py --results $(RESULTS) --readme $(README)
 
 test-gpu: $(READY)
-	FUSED_LOWRANK_TEST_DEVICE=cuda $(RUN) -m pytest
+	FUSED_LOWRANK_TEST_DEVICE=cuda $(RUN) -m pytest -n $(PROCESSES) --dist worksteal
 
 # A red test or a time-out shows in the output and must not keep the measuring from being done.
 bench-gpu: $(READY)
-	-FUSED_LOWRANK_TEST_DEVICE=$(DEVICE) timeout $(TEST_MINUTES)m $(RUN) -m pytest tests -n 8 -q
-	-$(RUN) bench/run.py --set core --device $(DEVICE) --out $(RESULTS) --resume --minutes $(CASE_MINUTES)
+	-FUSED_LOWRANK_TEST_DEVICE=$(DEVICE) timeout $(TEST_MINUTES)m $(RUN) -m pytest tests -n $(PROCESSES) --dist worksteal -q
+	-$(RUN) bench/run.py --set core --device $(DEVICE) --out $(RESULTS) --resume --minutes $(CASE_MINUTES) \
+		--warm $(PROCESSES)
 	-$(RUN) bench/block.py --device $(DEVICE) --out $(RESULTS)
 	-$(RUN) bench/bank.py --set gpu --device $(DEVICE) --out $(RESULTS) --resume --minutes $(BANK_MINUTES)
 	-$(RUN) bench/bank_stack.py --device $(DEVICE) --out $(RESULTS)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import cases, harness, timers
 from bench.providers import PROVIDERS, Provider, planned
 from bench.store import Line, Refused, Store, make_key
+from bench.warm import warm
 
 Job = tuple[cases.Case, list[Provider]]
 
@@ -112,6 +113,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--close", action="store_true", help="measure nothing: make a cut-off file readable")
     add("--minutes", type=float, default=float("inf"), help="stop cleanly after these")
     add("--seconds", type=float, help="per case, for timing")
+    add("--warm", type=int, default=0, help="compile what is launched in so many processes first")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--timer", help=f"one of {', '.join(timers.TIMERS)}; also BENCH_TIMER")
     add("--shrink", type=int, default=int(os.environ.get("BENCH_SHRINK", "1")),
@@ -140,6 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, done = len(store.lines), 0
     settings = harness.Settings(args.seconds or (2.0 if device.type == "cuda" else 6.0))
     print(f"{store.path}: {len(left)} of {len(chosen)} cases to measure on {key['device']}")
+    if left and args.warm:
+        tasks = [(case, [p.name for p in several], args.device) for case, several in left]
+        began = time.monotonic()
+        print(
+            f"{warm(tasks, args.warm)} steps taken in {time.monotonic() - began:.0f} s to compile"
+        )
     if left:
         timer = timers.TIMERS[timer_name](device)
         if not any(line["kind"] == "ceiling" for line in store.lines):

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import block, cases, harness, host, report, run, timers
+from bench import block, cases, harness, host, report, run, timers, warm
 from bench.providers import PROVIDERS, Provider, layer, make_tensors
 from bench.store import Refused, Store, key_id, read
 from fused_lowrank import config
@@ -294,6 +294,20 @@ def test_a_resume_does_only_the_rest(copied):
     assert measure(copied.parent, "--resume") == 0
     assert copied.read_bytes()[: len(after)] == after
     assert len(read(copied)[1]) == len(kept) + 1  # nothing but another end
+
+
+def test_steps_are_taken_before_anything_is_timed(monkeypatch, tmp_path, capsys):
+    """By every provider that can; one that fails keeps no other from it."""
+    monkeypatch.setitem(PROVIDERS, "raises", Provider("raises", "method", on_top(raises)))
+    task = CASE, ["bare", "raises", "eager", "split"], "cpu"
+    assert warm.steps(task) == ["bare", "eager"] + ["split"] * (
+        PROVIDERS["split"].why_absent(CASE, CPU) is None
+    )
+    case = cases.SETS["smoke"][0].name
+    assert measure(tmp_path, "--case", case, "--warm", "2", "--providers", "bare,first") == 0
+    said = capsys.readouterr().out
+    assert "2 steps taken" in said
+    assert said.index("steps taken") < said.index("err/ref")
 
 
 def test_a_second_run_is_a_second_file(copied):

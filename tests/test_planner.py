@@ -544,6 +544,7 @@ def test_explain_of_what_cannot_run_says_so(monkeypatch) -> None:
             asked()
 
 
+@pytest.mark.cpu("kernels for tensors that lie on it")
 def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
     """For those that give the bare layer's bits where it is zero, where there is room for it."""
     from fused_lowrank.kernels.tiles import TARGETS
