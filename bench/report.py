@@ -29,14 +29,14 @@ from bench.tables import (
 from fused_lowrank.compute.plans import PLANS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-HEADLINE = 8  # cases in the README's table
+HEADLINE = 8  # cases in the README's table, and those with a provider that none of them have
 OURS = "auto"
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def is_plan(name: str) -> bool:
-    """Whether a provider is one of our plans."""
-    return name in PLANS
+    """Whether a provider is one of our plans, or was: with other tiles they are `plan:tiles`."""
+    return name.split(":")[0] in PLANS
 
 
 def floor_ms(device: Device, case: Line) -> float | None:
@@ -50,7 +50,13 @@ def floor_ms(device: Device, case: Line) -> float | None:
     return 1e3 * max(operations / rate, size / bandwidth)
 
 
-def full_text(device: Device, figures: Sequence[str]) -> str:
+def note_of(device: Device, folder: Path) -> str:
+    """What is to be said of a device's results as long as they are of that code, if anything."""
+    path = folder / f"{slug(device.key['device'])}-{device.key['code']}.md"
+    return f"\n{path.read_text().strip()}\n" if path.exists() else ""
+
+
+def full_text(device: Device, figures: Sequence[str], note: str = "") -> str:
     """A device's section of RESULTS.md."""
     rows, names = device.row, device.providers
     others = [name for name in names if name != "bare"]
@@ -68,7 +74,7 @@ def full_text(device: Device, figures: Sequence[str]) -> str:
         return f"{least / row['forward'][1]:.0%}" if row and least else "–"
 
     parts = [
-        f"## {device.key['device']}\n\n{about(device)}\n{spread_line(device)}",
+        f"## {device.key['device']}\n\n{about(device)}\n{note}{spread_line(device)}",
         "### Step, as a multiple of the bare layer's time\n",
         by_case(device, others, lambda case, name: number(device.relative(case, name))),
         "### Forward, as a multiple of the bare layer's time\n",
@@ -157,16 +163,25 @@ def host_text(device: Device) -> str:
     )
 
 
-def short_text(device: Device, folder: str, figures: Sequence[str]) -> str:
+def headline(device: Device) -> list[str]:
+    """The cases of the README's table: together they have every provider."""
+    cases = list(device.cases)
+    chosen = cases[:HEADLINE]
+    shown = {name for name in device.providers for case in chosen if device.row(case, name)}
+    rest = [name for name in device.providers if name not in shown]
+    return [case for case in cases if case in chosen or any(device.row(case, n) for n in rest)]
+
+
+def short_text(device: Device, folder: str, figures: Sequence[str], note: str = "") -> str:
     """A device's part of the README."""
     others = [name for name in device.providers if name != "bare"]
     body = [
         [case, *(number(device.relative(case, name)) for name in others)]
-        for case in list(device.cases)[:HEADLINE]
+        for case in headline(device)
     ]
     table = grid(["forward + backward, × bare layer", *others], body)
     shown = "".join(f"\n![{name}]({folder}/{name})\n" for name in figures[:1])
-    return f"{about(device)}\n\n{table}{spread_line(device)}{shown}"
+    return f"{about(device)}\n{note}\n{table}{spread_line(device)}{shown}"
 
 
 def make_plots(device: Device) -> dict[str, plots.Plot]:
@@ -226,18 +241,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn: dict[str, plots.Plot] = {}
     try:
         devices = load(folder)
-        named = [(device, make_plots(device)) for device in devices]
-        sections = [full_text(device, list(made)) for device, made in named]
+        named = [(d, make_plots(d), note_of(d, folder)) for d in devices]
+        sections = [full_text(device, list(made), note) for device, made, note in named]
         head = "# Results\n\nMade by `bench/report.py` from the files beside this one.\n"
         banks = load(folder, BANK_PREFIX)
         sections += [bank_report.full_text(device) for device in banks]
         sections += [host_text(device) for device in load(folder, HOST_PREFIX)]
         texts[folder / "RESULTS.md"] = "\n".join([head, *sections])
-        drawn = {name: plot for _, made in named for name, plot in made.items()}
+        drawn = {name: plot for _, made, _ in named for name, plot in made.items()}
         if args.readme != "none":
             readme = Path(args.readme)
             place = Path(str(folder.resolve().relative_to(readme.resolve().parent)))
-            inner = "\n".join(short_text(d, place.as_posix(), list(made)) for d, made in named)
+            inner = "\n".join(
+                short_text(device, place.as_posix(), list(made), note)
+                for device, made, note in named
+            )
             inner += "".join(bank_report.short_text(device) for device in banks)
             inner += f"\nEvery table: [RESULTS.md]({place.as_posix()}/RESULTS.md)."
             texts[readme] = between_markers(readme.read_text(), inner)
