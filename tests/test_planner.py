@@ -22,14 +22,13 @@ from fused_lowrank import (
 )
 from fused_lowrank.compute import choose, costs, devices, operands
 from fused_lowrank.compute import measured as tuning
-from fused_lowrank.compute.costs import Peaks
 from fused_lowrank.compute.operands import Operands, Problem
 from fused_lowrank.compute.plans import PLANS, Plan
 from fused_lowrank.compute.run import run
 from fused_lowrank.testing import pinned_plan
 
 CPU = torch.device("cpu")
-H200 = Peaks(67e12 * 0.75, 989e12 * 0.75, 4.8e12 * 0.9, 3e-6)
+H200 = costs.of_gpu("NVIDIA H200", 9, 132)
 
 
 def at(m: int = 512, k: int = 1024, n: int = 1024, rank: int = 16, **other: object) -> Problem:
@@ -294,17 +293,41 @@ def test_costs_grow_with_the_work(transposed: bool, rank: int) -> None:
             assert floor.seconds <= cost.seconds
 
 
-def test_the_choice_on_paper_for_a_gpu(monkeypatch) -> None:
+def test_a_product_takes_waves_of_tiles(hopper: torch.device) -> None:
+    """One tile more than a GPU has multiprocessors is another wave; a CPU has none."""
+    of = at(128, 4096, 132 * 256, device=hopper, dtype=torch.bfloat16)
+    one, two = (costs.waves(at, (128, 256), 4096) for at in (of, of._replace(n=of.n + 1)))
+    assert two == 2 * one == 2 * costs.of_tile(of, (128, 256), 4096)
+    pure = 2.0 * 128 * 256 * 4096 * 132 / H200.narrow
+    assert one == pytest.approx(pure)
+    assert costs.of_tile(of, (64, 64), 4096) > pure / 8  # which is fed no faster
+
+
+def test_tiles_do_not_count_on_a_cpu() -> None:
+    """A plan's time there is that of its operations and its bytes."""
+    for plan in ("aten", "first", "split"):
+        assert not any(work.tiles for work in PLANS[plan].work(at()))
+
+
+@pytest.mark.parametrize("name", ["aten", "first"])
+def test_the_bytes_of_a_layer_that_is_not_square(name: str) -> None:
+    """y is M × N: the library's tail goes over it once more, not over x."""
+    of = at(512, k=1024, n=4096)
+    parts = PLANS[name].up.work(of)
+    y, x, w = 4 * 512 * 4096, 4 * 512 * 1024, 4 * 4096 * 1024
+    u, up = 4 * 512 * 16, 4 * 4096 * 16
+    assert sum(part.bytes for part in parts) == x + w + 3 * y + u + up
+
+
+def test_the_choice_on_paper_for_a_gpu(hopper: torch.device) -> None:
     """Few rows in one launch where there is such a plan; library steps lose to fused ones."""
-    monkeypatch.setattr(costs, "peaks", lambda device: H200)
-    gpu = torch.device("cuda:0")
     for m in (1024, 8192):
-        of = at(m, 4096, 4096, device=gpu, dtype=torch.bfloat16)
+        of = at(m, 4096, 4096, device=hopper, dtype=torch.bfloat16)
         seconds = {
             name: choose.predict(PLANS[name], of).seconds for name in ("split", "first", "aten")
         }
         assert min(seconds.values()) < seconds["aten"]
-    assert seconds["split"] < 1.15 * costs.least(of, adapted=False).seconds
+    assert seconds["split"] < 1.15 * costs.total([costs.base(of)], of).seconds
 
 
 def test_an_unknown_gpu_has_peaks(monkeypatch) -> None:
@@ -318,7 +341,19 @@ def test_an_unknown_gpu_has_peaks(monkeypatch) -> None:
     assert 0 < peaks.wide < peaks.narrow
     assert peaks.bandwidth > 0
     Properties.name = "NVIDIA H200"
-    assert costs.peaks.__wrapped__(torch.device("cuda:0")).bandwidth == pytest.approx(4.32e12)
+    listed = costs.peaks.__wrapped__(torch.device("cuda:0"))
+    assert listed.bandwidth == pytest.approx(4.8e12 * costs.FILLED)
+    assert listed.processors == 100
+
+
+def test_names_that_hold_other_names_have_peaks_of_their_own() -> None:
+    """GH200 holds H200, H200 holds H20, H100 PCIe holds H100; a device's own figures count."""
+    listed = {"NVIDIA GH200 480GB": 4.0, "NVIDIA H200": 4.8, "NVIDIA H20": 4.0,
+              "NVIDIA H100 PCIe": 2.0, "NVIDIA H100 80GB HBM3": 3.35}  # fmt: skip
+    for name, terabytes in listed.items():
+        assert costs.of_gpu(name, 9, 132).bandwidth == pytest.approx(
+            terabytes * 1e12 * costs.FILLED
+        )
 
 
 def test_plans_of_a_cpu() -> None:

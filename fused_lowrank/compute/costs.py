@@ -1,21 +1,31 @@
 """What a plan costs on paper: operations, bytes and launches, against what a device can do.
 
-Each plan is a few steps, one after the other; a step takes the longer of its operations at the
-matrix rate and its bytes at the bandwidth, and what starting it takes. The constants decide only
-where nothing has been measured (`tuning`): those of GPUs are predictions.
+Each plan is a few steps, one after the other. A step takes the longest of three, its operations at
+the matrix rate, its bytes at the bandwidth, and its tiles in waves of as many as a GPU has
+multiprocessors; then what starting it takes, and what its programs wait for each other. This
+decides only where nothing has been measured on the device (`measured`).
+
+The constants of GPUs are from one NVIDIA H200 with torch 2.11.0 and triton 3.6.0, at commit
+1cd22e1, and for `RELAY` and `GLUON` from prototypes measured on it. Other GPUs start from them,
+with their own peaks. `tests/test_planner_measured.py` holds what is chosen against that.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..kernels.tiles import TileConfig
+
 if TYPE_CHECKING:
     from .operands import Problem
+
+Sides = tuple[int, int]  # rows and columns of a tile
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Peaks:
     narrow: float  # 16 bits, on matrix units
     bandwidth: float  # bytes per second
     start: float  # seconds from the end of one launch to the work of the next
+    processors: int = 0  # that make a tile each at a time; 0 on a CPU, where tiles do not count
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations per second in a dtype."""
@@ -35,11 +46,12 @@ class Peaks:
 # From the makers' data sheets: dense rates and bandwidth, by a part of the device's name. The
 # first that fits counts.
 LISTED = {
-    "H200": (67e12, 989e12, 4.8e12),
     "GH200": (67e12, 989e12, 4.0e12),
+    "H200": (67e12, 989e12, 4.8e12),
     "H100 PCIe": (51e12, 756e12, 2.0e12),
     "H100 NVL": (60e12, 835e12, 3.9e12),
     "H100": (67e12, 989e12, 3.35e12),
+    "H20": (44e12, 148e12, 4.0e12),
     "B200": (75e12, 2250e12, 8.0e12),
     "B300": (75e12, 2250e12, 8.0e12),
     "A100": (19.5e12, 312e12, 2.0e12),
@@ -54,19 +66,38 @@ LISTED = {
 # a GPU that is not listed is taken for.
 PER_CYCLE = {8: (256, 1024), 9: (256, 4096), 10: (256, 8192), 12: (256, 1024)}
 CLOCK, BANDWIDTH = 1.5e9, 1.0e12
-REACHED, FILLED = 0.75, 0.9  # of the matrix rate and of the bandwidth, by good kernels
 CPU_RATES = {"AVX512": (100e9, 300e9), "AVX2": (50e9, 50e9)}  # of one thread
 CPU_BANDWIDTH, CPU_START = 25e9, 5e-6
-GPU_START = 3e-6
-
-# Shares of the library's rate. Of the GEMM with a tail, persistent by descriptors and not:
-PERSISTENT, POINTERS = 0.95, 0.85
-FEW_ROWS, DECODE = 0.7, 0.85  # of the bandwidth
-MEETING = 2e-6  # seconds for which programs of one launch wait for each other
-# A relay's first column makes t as well, and the others wait for it: this, over N, is lost.
-RELAY = 85.0
 # On a CPU a GEMM that adds to what is there is slow in 16 bits: as many bytes more, for each of y.
 ADDED = 8
+
+# What a GPU reaches of its peaks: in float32, in 16 bits, and of the bandwidth.
+WIDE, NARROW, FILLED = 0.76, 0.83, 0.89
+GPU_START = 4e-6
+FEED = 75e9  # bytes per second that a multiprocessor takes from the cache for its tile
+# The library takes the best of these tiles, and splits K where they are few.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (128, 64), (64, 64))
+ADDED_TO = 0.3  # of the bandwidth, where it adds to a y in float32, after its products
+SKINNY = 0.7  # of the bandwidth, by its products with a side as small as a rank
+# Its calls on the way through a core of another dtype (there, the product, the scale, back), and
+# through a core for each row, which are looked up and checked.
+CORE_CALLS, ROWS_CALLS = 4, 16
+
+# Of the rate that the tile allows: our GEMM by pointers, and that of `relay`.
+POINTERS, GLUON = 0.7, 0.99
+FFMA, FFMA_SHRINK = 0.25, 0.04  # of the rate, by our kernels in float32
+UNHIDDEN = 0.55  # of the bandwidth, by a GEMM that reads for most of its time
+MIN_BLOCKS = 4  # of K for a program of `shrink`, at least
+IN_FLIGHT = 20 << 10  # bytes on their way to a program with which it reads at half the bandwidth
+MEETING = 3.5e-6  # seconds that programs of one launch wait for each other
+# Neither are a tail's operands fetched ahead nor a tile of y stored beside the next one's products:
+# a column of u takes the time of so many of x, and the storing that of so many.
+TAIL, STORED = 2, 100
+# The tiles of a relay's first column make t as well, and all others wait for them: this share of a
+# tile's time, and as much again for so many columns of t.
+RELAY, RELAY_RANK = 0.2, 128
+OWN_CORE = 0.2e-6  # seconds for a row's u, where one program makes those of all rows by their cores
+DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
 
 
 @functools.cache
@@ -77,12 +108,19 @@ def peaks(device: torch.device) -> Peaks:
         threads = torch.get_num_threads()
         return Peaks(wide * threads, narrow * threads, CPU_BANDWIDTH, CPU_START)
     properties = torch.cuda.get_device_properties(device)
-    for name, (wide, narrow, bandwidth) in LISTED.items():
-        if name in properties.name:
-            return Peaks(wide * REACHED, narrow * REACHED, bandwidth * FILLED, GPU_START)
-    wide, narrow = PER_CYCLE.get(properties.major, PER_CYCLE[8])
-    cycles = properties.multi_processor_count * CLOCK * REACHED
-    return Peaks(wide * cycles, narrow * cycles, BANDWIDTH * FILLED, GPU_START)
+    return of_gpu(properties.name, properties.major, properties.multi_processor_count)
+
+
+def of_gpu(name: str, major: int, processors: int) -> Peaks:
+    """The peaks of a GPU of that name, compute capability and number of multiprocessors."""
+    per_cycle = PER_CYCLE.get(major, PER_CYCLE[8])
+    wide, narrow = (rate * processors * CLOCK for rate in per_cycle)
+    bandwidth = BANDWIDTH
+    for part, listed in LISTED.items():
+        if part in name:
+            wide, narrow, bandwidth = listed
+            break
+    return Peaks(wide * WIDE, narrow * NARROW, bandwidth * FILLED, GPU_START, processors)
 
 
 class Work(NamedTuple):
@@ -90,8 +128,9 @@ class Work(NamedTuple):
 
     operations: float
     bytes: float
-    share: float = 1.0  # of the device's peaks that it reaches
+    share: float = 1.0  # of the bandwidth that it reaches
     waits: float = 0.0  # seconds
+    tiles: float = 0.0  # seconds that its tiles take in their waves
 
 
 class Cost(NamedTuple):
@@ -108,13 +147,29 @@ def total(parts: Sequence[Work], problem: Problem) -> Cost:
     peak = peaks(problem.device)
     rate = peak.rate(problem.dtype)
     seconds = sum(
-        max(part.operations / rate, part.bytes / peak.bandwidth) / part.share
+        max(part.operations / rate, part.bytes / (peak.bandwidth * part.share), part.tiles)
         + part.waits
         + peak.start
         for part in parts
     )
     operations, moved = (sum(part[i] for part in parts) for i in (0, 1))
     return Cost(operations, moved, len(parts), seconds)
+
+
+def of_tile(problem: Problem, sides: Sides, k: int) -> float:
+    """Seconds in which a multiprocessor makes a tile of those sides by a sum of length k."""
+    peak, (rows, columns) = peaks(problem.device), sides
+    products = 2.0 * rows * columns * k * peak.processors / peak.rate(problem.dtype)
+    return max(products, (rows + columns) * k * problem.dtype.itemsize / FEED)
+
+
+def waves(problem: Problem, sides: Sides, k: int) -> float:
+    """Seconds of an (M, k) · (k, N) by such tiles; 0 where they do not count."""
+    processors = peaks(problem.device).processors
+    if not processors:
+        return 0.0
+    tiles = math.ceil(problem.m / sides[0]) * math.ceil(problem.n / sides[1])
+    return math.ceil(tiles / processors) * of_tile(problem, sides, k)
 
 
 def least(at: Problem, adapted: bool = True) -> Cost:
@@ -128,3 +183,86 @@ def least(at: Problem, adapted: bool = True) -> Cost:
     peak = peaks(at.device)
     seconds = max(operations / peak.rate(at.dtype), moved / peak.bandwidth) + peak.start
     return Cost(operations, moved, 1, seconds)
+
+
+def base(problem: Problem, adds: bool = False) -> Work:
+    """The layer's GEMM by the library; if it `adds`, to what is there."""
+    (m, k, n), size = problem[2:5], problem.dtype.itemsize
+    operations, peak = 2.0 * m * n * k, peaks(problem.device)
+    processors = peak.processors
+    moved = float((m * k + n * k + (2 if adds else 1) * m * n) * size)
+    if not processors:
+        return Work(operations, moved)
+    waits = m * n * size / (peak.bandwidth * ADDED_TO) if adds and size == 4 else 0.0
+    several = []
+    for sides in LIBRARY_TILES:
+        tiles = math.ceil(m / sides[0]) * math.ceil(n / sides[1])
+        several.append(waves(problem, sides, k) * min(1.0, tiles / processors))
+    return Work(operations, moved, UNHIDDEN, waits, min(several))
+
+
+def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) -> Work:
+    """A product of the library with a side as small as a rank; on a GPU one of so many calls."""
+    peak = peaks(problem.device)
+    if not peak.processors:
+        return Work(operations, moved)
+    return Work(operations, moved, SKINNY, (calls - 1) * peak.start)
+
+
+def shrink(problem: Problem, tile: TileConfig | None) -> Work:
+    """x is read once, by as many programs as there are for it."""
+    (m, k, _, p, q), size = problem[2:7], problem.dtype.itemsize
+    cores = m * p * q if problem.by_row else 0
+    moved = (m * k + p * k + m * p + m * q + cores) * size
+    operations = 2.0 * m * k * p + 2.0 * m * p * q
+    peak = peaks(problem.device)
+    if tile is None:
+        return Work(operations, moved)
+    tiles, blocks = math.ceil(m / tile.block_m), math.ceil(k / tile.block_k)
+    parts = 1 if tile.whole_k else max(1, min(peak.processors // tiles, blocks // MIN_BLOCKS))
+    here = min(2.0, tiles * parts / peak.processors)  # programs of a multiprocessor at a time
+    flying = here * tile.num_stages * tile.block_m * tile.block_k * size
+    waits = MEETING if parts > 1 else 0.0
+    if problem.dropout and not problem.transposed:
+        waits += m * k / DRAWN
+    wide = operations / (peak.wide * FFMA_SHRINK) if size == 4 else 0.0
+    return Work(operations, moved, flying / (flying + IN_FLIGHT), waits, wide)
+
+
+def gemm_tail(problem: Problem, tile: TileConfig | None) -> Work:
+    """A GEMM with some more steps of its loop."""
+    (m, k, n, _, q), size = problem[2:7], problem.dtype.itemsize
+    moved = float((m * k + n * k + m * n + m * q + n * q) * size)
+    if problem.dropout and problem.transposed:
+        moved += m * n / 8  # the mask
+    operations = 2.0 * m * n * k + 2.0 * m * n * q
+    if tile is None:
+        return Work(operations, moved)
+    share = FFMA if size == 4 else 1.0 if problem.regular else POINTERS
+    seconds = waves(problem, (tile.block_m, tile.block_n), k + TAIL * q + STORED)
+    return Work(operations, moved, UNHIDDEN, tiles=seconds / share)
+
+
+def relay(problem: Problem, tile: TileConfig | None) -> Work:
+    """Everything once, by a GEMM with a tail whose other columns wait for the first."""
+    p, tail = problem.p, TAIL * problem.q
+    operations, moved = together(problem)
+    if tile is None:
+        return Work(operations, moved, 1.0, MEETING)
+    sides = tile.block_m, tile.block_n
+    waits = RELAY * (1.0 + p / RELAY_RANK) * of_tile(problem, sides, problem.k)
+    return Work(operations, moved, UNHIDDEN, waits, waves(problem, sides, problem.k + tail) / GLUON)
+
+
+def decode(problem: Problem) -> Work:
+    """Everything once, by programs that meet: K is split over them."""
+    own = problem.m * OWN_CORE if problem.by_row else 0.0
+    return Work(*together(problem), UNHIDDEN, MEETING + own)
+
+
+def together(problem: Problem) -> tuple[float, float]:
+    """The operations and the bytes of a pass in one launch."""
+    m, k, n, p, q = problem[2:7]
+    moved = m * k + n * k + m * n + p * k + n * q + m * p + 2 * m * q
+    moved += m * p * q if problem.by_row else 0
+    return 2.0 * m * (n * k + n * q + k * p + p * q), float(moved * problem.dtype.itemsize)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tiles import SMALL_M, VARIANTS, Spec, is_valid, padded, select
-from . import devices
-from .costs import DECODE, FEW_ROWS, MEETING, PERSISTENT, POINTERS, RELAY, Work
+from ..kernels.tiles import SMALL_M, VARIANTS, Spec, TileConfig, is_valid, padded, select
+from . import costs, devices
+from .costs import Work
 from .dropout import Dropout
 from .operands import Operands, Problem
 from .reference import Rows
@@ -54,9 +54,7 @@ class Shrink(Kernel):
 
     def work(self, problem: Problem) -> list[Work]:
         """x is read once."""
-        size, m, p, q = problem.dtype.itemsize, problem.m, problem.p, problem.q
-        moved = m * problem.k + p * problem.k + m * p + m * q + (m * p * q if problem.by_row else 0)
-        return [Work(2.0 * m * problem.k * p + 2.0 * m * p * q, moved * size)]
+        return [costs.shrink(problem, tile_of("shrink", problem))]
 
 
 class GemmTail(Kernel):
@@ -72,11 +70,7 @@ class GemmTail(Kernel):
 
     def work(self, problem: Problem) -> list[Work]:
         """A GEMM with some more steps of its loop."""
-        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
-        fast = PERSISTENT if problem.regular and size == 2 else POINTERS
-        moved = (m * k + n * k + m * n + m * q + n * q) * size
-        share = FEW_ROWS if m <= SMALL_M else fast
-        return [Work(2.0 * m * n * k + 2.0 * m * n * q, moved, share)]
+        return [costs.gemm_tail(problem, tile_of("gemm_tail", problem))]
 
 
 class OneLaunch(Kernel):
@@ -119,12 +113,9 @@ class OneLaunch(Kernel):
 
     def work(self, problem: Problem) -> list[Work]:
         """Everything once, and a wait."""
-        size, m, n, k, p, q = problem.dtype.itemsize, *problem[2:7]
-        moved = m * k + n * k + m * n + p * k + n * q + m * p + 2 * m * q
-        moved += m * p * q if problem.by_row else 0
-        operations = 2.0 * m * (n * k + n * q + k * p + p * q)
-        share = DECODE if self.kernels[0] == "decode" else PERSISTENT / (1 + RELAY / n)
-        return [Work(operations, moved * size, share, MEETING)]
+        if self.kernels[0] == "decode":
+            return [costs.decode(problem)]
+        return [costs.relay(problem, tile_of("relay", problem))]
 
 
 class CoreGrad(Kernel):
@@ -156,6 +147,12 @@ def spec_of(kernel: str, problem: Problem) -> Spec:
     masked = problem.dropout and problem.transposed == (kernel == "gemm_tail")
     by_row = problem.by_row and kernel != "gemm_tail"
     return Spec(kernel, size, size, problem.regular, p, padded(problem.q), masked, by_row)
+
+
+def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
+    """The default tile of a launch of a pass, or None where tiles do not count: on a CPU."""
+    where = devices.target(problem.device) if costs.peaks(problem.device).processors else None
+    return None if where is None else select(where, spec_of(kernel, problem), problem.m)
 
 
 def why_not_tiles(problem: Problem, name: str) -> str | None:

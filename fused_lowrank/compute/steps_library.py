@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import ADDED, Work
+from .costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
 from .dropout import Dropout, dropped, kept
 from .operands import Operands, Problem
 from .reference import (
@@ -79,9 +79,10 @@ class Shrink(Step):
         x, t, u = m * problem.k * size, m * problem.p * size, m * problem.q * size
         cores = m * problem.p * problem.q * size if problem.by_row else 0
         down = problem.p * problem.k * size
+        calls = ROWS_CALLS if problem.by_row else CORE_CALLS
         return [
-            Work(2.0 * m * problem.k * problem.p, x + down + t),
-            Work(2.0 * m * problem.p * problem.q, t + u + 3 * cores),
+            skinny(problem, 2.0 * m * problem.k * problem.p, x + down + t),
+            skinny(problem, 2.0 * m * problem.p * problem.q, t + u + 3 * cores, calls),
         ]
 
 
@@ -103,10 +104,9 @@ class TailLast(Step):
 
     def work(self, problem: Problem) -> list[Work]:
         """The base, and a product that reads and writes y again."""
-        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
-        x, w, y = m * k * size, n * k * size, m * n * size
-        up, u = n * q * size, m * q * size
-        return [Work(2.0 * m * n * k, x + w + y), Work(2.0 * m * n * q, 2 * y + u + up)]
+        size, m, n, q = problem.dtype.itemsize, problem.m, problem.n, problem.q
+        moved = (2 * m * n + m * q + n * q) * size
+        return [base(problem), skinny(problem, 2.0 * m * n * q, moved)]
 
 
 class TailFirst(Step):
@@ -130,11 +130,11 @@ class TailFirst(Step):
 
     def work(self, problem: Problem) -> list[Work]:
         """The tail, and the base, which reads what is there."""
-        size, m, n, k, q = problem.dtype.itemsize, *problem[2:5], problem.q
-        x, w, y = m * k * size, n * k * size, m * n * size
-        up, u = n * q * size, m * q * size
-        added = ADDED * m * n if problem.device.type == "cpu" and size == 2 else 0
-        return [Work(2.0 * m * n * q, y + u + up + added), Work(2.0 * m * n * k, x + w + 2 * y)]
+        size, m, n, q = problem.dtype.itemsize, problem.m, problem.n, problem.q
+        moved = (m * n + m * q + n * q) * size
+        if problem.device.type == "cpu" and size == 2:
+            moved += ADDED * m * n
+        return [skinny(problem, 2.0 * m * n * q, moved), base(problem, adds=True)]
 
 
 class CoreGrad(Step):
