@@ -95,7 +95,7 @@ MEETING = 3.5e-6  # seconds that programs of one launch wait for each other
 TAIL, STORED = 2, 100
 # The tiles of a relay's first column make t as well, and all others wait for them: this share of a
 # tile's time, and as much again for so many columns of t.
-RELAY, RELAY_RANK = 0.2, 128
+RELAY, RELAY_COLUMNS = 0.2, 128
 OWN_CORE = 0.2e-6  # seconds for a row's u, where one program makes those of all rows by their cores
 DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
 
@@ -250,7 +250,7 @@ def relay(problem: Problem, tile: TileConfig | None) -> Work:
     if tile is None:
         return Work(operations, moved, 1.0, MEETING)
     sides = tile.block_m, tile.block_n
-    waits = RELAY * (1.0 + p / RELAY_RANK) * of_tile(problem, sides, problem.k)
+    waits = RELAY * (1.0 + p / RELAY_COLUMNS) * of_tile(problem, sides, problem.k)
     return Work(operations, moved, UNHIDDEN, waits, waves(problem, sides, problem.k + tail) / GLUON)
 
 
