@@ -30,6 +30,7 @@ from .compute.autograd import (
     run_op,
     there,
 )
+from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
 from .functional import compute, draw_seed, prepared
@@ -75,7 +76,7 @@ class Place:
         else:
             core, scale = routing.rows(self.name, x.shape[:-1]), 1.0
         weight, down, up, bias = layer.own_tensors()
-        dropout = (None, layer.dropout) if layer.dropout and layer.training else None
+        dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
         operands = Operands(x, weight, down, core, up, bias, scale, dropout)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that

@@ -1,4 +1,4 @@
-"""How calls are computed in this context: a plan by name, tiles by kernel, batch invariance.
+"""How calls are computed in this context: plan, tiles by kernel, batch invariance, dropout.
 
     with config.use(plan="split"):
         layer(x)  # and its backward, whenever and on whichever thread that runs
@@ -27,6 +27,7 @@ class Config:
     plan: str | None = None  # of every pass; None: the fastest
     tiles: tuple[tuple[str, TileConfig], ...] = ()  # (kernel, its tile)
     batch_invariance: bool | None = None  # None: as the process has it
+    redraw_dropout: bool = False  # in the backward, and keep no bits of its mask
 
 
 DEFAULT = [Config()]  # of the process: where no context has its own
@@ -49,6 +50,7 @@ def use(
     plan: str | None = None,
     tiles: Mapping[str, TileConfig] | None = None,
     batch_invariance: bool | None = None,
+    redraw_dropout: bool | None = None,
 ) -> Iterator[None]:
     """Compute calls in this context as told; what is None stays as it was outside.
 
@@ -57,12 +59,16 @@ def use(
             for every pass of every layer, whatever its `impl` is, "reference" excepted.
         tiles: the tile with which a kernel is launched, by the kernel's name.
         batch_invariance: as `use_batch_invariance`, but for this context alone.
+        redraw_dropout: draw a dropout's mask again in the backward. Otherwise our kernels' is kept
+            as bits from the forward, M·K/8 bytes a layer, and drawing it again is a launch more.
+            The numbers are the same. A compiled graph, and library products, always do so.
 
     Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
     cannot compute a pass, when a layer is called.
     """
     before = CONTEXT.get() or Config()
     changes: dict[str, object] = {"plan": plan, "batch_invariance": batch_invariance}
+    changes["redraw_dropout"] = redraw_dropout
     if tiles is not None:
         changes["tiles"] = tuple(sorted({**dict(before.tiles), **tiles}.items()))
     changed = {name: value for name, value in changes.items() if value is not None}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import config
 from .compute import choose, isolation
-from .compute.autograd import Call, LowRankFunction, chain, fold, forward_op, places
-from .compute.dropout import kept
+from .compute.autograd import Call, LowRankFunction, chain, dropout_of, fold, forward_op, places
+from .compute.dropout import Dropout, kept
 from .compute.operands import Operands
 from .compute.reference import TORCH, Core, Products, Rows, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
@@ -58,7 +58,9 @@ def lowrank_linear(
         y (..., N) in x's dtype.
 
     Gradients go to whatever requires one, and to nothing else. What is saved for the backward is
-    x·downᵀ, (M, P), and x only if down or weight requires a gradient.
+    x·downᵀ, (M, P), and x only if down or weight requires a gradient. Where our kernels compute a
+    dropout, its mask is saved as well, M·K/8 bytes, if x or down requires a gradient:
+    `config.use(redraw_dropout=True)` saves none, nor does a compiled graph.
 
     Raises:
         ValueError: shapes that do not chain, devices that differ, an unknown implementation, a
@@ -67,7 +69,7 @@ def lowrank_linear(
         RuntimeError: impl="triton" where the kernels cannot run; a second differentiation
             (impl="reference" can be differentiated twice).
     """
-    dropout = (seed, dropout_p) if training and dropout_p else None
+    dropout = Dropout(seed, dropout_p) if training and dropout_p else None
     operands = prepared(Operands(x, weight, down, paired(core), up, bias, scale, dropout))
     if dropout is None:
         check_dropout(dropout_p, seed, x)
@@ -87,7 +89,7 @@ def prepared(operands: Operands) -> Operands:
         if not fits(operands):
             check(operands)
         if operands.dropout is not None:
-            check_dropout(operands.dropout[1], operands.dropout[0], operands.x)
+            check_dropout(operands.dropout.p, operands.dropout.seed, operands.x)
     except AttributeError:
         check_kinds(operands)
         raise
@@ -112,7 +114,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
     if impl == "reference":
         return by_reference(operands, products)
     # Whoever needs the mask makes it from this, forward and backward.
-    seed, dropout_p = (None, 0.0) if dropout is None else dropout
+    seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
     if dropout is not None and seed is None:
         seed = draw_seed(x)
     a, b = places(core)
@@ -128,8 +130,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         return LowRankFunction.apply(call, *tensors, seed)
     else:
         if x.dim() != 2 or seed is not None:
-            drawn = None if seed is None else (seed, dropout_p)
-            operands = operands._replace(x=fold(x), dropout=drawn)
+            operands = operands._replace(x=fold(x), dropout=dropout_of(seed, dropout_p))
         y = run(operands, impl, config.current(), False, False).y
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -139,11 +140,10 @@ def by_reference(operands: Operands, products: Products) -> Tensor:
     x, weight, down, core, up, bias, scale, dropout, _ = operands
     low = None
     if dropout is not None:
-        seed, dropout_p = dropout
-        if seed is None:
-            low = torch.nn.functional.dropout(x, dropout_p)
+        if dropout.seed is None:
+            low = torch.nn.functional.dropout(x, dropout.p)
         else:
-            low = x * kept(x, seed, dropout_p) / (1.0 - dropout_p)
+            low = x * kept(x, dropout.seed, dropout.p) / (1.0 - dropout.p)
     with no_autocast(x):
         return lowrank_linear_reference(
             x, weight, down, core, up, bias, scale=scale, low=low, products=products

@@ -88,20 +88,58 @@ def dot_mixed(a, b):
 
 
 @triton.jit
-def kept(seed_ptr, first_m, first_k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Whether dropout keeps x[m, k], for a tile of x: a function of the seed, m and k alone.
+def drawn(seed, first_m, first_k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A dropout's mask of a tile of x, drawn: a function of the seed, m and k alone.
 
-    One Philox call, 128 bits, decides eight columns: each is dropped if its 16 bits, as a number,
-    are below `threshold`. first_k and BLOCK_K are multiples of 8.
+    Twice: (BLOCK_M, BLOCK_K), whether x[m, k] is kept; and (BLOCK_M, BLOCK_K // 8), bytes whose bit
+    i says so of x[m, 8·j + i], as `kept` reads them. One Philox call, 128 bits, decides a byte:
+    each element is dropped if its 16 bits, as a number, are below `threshold`. first_k and BLOCK_K
+    are multiples of 8.
     """
     rows = (first_m + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
     eighths = (first_k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
     rows, eighths = tl.broadcast(rows, eighths)
     zero = tl.zeros_like(rows)
-    a, b, c, d = tl.philox(tl.load(seed_ptr), rows, eighths, zero, zero)
+    a, b, c, d = tl.philox(seed, rows, eighths, zero, zero)
     words = tl.join(tl.join(a, b), tl.join(c, d))
-    draws = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(draws, (BLOCK_M, BLOCK_K)) >= threshold
+    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_K))
+    bits = two_bits(a, threshold) | (two_bits(c, threshold) << 2)
+    bits |= (two_bits(b, threshold) << 4) | (two_bits(d, threshold) << 6)
+    return draws >= threshold, bits.to(tl.uint8)
+
+
+@triton.jit
+def two_bits(words, threshold):
+    """Whether each half of a word of 32 bits is at least `threshold`, the lower half first."""
+    low = ((words & 0xFFFF) >= threshold).to(tl.int32)
+    return low | (((words >> 16) >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def byte_ptrs(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(pointers, mask) of the bytes of a tile of x among those of x (M, K), which lie row by row.
+
+    Rows are `mask_width(K)` bytes apart. first_k is a multiple of BLOCK_K, which is one of 8.
+    """
+    offs_m = (first_m + tl.arange(0, BLOCK_M))[:, None]
+    first = tl.multiple_of(first_k // 8, BLOCK_K // 8)
+    bytes_k = (first + tl.arange(0, BLOCK_K // 8))[None, :]
+    width = tl.cdiv(K, 128) * 16
+    return bits_ptr + offset(offs_m, width) + bytes_k, (offs_m < M) & (bytes_k < width)
+
+
+@triton.jit
+def load_bits(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The bytes of a tile of x, zero beyond x."""
+    ptrs, there = byte_ptrs(bits_ptr, first_m, first_k, M, K, BLOCK_M, BLOCK_K)
+    return tl.load(ptrs, there, other=0)
+
+
+@triton.jit
+def kept(bits):
+    """Which elements of a tile of x its bytes say are kept: (BLOCK_M, BLOCK_K)."""
+    each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(each, (bits.shape[0], 8 * bits.shape[1])) != 0
 
 
 @triton.jit
@@ -212,6 +250,11 @@ def arrivals(device: torch.device, stream: int | None = None) -> torch.Tensor:
         on_gpu = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     return _counters(device, stream)
+
+
+def mask_width(k: int) -> int:
+    """How many bytes a row of x (M, k) has in a mask of bits: an eighth of k, in whole 16s."""
+    return 16 * cdiv(k, 128)
 
 
 def threshold(dropout_p: float) -> int:

@@ -204,7 +204,7 @@ def decode_kernel(
         while tl.atomic_add(arrivals_ptr + PUBLISHED, 0, sem="acquire") == 0:
             pass
         acc = add_tail(
-            acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, 0, first_n, M, N,
+            acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, first_n, M, N,
             Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
         )  # fmt: skip
         offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]

@@ -22,18 +22,17 @@ from triton.language.extra.cuda import gdc_wait
 
 from .common import (
     INTERPRETED,
-    Dropout,
     accumulator,
     cast,
     cdiv,
     dot,
     gemm_aligned,
     kept,
+    load_bits,
     multiprocessors,
     offset,
     runtime,
     step,
-    threshold,
     tile_order,
     variants,
 )
@@ -47,8 +46,7 @@ def add_tail(
     u_ptr,
     up_ptr,
     bias_ptr,
-    seed_ptr,
-    threshold,
+    bits,
     first_m,
     first_n,
     M,
@@ -62,7 +60,7 @@ def add_tail(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """acc + u·upᵀ + bias, one tile; with DROPOUT only where `kept` is u·upᵀ added.
+    """acc + u·upᵀ + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of the tile, say so.
 
     u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all.
     """
@@ -81,8 +79,7 @@ def add_tail(
         up = tl.load(up_ptrs, mask_n & (offs_q[:, None] < Q), other=0.0)
         tail = dot(u, cast(up, dtype), tail)
     if DROPOUT:
-        keep = kept(seed_ptr, first_m, first_n, threshold, BLOCK_M, BLOCK_N)
-        acc += tl.where(keep, tail, 0.0)
+        acc += tl.where(kept(bits), tail, 0.0)
     else:
         acc = tail
     if HAS_BIAS:
@@ -97,9 +94,8 @@ def gemm_tail_kernel(
     u_ptr,
     up_ptr,
     bias_ptr,
-    seed_ptr,
+    bits_ptr,
     y_ptr,
-    threshold,
     M,
     N,
     K,
@@ -111,7 +107,7 @@ def gemm_tail_kernel(
     PAD_Q: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # up lies as (Q, N)
     HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,  # of what is added to x·Wᵀ, by `kept`
+    DROPOUT: tl.constexpr,  # of what is added to x·Wᵀ, by bits
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,6 +126,9 @@ def gemm_tail_kernel(
 
     x_ptrs = x_ptr + offset(offs_m[:, None], stride_xm) + offset(offs_k[None, :], stride_xk)
     w_ptrs = w_ptr + offset(offs_n[None, :], stride_wn) + offset(offs_k[:, None], stride_wk)
+    bits = 0
+    if DROPOUT:  # of this tile: there by the time that the loop is done
+        bits = load_bits(bits_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dtype))
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -143,14 +142,14 @@ def gemm_tail_kernel(
         w_ptrs += step(BLOCK_K, stride_wk)
 
     acc = add_tail(
-        acc, u_ptr, up_ptr, bias_ptr, seed_ptr, threshold, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
+        acc, u_ptr, up_ptr, bias_ptr, bits, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
         Q, PAD_Q, TRANSPOSED, HAS_BIAS, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q,
     )  # fmt: skip
     y_ptrs = y_ptr + offset(offs_m[:, None], N) + offs_n[None, :]
     tl.store(y_ptrs, cast(acc, dtype), mask_m & mask_n)
 
 
-KERNELS = variants(gemm_tail_kernel, runtime=["M", "threshold", "seed_ptr"])
+KERNELS = variants(gemm_tail_kernel, runtime=["M"])
 
 
 @triton.jit
@@ -159,16 +158,15 @@ def split_columns(x):
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=["M"])
 def gemm_tail_persistent_kernel(
     x_desc,
     w_desc,
     u_ptr,
     up_ptr,
     bias_ptr,
-    seed_ptr,
+    bits_ptr,
     y_desc,
-    threshold,
     M,
     N,
     K,
@@ -190,6 +188,8 @@ def gemm_tail_persistent_kernel(
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
         first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        if DROPOUT:
+            bits = load_bits(bits_ptr, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dtype))
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([first_m, k])
@@ -202,17 +202,19 @@ def gemm_tail_persistent_kernel(
         # dropout the tail has sums of its own, and those of a quarter are all that fits.
         if not DROPOUT:
             acc = add_tail(
-                acc, u_ptr, up_ptr, bias_ptr, seed_ptr, threshold, first_m, first_n, M, N,
+                acc, u_ptr, up_ptr, bias_ptr, 0, first_m, first_n, M, N,
                 Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
             )  # fmt: skip
         halves = split_columns(acc)
+        if DROPOUT:
+            bits_of = split_columns(bits)
         for i in tl.static_range(2):
             column = first_n + i * (BLOCK_N // 2)
             if DROPOUT:
-                quarters = split_columns(halves[i])
+                quarters, parts = split_columns(halves[i]), split_columns(bits_of[i])
                 for j in tl.static_range(2):
                     part = add_tail(
-                        quarters[j], u_ptr, up_ptr, bias_ptr, seed_ptr, threshold,
+                        quarters[j], u_ptr, up_ptr, bias_ptr, parts[j],
                         first_m, column + j * (BLOCK_N // 4), M, N,
                         Q, PAD_Q, TRANSPOSED, HAS_BIAS, True, BLOCK_M, BLOCK_N // 4, BLOCK_Q,
                     )  # fmt: skip
@@ -225,6 +227,11 @@ def constants(
     q: int, k: int, transposed: bool, bias: bool, dropout: bool, config: TileConfig
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
+    # Rows of up that no vector load fetches take a pointer for each element: few at a time. Beside
+    # the sums of a masked tail a loop over Q leaves registers for half as many.
+    block_q = config.block_k if transposed or q % 16 == 0 else 16
+    if dropout and config.persistent and padded(q) > block_q:
+        block_q //= 2
     return {
         "Q": q,
         "PAD_Q": padded(q) if q else 0,
@@ -235,8 +242,7 @@ def constants(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        # Rows of up that no vector load fetches take a pointer for each element: few at a time.
-        "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
+        "BLOCK_Q": min(padded(q), block_q),
         "GROUP_M": config.group_m,
     }
 
@@ -248,7 +254,7 @@ def rows_of(weight: torch.Tensor, block: list[int]) -> tuple[Any, Any, list[int]
     return weight.shape[::-1], weight.stride()[::-1], block[::-1]
 
 
-INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "seed_ptr")
+INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "bits_ptr")
 INPUTS_PERSISTENT = ("x_desc", "w_desc", *INPUTS[2:])
 
 
@@ -259,23 +265,22 @@ def gemm_tail(
     up: torch.Tensor | None,
     bias: torch.Tensor | None,
     transposed: bool,
-    dropout: Dropout,
+    bits: torch.Tensor | None,
     choose: Choice,
 ) -> torch.Tensor:
     """y = x·weightᵀ + bias + u·upᵀ, of shape (M, N), contiguous, in x's dtype.
 
     x (M, K) and weight (N, K) of one dtype and any strides; u (M, padded(Q)), zero beyond Q; up
     (N, Q), or (Q, N) if `transposed`, of any float dtype; bias (N,) or None; M, N, K at least 1.
-    All but x and weight contiguous. With `dropout` (seed, p), u·upᵀ is added only where a `shrink`
-    with the same, of an x of y's shape, keeps x. Without u and up it is the base GEMM by itself,
-    which the rest of the layer is measured by.
+    All but x and weight contiguous. With `bits`, the mask of a `shrink` of an x of y's shape, uint8
+    (M, mask_width(N)), u·upᵀ is added only where that x is kept. Without u and up it is the base
+    GEMM by itself, which the rest of the layer is measured by.
     """
     if u is None or up is None:
         u = up = None
-    seed, drop_p = (None, None) if dropout is None else dropout
-    tensors = x, weight, u, up, bias, seed
-    key, addresses = key_of("gemm_tail", tensors, transposed, drop_p, choose)
-    launch = LAUNCHES.get(key) or planned(x, weight, u, up, bias, transposed, drop_p, choose)
+    tensors = x, weight, u, up, bias, bits
+    key, addresses = key_of("gemm_tail", tensors, transposed, choose)
+    launch = LAUNCHES.get(key) or planned(x, weight, u, up, bias, transposed, bits, choose)
     (y,) = launch(key, tensors, addresses)
     return y
 
@@ -287,19 +292,19 @@ def planned(
     up: torch.Tensor | None,
     bias: torch.Tensor | None,
     transposed: bool,
-    drop_p: float | None,
+    bits: torch.Tensor | None,
     choose: Choice,
 ) -> Launch:
     """The launch of a call of `gemm_tail`."""
     (m, k), n = x.shape, weight.shape[0]
     q = 0 if up is None else up.shape[0 if transposed else 1]
-    masked, is_aligned = drop_p is not None, gemm_aligned(x, weight, (u, up, bias))
+    masked, is_aligned = bits is not None, gemm_aligned(x, weight, (u, up, bias, bits))
     itemsizes = x.element_size(), (weight if up is None else up).element_size()
     config = choose(Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked), m)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     values = constants(q, k, transposed, bias is not None, masked, config)
-    unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("seed_ptr",))
-    numbers = {"threshold": threshold(drop_p or 0.0), "M": m, "N": n, "K": k}
+    unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("bits_ptr",))
+    numbers = {"M": m, "N": n, "K": k}
     new_y = (m, n), x.dtype
     if config.persistent:
         del values["EVEN_K"]

@@ -134,7 +134,7 @@ def relay_kernel(
             wait_for(flag_ptr)
 
         acc = add_tail(
-            acc, u_ptr, up_ptr, bias_ptr, up_ptr, 0, first_m, first_n, M, N,
+            acc, u_ptr, up_ptr, bias_ptr, up_ptr, first_m, first_n, M, N,
             Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
         )  # fmt: skip
         halves = split_columns(acc)

@@ -27,12 +27,14 @@ from .common import (
     Dropout,
     accumulator,
     aligned,
+    byte_ptrs,
     cast,
     cdiv,
     dot,
     dot_mixed,
+    drawn,
     gathered,
-    kept,
+    mask_width,
     multiprocessors,
     offset,
     promote,
@@ -170,6 +172,7 @@ def shrink_kernel(
     right_ptr,
     t_ptr,
     u_ptr,
+    bits_ptr,
     seed_ptr,
     partial_ptr,
     arrivals_ptr,
@@ -197,7 +200,8 @@ def shrink_kernel(
     TRANSPOSED: tl.constexpr,  # down lies as (K, P), core (Q, P), left (r, P), right (Q, r)
     STORE_T: tl.constexpr,
     STORE_U: tl.constexpr,
-    DROPOUT: tl.constexpr,  # of x, by `kept`; low_scale is then 1 / (1 - p)
+    DROPOUT: tl.constexpr,  # of x, by `drawn`; low_scale is then 1 / (1 - p)
+    STORE_BITS: tl.constexpr,  # of that mask, for the backward
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over programs of `depth` blocks each
     OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
@@ -234,6 +238,8 @@ def shrink_kernel(
         x_ptrs += offset(first_k, stride_xk)
         down_ptrs += offset(first_k, P if TRANSPOSED else 1)
     acc = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for k in range(first_k, end_k, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask_m, other=0.0)
@@ -242,7 +248,11 @@ def shrink_kernel(
             x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
             down = tl.load(down_ptrs, mask_p & (offs_k[:, None] < K - k), other=0.0)
         if DROPOUT:
-            x = tl.where(kept(seed_ptr, pid * BLOCK_M, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            keep, bits = drawn(seed, pid * BLOCK_M, k, threshold, BLOCK_M, BLOCK_K)
+            if STORE_BITS:  # each element of x is read by one program, hence drawn once
+                bytes_at, there = byte_ptrs(bits_ptr, pid * BLOCK_M, k, M, K, BLOCK_M, BLOCK_K)
+                tl.store(bytes_at, bits, there)
+            x = tl.where(keep, x, 0.0)
         acc = dot(x, cast(down, dtype), acc)
         x_ptrs += step(BLOCK_K, stride_xk)
         down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
@@ -264,7 +274,10 @@ def shrink_kernel(
         )  # fmt: skip
 
 
-KERNELS = variants(shrink_kernel, runtime=["M", "depth", "threshold", "seed_ptr", *RUNTIME])
+# Were `bits_ptr` known to be a multiple of 16, several bytes would be stored at once, and for that
+# the compiler would draw them a second time, in the places where it wants them.
+NEVER = ["M", "depth", "threshold", "seed_ptr", "bits_ptr"]
+KERNELS = variants(shrink_kernel, runtime=[*NEVER, *RUNTIME])
 
 
 def constants(
@@ -273,21 +286,19 @@ def constants(
     r: int,
     k: int,
     transposed: bool,
-    want_t: bool,
-    want_u: bool,
+    want: tuple[bool, bool, bool],
     dropout: bool,
     split: bool,
     mix: int,
     config: TileConfig,
 ) -> dict[str, int]:
-    """The compile-time arguments of a launch."""
+    """The compile-time arguments of a launch that stores t, u and the mask as `want` says."""
     shared = 1, padded(p) if padded(p) <= WHOLE else 64, min(padded(q), config.block_n)
     own = row_blocks(p, q, r, config.own_cores) if mix else shared
     return {
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
-        "STORE_T": want_t,
-        "STORE_U": want_u,
+        **dict(zip(("STORE_T", "STORE_U", "STORE_BITS"), want, strict=True)),
         "DROPOUT": dropout,
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
@@ -345,23 +356,26 @@ def shrink(
     want_u: bool,
     dropout: Dropout,
     choose: Choice,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(t, u): t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype.
+    want_bits: bool = False,
+) -> tuple[Any, ...]:
+    """(t, u), and with `want_bits` a third: the mask of the dropout, as bits.
 
-    u is zero beyond Q. What is not wanted is not stored, and None. x (M, K) of any strides, M and
-    K at least 1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any
-    float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
-    (r, P). A core for each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x
-    is dropout(x).
+    t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype. u is zero beyond Q.
+    What is not wanted is not stored, and None. x (M, K) of any strides, M and K at least 1; down
+    (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any float dtype. If
+    `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and (r, P). A core for
+    each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x is dropout(x); the
+    mask is uint8 (M, mask_width(K)): bit i of the byte [m, j] says whether x[m, 8·j + i] is kept.
     """
     left, right = sides(down, core, transposed)
     seed, drop_p = (None, None) if dropout is None else dropout
     tensors, bank = (x, down, left, right, seed), pointers(core)
-    flags = kind(core), transposed, want_t, want_u, drop_p, choose
+    want = want_t, want_u, want_bits and drop_p is not None
+    flags = kind(core), transposed, want, drop_p, choose
     key, addresses = key_of("shrink", tensors, *flags, plain=bank)
-    launch = LAUNCHES.get(key) or planned(x, down, core, transposed, want_t, want_u, drop_p, choose)
-    t, u = launch(key, (*tensors, *bank), addresses, float(scale))
-    return t, u
+    launch = LAUNCHES.get(key) or planned(x, down, core, transposed, want, drop_p, choose)
+    made = launch(key, (*tensors, *bank), addresses, float(scale))
+    return tuple(made if want_bits else made[:2])
 
 
 def planned(
@@ -369,12 +383,12 @@ def planned(
     down: torch.Tensor,
     core: Core,
     transposed: bool,
-    want_t: bool,
-    want_u: bool,
+    want: tuple[bool, bool, bool],
     drop_p: float | None,
     choose: Choice,
 ) -> Launch:
-    """The launch of a call of `shrink`."""
+    """The launch of a call of `shrink`; `want` is of t, u and the mask."""
+    want_t, want_u, want_bits = want
     m, k = x.shape
     left, right, p, q, r = unpacked(down, core, transposed)
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right))
@@ -384,6 +398,7 @@ def planned(
     config = choose(Spec("shrink", *itemsizes, is_aligned, *ranks, masked, by_row > 0), m)
     read_t = core is not None and (by_row > 0 or padded(p) > WHOLE)  # for t · core
     store_t = want_t or (want_u and read_t)
+    stored = store_t, want_u, want_bits
     tiles, blocks = cdiv(m, config.block_m), cdiv(k, config.block_k)
     # A program that lets the next launch start must not leave its part of u to another.
     parts = 1 if config.overlap or config.whole_k else splits(tiles, blocks, x.device)
@@ -398,6 +413,7 @@ def planned(
         results={
             "t_ptr": new_t if want_t else None,
             "u_ptr": ((m, padded(q)), x.dtype) if want_u else None,
+            "bits_ptr": ((m, mask_width(k)), torch.uint8) if want_bits else None,
         },
         scratch={
             **({"t_ptr": new_t} if store_t and not want_t else {}),
@@ -414,7 +430,7 @@ def planned(
             "stride_xk": x.stride(1),
         },
         constants={
-            **constants(p, q, r, k, transposed, store_t, want_u, masked, parts > 1, by_row, config),
+            **constants(p, q, r, k, transposed, stored, masked, parts > 1, by_row, config),
             **config.options(),
         },
         varying=("scale",),

@@ -216,7 +216,6 @@ SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to th
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
-    Default("gemm_tail", SPLIT, TENSOR, 2, True, dropout=True),
     Default("gemm_tail", SPLIT, ("sm_100",), 2, True, True),
     Default("gemm_tail", PERSISTENT, TENSOR, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
@@ -232,6 +231,7 @@ DEFAULTS = (
     Default("shrink", TileConfig(64, 16, 32, 4, 2), CDNA, 2, True, rank=64, dropout=True),
     Default("shrink", TileConfig(64, 16, 32, 4, 2, whole_k=True), CDNA, 2, True, dropout=True),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
+    Default("shrink", TileConfig(64, 16, 64, 8, 4), TENSOR, 2, True, rank=64, dropout=True),
     Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 4, 4), CUDA, 2, True, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 8, 3), TENSOR, 2, True, rank=128),

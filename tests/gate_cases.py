@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from fused_lowrank.compute.reference import Rows
+from fused_lowrank.kernels.common import mask_width
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
-from fused_lowrank.kernels.dropout import dropped
+from fused_lowrank.kernels.dropout import drawn_bits, dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
@@ -57,6 +58,11 @@ class Case:
 
 def empty(*shape: int, dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def bits(m: int, k: int) -> torch.Tensor:
+    """A dropout's mask of an (M, K)."""
+    return torch.empty(m, mask_width(k), dtype=torch.uint8, device="meta")
 
 
 def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
@@ -98,10 +104,14 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down) if q else None
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
         u = empty(m, padded(q), dtype=case.x) if q else None
-        gemm_tail(x, weight, u, up, bias, transposed, dropout, choose)
+        mask = bits(m, n) if "d" in case.flags else None
+        gemm_tail(x, weight, u, up, bias, transposed, mask, choose)
         return
     if case.kernel == "dropped":
-        dropped(rows(m, k, case.x, case), seed, 0.1, choose)
+        dropped(rows(m, k, case.x, case), bits(m, k), choose)
+        return
+    if case.kernel == "drawn":
+        drawn_bits(seed, 0.1, m, k, choose)
         return
     pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
     if case.kernel == "core_grad":
@@ -136,6 +146,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         "u" in case.flags,
         dropout,
         choose,
+        want_bits=dropout is not None,
     )
 
 
@@ -193,7 +204,7 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], STRIDED, [(64, 256, 64, True)], (False, True))
     # Factors narrower than x are widened as they are loaded.
     yield from some("fp32", [SAME], ALIGNED + UNALIGNED, [ODD[0], ODD[3]])
-    # Dropout of x is in the forward alone.
+    # Dropout of x is in the forward alone; to store its bits only adds to a launch.
     for layouts, ranks in ((ALIGNED[:1], FULL[:5] + PARTIAL), (UNALIGNED[:1] + STRIDED, ODD)):
         yield from some("bf16", [CORE], layouts, ranks, flags="tud")
     yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], (True,), flags="tud")
@@ -318,6 +329,8 @@ def dropped_cases() -> Iterator[Case]:
         (("bf16", True), ("fp32", False)), (*ALIGNED[:1], *STRIDED)
     ):
         yield Case("dropped", x, x, "", layout, aligned, 0, 0, 0, "d", even, False)
+    # The mask depends on nothing but its size.
+    yield Case("drawn", "bf16", "bf16", "", "forward", False, 0, 0, 0, "d", True, False)
 
 
 def variant_cases() -> Iterator[Case]:

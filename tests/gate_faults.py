@@ -159,6 +159,7 @@ def check_variants() -> None:
                     "depth",
                     "threshold",
                     "seed_ptr",
+                    *(["bits_ptr"] if module is shrink else []),
                     "scale",
                     "low_scale",
                 }

@@ -39,7 +39,7 @@ from fused_lowrank.kernels import common, launch
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
-from fused_lowrank.kernels.dropout import dropped
+from fused_lowrank.kernels.dropout import drawn_bits, dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.prepared import Mark
 from fused_lowrank.kernels.relay import relay
@@ -269,7 +269,7 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
     back = zeros(k, P), zeros(P, n)
     pair = zeros(P, 8, dtype=F32), zeros(8, P, dtype=F32)
     u, seed, choose = zeros(m, P), torch.zeros(1, dtype=torch.int64), by_default
-    whole = down, core, up
+    whole, bits = (down, core, up), torch.zeros(m, common.mask_width(n), dtype=torch.uint8)
     launches = {
         "shrink": (shrink, x, down, core, 0.5, False, True, True, None),
         "shrink, a pair, back": (shrink, x, back[0], pair, 0.5, True, True, False, None),
@@ -281,7 +281,7 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "gemm_tail": (gemm_tail, some, weight, u[:few], up, bias, False, None),
         "gemm_tail, odd": (gemm_tail, odd, weight, u, up, None, False, None),
         "gemm_tail, persistent": (gemm_tail, x, weight, u, up, bias, False, None),
-        "gemm_tail, back": (gemm_tail, x, turned, u, back[1], None, True, (seed, 0.1)),
+        "gemm_tail, back": (gemm_tail, x, turned, u, back[1], None, True, bits),
         "gemm_tail, base": (gemm_tail, x, weight, None, None, None, False, None),
         "core_grad": (core_grad, u, zeros(m, P), core, 0.5, (True, True)),
         "core_grad, a pair": (core_grad, u, zeros(m, P), pair, 0.5, (True, False)),
@@ -292,10 +292,13 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "decode, rows": (decode, some, weight, down, Rows(few, 3), up, None, 0.5, False, False),
         "relay": (relay, x, weight, *whole, bias, 0.5, False, True),
         "relay, back": (relay, x, turned, back[0], pair, back[1], None, 0.5, True, False),
-        "dropped": (dropped, x, seed, 0.1),
+        "dropped": (dropped, x, torch.zeros(m, common.mask_width(k), dtype=torch.uint8)),
+        "drawn": (drawn_bits, seed, 0.1, m, k),
     }
     for label, (function, *operands) in launches.items():
         yield label, partial(function, *operands, choose)
+    low = x, down, core, 0.5, False, True, True, (seed, 0.1), choose
+    yield "shrink, bits", partial(shrink, *low, want_bits=True)
     yield "overlap", partial(gemm_tail, x, weight, u, up, bias, False, None, overlapping)
 
 
@@ -376,6 +379,12 @@ def others(function: Callable[..., Any], made: dict[str, Any]) -> Iterator[tuple
         seed = torch.zeros(1, dtype=torch.int64)
         for p in (0.1, 0.25):
             yield f"dropout {p}", call(dropout=(seed, p))
+            yield f"dropout {p}, bits", call(dropout=(seed, p), want_bits=True)
+    if "bits" in made:
+        width = common.mask_width(len(made["weight"]))
+        bits = torch.zeros(m, width, dtype=torch.uint8)
+        yield "bits", call(bits=bits)
+        yield "bits misaligned", call(bits=misaligned(bits))
     if "want" in made:
         pair = zeros(P, 8, dtype=F32), zeros(8, P, dtype=F32)
         for want in itertools.product((False, True), repeat=2):
@@ -389,7 +398,7 @@ def check_nothing_else_is_taken_for_it() -> None:
     flags = {"scale": 0.5, "transposed": False, "choose": choose}
     layer = {"weight": zeros(n, k), "down": down, "core": core, "up": up, "bias": bias, **flags}
     tail = {"weight": layer["weight"], "up": up, "bias": bias, "transposed": False}
-    tail |= {"dropout": None, "choose": choose}
+    tail |= {"bits": None, "choose": choose}
     low = {"down": down, "core": core, "want_t": True, "want_u": True, "dropout": None, **flags}
     grad = {"t": zeros(300, P), "g": zeros(300, P), "core": core, "scale": 0.5}
     kinds: list[tuple[Callable[..., Any], dict[str, Any]]] = [
@@ -445,7 +454,7 @@ def check_transposed_counts_where_no_shape_shows_it() -> None:
     low = {"core": zeros(side, side), "scale": 0.5}
     for function, names, more in (
         (shrink, ("x", "down"), {**low, "want_t": True, "want_u": True, "dropout": None}),
-        (gemm_tail, ("x", "weight", "up"), {"u": zeros(side, side), "bias": None, "dropout": None}),
+        (gemm_tail, ("x", "weight", "up"), {"u": zeros(side, side), "bias": None, "bits": None}),
         (decode, ("x", "weight", "down", "up"), {**low, "want_t": True, "bias": None}),
     ):
         operands = {name: tensors[name] for name in names} | more

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import FusedLoraXSLinear, lowrank_linear
 from fused_lowrank.compute import devices
+from fused_lowrank.compute.dropout import Dropout
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.compute.reference import lowrank_linear_reference
 from fused_lowrank.kernels import shrink
@@ -22,7 +23,7 @@ def mask(impl: str, seed: torch.Tensor, m: int, k: int, p: float) -> torch.Tenso
     """What dropout keeps of an x (m, k)."""
     plan = PLANS["split" if impl == "triton" else "aten"]
     tiles = devices.tiles(seed.device) if plan.ours else None
-    kept = plan.masked.run(torch.ones(m, k, device=seed.device), (seed, p), tiles)
+    kept = plan.masked.run(torch.ones(m, k, device=seed.device), Dropout(seed, p), tiles)
     assert ((kept == 0) | (kept == 1)).all()
     return kept.bool()
 
@@ -143,16 +144,17 @@ def layer(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_mask_is_saved(impl: str, device: torch.device) -> None:
-    """t and the seed, and neither a mask nor x."""
-    kept_shapes: list[torch.Size] = []
-    made, x = layer(impl, device), torch.randn(70, 64, device=device, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept_shapes.append(t.shape) or t, lambda t: t
-    ):
+def test_what_is_saved_of_m(impl: str, device: torch.device) -> None:
+    """t, a bit for each element of x where the kernels drew it, the seed, and not x."""
+    found: list[torch.Tensor] = []
+    made = FusedLoraXSLinear(128, 48, r=8, dropout=0.3, device=device, impl=impl)
+    x = torch.randn(70, 128, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
         made(x)
-    assert [shape for shape in kept_shapes if 70 in shape] == [(70, 8)]
-    assert kept_shapes.count((1,)) == 1
+    sizes = [(t.shape, t.untyped_storage().nbytes()) for t in found if 70 in t.shape]
+    bits = [((70, 16), 70 * 128 / 8)] if impl == "triton" else []
+    assert sizes == [((70, 8), 70 * 8 * 4), *bits]
+    assert [t.shape for t in found].count((1,)) == 1
 
 
 @pytest.mark.parametrize("impl", IMPLS)

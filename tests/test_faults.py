@@ -58,9 +58,39 @@ FAULTS = {
     ),
     "the tail of the backward not masked": (
         "kernels/gemm_tail.py",
-        "acc += tl.where(keep, tail, 0.0)",
+        "acc += tl.where(kept(bits), tail, 0.0)",
         "acc += tail",
         "tests/test_dropout.py::test_a_call_is_the_equation_under_the_mask",
+    ),
+    "the mask of another tile": (
+        "kernels/gemm_tail.py",
+        "load_bits(bits_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)",
+        "load_bits(bits_ptr, pid_m * BLOCK_M, 0, M, N, BLOCK_M, BLOCK_N)",
+        "tests/test_dropout_bits.py::test_the_tail_is_added_where_the_bits_say",
+    ),
+    "a quarter of a tile under the mask of another": (
+        "kernels/gemm_tail.py",
+        "split_columns(bits_of[i])",
+        "split_columns(bits_of[0])",
+        "tests/test_dropout_bits.py::test_the_tail_is_added_where_the_bits_say",
+    ),
+    "bits shifted by one": (
+        "kernels/common.py",
+        ">> tl.arange(0, 8)[None, None, :]",
+        ">> (tl.arange(0, 8)[None, None, :] + 1)",
+        "tests/test_dropout_bits.py::test_the_mask_is_philox",
+    ),
+    "bits kept by the first of those that share K alone": (
+        "kernels/shrink.py",
+        "if STORE_BITS:  #",
+        "if STORE_BITS and split == 0:  #",
+        "tests/test_dropout_bits.py::test_shrink_keeps_the_mask_that_it_has_drawn",
+    ),
+    "bits kept where they are to be drawn again": (
+        "fused_lowrank/compute/autograd.py",
+        "masked and not call.config.redraw_dropout",
+        "masked",
+        "tests/test_dropout_bits.py::test_kept_or_drawn_again_gives_the_same_bits",
     ),
     "padding of t left as the dot gave it": (
         "kernels/shrink.py",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute import devices
 from fused_lowrank.compute.autograd import backward_op, forward_op
+from fused_lowrank.compute.dropout import Dropout
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.compute.run import on_device
 from fused_lowrank.kernels.tiles import TileConfig
@@ -361,7 +362,7 @@ def test_dropout(impl: str, device: torch.device) -> None:
         plan = PLANS["split" if impl == "triton" else "aten"]
         seed = torch.randint(2**62, (1,), device=device)
         tiles = devices.tiles(device) if plan.ours else None
-        mask = plan.masked.run(ones, (seed, 0.25), tiles) / 0.75
+        mask = plan.masked.run(ones, Dropout(seed, 0.25), tiles) / 0.75
     assert 0.6 < (mask > 0).float().mean() < 0.9
 
     def dropped(**call: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@
                  dcore = core_grad(t, g, scale)
 
 Saved for backward is t (M, P), and x only if down or the weight is trained. Operands are 2-D here;
-the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone; its mask is
-made from a seed wherever it is needed, and never kept.
+the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone. Its mask is
+a function of a seed: our kernels draw it in the forward, and an eager call saves it as bits, M·K/8
+bytes, where x or down needs a gradient; elsewhere it is made again in the backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch.nn.functional import linear
 from .. import config as configuration
 from ..config import Config
 from . import choose, devices
+from .dropout import Dropout
 from .operands import Operands
 from .reference import AnyCore, Rows, like, product, through_core, through_rows
 from .run import is_foreign, no_autocast, on_device, run
@@ -62,9 +64,9 @@ def places(core: AnyCore) -> tuple[Any, Any]:
     return core if isinstance(core, tuple) else (core, None)
 
 
-def dropout_of(seed: OptTensor, dropout_p: float) -> Any:
-    """The dropout of `Operands` from its two places in an op's signature."""
-    return None if seed is None else (seed, dropout_p)
+def dropout_of(seed: OptTensor, dropout_p: float, bits: OptTensor = None) -> Dropout | None:
+    """The dropout of `Operands` from its places in a signature; no op has one for bits."""
+    return None if seed is None else Dropout(seed, dropout_p, bits)
 
 
 def backward(
@@ -87,11 +89,11 @@ def backward(
     if needs.x or want_g or needs.down:
         back = operands.of_backward(dy)
         if needs.x:
-            plan, tiles, grads["x"], g, v = run(back, impl, config, want_g, needs.down)
+            plan, tiles, grads["x"], g, v, _ = run(back, impl, config, want_g, needs.down)
         else:
             plan = choose.for_single_steps(impl, config, dy, *operands.ranks)
             tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
-            g, v = plan.down.run(back, tiles, want_g, needs.down)
+            g, v, _ = plan.down.run(back, tiles, want_g, needs.down)
     if want_g:
         want = needs.a, needs.b
         grads["a"], grads["b"] = plan.core_grad.run(t, g, core, scale, want, tiles)
@@ -164,11 +166,15 @@ class LowRankFunction(torch.autograd.Function):
         x = fold(x)
         dropout = dropout_of(seed, call.dropout_p)
         operands = Operands(x, weight, down, join(a, b, rows), up, bias, call.scale, dropout)
-        done = run(operands, call.impl, call.config, needs.a or needs.b or needs.up, False)
+        want_t = needs.a or needs.b or needs.up
+        masked = dropout is not None and (needs.x or needs.down)
+        want_bits = masked and not call.config.redraw_dropout
+        done = run(operands, call.impl, call.config, want_t, False, want_bits)
         by_row = (None, None) if rows is None else (rows.handles, rows.weights)
-        t = done.t if needs.a or needs.b or needs.up else None
+        t = done.t if want_t else None
         # Those of rows are saved for autograd to see that they are not written to meanwhile.
-        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, seed, *by_row)
+        mask = seed, done.bits
+        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, *mask, *by_row)
         ctx.needs, ctx.call, ctx.lead = needs, call, lead
         # A view that autograd does not know for one: a caller may then write to y.
         y = done.y
@@ -176,9 +182,9 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        t, x, weight, down, a, b, up, seed, *_ = ctx.saved_tensors
+        t, x, weight, down, a, b, up, seed, bits, *_ = ctx.saved_tensors
         call = ctx.call
-        core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p)
+        core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p, bits)
         operands = Operands(x, weight, down, core, up, None, call.scale, dropout)
         with torch.no_grad():
             grads = backward(fold(dy), t, operands, call.impl, call.config, ctx.needs)

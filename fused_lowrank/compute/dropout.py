@@ -1,16 +1,27 @@
-"""Dropout in plain torch, on any device, from a seed: no mask need be kept.
+"""A dropout, and its mask in plain torch, on any device, from a seed: no mask need be kept.
 
 Whether x[m, k] is kept is a function of the seed and of the element's place: its 16 bits of the
 splitmix64 stream (Steele, Lea and Flood, OOPSLA 2014) that starts at the seed. The kernels have a
-generator of their own (`kept` in kernels/common.py).
+generator of their own (`drawn` in kernels/common.py).
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Dropout = tuple[Tensor, float] | None  # the seed, int64 (1,), and the probability
+
+class Dropout(NamedTuple):
+    """A dropout of a call: where its mask comes from.
+
+    seed is int64 (1,), None until it is drawn; p is the probability. bits is the mask itself, of
+    an x (M, K), in a backward whose forward has kept it: uint8 (M, cdiv(K, 8)), by our kernels.
+    """
+
+    seed: Any
+    p: float
+    bits: Tensor | None = None
 
 
 def signed(value: int) -> int:
@@ -37,6 +48,6 @@ def kept(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return torch.ge(draws, round(dropout_p * 65536) - 32768, out=mask)
 
 
-def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x with zeros where it is dropped, not scaled by 1 / (1 - p); x itself without dropout."""
-    return x if dropout is None else kept(x, *dropout).mul_(x)
+    return x if dropout is None else kept(x, dropout.seed, dropout.p).mul_(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .devices import has_kernels
+from .dropout import Dropout
 from .reference import AnyCore, Rows
 
 
@@ -15,8 +16,8 @@ class Operands(NamedTuple):
     """The operands of y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ, for one pass.
 
     x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `Rows`, or
-    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or the seed, int64 (1,),
-    and the probability; the seed is None until it is drawn.
+    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or
+    says where its mask comes from.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:
@@ -32,7 +33,7 @@ class Operands(NamedTuple):
     up: Tensor
     bias: Tensor | None
     scale: float
-    dropout: tuple[Any, float] | None = None
+    dropout: Dropout | None = None
     transposed: bool = False
 
     @property
@@ -47,7 +48,7 @@ class Operands(NamedTuple):
 
         Where there was dropout t has been divided by 1 - p; here the scale is.
         """
-        dropped = 1.0 if self.dropout is None else 1.0 - self.dropout[1]
+        dropped = 1.0 if self.dropout is None else 1.0 - self.dropout.p
         weight = None if self.weight is None else self.weight.t()
         scale = self.scale / dropped
         return Operands(

@@ -25,14 +25,25 @@ class Done(NamedTuple):
     y: Tensor
     t: Wanted
     u: Wanted
+    bits: Wanted = None
 
 
-def run(operands: Operands, impl: str, config: Config, want_t: bool, want_u: bool) -> Done:
-    """One pass. t is there where it is wanted, u where it is wanted or was made on the way."""
+def run(
+    operands: Operands,
+    impl: str,
+    config: Config,
+    want_t: bool,
+    want_u: bool,
+    want_bits: bool = False,
+) -> Done:
+    """One pass. t is there where it is wanted, u where it is wanted or was made on the way.
+
+    bits, the mask of the dropout, are there where they are wanted and the plan's mask is ours.
+    """
     x = operands.x
     if is_foreign(x):
         with no_autocast(x), on_device(x):
-            return run(operands, impl, config, want_t, want_u)
+            return run(operands, impl, config, want_t, want_u, want_bits)
     if not x.shape[0]:  # nothing to launch
         problem, decision = None, choose.Decision(("aten",), "there are no rows")
     else:
@@ -41,7 +52,7 @@ def run(operands: Operands, impl: str, config: Config, want_t: bool, want_u: boo
             problem,
             impl,
             config,
-            lambda name: run(operands, impl, replace(config, plan=name), want_t, want_u),
+            lambda name: run(operands, impl, replace(config, plan=name), want_t, want_u, want_bits),
         )
     while True:
         plan = PLANS[decision.plans[0]]
@@ -52,8 +63,8 @@ def run(operands: Operands, impl: str, config: Config, want_t: bool, want_u: boo
             if plan.whole is not None:
                 y, t = plan.whole.run(operands, tiles, want_t)
                 return Done(plan, tiles, y, t, None)
-            t, u = plan.down.run(operands, tiles, want_t, True)
-            return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u)
+            t, u, bits = plan.down.run(operands, tiles, want_t, True, want_bits)
+            return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u, bits)
         except Exception as error:
             if problem is None:
                 raise
@@ -71,7 +82,7 @@ def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Do
             handles = core.handles[line]
             own = core._replace(handles=handles, weights=weights, repeat=1, known=None)
         alone = operands._replace(x=row, core=own)
-        t, u = plan.down.run(alone, None, want_t, True)
+        t, u, _ = plan.down.run(alone, None, want_t, True)
         parts.append((plan.up.run(alone, None, u), t, u))
     y, t, u = zip(*parts, strict=True)
     t, u = torch.cat(t) if want_t else None, torch.cat(u) if want_u else None

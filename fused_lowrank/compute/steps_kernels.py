@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,13 +45,18 @@ class Shrink(Kernel):
     """t and u in one launch; u is padded to a power of two."""
 
     def run(
-        self, operands: Operands, choose: Any, want_t: bool, want_u: bool
-    ) -> tuple[Wanted, Wanted]:
-        """(t, u): t (M, P), divided by 1 - p where there is dropout, and u (M, padded(Q))."""
+        self, operands: Operands, choose: Any, want_t: bool, want_u: bool, want_bits: bool = False
+    ) -> tuple[Wanted, Wanted, Wanted]:
+        """(t, u, bits), each if wanted.
+
+        t (M, P), divided by 1 - p where there is dropout; u (M, padded(Q)); the dropout's mask.
+        """
         x, _, down, core, _, _, scale, dropout, transposed = operands
         down, core = down.contiguous(), contiguous(core)
-        masked = None if transposed else dropout
-        return self.launch(x, down, core, scale, transposed, want_t, want_u, masked, choose)
+        masked = None if transposed or dropout is None else dropout[:2]
+        flags = transposed, want_t, want_u, masked, choose, want_bits
+        t, u, *bits = self.launch(x, down, core, scale, *flags)
+        return t, u, bits[0] if bits else None
 
     def work(self, problem: Problem) -> list[Work]:
         """x is read once."""
@@ -65,8 +71,8 @@ class GemmTail(Kernel):
         x, weight, _, _, up, bias, _, dropout, transposed = operands
         up = None if up is None else up.contiguous()
         bias = None if bias is None else bias.contiguous()
-        masked = dropout if transposed else None
-        return self.launch(x, weight, u, up, bias, transposed, masked, choose)
+        bits = bits_of(dropout, (x.shape[0], weight.shape[0]), choose) if transposed else None
+        return self.launch(x, weight, u, up, bias, transposed, bits, choose)
 
     def work(self, problem: Problem) -> list[Work]:
         """A GEMM with some more steps of its loop."""
@@ -135,9 +141,19 @@ class CoreGrad(Kernel):
 class Masked(Kernel):
     """x under the kernels' mask as a whole, for the gradient of a trained down."""
 
-    def run(self, x: Tensor, dropout: Dropout, choose: Any) -> Tensor:
+    def run(self, x: Tensor, dropout: Dropout | None, choose: Any) -> Tensor:
         """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
-        return x if dropout is None else self.launch(x, *dropout, choose)
+        bits = bits_of(dropout, x.shape, choose)
+        return x if bits is None else self.launch(x, bits, choose)
+
+
+def bits_of(dropout: Dropout | None, shape: Sequence[int], choose: Any) -> Tensor | None:
+    """The mask of an x of this shape: as the forward has kept it, or else drawn again."""
+    if dropout is None or dropout.bits is not None:
+        return None if dropout is None else dropout.bits
+    from ..kernels.dropout import drawn_bits
+
+    return drawn_bits(dropout.seed, dropout.p, *shape, choose)
 
 
 def spec_of(kernel: str, problem: Problem) -> Spec:

@@ -53,25 +53,28 @@ class Shrink(Step):
         self.products = products
 
     def run(
-        self, operands: Operands, choose: Any, want_t: bool, want_u: bool
-    ) -> tuple[Wanted, Wanted]:
-        """(t, u): t (M, P), divided by 1 - p where there is dropout, and u (M, Q)."""
+        self, operands: Operands, choose: Any, want_t: bool, want_u: bool, want_bits: bool = False
+    ) -> tuple[Wanted, Wanted, None]:
+        """(t, u, None): t (M, P), divided by 1 - p where there is dropout, and u (M, Q).
+
+        This mask is made again where it is needed: no bits of it are kept.
+        """
         x, _, down, core, _, _, scale, dropout, transposed = operands
         if transposed:  # dropout is of the tail then
             dropout = None
         down = like(down, x.dtype)
         t = self.products.matmul(dropped(x, dropout), down if transposed else down.t())
         if dropout is not None:
-            t.div_(1.0 - dropout[1])
+            t.div_(1.0 - dropout.p)
         if not want_u:
-            return t, None
+            return t, None, None
         if isinstance(core, Rows):
-            return t, through_rows(t, core.turned() if transposed else core, scale)
+            return t, through_rows(t, core.turned() if transposed else core, scale), None
         matrix = product(core)
         if matrix is None:
-            return t, (t if scale == 1.0 else t * scale)
+            return t, (t if scale == 1.0 else t * scale), None
         u = self.products.matmul(like(t, matrix.dtype), matrix.t() if transposed else matrix)
-        return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype)
+        return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype), None
 
     def work(self, problem: Problem) -> list[Work]:
         """Two products."""
@@ -100,7 +103,7 @@ class TailLast(Step):
         y = self.products.linear(x, weight, bias)
         if dropout is None or not transposed:
             return self.products.add_matmul(y, u, up)
-        return y.add_(kept(y, *dropout).mul_(self.products.matmul(u, up)))
+        return y.add_(kept(y, dropout.seed, dropout.p).mul_(self.products.matmul(u, up)))
 
     def work(self, problem: Problem) -> list[Work]:
         """The base, and a product that reads and writes y again."""
@@ -161,7 +164,7 @@ class CoreGrad(Step):
 class Masked(Step):
     """x under a dropout's mask as a whole, for the gradient of a trained down."""
 
-    def run(self, x: Tensor, dropout: Dropout, choose: Any) -> Tensor:
+    def run(self, x: Tensor, dropout: Dropout | None, choose: Any) -> Tensor:
         """x as the forward's shrink saw it, but for the factor 1 / (1 - p)."""
         return dropped(x, dropout)
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..compute import choose
 from ..compute.autograd import chain
+from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
 from ..functional import compute, prepared
@@ -231,7 +232,7 @@ class LowRankLinear(nn.Module):
         seed: Tensor | None = None,
     ) -> Tensor:
         """y of these operands by this layer's implementation, with its scale and dropout."""
-        dropout = (seed, self.dropout) if self.dropout and self.training else None
+        dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
         if dropout is None and self.impl == "auto":
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
