@@ -15,8 +15,8 @@ from torch import Tensor
 class Dropout(NamedTuple):
     """A dropout of a call: where its mask comes from.
 
-    seed is int64 (1,), None until it is drawn; p is the probability. bits is the mask itself, of
-    an x (M, K), in a backward whose forward has kept it: uint8 (M, cdiv(K, 8)), by our kernels.
+    seed is int64 (1,), None until it is drawn; p is the probability. bits is the mask itself, in a
+    backward whose forward has kept it: uint8, as `shrink` of our kernels gives it.
     """
 
     seed: Any

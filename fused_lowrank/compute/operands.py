@@ -16,8 +16,8 @@ class Operands(NamedTuple):
     """The operands of y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ, for one pass.
 
     x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `Rows`, or
-    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or
-    says where its mask comes from.
+    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or says where its mask
+    comes from.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:
