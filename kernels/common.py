@@ -36,12 +36,22 @@ def promote(a, b):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a·b in acc's dtype. fp32 operands are multiplied as fp32, never as TF32."""
-    if INTERPRETED:
-        return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype)
+def dot(a, b, acc, TF32X3: tl.constexpr = False):
+    """acc + a·b in acc's dtype. fp32 is multiplied as such or, if TF32X3, as TF32 thrice.
+
+    A product of fp32 is summed from zero, and its sum is added to acc: so a loop over K has a chain
+    of sums for each block and one of blocks, not one along all of K, whose error is several times
+    that. A number of imprecise sums other than 0, which is said of fp8 alone and changes nothing
+    else, is what keeps Triton from folding the sum back into the product.
+    """
+    if INTERPRETED or (a.dtype == tl.float32 and not TF32X3):
+        a, b = a.to(acc.dtype), b.to(acc.dtype)
+        return acc + tl.dot(
+            a, b, max_num_imprecise_acc=1, out_dtype=acc.dtype, input_precision="ieee"
+        )
     else:
-        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        kind: tl.constexpr = "tf32x3" if TF32X3 else "ieee"
+        return tl.dot(a, b, acc, input_precision=kind, out_dtype=acc.dtype)
 
 
 @triton.jit

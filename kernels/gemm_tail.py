@@ -59,6 +59,7 @@ def add_tail(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    TF32X3: tl.constexpr = False,
 ):
     """acc + u·upᵀ + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of the tile, say so.
 
@@ -77,7 +78,7 @@ def add_tail(
             up_ptrs = up_ptr + offset(offs_n[None, :], Q) + offs_q[:, None]
         u = tl.load(u_ptr + offset(offs_m[:, None], PAD_Q) + offs_q[None, :], mask_m, other=0.0)
         up = tl.load(up_ptrs, mask_n & (offs_q[:, None] < Q), other=0.0)
-        tail = dot(u, cast(up, dtype), tail)
+        tail = dot(u, cast(up, dtype), tail, TF32X3)
     if DROPOUT:
         acc += tl.where(kept(bits), tail, 0.0)
     else:
@@ -114,6 +115,7 @@ def gemm_tail_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TF32X3: tl.constexpr,  # how fp32 is multiplied (`dot`)
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -137,13 +139,13 @@ def gemm_tail_kernel(
         else:
             x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
             w = tl.load(w_ptrs, mask_n & (offs_k[:, None] < K - k), other=0.0)
-        acc = dot(x, w, acc)
+        acc = dot(x, w, acc, TF32X3)
         x_ptrs += step(BLOCK_K, stride_xk)
         w_ptrs += step(BLOCK_K, stride_wk)
 
     acc = add_tail(
         acc, u_ptr, up_ptr, bias_ptr, bits, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
-        Q, PAD_Q, TRANSPOSED, HAS_BIAS, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q,
+        Q, PAD_Q, TRANSPOSED, HAS_BIAS, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q, TF32X3,
     )  # fmt: skip
     y_ptrs = y_ptr + offset(offs_m[:, None], N) + offs_n[None, :]
     tl.store(y_ptrs, cast(acc, dtype), mask_m & mask_n)
@@ -244,6 +246,7 @@ def constants(
         "BLOCK_K": config.block_k,
         "BLOCK_Q": min(padded(q), block_q),
         "GROUP_M": config.group_m,
+        "TF32X3": config.tf32x3,
     }
 
 
@@ -307,7 +310,7 @@ def planned(
     numbers = {"M": m, "N": n, "K": k}
     new_y = (m, n), x.dtype
     if config.persistent:
-        del values["EVEN_K"]
+        del values["EVEN_K"], values["TF32X3"]
         block_x, block_w = [config.block_m, config.block_k], [config.block_n, config.block_k]
         block_y = [config.block_m, config.block_n // (4 if masked else 2)]
         return Launch(

@@ -212,6 +212,7 @@ def shrink_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TF32X3: tl.constexpr,  # how fp32 is multiplied by down (`dot`)
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid, split = tl.program_id(0), 0
@@ -253,7 +254,7 @@ def shrink_kernel(
                 bytes_at, there = byte_ptrs(bits_ptr, pid * BLOCK_M, k, M, K, BLOCK_M, BLOCK_K)
                 tl.store(bytes_at, bits, there)
             x = tl.where(keep, x, 0.0)
-        acc = dot(x, cast(down, dtype), acc)
+        acc = dot(x, cast(down, dtype), acc, TF32X3)
         x_ptrs += step(BLOCK_K, stride_xk)
         down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
 
@@ -308,6 +309,7 @@ def constants(
         **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_Q"), own, strict=True)),
         "BLOCK_K": config.block_k,
         "BLOCK_R": min(padded(max(r, 1)), 32),
+        "TF32X3": config.tf32x3,
     }
 
 

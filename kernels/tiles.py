@@ -65,11 +65,12 @@ class TileConfig:
     persistent: bool = False  # by tensor descriptors, one program per multiprocessor
     overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
     whole_k: bool = False  # shrink does not split K: the partial sums would spill
+    tf32x3: bool = False  # fp32 is multiplied by tensor cores, in three products of TF32
     own_cores: int = 4096  # numbers of them at a time, where each row has a core of its own
 
     def __str__(self) -> str:
         sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        kinds = [name for name in ("persistent", "overlap") if getattr(self, name)]
+        kinds = [name for name in ("persistent", "overlap", "tf32x3") if getattr(self, name)]
         return " ".join([sides, f"w{self.num_warps}", f"s{self.num_stages}", *kinds])
 
     def options(self) -> dict[str, int]:
@@ -165,6 +166,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
         and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
         and (not config.overlap or target.name in TENSOR)
+        and (not config.tf32x3 or has_tf32(target, spec))
         and (spec.kernel != "decode" or not spec.by_row or target.backend == "cuda")
         and held <= room(target, spec) * threads
         and (spec.aligned or loaded[spec.kernel] <= 64 * threads)
@@ -176,6 +178,14 @@ def has_descriptors(target: Target, spec: Spec) -> bool:
     """Whether a launch can go through tensor descriptors, and pays for it."""
     there = target.name in TENSOR and spec.kernel == "gemm_tail"
     return there and spec.itemsize == 2 and spec.aligned
+
+
+def has_tf32(target: Target, spec: Spec) -> bool:
+    """Whether a launch of fp32 can go through TF32 on tensor cores."""
+    there = target.backend == "cuda" and spec.kernel in ("shrink", "gemm_tail") and spec.pad_p <= 64
+    return (
+        there and spec.itemsize == 4 >= spec.factor_itemsize and spec.aligned and not spec.dropout
+    )
 
 
 def has_relay(target: Target, spec: Spec) -> bool:
@@ -265,8 +275,9 @@ DEFAULTS = (
     Default("relay", PERSISTENT, ("sm_90",), 2, True, rank=RELAY_RANK, dropout=False),
 )  # fmt: skip
 
-# Tile sets to be measured beside the defaults on sm_90 and sm_100, by kernel, for 16-bit operands
-# that are aligned. With "overlap" both kernels fit on one multiprocessor, for P up to 64.
+# Tile sets to be measured beside the defaults, by kernel, for operands that are aligned: of 16 bits
+# on sm_90 and sm_100 and, for "tf32x3", of fp32 on CUDA. With "overlap" both kernels fit on one
+# multiprocessor, for P up to 64.
 VARIANTS: dict[str, dict[str, TileConfig]] = {
     "pointers": {"gemm_tail": replace(PERSISTENT, persistent=False)},
     "deep": {"gemm_tail": replace(PERSISTENT, num_stages=4)},
@@ -274,6 +285,10 @@ VARIANTS: dict[str, dict[str, TileConfig]] = {
     "overlap": {
         "gemm_tail": replace(PERSISTENT, overlap=True),
         "shrink": TileConfig(64, 16, 64, 4, 3, max_registers=128, overlap=True),
+    },
+    "tf32x3": {
+        "gemm_tail": TileConfig(128, 64, 32, 8, 3, max_registers=255, tf32x3=True),
+        "shrink": TileConfig(64, 16, 32, 4, 3, max_registers=255, tf32x3=True),
     },
 }
 

@@ -199,7 +199,7 @@ def problems(
         found.append(f"spills: {figures.spills} ({figures.registers} registers)")
     if figures.shared > target.shared:
         found.append(f"shared memory: {figures.shared} bytes, {target.name} has {target.shared}")
-    if figures.n_tf32:
+    if bool(figures.n_tf32) != tile.tf32x3:
         found.append(f"TF32: {figures.n_tf32} instructions")
     if itemsize == 2:
         mma, opcode = wanted_mma(target, tile.block_m)
@@ -265,7 +265,9 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
     for name in targets:
         target = TARGETS[name]
         for case in chosen:
-            if (case.variant or case.kernel == "relay") and name not in TENSOR:
+            special = case.variant or case.kernel == "relay"
+            older = case.variant == "tf32x3" and target.backend == "cuda"
+            if special and name not in TENSOR and not older:
                 continue
             if case.kernel == "decode" and "m" in case.flags and target.backend != "cuda":
                 continue

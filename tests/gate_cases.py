@@ -335,10 +335,9 @@ def dropped_cases() -> Iterator[Case]:
 
 def variant_cases() -> Iterator[Case]:
     for variant, tiles in VARIANTS.items():
-        for (layout, aligned), rank, dtype in itertools.product(
-            ALIGNED, (16, 48, 64), ("bf16", "fp16")
-        ):
-            if rank == 64 or dtype == "bf16":
+        dtypes = ("fp32",) if variant == "tf32x3" else ("bf16", "fp16")
+        for (layout, aligned), rank, dtype in itertools.product(ALIGNED, (16, 48, 64), dtypes):
+            if rank == 64 or dtype != "fp16":
                 common = (layout, aligned)
                 gemm = Case("gemm_tail", dtype, dtype, "", *common, 0, rank, 0, "b", True, False)
                 shrink = Case(

@@ -6,6 +6,7 @@ Every function named check_… is run; each compiles for GPUs that are not here.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import fields, replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from gate_cases import DTYPES, Case, cases, empty, launch
+from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
 from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
@@ -116,6 +118,24 @@ def check_tf32_is_found() -> None:
         figures = gate.compiled(call, target, sass=target is SM_90)
         wrong = "; ".join(gate.problems(figures, target, "gemm_tail", tile, 4, True))
         assert ("TF32" in wrong) == (precision != "ieee"), (target.name, precision, figures)
+
+
+def check_float32_is_summed_in_blocks() -> None:
+    """Each product of float32 begins from zero: K has no chain of sums from end to end.
+
+    Triton folds such a sum into a product from zero, if nothing keeps it from that.
+    """
+    fp32 = {"x": "fp32", "down": "fp32", "core": "fp32"}
+    for case in (replace(case, **fp32) for case in (GEMM, SHRINK, DECODE)):
+        for target in (SM_90, TARGETS["gfx942"]):
+            tile, _ = gate.tile_of(case, target)
+            ast, options = gate.source(gate.tiled(case, tile), target)
+            gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+            text = triton.compile(ast, target=gpu, options=options).asm["ttgir"]
+            zeros = set(re.findall(r"(%\S+) = arith.constant dense<0.000000e\+00>", text))
+            begun = re.findall(r"= tt.dot \S+, \S+, (%[^\s,]+)", text)
+            assert len(begun) >= 2, text
+            assert set(begun) <= zeros, (case, target.name, begun)
 
 
 def check_an_empty_kernel_is_found() -> None:

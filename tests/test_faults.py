@@ -50,6 +50,12 @@ FAULTS = {
         "",
         "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
     ),
+    "a chain of float32 along all of K": (
+        "kernels/common.py",
+        "max_num_imprecise_acc=1",
+        "max_num_imprecise_acc=0",
+        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+    ),
     "TF32 where a factor is loaded in 16 bits": (
         "kernels/common.py",
         "y = tl.sum(y[:, :, None], 2)",

@@ -20,6 +20,7 @@ from fused_lowrank import (
 from fused_lowrank.compute import devices, isolation
 from fused_lowrank.compute.operands import Operands
 from fused_lowrank.compute.plans import PLANS
+from fused_lowrank.kernels import gemm_tail, shrink
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import (
     check_pooled,
@@ -240,6 +241,37 @@ def test_persistent_gemm_tail(
         )
     assert counts["gemm_tail_persistent_kernel"] == 2  # forward and backward
     assert all(m.within for m in errors), [m for m in errors if not m.within]
+
+
+def test_products_of_tf32(device: torch.device, monkeypatch) -> None:
+    """The plan of that name tells the kernels so, forward and backward.
+
+    The interpreter multiplies as float32 whatever it is told; a GPU says what error it has.
+    """
+    told = []
+    for module in (shrink, gemm_tail):
+        original = module.constants
+        monkeypatch.setattr(
+            module,
+            "constants",
+            lambda *args, of=original: told.append(of(*args)) or told[-1],
+        )
+    layer = FusedLoraXSLinear(96, 64, r=16, impl="triton", device=device, bias=False)
+    x, dy = torch.randn(80, 96, device=device), torch.randn(80, 64, device=device)
+    parts = {name: value.detach() for name, value in layer.named_parameters()}
+    parts["core"] = torch.randn(16, 16, device=device) / 4
+    made = {"x": x.requires_grad_(), **parts}
+    with pinned_plan("split:tf32x3"):
+        errors = measure(
+            lambda x, **parts: functional_call(layer, parts, (x,)),
+            lambda x, weight, down, core, up: reference(
+                x=x, weight=weight, down=down, core=core, up=up, scale=layer.scale
+            ),
+            made,
+            dy,
+        )
+    assert [values["TF32X3"] for values in told] == [True] * 4
+    assert all(m.within for m in errors), errors
 
 
 @pytest.mark.parametrize("tile", ["pointers", "persistent"])

@@ -386,6 +386,23 @@ def test_plans_of_a_gpu(transposed: bool, hopper: torch.device) -> None:
     assert choose.decide(many, "auto", mode="off").plans[0] != "aten"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float32_on_a_gpu(transposed: bool, hopper: torch.device) -> None:
+    """aten, unless there is a mask or a core for each row; TF32 only by its name."""
+    for m in (1, 64, 8192):
+        of = at(m, 4096, 4096, device=hopper, transposed=transposed)
+        assert choose.candidates(of, "auto") == ["aten"]
+        assert "split" in choose.candidates(of, "triton")
+        assert "split" in choose.candidates(of._replace(by_row=True), "auto")
+        assert "split" in choose.candidates(of._replace(dropout=True), "auto")
+    narrow = PLANS["split:tf32x3"]
+    assert not narrow.automatic
+    assert narrow.why_not(of) is None
+    for other in ({"m": 64}, {"dropout": True}, {"regular": False}, {"dtype": torch.bfloat16}):
+        assert "is for float32 without dropout" in narrow.why_not(of._replace(**other))
+    assert "is for 16 bits" in PLANS["split:deep"].why_not(of)
+
+
 @pytest.mark.parametrize("rank", [16, 300])
 def test_dropout_has_one_mask_forward_and_backward(rank: int, hopper: torch.device) -> None:
     """The kernels' and torch's differ: whichever plans two passes take, they are of one kind."""

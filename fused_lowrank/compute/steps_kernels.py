@@ -175,10 +175,12 @@ def why_not_tiles(problem: Problem, name: str) -> str | None:
     """Why a pass cannot take the set of tiles of that name, or None if it can."""
     if name not in VARIANTS:
         return None
-    where = devices.target(problem.device)
+    where, tiles = devices.target(problem.device), VARIANTS[name]
     fits = where is not None and all(
-        is_valid(tile, where, spec_of(kernel, problem)) for kernel, tile in VARIANTS[name].items()
+        is_valid(tile, where, spec_of(kernel, problem)) for kernel, tile in tiles.items()
     )
-    if not fits or problem.dtype.itemsize != 2 or not problem.regular or problem.m <= SMALL_M:
-        return f"{name!r} is for 16 bits, multiples of 16 and more than {SMALL_M} rows"
+    size = 4 if any(tile.tf32x3 for tile in tiles.values()) else 2
+    if not fits or problem.dtype.itemsize != size or not problem.regular or problem.m <= SMALL_M:
+        kind = "16 bits" if size == 2 else "float32 without dropout, P up to 64"
+        return f"{name!r} is for {kind}, multiples of 16 and more than {SMALL_M} rows"
     return None
