@@ -303,7 +303,7 @@ def planned(
     q = 0 if up is None else up.shape[0 if transposed else 1]
     masked, is_aligned = bits is not None, gemm_aligned(x, weight, (u, up, bias, bits))
     itemsizes = x.element_size(), (weight if up is None else up).element_size()
-    config = choose(Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked), m)
+    config = choose(Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked, n=n), m)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     values = constants(q, k, transposed, bias is not None, masked, config)
     unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("bits_ptr",))

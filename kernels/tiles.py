@@ -6,7 +6,6 @@ a shape and a device kind; everything it can give is compiled by the compile gat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,8 @@ MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 RELAY_RANK = 64  # padded(P) at most: relay holds rows of t beside its tile of y
 FEW_M = 32  # up to here one of decode does, which has at most SMALL_M
+FULL = 96  # tiles that about fill an sm_90, which has 114 to 132 multiprocessors
+MANY = 1 << 20  # rows or columns, as many as fill any device
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Spec:
     pad_q: int
     dropout: bool = False  # by the kernel itself
     by_row: bool = False  # a core for each row
+    n: int = 0  # columns of y, in gemm_tail
 
     @property
     def wide(self) -> bool:
@@ -208,26 +210,36 @@ class Default:
     rank: int = MAX_RANK  # padded(P) at most
     small: bool | None = None  # at most SMALL_M rows; of decode, FEW_M
     dropout: bool | None = None
+    tiles: int = 0  # at least so many of them in y
 
-    def covers(self, target: str, spec: Spec, small: bool) -> bool:
+    def covers(self, target: str, spec: Spec, m: int) -> bool:
+        """Whether a launch of `m` rows on a device of that kind may take the tile."""
+        if self.kernel != spec.kernel or spec.pad_p > self.rank:
+            return False
+        small = m <= (FEW_M if spec.kernel == "decode" else SMALL_M)
         asked = (self.itemsize, self.aligned, self.wide, self.small, self.dropout)
         given = (spec.itemsize, spec.aligned, spec.wide, small, spec.dropout)
         return (
-            self.kernel == spec.kernel
-            and (self.targets is None or target in self.targets)
+            (self.targets is None or target in self.targets)
             and all(a is None or a == g for a, g in zip(asked, given, strict=True))
-            and spec.pad_p <= self.rank
+            and self.tiles <= -(-m // self.tile.block_m) * -(-spec.n // self.tile.block_n)
         )
 
 
 PERSISTENT = TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)
 SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to the tail, or to t
+HALF = replace(SPLIT, num_stages=5)
+QUARTER = TileConfig(128, 64, 128, 4, 4, persistent=True)
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", SPLIT, ("sm_100",), 2, True, True),
-    Default("gemm_tail", PERSISTENT, TENSOR, 2, True),
+    Default("gemm_tail", PERSISTENT, ("sm_100",), 2, True),
+    Default("gemm_tail", PERSISTENT, ("sm_90",), 2, True, tiles=FULL),
+    Default("gemm_tail", HALF, ("sm_90",), 2, True, tiles=FULL),
+    Default("gemm_tail", QUARTER, ("sm_90",), 2, True, tiles=FULL),
+    Default("gemm_tail", TileConfig(64, 64, 128, 4, 4), ("sm_90",), 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
@@ -293,9 +305,8 @@ VARIANTS: dict[str, dict[str, TileConfig]] = {
 }
 
 
-@functools.cache
-def _default(target: Target, spec: Spec, small: bool) -> TileConfig:
-    tile = next(line.tile for line in DEFAULTS if line.covers(target.name, spec, small))
+def _default(target: Target, spec: Spec, m: int) -> TileConfig:
+    tile = next(line.tile for line in DEFAULTS if line.covers(target.name, spec, m))
     # A device with less shared memory than its kind: fewer stages, then less of K at a time.
     while shared_bytes(tile, target, spec) > target.shared and tile.num_stages * tile.block_k > 16:
         if tile.num_stages > 1:
@@ -314,5 +325,5 @@ def select(target: Target, spec: Spec, m: int) -> TileConfig:
     That of `decode` has as few rows as hold them. It need not be valid: for a large P it cannot be.
     """
     if spec.kernel != "decode":
-        return _default(target, spec, m <= SMALL_M)
-    return replace(_default(target, spec, m <= FEW_M), block_m=min(padded(m), SMALL_M))
+        return _default(target, spec, m)
+    return replace(_default(target, spec, m), block_m=min(padded(m), SMALL_M))

@@ -35,6 +35,8 @@ from fused_lowrank.kernels.tiles import (
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+FEW_TILES = {"h": 1024, "q": 512, "e": 256}  # rows, beside 2048 columns
+
 
 @dataclass(frozen=True, order=True)
 class Case:
@@ -50,6 +52,7 @@ class Case:
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
     flags: str  # stored: t and u; b(ias), d(ropout), s(plit over K); gradients a and b;
+    # h(alf), q(uarter), e(ighth of the rows that fill a device with gemm_tail's largest tile);
     # m(any cores): one for each row or, w(eighted), two
     even_k: bool
     small: bool  # the tile for few rows; for fewer still in decode
@@ -94,6 +97,8 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         m, n = FEW_M if case.small else SMALL_M, n if "s" in case.flags else 2**16
     elif case.small:
         m = SMALL_M
+    for flag, rows_of_few_tiles in FEW_TILES.items():
+        m = rows_of_few_tiles if flag in case.flags else m
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
     seed = torch.empty(1, dtype=torch.int64, device="meta")
@@ -249,6 +254,11 @@ def gemm_cases() -> Iterator[Case]:
     yield from some("fp32", "bf16", ALIGNED + UNALIGNED, [(200, False)], (False,))
     yield from some("fp32", "fp32", STRIDED, [(200, False)], (False,))
     yield from some("bf16", "bf16", ALIGNED, [(0, True), (16, True)], (False,), flags="")
+    for flag in FEW_TILES:
+        ranks = [(16, True), (79, False), (256, True)]
+        yield from some("bf16", "bf16", ALIGNED, ranks, (False,), flags="b" + flag)
+        yield from some("bf16", "fp32", ALIGNED, [(64, True)], (False,), flags="b" + flag)
+        yield from some("fp16", "fp32", ALIGNED, [(200, False)], (False,), flags="b" + flag)
     # Dropout masks the tail of the backward alone.
     aligned, unaligned = ALIGNED[1:], UNALIGNED[1:]
     yield from some("bf16", "bf16", aligned, [(16, True), (64, True), (256, True)], flags="d")

@@ -78,7 +78,7 @@ def test_without_it_shapes_may_change_the_bits(device: torch.device) -> None:
 def test_tiles_do_not_follow_the_rows(kernel: str, itemsize: int, device: torch.device) -> None:
     """And K is not split over programs."""
     choose = devices.tiles(device, "fixed")
-    spec = Spec(kernel, itemsize, itemsize, True, 16, 16)
-    tiles = {choose(spec, rows) for rows in (1, 64, 65, 8192)}
+    spec = Spec(kernel, itemsize, itemsize, True, 16, 16, n=4096)
+    tiles = {choose(spec, rows) for rows in (1, 64, 65, 128, 256, 512, 1024, 8192)}
     assert len(tiles) == 1
     assert kernel == "gemm_tail" or tiles.pop().whole_k

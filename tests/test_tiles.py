@@ -24,7 +24,8 @@ from fused_lowrank.kernels.tiles import (
 
 KERNELS = ("gemm_tail", "shrink", "core_grad", "decode", "relay", "dropped")
 PADDED = (16, 32, 64, 128, 256)
-ROWS = (1, SMALL_M, SMALL_M + 1, 1 << 20)
+ROWS = (1, SMALL_M, SMALL_M + 1, 256, 512, 1 << 20)
+COLUMNS = (16, 4096)
 # (itemsize of x, of the widest factor): fp64 is for gradcheck alone, in the interpreter.
 ITEMSIZES = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 8))
 
@@ -33,6 +34,8 @@ def specs(target):
     """What can be launched there."""
     sides = itertools.product(KERNELS, ITEMSIZES, (True, False), PADDED, PADDED, (False, True))
     every = [Spec(kernel, *sizes, even, p, q, drop) for kernel, sizes, even, p, q, drop in sides]
+    gemms = [spec for spec in every if spec.kernel == "gemm_tail" and spec.pad_p == 16]
+    every += [replace(spec, n=n) for spec in gemms for n in COLUMNS]
     return [spec for spec in every if spec.kernel != "relay" or has_relay(target, spec)]
 
 
@@ -67,11 +70,35 @@ def test_a_device_with_less_shared_memory_gets_smaller_tiles():
 
 def test_every_line_is_the_default_of_something():
     reached = {
-        next(line for line in DEFAULTS if line.covers(name, spec, small))
+        next(line for line in DEFAULTS if line.covers(name, spec, m))
         for name, target in TARGETS.items()
-        for spec, small in itertools.product(specs(target), (True, False))
+        for spec, m in itertools.product(specs(target), ROWS)
     }
     assert reached == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "sides"),
+    [
+        (64, 4096, (64, 32, 128)),
+        (128, 4096, (64, 64, 128)),  # the fastest on an H200, at 4096 columns
+        (256, 4096, (128, 64, 128)),
+        (512, 4096, (128, 128, 64)),
+        (1024, 4096, (128, 256, 64)),
+        (8192, 4096, (128, 256, 64)),
+        (512, 14336, (128, 256, 64)),
+        (2048, 1024, (128, 128, 64)),
+        (512, 1024, (64, 64, 128)),
+    ],
+)
+def test_tiles_of_a_gemm_fill_the_device(m, n, sides):
+    """On sm_90 the largest of which there are enough."""
+    for spec in (replace(GEMM, n=n), replace(GEMM, n=n, factor_itemsize=4)):
+        tile = select(TARGETS["sm_90"], spec, m)
+        assert (tile.block_m, tile.block_n, tile.block_k) == sides
+        assert select(TARGETS["sm_100"], spec, m) == select(TARGETS["sm_100"], spec, 1 << 20) or (
+            m == SMALL_M
+        )
 
 
 def test_padded_is_a_power_of_two_that_holds_the_rank():

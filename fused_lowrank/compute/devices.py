@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from ..kernels.tiles import (
+    MANY,
     MAX_RANK,
-    SMALL_M,
     TARGETS,
     VARIANTS,
     Choice,
@@ -94,7 +94,7 @@ def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
     def choose(spec: Spec, m: int) -> TileConfig:
         pinned = pinned_tiles.get(spec.kernel)
         if pinned is None and name == "fixed":
-            many = select(where, spec, SMALL_M + 1)
+            many = select(where, replace(spec, n=MANY), MANY)
             return replace(many, whole_k=True) if spec.kernel == "shrink" else many
         if pinned is None:
             other = instead.get(spec.kernel)

@@ -161,8 +161,8 @@ def spec_of(kernel: str, problem: Problem) -> Spec:
     size = problem.dtype.itemsize
     p = 16 if kernel == "gemm_tail" else padded(problem.p)
     masked = problem.dropout and problem.transposed == (kernel == "gemm_tail")
-    by_row = problem.by_row and kernel != "gemm_tail"
-    return Spec(kernel, size, size, problem.regular, p, padded(problem.q), masked, by_row)
+    by_row, n = problem.by_row and kernel != "gemm_tail", problem.n if kernel == "gemm_tail" else 0
+    return Spec(kernel, size, size, problem.regular, p, padded(problem.q), masked, by_row, n)
 
 
 def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
