@@ -97,6 +97,7 @@ def core_grad_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK: tl.constexpr,  # of dcore's two sides, for da and db: both dots are of fp32
     BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,  # partial sums under way at a time
 ):
     acc_dtype: tl.constexpr = accumulator(t_ptr.dtype.element_ty)
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -118,9 +119,8 @@ def core_grad_kernel(
 
     # The partial sums lie as (splits, PAD_P, PAD_Q).
     tile_ptrs = partial_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
-    # One at a time: more have no registers beside the pointers of unaligned operands.
     acc, last = gathered(
-        acc, tile_ptrs, split, splits, PAD_P * PAD_Q, arrivals_ptr + TILES + tile, 1
+        acc, tile_ptrs, split, splits, PAD_P * PAD_Q, arrivals_ptr + TILES + tile, AHEAD
     )
     if last:
         acc *= scale
@@ -164,6 +164,8 @@ def constants(
         "BLOCK_Q": min(padded(q), config.block_n),
         "BLOCK": min(padded(p), padded(q), 32),
         "BLOCK_R": min(padded(max(r, 1)), 32),
+        # Of a large tile more than one has no registers beside the pointers of unaligned operands.
+        "AHEAD": 8 if config.block_n <= 32 else 1,
     }
 
 

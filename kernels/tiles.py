@@ -43,6 +43,7 @@ AMPERE = ("sm_80", "sm_89")  # mma.sync: operands and sums share the registers
 TENSOR = ("sm_90", "sm_100")  # wgmma, tcgen05: operands stay in shared memory
 CUDA = AMPERE + TENSOR
 CDNA = ("gfx942",)
+HOPPER = ("sm_90",)
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class Default:
     rank: int = MAX_RANK  # padded(P) at most
     small: bool | None = None  # at most SMALL_M rows; of decode, FEW_M
     dropout: bool | None = None
+    by_row: bool | None = None
     tiles: int = 0  # at least so many of them in y
 
     def covers(self, target: str, spec: Spec, m: int) -> bool:
@@ -217,8 +219,8 @@ class Default:
         if self.kernel != spec.kernel or spec.pad_p > self.rank:
             return False
         small = m <= (FEW_M if spec.kernel == "decode" else SMALL_M)
-        asked = (self.itemsize, self.aligned, self.wide, self.small, self.dropout)
-        given = (spec.itemsize, spec.aligned, spec.wide, small, spec.dropout)
+        asked = (self.itemsize, self.aligned, self.wide, self.small, self.dropout, self.by_row)
+        given = (spec.itemsize, spec.aligned, spec.wide, small, spec.dropout, spec.by_row)
         return (
             (self.targets is None or target in self.targets)
             and all(a is None or a == g for a, g in zip(asked, given, strict=True))
@@ -236,10 +238,10 @@ DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", SPLIT, ("sm_100",), 2, True, True),
     Default("gemm_tail", PERSISTENT, ("sm_100",), 2, True),
-    Default("gemm_tail", PERSISTENT, ("sm_90",), 2, True, tiles=FULL),
-    Default("gemm_tail", HALF, ("sm_90",), 2, True, tiles=FULL),
-    Default("gemm_tail", QUARTER, ("sm_90",), 2, True, tiles=FULL),
-    Default("gemm_tail", TileConfig(64, 64, 128, 4, 4), ("sm_90",), 2, True),
+    Default("gemm_tail", PERSISTENT, HOPPER, 2, True, tiles=FULL),
+    Default("gemm_tail", HALF, HOPPER, 2, True, tiles=FULL),
+    Default("gemm_tail", QUARTER, HOPPER, 2, True, tiles=FULL),
+    Default("gemm_tail", TileConfig(64, 64, 128, 4, 4), HOPPER, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 2), CDNA, 2, True, small=True),
@@ -254,6 +256,8 @@ DEFAULTS = (
     Default("shrink", TileConfig(64, 16, 32, 4, 2, whole_k=True), CDNA, 2, True, dropout=True),
     Default("shrink", TileConfig(16, 16, 64, 4, 4), None, 2, True, rank=64, small=True),
     Default("shrink", TileConfig(64, 16, 64, 8, 4), TENSOR, 2, True, rank=64, dropout=True),
+    Default("shrink", TileConfig(64, 16, 128, 4, 4), HOPPER, 2, True, rank=32, dropout=False),
+    Default("shrink", TileConfig(32, 16, 128, 4, 4), HOPPER, 2, True, rank=64, dropout=False),
     Default("shrink", TileConfig(64, 32, 64, 4, 4), CUDA, 2, True, False, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 4, 4), CUDA, 2, True, rank=64),
     Default("shrink", TileConfig(64, 16, 64, 8, 3), TENSOR, 2, True, rank=128),
@@ -279,6 +283,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),
     Default("dropped", TileConfig(16, 16, 256, 4, 1)),
+    Default("core_grad", TileConfig(128, 32, 16, 4, 3), CUDA, 2, True, rank=64, by_row=False),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),

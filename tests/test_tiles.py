@@ -151,6 +151,13 @@ def test_core_grad_has_a_counter_for_every_tile():
             assert tiles + 1 <= N_ARRIVALS
 
 
+def test_a_core_of_64_has_an_adder_for_each_quarter():
+    """One for the whole would read 512 KB of partial sums; by adapter there are enough programs."""
+    spec = Spec("core_grad", 2, 4, True, 64, 64)
+    assert select(TARGETS["sm_90"], spec, 8192).block_n == 32
+    assert select(TARGETS["sm_90"], replace(spec, by_row=True), 8192).block_n == 64
+
+
 def test_aligned():
     torch = pytest.importorskip("torch")
     whole = torch.empty(64, dtype=torch.bfloat16)
