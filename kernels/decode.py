@@ -5,13 +5,14 @@
                                     or a core for each row (`rows`)
 
 All rows are one tile, and reading W is what takes the time, so K is split over programs until they
-fill the device. A program is one slice of K of one column tile of y. The slices of the first tile
-also make x·downᵀ, from the x that they have anyway; the last of them to finish goes through the
-core and publishes u. The last slice of each tile adds up the tile, waits for u and adds the tail.
-Partial sums are added in the order of their index, so y is bitwise reproducible.
+fill the device. A program is one slice of K of one column tile of y; the last slice of each tile to
+finish adds up the tile, waits for u and adds the tail. Partial sums are added in the order of their
+index, so y is bitwise reproducible.
 
-Slices are handed out by a ticket, those of the first tile first. So whoever waits for u waits for
-programs that are running, in whatever order the device starts them.
+u is made by programs of their own, while those of y read W: some for a slice of K of x·downᵀ each,
+and some that add these up and go through the core, for some rows each. They have the first tickets.
+So whoever waits, for all of x·downᵀ or of u, waits for programs with smaller tickets: they are
+running, in whatever order the device starts programs.
 """
 
 from __future__ import annotations
@@ -39,19 +40,80 @@ from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes
 from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, sides, store_t_and_u, unpacked
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
+MAX_MAKERS = 8  # programs that make u, where each row has a core of its own
+MIN_LOWS = 4  # programs that make x·downᵀ, where K is deep enough
+
 # What the counters of a launch count; a counter for each column tile follows.
 TICKETS = tl.constexpr(0)
-PUBLISHED = tl.constexpr(1)  # 1: u is there
-DONE = tl.constexpr(2)  # column tiles
-LOW = tl.constexpr(3)  # slices of x·downᵀ
+LOW = tl.constexpr(1)  # slices of x·downᵀ that are there
+PUBLISHED = tl.constexpr(2)  # groups of rows whose u is there
+DONE = tl.constexpr(3)  # column tiles that have seen all of u
 TILES = tl.constexpr(4)
+
+
+@triton.jit
+def wait_for(counter_ptr, count):
+    """Wait until the counter has reached `count`; what its arrivals have stored is there then.
+
+    By adding 0 the counter is read, not written: compiled, this is a load that acquires. It empties
+    the first-level cache, so that ordinary loads from here on find nothing older there.
+    """
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Count this program as one that has stored its part."""
+    tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+    tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def low_sums(
+    x_ptr,
+    down_ptr,
+    first_k,
+    end_k,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    P: tl.constexpr,
+    PAD_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x·downᵀ over K from first_k to end_k."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_m, offs_p, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, PAD_P), tl.arange(0, BLOCK_K)
+    mask_m, mask_p = offs_m[:, None] < M, offs_p[None, :] < P
+    x_ptrs = x_ptr + offset(offs_m[:, None], stride_xm) + offset(offs_k[None, :], stride_xk)
+    x_ptrs += offset(first_k, stride_xk)
+    if TRANSPOSED:
+        down_ptrs = down_ptr + offset(first_k + offs_k[:, None], P) + offs_p[None, :]
+    else:
+        down_ptrs = down_ptr + offset(offs_p[None, :], K) + (first_k + offs_k[:, None])
+    low = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
+    for k in range(first_k, end_k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask_m, other=0.0)
+            down = tl.load(down_ptrs, mask_p, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask_m & (offs_k[None, :] < K - k), other=0.0)
+            down = tl.load(down_ptrs, mask_p & (offs_k[:, None] < K - k), other=0.0)
+        low = dot(x, cast(down, dtype), low)
+        x_ptrs += step(BLOCK_K, stride_xk)
+        down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
+    return low
 
 
 @triton.jit
 def slice_sums(
     x_ptr,
     w_ptr,
-    down_ptr,
     first_n,
     first_k,
     end_k,
@@ -62,30 +124,21 @@ def slice_sums(
     stride_xk,
     stride_wn,
     stride_wk,
-    P: tl.constexpr,
-    PAD_P: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WITH_LOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x·Wᵀ of one column tile and, WITH_LOW, x·downᵀ, both over K from first_k to end_k."""
+    """x·Wᵀ of one column tile over K from first_k to end_k."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offs_m, offs_n = tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    offs_p, offs_k = tl.arange(0, PAD_P), tl.arange(0, BLOCK_K)
-    mask_m, mask_n, mask_p = offs_m[:, None] < M, offs_n[None, :] < N, offs_p[None, :] < P
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m[:, None] < M, offs_n[None, :] < N
     x_ptrs = x_ptr + offset(offs_m[:, None], stride_xm) + offset(offs_k[None, :], stride_xk)
     w_ptrs = w_ptr + offset(offs_n[None, :], stride_wn) + offset(offs_k[:, None], stride_wk)
     x_ptrs += offset(first_k, stride_xk)
     w_ptrs += offset(first_k, stride_wk)
-    if TRANSPOSED:
-        down_ptrs = down_ptr + offset(first_k + offs_k[:, None], P) + offs_p[None, :]
-    else:
-        down_ptrs = down_ptr + offset(offs_p[None, :], K) + (first_k + offs_k[:, None])
     acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dtype))
-    low = tl.zeros((BLOCK_M, PAD_P), accumulator(dtype))
     for k in range(first_k, end_k, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask_m, other=0.0)
@@ -96,11 +149,7 @@ def slice_sums(
         acc = dot(x, w, acc)
         x_ptrs += step(BLOCK_K, stride_xk)
         w_ptrs += step(BLOCK_K, stride_wk)
-        if WITH_LOW:
-            mask_down = mask_p if EVEN_K else mask_p & (offs_k[:, None] < K - k)
-            low = dot(x, cast(tl.load(down_ptrs, mask_down, other=0.0), dtype), low)
-            down_ptrs += BLOCK_K * (P if TRANSPOSED else 1)
-    return acc, low
+    return acc
 
 
 def decode_kernel(
@@ -125,6 +174,9 @@ def decode_kernel(
     repeat,
     slots,
     scale,
+    lows,
+    low_depth,
+    makers,
     splits,
     depth,
     M,
@@ -149,6 +201,7 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # rows of u to a program
     BLOCK_ROWS: tl.constexpr,  # of a core for each row, at a time
     BLOCK_P: tl.constexpr,  # of t · core
     BLOCK_U: tl.constexpr,  # columns of u made at a time
@@ -156,67 +209,69 @@ def decode_kernel(
     BLOCK_Q: tl.constexpr,  # of u · upᵀ
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    rows, offs_p = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, PAD_P)[None, :]
     ticket = tl.atomic_add(arrivals_ptr + TICKETS, 1, sem="relaxed")
-    tile, tiles = ticket // splits, tl.num_programs(0) // splits
-    split, first_n = ticket % splits, tile * BLOCK_N
-    first_k = split * depth * BLOCK_K
-    end_k = min(K, first_k + depth * BLOCK_K)
-
-    rows = tl.arange(0, BLOCK_M)[:, None]
-    if tile == 0:
-        acc, low = slice_sums(
-            x_ptr, w_ptr, down_ptr, first_n, first_k, end_k, M, N, K,
-            stride_xm, stride_xk, stride_wn, stride_wk,
-            P, PAD_P, TRANSPOSED, EVEN_K, True, BLOCK_M, BLOCK_N, BLOCK_K,
+    if ticket < lows:  # partial sums of x·downᵀ lie as (lows, BLOCK_M, PAD_P)
+        first_k = ticket * low_depth * BLOCK_K
+        low = low_sums(
+            x_ptr, down_ptr, first_k, min(K, first_k + low_depth * BLOCK_K), M, K,
+            stride_xm, stride_xk, P, PAD_P, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        tl.store(partial_low_ptr + (ticket * BLOCK_M + rows) * PAD_P + offs_p, low)
+        arrive(arrivals_ptr + LOW)
+    elif ticket < lows + makers:
+        wait_for(arrivals_ptr + LOW, lows)
+        first_m = (ticket - lows) * BLOCK_T
+        own = first_m + tl.arange(0, BLOCK_T)[:, None]
+        low = tl.zeros((BLOCK_T, PAD_P), accumulator(dtype))
+        for i in range(0, lows):
+            low_ptrs = partial_low_ptr + (i * BLOCK_M + own) * PAD_P + offs_p
+            low += tl.load(low_ptrs, cache_modifier=".cg")
+        bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
+        store_t_and_u(
+            low, t_ptr, u_ptr, left_ptr, right_ptr, first_m, M, scale, 1.0,
+            P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, True, False,
+            BLOCK_T, BLOCK_P, BLOCK_U, BLOCK_R, MIX, BLOCK_ROWS, bank,
+        )  # fmt: skip
+        arrive(arrivals_ptr + PUBLISHED)
+    else:
+        place = ticket - lows - makers
+        tile, tiles = place // splits, (tl.num_programs(0) - lows - makers) // splits
+        split, first_n = place % splits, tile * BLOCK_N
+        first_k = split * depth * BLOCK_K
+        acc = slice_sums(
+            x_ptr, w_ptr, first_n, first_k, min(K, first_k + depth * BLOCK_K), M, N, K,
+            stride_xm, stride_xk, stride_wn, stride_wk, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         whole = True
-        if SPLIT:  # the partial sums of x·downᵀ lie as (splits, BLOCK_M, PAD_P)
-            low_ptrs = partial_low_ptr + rows * PAD_P + tl.arange(0, PAD_P)[None, :]
-            low, whole = gathered(low, low_ptrs, split, splits, BLOCK_M * PAD_P, arrivals_ptr + LOW)
-        if whole:
-            bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
-            store_t_and_u(
-                low, t_ptr, u_ptr, left_ptr, right_ptr, 0, M, scale, 1.0,
-                P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, STORE_T, True, False,
-                BLOCK_M, BLOCK_P, BLOCK_U, BLOCK_R, MIX, BLOCK_ROWS, bank,
+        if SPLIT:  # those of y lie as (column tiles, splits, BLOCK_M, BLOCK_N)
+            size: tl.constexpr = BLOCK_M * BLOCK_N
+            in_tile = rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            acc, whole = gathered(
+                acc, partial_ptr + tile * splits * size + in_tile, split, splits, size,
+                arrivals_ptr + TILES + tile,
             )  # fmt: skip
-            tl.debug_barrier()  # every thread's part of u is stored before it is published
-            tl.atomic_xchg(arrivals_ptr + PUBLISHED, 1, sem="release")
-    else:
-        acc, _ = slice_sums(
-            x_ptr, w_ptr, down_ptr, first_n, first_k, end_k, M, N, K,
-            stride_xm, stride_xk, stride_wn, stride_wk,
-            P, PAD_P, TRANSPOSED, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-    whole = True
-    if SPLIT:  # those of y lie as (column tiles, splits, BLOCK_M, BLOCK_N)
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        in_tile = rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        acc, whole = gathered(
-            acc, partial_ptr + tile * splits * size + in_tile, split, splits, size,
-            arrivals_ptr + TILES + tile,
-        )  # fmt: skip
-    if whole:
-        # `add_tail` reads u by ordinary loads, and none finds an older u in the first-level cache:
-        # nobody reads u before it is published, and to acquire is to empty that cache. By adding 0
-        # the flag is read, not written: compiled, this is a load that acquires.
-        while tl.atomic_add(arrivals_ptr + PUBLISHED, 0, sem="acquire") == 0:
-            pass
-        acc = add_tail(
-            acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, first_n, M, N,
-            Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
-        )  # fmt: skip
-        offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(y_ptr + offset(rows, N) + offs_n, cast(acc, dtype), (rows < M) & (offs_n < N))
-        if tl.atomic_add(arrivals_ptr + DONE, 1, sem="acq_rel") == tiles - 1:
-            # Nobody draws a ticket or waits any more.
-            tl.store(arrivals_ptr + TICKETS, 0)
-            tl.store(arrivals_ptr + PUBLISHED, 0)
-            tl.store(arrivals_ptr + DONE, 0)
+        if whole:
+            wait_for(arrivals_ptr + PUBLISHED, makers)
+            # Nothing of this program is handed on by it, and its last look at a counter is behind
+            # it, by having acquired: so it need not be ordered with anything else.
+            done = tl.atomic_add(arrivals_ptr + DONE, 1, sem="relaxed")
+            acc = add_tail(
+                acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, first_n, M, N,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+            )  # fmt: skip
+            offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(y_ptr + offset(rows, N) + offs_n, cast(acc, dtype), (rows < M) & (offs_n < N))
+            if done == tiles - 1:
+                # Nobody draws a ticket or waits any more.
+                tl.store(arrivals_ptr + TICKETS, 0)
+                tl.store(arrivals_ptr + LOW, 0)
+                tl.store(arrivals_ptr + PUBLISHED, 0)
+                tl.store(arrivals_ptr + DONE, 0)
 
 
-KERNELS = variants(decode_kernel, runtime=["M", "splits", "depth", *RUNTIME])
+SHARES = ["lows", "low_depth", "makers", "splits", "depth"]
+KERNELS = variants(decode_kernel, runtime=["M", *SHARES, *RUNTIME])
 
 
 def constants(
@@ -227,7 +282,6 @@ def constants(
     transposed: bool,
     bias: bool,
     store_t: bool,
-    split: bool,
     mix: int,
     config: TileConfig,
 ) -> dict[str, int]:
@@ -240,11 +294,12 @@ def constants(
         "HAS_BIAS": bias,
         "STORE_T": store_t,
         "EVEN_K": k % config.block_k == 0,
-        "SPLIT": split,
         "MIX": mix,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        # A product takes 16 rows at least; of rows with cores of their own there may be fewer.
+        "BLOCK_T": min(16, max(own[0], config.block_m // MAX_MAKERS)) if mix else 16,
         **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_U"), own, strict=True)),
         "BLOCK_R": min(padded(max(r, 1)), 32),
         # Rows of up that no vector load fetches take a pointer for each element: few at a time.
@@ -252,14 +307,24 @@ def constants(
     }
 
 
-def splits(tiles: int, blocks: int, device: torch.device) -> int:
-    """How many programs share a column tile's blocks of K: about two to a multiprocessor in all.
+def lows(tiles: int, blocks: int, device: torch.device) -> int:
+    """How many programs share x·downᵀ, for so many column tiles of y and blocks of K.
 
+    Their slices are at most about twice as deep as those of y: there is less to read in them.
+    """
+    programs = 2 * multiprocessors(device)
+    return max(1, min(max(MIN_LOWS, programs // tiles // 2), blocks // MIN_BLOCKS, MAX_SPLITS))
+
+
+def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
+    """How many programs share a column tile's blocks of K.
+
+    With the `others` of the launch there are at most two to a multiprocessor, which start at once.
     Each has at least MIN_BLOCKS. A tile that is not split needs no counter, so that there are
     always enough of them.
     """
-    programs = 2 * multiprocessors(device)
-    return max(1, min((programs + tiles // 2) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
+    programs = 2 * multiprocessors(device) - others
+    return max(1, min(programs // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
 
 
 INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")
@@ -315,25 +380,32 @@ def planned(
     if m > config.block_m:
         raise ValueError(f"x has {m} rows: a tile of {config} holds {config.block_m}")
     tiles, blocks = cdiv(n, config.block_n), cdiv(k, config.block_k)
-    depth = cdiv(blocks, splits(tiles, blocks, x.device))
-    parts = cdiv(blocks, depth)  # none without a block
+    low_depth = cdiv(blocks, lows(tiles, blocks, x.device))
+    low_parts = cdiv(blocks, low_depth)  # none without a block
     store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
     new_t = (m, p), x.dtype
+    values = constants(p, q, r, k, transposed, bias is not None, store_t, by_row, config)
+    makers = cdiv(m, values["BLOCK_T"])
+    depth = cdiv(blocks, splits(tiles, blocks, low_parts + makers, x.device))
+    parts = cdiv(blocks, depth)
     partial = (tiles, parts, config.block_m, config.block_n), sum_dtype(x.dtype)
-    partial_low = (parts, config.block_m, padded(p)), sum_dtype(x.dtype)
+    partial_low = (low_parts, config.block_m, padded(p)), sum_dtype(x.dtype)
     return Launch(
         KERNELS[is_aligned],
-        (tiles * parts,),
+        (low_parts + makers + tiles * parts,),
         (*INPUTS, *POINTERS) if by_row else INPUTS,
         results={"y_ptr": ((m, n), x.dtype), "t_ptr": new_t if want_t else None},
         scratch={
             **({"t_ptr": new_t} if store_t and not want_t else {}),
             "u_ptr": ((m, padded(q)), x.dtype),
             "partial_ptr": partial if parts > 1 else None,
-            "partial_low_ptr": partial_low if parts > 1 else None,
+            "partial_low_ptr": partial_low,
         },
         numbers={
             **sizes(core),
+            "lows": low_parts,
+            "low_depth": low_depth,
+            "makers": makers,
             "splits": parts,
             "depth": depth,
             "M": m,
@@ -344,12 +416,7 @@ def planned(
             "stride_wn": weight.stride(0),
             "stride_wk": weight.stride(1),
         },
-        constants={
-            **constants(
-                p, q, r, k, transposed, bias is not None, store_t, parts > 1, by_row, config
-            ),
-            **config.options(),
-        },
+        constants={**values, "SPLIT": parts > 1, **config.options()},
         varying=("scale",),
         meets=True,
         device=x.device,

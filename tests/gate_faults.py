@@ -175,6 +175,9 @@ def check_variants() -> None:
                 never = {
                     "M",
                     "rows",
+                    "lows",
+                    "low_depth",
+                    "makers",
                     "splits",
                     "depth",
                     "threshold",

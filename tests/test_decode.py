@@ -1,6 +1,7 @@
 """decode: a layer of few rows in one launch, against fp64, and the counters it leaves behind."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,16 +210,21 @@ def test_no_order_of_the_programs_is_assumed(device: torch.device, monkeypatch) 
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU has an order of its own")
 def test_tiles_do_not_meet_each_other(device: torch.device, monkeypatch) -> None:
-    """The slices of the two tiles arrive in turn, as they do where programs run side by side."""
+    """The slices of the two tiles arrive in turn, as they do where programs run side by side; so do
+    those of x·downᵀ before them, and the rows of u.
+    """
     from triton.runtime.interpreter import interpreter_builder
 
     monkeypatch.setattr(module, "splits", lambda *_: 4)
-    made = operands(device)
+    monkeypatch.setattr(module, "lows", lambda *_: 5)
+    made = operands(device, m=33)
     y, t = launched(**made)
-    tickets = (3, 2, 4, 0, 1, 5)  # three slices to a tile, of two blocks of K at most
+    # Five slices of a block, three groups of rows, three slices of two blocks at most to a tile.
+    tickets = (3, 4, 0, 2, 1, 6, 5, 7, 11, 10, 12, 8, 9, 13)
     start = interpreter_builder.set_grid_idx
 
     def dealt(x: int, *rest: int) -> None:
+        assert interpreter_builder.grid_dim[0] == len(tickets)
         arrivals(device)[module.TICKETS.value] = tickets[x]
         start(x, *rest)
 
@@ -241,13 +247,53 @@ def test_more_rows_than_a_tile_are_refused(device: torch.device) -> None:
         launched(**operands(device, m=65))
 
 
-def test_splits_fill_the_device_about_twice(device: torch.device) -> None:
-    """None where the column tiles do; never less than MIN_BLOCKS of K to a program."""
+def test_programs_fill_the_device_about_twice(device: torch.device) -> None:
+    """No more than that if K is split; never less than MIN_BLOCKS of K to a program."""
     there = multiprocessors(device)
     for tiles, blocks in itertools.product((1, 2, 5, there, 3 * there, 50 * there), (1, 7, 8, 999)):
-        found = module.splits(tiles, blocks, device)
-        assert 1 <= found <= module.MAX_SPLITS
-        assert found == 1 or found * module.MIN_BLOCKS <= blocks
-        assert found == 1 or tiles * found <= 3 * there
+        lows = module.lows(tiles, blocks, device)
+        found = module.splits(tiles, blocks, lows + 1, device)
+        for shares in (lows, found):
+            assert 1 <= shares <= module.MAX_SPLITS
+            assert shares == 1 or shares * module.MIN_BLOCKS <= blocks
+        assert found == 1 or tiles * found + lows + 1 <= 2 * there
         assert found == 1 or tiles + module.TILES.value <= N_ARRIVALS
-    assert module.splits(there, 999, device) == 2
+
+
+def test_the_shares_of_a_hopper(device: torch.device, monkeypatch) -> None:
+    """Of 132 multiprocessors, at 64 rows: two programs to each, those that make u among them."""
+    monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    for n, k, expected in (
+        (4096, 4096, (4, 4)),
+        (14336, 4096, (4, 1)),
+        (4096, 14336, (4, 4)),
+        (1024, 4096, (8, 15)),
+    ):
+        tiles, blocks = n // 64, k // 64
+        lows = module.lows(tiles, blocks, device)
+        assert (lows, module.splits(tiles, blocks, lows + 4, device)) == expected
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64])
+def test_u_is_made_by_several_programs(m: int, device: torch.device, monkeypatch) -> None:
+    """16 rows to each; of rows with cores of their own as few as 8 programs have."""
+    monkeypatch.setattr(module, "lows", lambda *_: 3)
+    grids = []
+    original = module.Launch
+
+    def noted(kernel, grid, *args, **keywords):
+        grids.append((grid, keywords["numbers"], keywords["constants"]))
+        return original(kernel, grid, *args, **keywords)
+
+    monkeypatch.setattr(module, "Launch", noted)
+    check(operands(device, m=m))
+    for grid, numbers, values in grids:
+        assert (numbers["lows"], numbers["makers"]) == (3, -(-m // 16))
+        assert grid == (3 + numbers["makers"] + 2 * numbers["splits"],)
+        assert values["BLOCK_T"] == 16
+    of = [module.constants(p, p, 0, 64, False, False, True, 1, TILE) for p in (16, 64)]
+    of += [
+        module.constants(p, p, 0, 64, False, False, True, 1, replace(TILE, block_m=64))
+        for p in (16, 64)
+    ]
+    assert [values["BLOCK_T"] for values in of] == [16, 2, 16, 8]
