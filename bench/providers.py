@@ -195,9 +195,11 @@ def passes(case: Case, device: torch.device) -> tuple[Problem, Problem]:
     m, dropout = bucket(case.rows), case.dropout > 0.0
     regular = device.type == "cuda" and (case.k | case.n) % 16 == 0
     kind, p = (device, case.torch_dtype, m), case.p
-    forward = Problem(*kind, case.k, case.n, p, p, False, regular, dropout, False)
     trains_down = case.method == "lora"
-    flags = True, regular, dropout, trains_down
+    bulk = device.type == "cuda" and case.torch_dtype.itemsize == 2 and not trains_down
+    bulk = bulk and (case.k | case.n | p) % 8 == 0
+    forward = Problem(*kind, case.k, case.n, p, p, False, regular, dropout, False, False, bulk)
+    flags = True, regular, dropout, trains_down, False, bulk
     return forward, Problem(*kind, case.n, case.k, p, p, *flags)
 
 

@@ -106,12 +106,15 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     impl = choose.implementation(layer.impl, x, p, q)
     if layer.routed is not None and choose.isolates(impl, x, layer.down, layer.up):
         impl = "isolated"
-    regular = devices.has_kernels(device) and (k | n) % 16 == 0
+    kernels = devices.has_kernels(device)
+    regular = kernels and (k | n) % 16 == 0
+    alike = {layer.down.dtype, layer.up.dtype, dtype} == {dtype}
+    bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
         want_u, by_row = transposed and trains_down, layer.routed is not None
-        flags = transposed, regular, dropout, want_u, by_row
+        flags = transposed, regular, dropout, want_u, by_row, bulk
         passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
     return Explanation(name, "", tuple(passes))
 

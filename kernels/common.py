@@ -232,6 +232,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rows_of(weight: torch.Tensor, block: list[int]) -> tuple[Any, Any, list[int]]:
+    """(shape, strides, block) of the descriptor of W, or of Wᵀ where it is that whose rows lie."""
+    if weight.stride(1) == 1:
+        return weight.shape, weight.stride(), block
+    return weight.shape[::-1], weight.stride()[::-1], block[::-1]
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of partial sums in memory: that of `accumulator`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -5,23 +5,20 @@
 One fp32 accumulator, one rounding; y is written once and never read. The backward is the same
 kernel: dx = dy·W + v·down is gemm_tail(dy, Wᵀ, v, down, transposed).
 
-It exists twice: with a program per tile that reads and writes by pointers, for any strides; and
+It exists three times: with a program per tile that reads and writes by pointers, for any strides;
 persistent, for Hopper and later, where x, W and y go through tensor descriptors (bulk copies by the
-tensor memory accelerator) and rows and columns beyond the edge need no masks. u and up are read by
-pointers in both.
+tensor memory accelerator) and rows and columns beyond the edge need no masks; and for Hopper alone,
+where it can, in Gluon (`gemm_tail_hopper`). u and up are read by pointers in the first two. The
+tile says which one it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .common import (
-    INTERPRETED,
     accumulator,
     cast,
     cdiv,
@@ -31,13 +28,14 @@ from .common import (
     load_bits,
     multiprocessors,
     offset,
+    rows_of,
     runtime,
     step,
     tile_order,
     variants,
 )
 from .launch import LAUNCHES, Launch, key_of
-from .tiles import Choice, Spec, TileConfig, padded
+from .tiles import Choice, Spec, TileConfig, is_bulk, padded
 
 
 @triton.jit
@@ -178,7 +176,6 @@ def gemm_tail_persistent_kernel(
     W_ROWS_ARE_K: tl.constexpr,  # W lies as (K, N): its rows are what is summed over
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    OVERLAP: tl.constexpr,  # launched while the shrink that makes u may still run
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -198,8 +195,6 @@ def gemm_tail_persistent_kernel(
             w = w_desc.load([k, first_n]) if W_ROWS_ARE_K else w_desc.load([first_n, k]).T
             acc = dot(x, w, acc)
 
-        if OVERLAP and not INTERPRETED:
-            gdc_wait()
         # y is stored in parts: the tile as a whole would take the shared memory of a stage. With
         # dropout the tail has sums of its own, and those of a quarter are all that fits.
         if not DROPOUT:
@@ -250,13 +245,6 @@ def constants(
     }
 
 
-def rows_of(weight: torch.Tensor, block: list[int]) -> tuple[Any, Any, list[int]]:
-    """(shape, strides, block) of the descriptor of W, or of Wᵀ where it is that whose rows lie."""
-    if weight.stride(1) == 1:
-        return weight.shape, weight.stride(), block
-    return weight.shape[::-1], weight.stride()[::-1], block[::-1]
-
-
 INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "bits_ptr")
 INPUTS_PERSISTENT = ("x_desc", "w_desc", *INPUTS[2:])
 
@@ -303,7 +291,13 @@ def planned(
     q = 0 if up is None else up.shape[0 if transposed else 1]
     masked, is_aligned = bits is not None, gemm_aligned(x, weight, (u, up, bias, bits))
     itemsizes = x.element_size(), (weight if up is None else up).element_size()
-    config = choose(Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked, n=n), m)
+    bulk = is_bulk(x, weight, *(() if u is None or up is None else (u, up)))
+    spec = Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked, n=n, bulk=bulk)
+    config = choose(spec, m)
+    if config.hopper:
+        from . import gemm_tail_hopper
+
+        return gemm_tail_hopper.planned(x, weight, up, bias, transposed, config)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     values = constants(q, k, transposed, bias is not None, masked, config)
     unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("bits_ptr",))
@@ -321,10 +315,8 @@ def planned(
             numbers=numbers,
             constants={
                 "W_ROWS_ARE_K": weight.stride(1) != 1,
-                "OVERLAP": config.overlap,
                 **values,
                 **config.options(),
-                **({"launch_pdl": True} if config.overlap else {}),
             },
             blocks={
                 "x_desc": (x.shape, x.stride(), block_x),

@@ -99,7 +99,8 @@ class Launch:
 
     Those of the caller's are named by `inputs`; those of `results` and `scratch`, by name, are made
     for each launch, the latter in one piece. An absent one is None. In its place, and in that of
-    the pointers named by `unread`, which this launch does not read, lies the first input.
+    the pointers named by `unread`, which this launch does not read, lies the first input. An input
+    named "" is none of the kernel's.
     """
 
     kernel: Any  # a JIT function
@@ -113,6 +114,7 @@ class Launch:
     scratch: dict[str, New | None] = field(default_factory=dict)
     blocks: dict[str, tuple[Any, Any, list[int]]] = field(default_factory=dict)  # of descriptors:
     # a shape, strides and a block
+    describe: Callable[..., Any] = TensorDescriptor  # makes one of these and a tensor
     unread: tuple[str, ...] = ()
     meets: bool = False  # at `arrivals`
     again: Again | None = None  # makes later launches
@@ -138,6 +140,7 @@ class Launch:
             for new in self.results.values()
         ]
         given: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
+        given.pop("", None)
         given |= zip(self.results, made, strict=True)
         places, size = self.room()
         if size:
@@ -148,7 +151,7 @@ class Launch:
             given["arrivals_ptr"] = arrivals(self.device)
         given |= dict.fromkeys(self.without_tensor(), tensors[0])
         for name, (shape, strides, block) in self.blocks.items():
-            given[name] = TensorDescriptor(given[name], list(shape), list(strides), block)
+            given[name] = self.describe(given[name], list(shape), list(strides), block)
         return made, {**given, **self.numbers, **dict(zip(self.varying, varying, strict=True))}
 
     def room(self) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:

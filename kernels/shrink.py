@@ -20,10 +20,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from .common import (
-    INTERPRETED,
     Dropout,
     accumulator,
     aligned,
@@ -204,7 +202,6 @@ def shrink_kernel(
     STORE_BITS: tl.constexpr,  # of that mask, for the backward
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over programs of `depth` blocks each
-    OVERLAP: tl.constexpr,  # the launch after this one may start, and wait for u itself
     MIX: tl.constexpr,  # cores to a row, each from the tables `left` and `right`; 0: one for all
     BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # of a core for each row, at a time
@@ -221,8 +218,6 @@ def shrink_kernel(
         split = tl.program_id(1)
         first_k = split * depth * BLOCK_K
         end_k = min(K, first_k + depth * BLOCK_K)
-    if OVERLAP and not INTERPRETED:
-        gdc_launch_dependents()
 
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_p = tl.arange(0, PAD_P)
@@ -303,7 +298,6 @@ def constants(
         "DROPOUT": dropout,
         "EVEN_K": k % config.block_k == 0,
         "SPLIT": split,
-        "OVERLAP": config.overlap,
         "MIX": mix,
         "BLOCK_M": config.block_m,
         **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_Q"), own, strict=True)),
@@ -402,8 +396,7 @@ def planned(
     store_t = want_t or (want_u and read_t)
     stored = store_t, want_u, want_bits
     tiles, blocks = cdiv(m, config.block_m), cdiv(k, config.block_k)
-    # A program that lets the next launch start must not leave its part of u to another.
-    parts = 1 if config.overlap or config.whole_k else splits(tiles, blocks, x.device)
+    parts = 1 if config.whole_k else splits(tiles, blocks, x.device)
     depth = cdiv(blocks, parts)
     parts = cdiv(blocks, depth)  # none without a block
     new_t = (m, p), x.dtype

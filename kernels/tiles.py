@@ -6,12 +6,14 @@ a shape and a device kind; everything it can give is compiled by the compile gat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
-RELAY_RANK = 64  # padded(P) at most: relay holds rows of t beside its tile of y
+RELAY_RANK = 64  # padded(P) and padded(Q) at most: relay holds t and the core beside its tiles
 FEW_M = 32  # up to here one of decode does, which has at most SMALL_M
 FULL = 96  # tiles that about fill an sm_90, which has 114 to 132 multiprocessors
 MANY = 1 << 20  # rows or columns, as many as fill any device
@@ -26,6 +28,7 @@ class Target:
     arch: int | str
     warp_size: int
     shared: int  # bytes of shared memory that one program may use
+    gluon: bool = False  # the kernels for Hopper can be had
 
 
 TARGETS = {
@@ -33,7 +36,7 @@ TARGETS = {
     for target in (
         Target("sm_80", "cuda", 80, 32, 166_912),
         Target("sm_89", "cuda", 89, 32, 101_376),
-        Target("sm_90", "cuda", 90, 32, 232_448),
+        Target("sm_90", "cuda", 90, 32, 232_448, gluon=True),
         Target("sm_100", "cuda", 100, 32, 232_448),
         Target("gfx942", "hip", "gfx942", 64, 65_536),
     )
@@ -50,7 +53,8 @@ HOPPER = ("sm_90",)
 class TileConfig:
     """One program's tile: `block_m` rows of the output (of the reduction in `core_grad`).
 
-    `gemm_tail` makes block_m × block_n of y, block_k of K at a time. `shrink` holds all of P and
+    `gemm_tail` makes block_m × block_n of y, block_k of K at a time, by pointers, by descriptors
+    (`persistent`) or by the kernel for Hopper (`hopper`). `shrink` holds all of P and
     makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
     makes tiles as `gemm_tail` does, and holds all of P beside those of the first column. `decode`
     makes block_m × block_n of y, and in some programs all of t, with all rows in the one tile.
@@ -65,14 +69,15 @@ class TileConfig:
     group_m: int = 8
     max_registers: int | None = None  # of a thread; CUDA only
     persistent: bool = False  # by tensor descriptors, one program per multiprocessor
-    overlap: bool = False  # shrink lets the next launch start; gemm_tail starts beside a shrink
+    hopper: bool = False  # by warps with jobs of their own, one program per multiprocessor
+    parts: int = 2  # in which such a tile is stored, of equal columns
     whole_k: bool = False  # shrink does not split K: the partial sums would spill
     tf32x3: bool = False  # fp32 is multiplied by tensor cores, in three products of TF32
     own_cores: int = 4096  # numbers of them at a time, where each row has a core of its own
 
     def __str__(self) -> str:
         sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        kinds = [name for name in ("persistent", "overlap", "tf32x3") if getattr(self, name)]
+        kinds = [name for name in ("persistent", "hopper", "tf32x3") if getattr(self, name)]
         return " ".join([sides, f"w{self.num_warps}", f"s{self.num_stages}", *kinds])
 
     def options(self) -> dict[str, int]:
@@ -93,7 +98,8 @@ class Spec:
     pad_q: int
     dropout: bool = False  # by the kernel itself
     by_row: bool = False  # a core for each row
-    n: int = 0  # columns of y, in gemm_tail
+    n: int = 0  # columns of y, where tiles depend on them; 0: many
+    bulk: bool = False  # bulk copies can move all big operands, and down and up: `is_bulk`
 
     @property
     def wide(self) -> bool:
@@ -125,10 +131,10 @@ def rank_constants(p: int, q: int, r: int) -> dict[str, int]:
 def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
     """Shared memory of the pipelined operands, an estimate: the compile gate reads the true one."""
     m, n, k = config.block_m, config.block_n, config.block_k
+    if config.hopper:
+        return hopper_bytes(config, spec)
     if spec.kernel == "gemm_tail":
         stage = (m + n) * k * spec.itemsize
-    elif spec.kernel == "relay":
-        stage = ((m + n) * spec.itemsize + spec.pad_p * spec.factor_itemsize) * k
     elif spec.kernel in ("shrink", "decode"):
         rows = m if spec.kernel == "shrink" else m + n
         stage = (rows * spec.itemsize + spec.pad_p * max(spec.itemsize, spec.factor_itemsize)) * k
@@ -146,7 +152,7 @@ def room(target: Target, spec: Spec) -> int:
     for the operands themselves where products are not on tensor cores.
     """
     if spec.kernel != "decode":
-        return 160 if spec.kernel == "relay" else 128
+        return 128
     if target.backend == "hip":
         return 16 if spec.itemsize == 2 and spec.aligned else 8
     return 64 if spec.itemsize == 2 else 16
@@ -155,6 +161,8 @@ def room(target: Target, spec: Spec) -> int:
 def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     """Whether `config` can be launched for `spec` on `target` and keeps its sums in registers."""
     m, n, k = config.block_m, config.block_n, config.block_k
+    if config.hopper or spec.kernel == "relay":
+        return is_valid_hopper(config, target, spec)
     threads = config.num_warps * target.warp_size
     held = {"gemm_tail": m * n, "core_grad": n * n}.get(spec.kernel, m * (spec.pad_p + n))
     # One pointer and one mask per element of an operand that no vector load fetches.
@@ -166,9 +174,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
         and config.num_stages >= 1
         and spec.pad_p <= MAX_RANK
         and spec.pad_q <= MAX_RANK
-        and (not config.persistent or has_descriptors(target, spec) or has_relay(target, spec))
-        and (spec.kernel != "relay" or (config.persistent and has_relay(target, spec)))
-        and (not config.overlap or target.name in TENSOR)
+        and (not config.persistent or has_descriptors(target, spec))
         and (not config.tf32x3 or has_tf32(target, spec))
         and (spec.kernel != "decode" or not spec.by_row or target.backend == "cuda")
         and held <= room(target, spec) * threads
@@ -191,11 +197,68 @@ def has_tf32(target: Target, spec: Spec) -> bool:
     )
 
 
-def has_relay(target: Target, spec: Spec) -> bool:
-    """Whether the whole layer can be one launch, as far as its operands go."""
-    there = target.name in TENSOR and spec.kernel == "relay" and not spec.dropout
-    there = there and not spec.by_row
-    return there and spec.itemsize == 2 and spec.aligned and spec.pad_p <= RELAY_RANK
+def is_bulk(x: Any, weight: Any, *factors: Any) -> bool:
+    """Whether bulk copies can move x (M, K), W (N, K), y and the factors, which lie contiguous.
+
+    They are of one dtype of 16 bits, and their rows are multiples of 16 bytes, as are addresses.
+    """
+    eights = weight.shape[0], x.stride(0), max(weight.stride()), *(f.shape[1] for f in factors)
+    copied = x, weight, *(factor for factor in factors if factor.is_contiguous())
+    return (
+        x.element_size() == 2
+        and all(tensor.dtype == x.dtype for tensor in (weight, *factors))
+        and x.stride(1) == 1 == min(weight.stride())
+        and x.stride(0) > 0
+        and all(size % 8 == 0 for size in eights)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in copied)
+    )
+
+
+def has_hopper(target: Target, spec: Spec) -> bool:
+    """Whether the kernels for Hopper can make this launch, as far as its operands go."""
+    relay = spec.kernel == "relay" and max(spec.pad_p, spec.pad_q) <= RELAY_RANK
+    return (
+        target.gluon
+        and target.shared >= HOPPER_SHARED
+        and (relay or spec.kernel == "gemm_tail")
+        and spec.bulk
+        and not spec.dropout
+        and not spec.by_row
+    )
+
+
+def is_valid_hopper(config: TileConfig, target: Target, spec: Spec) -> bool:
+    """`is_valid` of a tile for Hopper: two groups of warps hold 64 rows of it each."""
+    return (
+        config.hopper
+        and has_hopper(target, spec)
+        and (config.block_m, config.block_k, config.num_warps) == (128, 64, 4)
+        and config.block_n in widths(spec)
+        and config.parts in (2, 4, 8)  # one alone would always go through the same buffer
+        and config.block_n // config.parts in (32, 64, 128)
+        and config.num_stages >= 2
+        and shared_bytes(config, target, spec) <= target.shared
+    )
+
+
+def widths(spec: Spec) -> tuple[int, ...]:
+    """Columns that a tile for Hopper can have.
+
+    The widest leaves few registers: not enough for t·core where that is three products of 64 × 64.
+    """
+    full = max(spec.pad_p, spec.pad_q) == RELAY_RANK and spec.factor_itemsize > 2 * spec.itemsize
+    return (64, 128) if spec.kernel == "relay" and full else (64, 128, 256)
+
+
+def hopper_bytes(config: TileConfig, spec: Spec) -> int:
+    """Shared memory of a launch for Hopper, all of it."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    numbers = config.num_stages * (m + n) * k  # the ring
+    numbers += 2 * m * (n // config.parts)  # two buffers for parts of y
+    if spec.kernel == "relay":
+        numbers += config.num_stages * spec.pad_p * k  # down, beside x and W
+        numbers += m * spec.pad_q + (1 + spec.wide) * spec.pad_p * spec.pad_q  # u and the core
+    return 2 * numbers + BARRIERS
 
 
 @dataclass(frozen=True)
@@ -287,27 +350,48 @@ DEFAULTS = (
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
     Default("core_grad", TileConfig(16, 64, 16, 8, 2)),
-    Default("relay", SPLIT, ("sm_100",), 2, True, rank=RELAY_RANK, dropout=False),
-    Default("relay", SPLIT, ("sm_90",), 2, True, True, rank=RELAY_RANK, dropout=False),
-    Default("relay", PERSISTENT, ("sm_90",), 2, True, rank=RELAY_RANK, dropout=False),
 )  # fmt: skip
 
 # Tile sets to be measured beside the defaults, by kernel, for operands that are aligned: of 16 bits
-# on sm_90 and sm_100 and, for "tf32x3", of fp32 on CUDA. With "overlap" both kernels fit on one
-# multiprocessor, for P up to 64.
+# on sm_90 and sm_100 and, for "tf32x3", of fp32 on CUDA.
 VARIANTS: dict[str, dict[str, TileConfig]] = {
     "pointers": {"gemm_tail": replace(PERSISTENT, persistent=False)},
     "deep": {"gemm_tail": replace(PERSISTENT, num_stages=4)},
     "narrow": {"gemm_tail": replace(PERSISTENT, block_n=128, num_warps=4, num_stages=4)},
-    "overlap": {
-        "gemm_tail": replace(PERSISTENT, overlap=True),
-        "shrink": TileConfig(64, 16, 64, 4, 3, max_registers=128, overlap=True),
-    },
     "tf32x3": {
         "gemm_tail": TileConfig(128, 64, 32, 8, 3, max_registers=255, tf32x3=True),
         "shrink": TileConfig(64, 16, 32, 4, 3, max_registers=255, tf32x3=True),
     },
 }
+
+# The tile for Hopper, and what of the matrix rate it reaches where it is so wide: on an H200 the
+# middle one took 1.06 of the time of the widest where both filled the device. The last is a guess.
+RING = TileConfig(128, 256, 64, 4, 4, max_registers=168, hopper=True, parts=4)
+REACHED = {256: 1.0, 128: 0.94, 64: 0.7}
+DEEPEST = {256: 4, 128: 5, 64: 6}  # stages
+HOPPER_SHARED = TARGETS["sm_90"].shared
+PROCESSORS = 132  # of an H100 and an H200: what a width is chosen by
+MANY_TILES = 4 * PROCESSORS  # from here on a stage less, and larger parts of y, were faster
+BARRIERS = 1024  # bytes, with what is lost between buffers
+
+
+@functools.cache
+def hopper_tile(spec: Spec, m: int) -> TileConfig:
+    """The tile for a launch on Hopper of `m` rows: of the width with the least time on paper.
+
+    That is the number of tiles that a multiprocessor makes, of the time that one takes.
+    """
+    there, n = widths(spec)[::-1], spec.n or MANY
+    tiles = {w: -(-m // RING.block_m) * -(-n // w) for w in there}
+    width = min(there, key=lambda w: -(-tiles[w] // PROCESSORS) * w / REACHED[w])
+    stages, group_m = DEEPEST[width], RING.group_m
+    if spec.kernel == "relay" or (width == 256 and tiles[width] >= MANY_TILES):
+        stages = min(stages - 1, 4)
+    if spec.kernel == "relay":
+        group_m = 16
+    tile = replace(RING, block_n=width, num_stages=stages, group_m=group_m)
+    tiles_of_parts = (replace(tile, parts=parts) for parts in (2, 4, 8))
+    return next(t for t in tiles_of_parts if hopper_bytes(t, spec) <= HOPPER_SHARED)
 
 
 def _default(target: Target, spec: Spec, m: int) -> TileConfig:
@@ -328,7 +412,10 @@ def select(target: Target, spec: Spec, m: int) -> TileConfig:
     """The default tile for a launch of `m` rows.
 
     That of `decode` has as few rows as hold them. It need not be valid: for a large P it cannot be.
+    `relay` has one where `has_hopper` says so.
     """
+    if has_hopper(target, spec) and (spec.kernel == "relay" or m > SMALL_M):
+        return hopper_tile(spec, m)
     if spec.kernel != "decode":
         return _default(target, spec, m)
     return replace(_default(target, spec, m), block_m=min(padded(m), SMALL_M))

@@ -1,6 +1,6 @@
 """The compile gate: every kernel that the library can launch, compiled for GPUs that are not here.
 
-    python tests/gate.py [--write] [--jobs N] [--target NAME] [--sample N [--seed N]]
+    python tests/gate.py [--write] [--jobs N] [--target NAME] [--hopper] [--sample N [--seed N]]
 
 Each launch is taken from its launcher, on meta tensors, and compiled by Triton as that launch would
 be. What comes out must not spill, must fit the target's shared memory, must use the tensor cores
@@ -42,6 +42,7 @@ from fused_lowrank.kernels.tiles import (
     Target,
     TileConfig,
     is_valid,
+    padded,
     select,
 )
 
@@ -87,14 +88,31 @@ def source(call: Callable[[], None], target: Target) -> tuple[ASTSource, dict]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(*args, **kwargs)
     options, *parts = kernel._pack_args(backend, kwargs, bound, specialization, None)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, *parts), options.__dict__
     return ASTSource(kernel, *parts), options.__dict__
+
+
+def built(call: Callable[[], None], target: Target) -> Any:
+    """Triton's compiled kernel of the one launch that `call` makes; its `asm` has every stage.
+
+    A call is, for instance, `lambda: launch(case, choose)`, of a case of `gate_cases`, or any call
+    of a kernel's function on meta tensors. `captured(call)` has what the kernel is given.
+    """
+    ast, options = source(call, target)
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    return triton.compile(ast, target=gpu, options=options)
 
 
 def compiled(call: Callable[[], None], target: Target, sass: bool) -> Figures:
     """Compile the launch that `call` makes and read what came out."""
-    ast, options = source(call, target)
-    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    kernel = triton.compile(ast, target=gpu, options=options)
+    return read(built(call, target), target, sass)
+
+
+def read(kernel: Any, target: Target, sass: bool) -> Figures:
+    """The figures of a compiled kernel."""
     shared = kernel.metadata.shared
     if target.backend == "hip":
         return read_amdgcn(kernel.asm["amdgcn"], shared)
@@ -122,11 +140,8 @@ def read_amdgcn(text: str, shared: int) -> Figures:
 
 def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
     mma = re.findall(r"^\s*(?:@\S+ )?(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.(\S+)", ptx, re.M)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = cuobjdump("-res-usage", file.name)
-        code = cuobjdump("-sass", file.name) if sass else ""
+    usage = cuobjdump("-res-usage", cubin)
+    code = cuobjdump("-sass", cubin) if sass else ""
     opcodes = read_sass(code)
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     return Figures(
@@ -144,9 +159,12 @@ def read_cuda(ptx: str, cubin: bytes, shared: int, sass: bool) -> Figures:
     )
 
 
-def cuobjdump(option: str, path: str) -> str:
-    command = [str(NVIDIA_BIN / "cuobjdump"), option, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(NVIDIA_BIN / "cuobjdump"), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def read_sass(text: str) -> Counter:
@@ -211,13 +229,34 @@ def problems(
         if gemm and figures.sass and f"{opcode}:" not in figures.sass:
             found.append(f"no {opcode} in SASS: {figures.sass}")
         copies = kernel in ("gemm_tail", "decode") and aligned and target.backend == "cuda"
-        if copies and not (tile.persistent or figures.n_async):
+        if copies and not (tile.persistent or tile.hopper or figures.n_async):
             found.append("no asynchronous copies (cp.async)")
         if tile.persistent and not (figures.n_bulk_load >= 2 and figures.n_bulk_store >= 2):
             found.append(
                 f"{figures.n_bulk_load} bulk loads and {figures.n_bulk_store} bulk stores: "
                 "x, W and both halves of y should have one each"
             )
+    return found
+
+
+def problems_of_hopper(kernel: Any, figures: Figures, case: Case, tile: TileConfig) -> list[str]:
+    """What is wrong with a launch of a kernel for Hopper, besides `problems`."""
+    found = []
+    waits = kernel.asm["ptx"].count("wgmma.wait_group")
+    there = len(re.findall(r"\bWARPGROUP\.DEPBAR", cuobjdump("-sass", kernel.asm["cubin"])))
+    if there > waits:
+        found.append(f"wgmma is serialised: {there} waits in SASS, {waits} in PTX")
+    # A block of which 64 columns and more lie in a row takes a copy for each 64 of them.
+    across = tile.block_n // 64 if case.layout == "transposed" else 1
+    if case.kernel == "relay":
+        loads = 2 + across + 1 + across  # x of each group, W, down, up
+    else:
+        tail = -(-padded(case.q) // tile.block_k) if case.q else 0
+        loads = 2 + across + tail * (2 + across)
+    if figures.n_bulk_load != loads:
+        found.append(f"{figures.n_bulk_load} bulk loads, not {loads}")
+    if figures.n_bulk_store != 2 * tile.parts:
+        found.append(f"{figures.n_bulk_store} bulk stores, not {2 * tile.parts}")
     return found
 
 
@@ -248,11 +287,15 @@ def examine(job: tuple[Case, str, bool]) -> tuple[Figures | None, list[str]]:
     if not is_valid(tile, target, spec):
         return None, [f"{tile} is not valid"]
     try:
-        figures = compiled(tiled(case, tile), target, sass=job[2])
+        kernel = built(tiled(case, tile), target)
+        figures = read(kernel, target, sass=job[2])
     except Exception as error:  # whatever it is, the gate names the case and goes on
         return None, [f"{type(error).__name__}: {error}"]
     itemsize = DTYPES[case.x].itemsize
-    return figures, problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    if tile.hopper:
+        wrong += problems_of_hopper(kernel, figures, case, tile)
+    return figures, wrong
 
 
 def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]:
@@ -265,9 +308,10 @@ def jobs(targets: list[str], chosen: list[Case]) -> list[tuple[Case, str, bool]]
     for name in targets:
         target = TARGETS[name]
         for case in chosen:
-            special = case.variant or case.kernel == "relay"
             older = case.variant == "tf32x3" and target.backend == "cuda"
-            if special and name not in TENSOR and not older:
+            if case.variant and name not in TENSOR and not older:
+                continue
+            if case.kernel == "relay" and not target.gluon:
                 continue
             if case.kernel == "decode" and "m" in case.flags and target.backend != "cuda":
                 continue
@@ -314,12 +358,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="renew tests/gate.csv")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this one")
+    parser.add_argument("--hopper", action="store_true", help="its own kernels alone, printed")
     parser.add_argument("--sample", type=int, metavar="N", help="N random launches, no table")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing compiles in such a process")
-    targets = options.target or list(TARGETS)
+    targets = ["sm_90"] if options.hopper else options.target or list(TARGETS)
 
     entries, failures = [], 0
     context = multiprocessing.get_context("spawn")
@@ -327,6 +372,8 @@ def main() -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         chosen = sampled(options.sample, options.seed) if options.sample else cases()
         todo = jobs(targets, chosen)
+        if options.hopper:
+            todo = [job for job in todo if tile_of(job[0], TARGETS[job[1]])[0].hopper]
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             results = tqdm(pool.map(examine, todo, chunksize=4), total=len(todo), unit="kernel")
             for (case, target, _), (figures, wrong) in zip(todo, results, strict=True):
@@ -341,8 +388,10 @@ def main() -> int:
         at = len(fields(Case)) + 2
         registers, shared = (max(int(entry[i]) for entry in there) for i in (at, at + 1))
         print(f"{target}: {len(there)} kernels, {registers} registers and {shared} bytes at most")
-    if options.sample:
-        print(f"{len(todo) - failures} passed, {failures} failed, of a sample")
+    if options.hopper:
+        print(table(sorted(entries)), end="")
+    if options.sample or options.hopper:
+        print(f"{len(todo) - failures} passed, {failures} failed, of a selection")
         return 1 if failures else 0
     old = TABLE.read_text() if TABLE.exists() else ""
     others = [line for line in csv.reader(old.splitlines()[2:]) if line[0] not in targets]

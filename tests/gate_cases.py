@@ -292,16 +292,34 @@ def core_grad_cases() -> Iterator[Case]:
     yield from some("fp32", "fp32", [full[2]], ("mw",))
 
 
-def relay_cases() -> Iterator[Case]:
-    """For sm_90 and sm_100 alone."""
+def hopper_cases() -> Iterator[Case]:
+    """For sm_90 alone, in place of other launches of `gemm_tail` and of all of `relay`.
 
-    def some(x: str, down: str, core: str, ranks: list[tuple[int, int, int]]) -> Iterator[Case]:
-        for (layout, aligned), (p, q, r) in itertools.product(ALIGNED, ranks):
-            yield Case("relay", x, down, core, layout, aligned, p, q, r, "tb", True, False)
+    Each way, every kind of core, and each width of tiles.
+    """
 
-    yield from some("bf16", "bf16", "fp32", [(16, 16, 0), (64, 64, 0), (64, 64, 8), (48, 200, 0)])
-    yield from some("bf16", "fp32", "fp32", [(64, 64, -1), (64, 200, 64)])
-    yield from some("fp16", "fp16", "fp32", [(64, 64, 0), (32, 64, 32)])
+    def gemm(x: str, q: int, flags: str) -> Iterator[Case]:
+        for layout, aligned in ALIGNED:
+            yield Case("gemm_tail", x, x, "", layout, aligned, 0, q, 0, flags, True, False)
+
+    def relay(x: str, core: str, p: int, q: int, r: int, flags: str = "tb") -> Iterator[Case]:
+        for layout, aligned in ALIGNED:
+            yield Case("relay", x, x, core, layout, aligned, p, q, r, flags, True, False)
+
+    yield from gemm("bf16", 0, "h")
+    yield from gemm("bf16", 64, "bh")
+    yield from gemm("bf16", 16, "bq")
+    yield from gemm("fp16", 256, "b")
+    yield from relay("bf16", "fp32", 16, 16, 0)
+    yield from relay("bf16", "fp32", 64, 64, 0)
+    yield from relay("bf16", "bf16", 64, 64, 0, "t")
+    yield from relay("bf16", "fp32", 64, 64, 8)
+    yield from relay("bf16", "bf16", 40, 24, 64, "b")
+    yield from relay("bf16", "", 64, 64, -1)
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbh")
+    yield from relay("bf16", "fp32", 64, 16, 0, "tbq")
+    yield from relay("fp16", "fp32", 64, 64, 0)
+    yield from relay("fp16", "fp16", 32, 64, 32)
 
 
 def decode_cases() -> Iterator[Case]:
@@ -360,7 +378,7 @@ def variant_cases() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """What is compiled for each target."""
-    made = (shrink_cases(), gemm_cases(), core_grad_cases(), decode_cases(), relay_cases())
+    made = (shrink_cases(), gemm_cases(), core_grad_cases(), decode_cases(), hopper_cases())
     made = (*made, dropped_cases(), variant_cases())
     return sorted(set(itertools.chain(*made)))
 

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import gate
 import torch
@@ -83,6 +84,24 @@ def check_a_tail_leaves_the_main_loop_as_it_was() -> None:
         steps = [int(c["HGMMA"]) - int(counts[0]["HGMMA"]) for c in counts]
         per_step = int(counts[0]["HGMMA"]) // (tile.block_k // 16)
         assert steps == [0, per_step, 4 * per_step], counts
+
+
+def check_what_is_wrong_with_a_kernel_for_hopper_is_found() -> None:
+    """Copies that are not there, and products that wait for each other."""
+    case = replace(GEMM, q=64, even_k=True)
+    tile, spec = gate.tile_of(case, SM_90)
+    assert tile.hopper
+    assert spec.bulk
+    kernel = gate.built(lambda: launch(case, lambda *_: tile), SM_90)
+    figures = gate.read(kernel, SM_90, False)
+    assert not gate.problems_of_hopper(kernel, figures, case, tile)
+    fewer = replace(figures, n_bulk_load=figures.n_bulk_load - 1, n_bulk_store=0)
+    wrong = "; ".join(gate.problems_of_hopper(kernel, fewer, case, tile))
+    assert "bulk loads" in wrong
+    assert "bulk stores" in wrong
+    asm = {**kernel.asm, "ptx": kernel.asm["ptx"].replace("wgmma.wait_group", "")}
+    wrong = gate.problems_of_hopper(SimpleNamespace(asm=asm), figures, case, tile)
+    assert "serialised" in "; ".join(wrong)
 
 
 def check_missing_instructions_are_found() -> None:

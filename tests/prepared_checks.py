@@ -246,8 +246,9 @@ def by_default(spec: Spec, m: int) -> TileConfig:
     return select(TARGETS["sm_90"], spec, m)
 
 
-def overlapping(spec: Spec, m: int) -> TileConfig:
-    return replace(by_default(spec, m), overlap=True)
+def by_descriptors(spec: Spec, m: int) -> TileConfig:
+    """Triton's persistent kernel where the default is Gluon's."""
+    return select(TARGETS["sm_90"], replace(spec, bulk=False), m)
 
 
 class Rows:
@@ -280,7 +281,7 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "shrink, odd": (shrink, odd, down, core, 0.5, False, True, True, None),
         "gemm_tail": (gemm_tail, some, weight, u[:few], up, bias, False, None),
         "gemm_tail, odd": (gemm_tail, odd, weight, u, up, None, False, None),
-        "gemm_tail, persistent": (gemm_tail, x, weight, u, up, bias, False, None),
+        "gemm_tail, hopper": (gemm_tail, x, weight, u, up, bias, False, None),
         "gemm_tail, back": (gemm_tail, x, turned, u, back[1], None, True, bits),
         "gemm_tail, base": (gemm_tail, x, weight, None, None, None, False, None),
         "core_grad": (core_grad, u, zeros(m, P), core, 0.5, (True, True)),
@@ -299,7 +300,8 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         yield label, partial(function, *operands, choose)
     low = x, down, core, 0.5, False, True, True, (seed, 0.1), choose
     yield "shrink, bits", partial(shrink, *low, want_bits=True)
-    yield "overlap", partial(gemm_tail, x, weight, u, up, bias, False, None, overlapping)
+    made = gemm_tail, x, weight, u, up, bias, False, None
+    yield "gemm_tail, persistent", partial(*made, by_descriptors)
 
 
 def drawn(rng: random.Random) -> tuple[int, int, int, int]:

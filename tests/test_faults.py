@@ -116,12 +116,6 @@ FAULTS = {
         "pass",
         "tests/test_core_grad.py::test_the_gradients_and_the_counters",
     ),
-    "flags of a relay left set": (
-        "kernels/relay.py",
-        "used = FLAGS + tiles_m",
-        "used = FLAGS",
-        "tests/test_relay.py::test_a_second_launch_finds_the_state_as_the_first_did",
-    ),
     "decode's flag left set": (
         "kernels/decode.py",
         "tl.store(arrivals_ptr + PUBLISHED, 0)",

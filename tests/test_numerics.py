@@ -208,9 +208,7 @@ def test_why_no_plan_multiplies_by_the_sum_of_weights(device: torch.device) -> N
 @pytest.mark.parametrize("rank", [16, 100])
 @pytest.mark.parametrize("rows", [1, 80, 333])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("overlap", [False, True])
 def test_persistent_gemm_tail(
-    overlap: bool,
     dtype: torch.dtype,
     rows: int,
     rank: int,
@@ -229,8 +227,8 @@ def test_persistent_gemm_tail(
     made["bias"] = torch.randn(176, device=device).to(dtype)
     made["x"].requires_grad_()
     tiles = {
-        "gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True, overlap=overlap),
-        "shrink": TileConfig(16, 16, 64, 4, 2, overlap=overlap),
+        "gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True),
+        "shrink": TileConfig(16, 16, 64, 4, 2),
     }
     with pinned_plan("split"), pinned_tiles(**tiles), counted_launches() as counts:
         errors = measure(

@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from fused_lowrank import (
 )
 from fused_lowrank.compute import choose, costs, devices, operands
 from fused_lowrank.compute import measured as tuning
-from fused_lowrank.compute.operands import Operands, Problem
+from fused_lowrank.compute.operands import Operands, Problem, problem_of
 from fused_lowrank.compute.plans import PLANS, Plan
 from fused_lowrank.compute.run import run
 from fused_lowrank.testing import pinned_plan
@@ -610,3 +611,78 @@ def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
     monkeypatch.setattr(devices, "target", lambda device: TARGETS["gfx942"])
     assert choose.candidates(rows, "triton") == ["split"]
     assert choose.candidates(one, "triton") == ["split", "decode"]
+
+
+def test_the_relay_is_chosen_by_itself_where_it_can_be_had(monkeypatch) -> None:
+    """On Hopper, of what bulk copies can move, above the rows that `decode` is for."""
+    from fused_lowrank.kernels.tiles import TARGETS, Target
+
+    def offered(target: Target, **other: object) -> bool:
+        monkeypatch.setattr(devices, "target", lambda device: target)
+        problem = at(**{"m": 8192, "dtype": torch.bfloat16, "bulk": True, **other})
+        there = "relay" in choose.candidates(problem, "triton")
+        assert there == (PLANS["relay"].why_not(problem) is None)
+        return there
+
+    hopper = TARGETS["sm_90"]
+    assert offered(hopper)
+    assert offered(hopper, m=128, transposed=True)
+    assert not offered(hopper, m=64)
+    assert not offered(hopper, m=1 << 20)  # more rows than flags
+    assert not offered(hopper, rank=100)
+    for other in ("dropout", "want_u", "by_row"):
+        assert not offered(hopper, **{other: True})
+    assert not offered(hopper, bulk=False)
+    assert not offered(replace(hopper, gluon=False))
+    assert not offered(TARGETS["sm_100"])
+
+
+def test_bulk_is_of_all_operands() -> None:
+    """x, W, down and up of one dtype, and rows of 16 bytes each way."""
+    made = [torch.zeros(size, dtype=torch.bfloat16) for size in ((300, 72), (40, 72), (9, 72))]
+    x, weight, down = made
+    operands = Operands(x, weight, down, None, torch.zeros_like(weight[:, :8]), None, 1.0)
+    assert problem_of(operands, False).bulk
+    assert problem_of(operands.of_backward(x.new_zeros(300, 40)), False).bulk
+    assert not problem_of(operands.of_backward(x.new_zeros(300, 44)[:, :40]), False).bulk
+    for change in (
+        {"down": down.float()},
+        {"up": weight[:, :9].contiguous()},
+        {"x": x.new_zeros(300, 76)[:, :72]},
+        {"x": x.new_zeros(300 * 72 + 1)[1:].view(300, 72)},
+    ):
+        assert not problem_of(operands._replace(**change), False).bulk
+
+
+def test_a_device_without_the_kernels_for_hopper_is_told_once(monkeypatch) -> None:
+    """With less shared memory than they take, or a Triton that has no Gluon."""
+    from fused_lowrank.kernels.tiles import TARGETS
+
+    hopper = TARGETS["sm_90"]
+    devices.with_gluon.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert devices.with_gluon(hopper) == hopper
+        assert devices.with_gluon(TARGETS["sm_100"]) == TARGETS["sm_100"]
+    less = replace(hopper, shared=100_000)
+    with pytest.warns(UserWarning, match="100000 bytes of shared memory"):
+        assert not devices.with_gluon(less).gluon
+
+    def missing(name: str) -> None:
+        raise ImportError("no module of that name")
+
+    devices.with_gluon.cache_clear()
+    monkeypatch.setattr(devices.importlib, "import_module", missing)
+    with pytest.warns(UserWarning, match="has no Gluon"):
+        assert devices.with_gluon(hopper) == replace(hopper, gluon=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        devices.with_gluon(hopper)
+    devices.with_gluon.cache_clear()
+
+
+def test_a_refused_cooperative_launch_is_a_lack() -> None:
+    """So the next plan takes its place."""
+    said = "Triton Error [CUDA]: too many blocks in cooperative launch"
+    assert tuning.is_lack(RuntimeError(said))
+    assert not tuning.is_lack(RuntimeError("Triton Error [CUDA]: an illegal memory access"))

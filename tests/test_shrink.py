@@ -5,7 +5,6 @@ import torch
 import triton
 
 from fused_lowrank.compute.reference import Core, like, through_core
-from fused_lowrank.kernels import launch
 from fused_lowrank.kernels import shrink as module
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
@@ -114,16 +113,6 @@ def test_nan_and_inf_stay_in_their_row(value: float, device: torch.device, monke
     for ours, theirs in zip(launched(**made), expected(**made), strict=True):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(ours), kind(theirs))
-
-
-def test_a_launch_that_lets_the_next_one_start_is_not_split(
-    device: torch.device, monkeypatch
-) -> None:
-    """The next launch waits for the programs of this one, not for the last of them to arrive."""
-    monkeypatch.setattr(module, "splits", lambda *_: 4)
-    monkeypatch.setattr(launch, "arrivals", lambda *_: pytest.fail("split"))
-    made = operands(device, "core", 20, torch.bfloat16)
-    launched(**made, tile=TileConfig(16, 16, 16, 4, 1, overlap=True))
 
 
 def test_splits_about_fill_the_device(device: torch.device) -> None:

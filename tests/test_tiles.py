@@ -16,7 +16,7 @@ from fused_lowrank.kernels.tiles import (
     TARGETS,
     Spec,
     TileConfig,
-    has_relay,
+    has_hopper,
     is_valid,
     padded,
     select,
@@ -25,7 +25,7 @@ from fused_lowrank.kernels.tiles import (
 KERNELS = ("gemm_tail", "shrink", "core_grad", "decode", "relay", "dropped")
 PADDED = (16, 32, 64, 128, 256)
 ROWS = (1, SMALL_M, SMALL_M + 1, 256, 512, 1 << 20)
-COLUMNS = (16, 4096)
+COLUMNS = (0, 16, 1024, 4096, 16384)
 # (itemsize of x, of the widest factor): fp64 is for gradcheck alone, in the interpreter.
 ITEMSIZES = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 8))
 
@@ -36,7 +36,9 @@ def specs(target):
     every = [Spec(kernel, *sizes, even, p, q, drop) for kernel, sizes, even, p, q, drop in sides]
     gemms = [spec for spec in every if spec.kernel == "gemm_tail" and spec.pad_p == 16]
     every += [replace(spec, n=n) for spec in gemms for n in COLUMNS]
-    return [spec for spec in every if spec.kernel != "relay" or has_relay(target, spec)]
+    narrow = [s for s in every if s.itemsize == 2 and s.kernel in ("gemm_tail", "relay")]
+    every += [replace(spec, bulk=True, n=n) for spec in narrow for n in COLUMNS]
+    return [spec for spec in every if spec.kernel != "relay" or has_hopper(target, spec)]
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -73,6 +75,7 @@ def test_every_line_is_the_default_of_something():
         next(line for line in DEFAULTS if line.covers(name, spec, m))
         for name, target in TARGETS.items()
         for spec, m in itertools.product(specs(target), ROWS)
+        if spec.kernel != "relay"  # its tiles follow the shape
     }
     assert reached == set(DEFAULTS)
 
@@ -111,8 +114,10 @@ def test_padded_is_a_power_of_two_that_holds_the_rank():
 VALID = TileConfig(128, 128, 32, 8, 3)
 GEMM = Spec("gemm_tail", 2, 2, True, 16, 16)
 SHRINK = replace(GEMM, kernel="shrink")
-RELAY = replace(GEMM, kernel="relay")
+BULK = replace(GEMM, bulk=True)
+RELAY = replace(BULK, kernel="relay")
 PERSISTENT = TileConfig(128, 256, 64, 8, 3, persistent=True)
+HOPPER = TileConfig(128, 256, 64, 4, 3, hopper=True)
 
 
 @pytest.mark.parametrize(
@@ -127,20 +132,49 @@ PERSISTENT = TileConfig(128, 256, 64, 8, 3, persistent=True)
         (replace(VALID, block_k=128), replace(GEMM, aligned=False)),  # pointers beyond registers
         (replace(VALID, block_m=256, num_warps=4), replace(SHRINK, pad_p=256)),
         (VALID, replace(SHRINK, pad_p=2 * MAX_RANK)),
-        (replace(PERSISTENT, persistent=False), RELAY),
-        (replace(PERSISTENT, num_warps=4), RELAY),  # sums beyond registers
-        (replace(PERSISTENT, num_stages=4), RELAY),  # shared memory
-        (PERSISTENT, replace(RELAY, pad_p=2 * RELAY_RANK)),
-        (PERSISTENT, replace(RELAY, aligned=False)),
-        (PERSISTENT, replace(RELAY, itemsize=4, factor_itemsize=4)),
-        (PERSISTENT, replace(RELAY, dropout=True)),
+        (PERSISTENT, RELAY),
+        (replace(HOPPER, block_m=64), BULK),
+        (replace(HOPPER, block_n=512), BULK),
+        (replace(HOPPER, block_k=32), BULK),
+        (replace(HOPPER, num_warps=8), BULK),
+        (replace(HOPPER, num_stages=1), BULK),  # nothing would be brought ahead
+        (replace(HOPPER, num_stages=4), BULK),  # shared memory
+        (replace(HOPPER, parts=1), BULK),  # of one buffer two stores would be under way
+        (replace(HOPPER, parts=16), BULK),
+        (HOPPER, GEMM),  # what bulk copies cannot move
+        (HOPPER, replace(BULK, dropout=True)),
+        (HOPPER, replace(RELAY, by_row=True)),
+        (HOPPER, replace(RELAY, pad_p=2 * RELAY_RANK)),
+        (HOPPER, replace(RELAY, pad_q=2 * RELAY_RANK)),
+        (HOPPER, replace(RELAY, pad_p=64, pad_q=64)),  # shared memory, in parts of 128 columns
+        (replace(HOPPER, parts=8), replace(RELAY, pad_p=64, factor_itemsize=6)),  # registers
+        (HOPPER, replace(SHRINK, bulk=True)),
     ],
 )
 def test_what_cannot_run_is_not_valid(tile, spec):
     assert is_valid(VALID, TARGETS["sm_90"], GEMM)
-    assert is_valid(PERSISTENT, TARGETS["sm_90"], RELAY)
-    assert not is_valid(PERSISTENT, TARGETS["sm_80"], RELAY)
+    assert is_valid(HOPPER, TARGETS["sm_90"], BULK)
+    assert is_valid(HOPPER, TARGETS["sm_90"], RELAY)
+    assert is_valid(replace(HOPPER, parts=8), TARGETS["sm_90"], replace(RELAY, pad_p=64, pad_q=64))
+    assert not is_valid(HOPPER, TARGETS["sm_100"], RELAY)
+    assert not is_valid(HOPPER, replace(TARGETS["sm_90"], gluon=False), BULK)
     assert not is_valid(tile, TARGETS["sm_90"], spec)
+
+
+def test_tiles_for_hopper_follow_the_shape():
+    """Wide where they fill the device, narrow where they are few; of many with a stage less."""
+
+    def chosen(m: int, n: int, spec: Spec = BULK) -> tuple[int, int]:
+        tile = select(TARGETS["sm_90"], replace(spec, n=n), m)
+        return tile.block_n, tile.num_stages
+
+    assert chosen(8192, 4096) == (256, 3)
+    assert chosen(2048, 4096) == chosen(8192, 1024) == chosen(1024, 4096) == (256, 4)
+    assert chosen(512, 4096) == (128, 5)
+    assert chosen(256, 4096) == chosen(65, 4096) == (64, 6)
+    assert chosen(8192, 4096, RELAY) == chosen(2048, 4096, RELAY) == (256, 3)
+    assert not select(TARGETS["sm_90"], BULK, SMALL_M).hopper
+    assert not select(TARGETS["sm_100"], BULK, 8192).hopper
 
 
 def test_core_grad_has_a_counter_for_every_tile():

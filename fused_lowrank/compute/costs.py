@@ -238,8 +238,11 @@ def gemm_tail(problem: Problem, tile: TileConfig | None) -> Work:
     operations = 2.0 * m * n * k + 2.0 * m * n * q
     if tile is None:
         return Work(operations, moved)
+    sides = tile.block_m, tile.block_n
+    if tile.hopper:  # the tail goes through the same ring as K, and y is stored beside products
+        return Work(operations, moved, UNHIDDEN, tiles=waves(problem, sides, k + q) / GLUON)
     share = FFMA if size == 4 else 1.0 if problem.regular else POINTERS
-    seconds = waves(problem, (tile.block_m, tile.block_n), k + TAIL * q + STORED)
+    seconds = waves(problem, sides, k + TAIL * q + STORED)
     return Work(operations, moved, UNHIDDEN, tiles=seconds / share)
 
 

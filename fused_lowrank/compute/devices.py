@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import warnings
 from dataclasses import replace
 
 import torch
@@ -46,7 +48,8 @@ def has_kernels(device: torch.device) -> bool:
 def target(device: torch.device) -> Target | None:
     """The device kind whose tiles `device` takes, or None where the kernels do not run."""
     if device.type != "cuda":
-        return TARGETS["sm_90"] if device.type == "cpu" and interpreted() else None
+        simulated = replace(TARGETS["sm_90"], gluon=False)  # which nothing interprets
+        return simulated if device.type == "cpu" and interpreted() else None
     if torch.version.hip:
         return TARGETS["gfx942"]
     properties = torch.cuda.get_device_properties(device)
@@ -57,7 +60,26 @@ def target(device: torch.device) -> Target | None:
     exact = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
     taken = TARGETS[exact.get(capability, "sm_89")]
     shared = getattr(properties, "shared_memory_per_block_optin", taken.shared)
-    return replace(taken, shared=min(taken.shared, shared))
+    return with_gluon(replace(taken, shared=min(taken.shared, shared)))
+
+
+@functools.cache
+def with_gluon(target: Target) -> Target:
+    """The target, without the kernels for Hopper where they are not to be had, with a warning."""
+    kind = TARGETS[target.name]
+    if not kind.gluon:
+        return target
+    lacks = ""
+    if target.shared < kind.shared:
+        lacks = f"this device has {target.shared} bytes of shared memory, they take {kind.shared}"
+    else:
+        try:
+            importlib.import_module("fused_lowrank.kernels.hopper")
+        except Exception as error:  # whatever it is, Triton's other language does without
+            lacks = f"this Triton has no Gluon as they need it ({type(error).__name__}: {error})"
+    if lacks:
+        warnings.warn(f"the kernels for Hopper are not used: {lacks}", stacklevel=2)
+    return replace(target, gluon=not lacks)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> str | None:

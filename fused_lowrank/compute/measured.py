@@ -41,6 +41,7 @@ FLAGS = {  # of a problem → as the file has it
     "dropout": "dropout",
     "want_u": "want_u",
     "by_row": "rows",
+    "bulk": "bulk",
 }
 
 
@@ -191,6 +192,8 @@ def measure(device: torch.device, names: Sequence[str], compute: Callable[[str],
 
 def is_lack(error: Exception) -> bool:
     """Whether an error says that the device has too little for a launch: registers, …"""
+    if "cooperative launch" in str(error):  # no room for all programs at once
+        return True
     return type(error).__name__ in ("OutOfResources", "PTXASError")  # Triton's, if it is there
 
 

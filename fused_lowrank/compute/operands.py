@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import is_bulk
 from .devices import has_kernels
 from .dropout import Dropout
 from .reference import AnyCore, Rows
@@ -71,6 +72,7 @@ class Problem(NamedTuple):
     dropout: bool
     want_u: bool  # u is wanted outside, as it is where down is trained
     by_row: bool = False  # a core for each row, not one for all
+    bulk: bool = False  # bulk copies can move x, W, down, up and y: `is_bulk`
 
 
 def bucket(rows: int) -> int:
@@ -82,7 +84,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
     """The problem that these operands pose."""
     x, weight = operands.x, operands.weight
     (m, k), n, device = x.shape, weight.shape[0], x.device
-    regular = False
+    regular = bulk = False
     if has_kernels(device):
         strides = weight.stride()
         regular = (
@@ -91,6 +93,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
             and 1 in strides
             and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         )
+        bulk = is_bulk(x, weight, operands.down, operands.up)
     return Problem(
         device,
         x.dtype,
@@ -103,4 +106,5 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         operands.dropout is not None,
         want_u,
         isinstance(operands.core, Rows),
+        bulk,
     )

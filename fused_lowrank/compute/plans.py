@@ -90,7 +90,7 @@ ROWS = (
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
-    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic=False),
+    Plan("relay", _our_shrink, whole=_relay, ours=True),
     Plan("isolated", *_apart, automatic=False, promise="isolation"),
     Plan("alone", *_apart, automatic=False, alone=True, promise="batch invariance"),
     Plan(

@@ -15,7 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tiles import SMALL_M, VARIANTS, Spec, TileConfig, is_valid, padded, select
+from ..kernels.tiles import (
+    RELAY_RANK,
+    SMALL_M,
+    VARIANTS,
+    Spec,
+    TileConfig,
+    is_valid,
+    padded,
+    select,
+)
 from . import costs, devices
 from .costs import Work
 from .dropout import Dropout
@@ -110,10 +119,12 @@ class OneLaunch(Kernel):
                 is_valid(select(where, each, problem.m), where, each) for each in several
             )
             return None if fits else "holds no such P beside its part of y"
-        eights = problem.p % 8 == 0 and problem.q % 8 == 0
-        if not eights or where is None or not is_possible(where, spec, problem.m):
+        if where is None or not where.gluon:
+            return "is a kernel for Hopper (sm_90) alone, which Triton's interpreter cannot run"
+        if not is_possible(where, spec, problem.m):
             return (
-                "is for 16 bits, multiples of 16, ranks in 8s and P up to 64, on sm_90 and sm_100"
+                "is for 16 bits, factors of x's dtype, rows that are multiples of 16 bytes, ranks "
+                f"up to {RELAY_RANK}, and no more rows than there are flags for"
             )
         return None
 
@@ -161,8 +172,10 @@ def spec_of(kernel: str, problem: Problem) -> Spec:
     size = problem.dtype.itemsize
     p = 16 if kernel == "gemm_tail" else padded(problem.p)
     masked = problem.dropout and problem.transposed == (kernel == "gemm_tail")
-    by_row, n = problem.by_row and kernel != "gemm_tail", problem.n if kernel == "gemm_tail" else 0
-    return Spec(kernel, size, size, problem.regular, p, padded(problem.q), masked, by_row, n)
+    by_row = problem.by_row and kernel != "gemm_tail"
+    n = problem.n if kernel in ("gemm_tail", "relay") else 0
+    sizes = size, size, problem.regular, p, padded(problem.q)
+    return Spec(kernel, *sizes, masked, by_row, n, problem.bulk)
 
 
 def tile_of(kernel: str, problem: Problem) -> TileConfig | None:

@@ -1,0 +1,546 @@
+"""`relay` for Hopper, in Gluon: the whole layer in one launch, for many rows.
+
+    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+
+    x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
+
+The tiles of y's first column, which come before all others, multiply x by down as well, from the x
+that they have brought anyway. Each group of warps rounds its 64 rows of t, forms u of them, stores
+both, and raises a flag; every other tile needs u only for its tail, after the K-loop. So x is read
+no more often than by the bare GEMM.
+
+Besides those of `hopper`, one more warp has a job: `hand_out` puts the core into shared memory, and
+for each tile of another column waits for the flags and brings u, up to a tile ahead, so that those
+who multiply never poll. u is read by ordinary loads: bulk copies are not ordered by the flag.
+
+Nobody waits for ever. Tiles of the first column wait for nobody, and a program makes its own of
+them before it makes others. All programs run at the same time: they are as many as there are
+multiprocessors, at most, and a cooperative launch is refused where they would not all find room.
+
+The flags lie in `arrivals`, two for a row of tiles. The group that has made u adds one; each tile
+that has seen it adds one more, and the last of them sets it to zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .common import cdiv, multiprocessors, rows_of
+from .hopper import (
+    BUFFERS,
+    GROUPS,
+    ROWS,
+    advance,
+    barriers,
+    behind,
+    buffers,
+    constants,
+    copy,
+    copy_step,
+    describe,
+    here,
+    in_place_of,
+    job_barrier,
+    multiply,
+    right,
+    store,
+    sums_layout,
+    tile_order,
+)
+from .launch import Launch
+from .shrink import unpacked
+from .tiles import TileConfig, padded
+
+Core = Any  # a matrix, a pair of them, or None
+
+
+@gluon.jit
+def first_column_first(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Number → (tile row, tile column): the first column top to bottom, then as `tile_order`."""
+    rest = gl.maximum(tile - tiles_m, 0)
+    m, n = tile_order(rest, tiles_m, gl.maximum(tiles_n - 1, 1), GROUP_M)
+    first = tile < tiles_m
+    return gl.where(first, tile, m), gl.where(first, 0, n + 1)
+
+
+@gluon.jit
+def seen(flag_ptr):
+    """The flag, acquired at the scope of the GPU by every thread for itself."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [flag_ptr.to(gl.int64)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def count_reader(flag_ptr, last):
+    """Add 1 to the flag, or set it to zero where it is `last`: one thread of a warp does."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 lane;
+        mov.u32 lane, %laneid;
+        setp.eq.u32 p, lane, 0;
+        @p red.relaxed.gpu.global.inc.u32 [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [flag_ptr.to(gl.int64), last], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def halves(x):
+    """Two bf16 values whose sum is x, of fp32, to 2⁻¹⁷ of it: the larger first."""
+    high = x.to(gl.bfloat16)
+    return high, (x - high.to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def now(x):
+    """The same 16-bit numbers, rounded here.
+
+    What is rounded later reads the sums while other products run, and these then wait each time.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def bring(
+    x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M, N, K,
+    W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The job of one warp: start the copies of every step of every tile."""
+    M, N, K = here(M), here(N), here(K)
+    first_tile, programs = here(gl.program_id(0)), here(gl.num_programs(0))
+    tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, BLOCK_K)
+    BYTES: gl.constexpr = GROUPS * x_desc.block_type.nbytes + w_desc.block_type.nbytes
+    index = 0
+    phase = 0
+    for tile in range(first_tile, tiles_m * tiles_n, programs):
+        pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        first = pid_n == 0
+        for step in range(steps):
+            bar = ready.index(index)
+            mbarrier.wait(empty.index(index), phase ^ 1)
+            # One of the two is what is expected; the copies come after it.
+            mbarrier.expect(bar, BYTES + down_desc.block_type.nbytes, pred=first)
+            mbarrier.expect(bar, BYTES, pred=pid_n > 0)
+            k = step * BLOCK_K
+            copy(down_desc, 0, k, TRANSPOSED, bar, down_bufs.index(index), first)
+            copy_step(x_desc, w_desc, m, n, k, W_ROWS_ARE_K, bar, x_bufs, w_bufs, index)
+            index, phase = advance(index, phase, STAGES)
+        bar = ready.index(index)
+        mbarrier.wait(empty.index(index), phase ^ 1)
+        mbarrier.expect(bar, up_desc.block_type.nbytes)
+        copy(up_desc, n, 0, TRANSPOSED, bar, in_place_of(w_bufs.index(index), up_desc))
+        index, phase = advance(index, phase, STAGES)
+
+
+@gluon.jit
+def hand_out_core(
+    left_ptr, right_ptr, core_bufs, core_ready, R: gl.constexpr, HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """Put the core, as it lies, (HEIGHT, WIDTH), into shared memory, padded with zeros.
+
+    It is `left`, or left (HEIGHT, R)·right (R, WIDTH). With SPLIT it becomes two bf16 matrices:
+    CHUNKS chunks of rows of the larger halves, then those of the smaller.
+    """
+    rows: gl.constexpr = core_bufs.shape[1]
+    columns: gl.constexpr = core_bufs.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [1, 1], [1, 0])
+    offs_n = gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
+    mask_n = offs_n < WIDTH
+    for chunk in range(CHUNKS * gl.num_programs(1)):  # 1: a loop, which takes few registers
+        offs_m = here(chunk * rows) + gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+        mask_m = offs_m < HEIGHT
+        if R == 0:
+            core_ptrs = left_ptr + offs_m[:, None] * WIDTH + offs_n[None, :]
+            core = gl.load(core_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        else:
+            core = gl.zeros([rows, columns], gl.float32, layout)
+            for r in range(R * gl.num_programs(1)):
+                left = gl.load(left_ptr + offs_m * R + r, mask=mask_m, other=0.0)
+                beside = gl.load(right_ptr + r * WIDTH + offs_n, mask=mask_n, other=0.0)
+                core += left.to(gl.float32)[:, None] * beside.to(gl.float32)[None, :]
+        if SPLIT:
+            large, small = halves(core.to(gl.float32))
+            core_bufs.index(chunk).store(large)
+            core_bufs.index(CHUNKS + chunk).store(small)
+        else:
+            core_bufs.index(chunk).store(core.to(core_bufs.dtype))
+    fence_async_shared()  # by every thread, for what it has stored
+    job_barrier()
+    mbarrier.arrive(core_ready.index(0), count=1)
+
+
+@gluon.jit
+def hand_out(
+    left_ptr, right_ptr, u_ptr, flags_ptr, core_bufs, u_bufs, core_ready, u_ready, u_empty, M, N,
+    R: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    CHUNKS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The job of one warp: the core, and then, for each tile of another column, u of its rows.
+
+    A tile of the first column needs none: there those who multiply have made it.
+    """
+    M, N = here(M), here(N)
+    first_tile, programs = here(gl.program_id(0)), here(gl.num_programs(0))
+    tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    rows: gl.constexpr = u_bufs.shape[1]
+    PAD_Q: gl.constexpr = u_bufs.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PAD_Q, PAD_Q // 8], [1, 1], [1, 0])
+    offs_m = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+    offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout))
+    offs = offs_m[:, None] * PAD_Q + offs_q[None, :]
+    if R >= 0:  # noqa: SIM102 (known when compiled)
+        if first_tile < tiles_m:  # others have no tile of the first column
+            hand_out_core(
+                left_ptr, right_ptr, core_bufs, core_ready, R, HEIGHT, WIDTH, SPLIT, CHUNKS
+            )
+    phase = 0
+    for tile in range(first_tile, tiles_m * tiles_n, programs):
+        pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
+        if pid_n > 0:
+            for group in gl.static_range(GROUPS):
+                flag_ptr = flags_ptr + GROUPS * pid_m + group
+                mbarrier.wait(u_empty.index(group), phase ^ 1)
+                while seen(flag_ptr) == 0:
+                    pass
+                job_barrier()
+                for chunk in gl.static_range(ROWS // rows):
+                    m = pid_m * BLOCK_M + group * ROWS + chunk * rows
+                    u_ptrs = u_ptr + m.to(gl.int64) * PAD_Q + offs
+                    mask = (m + offs_m < M)[:, None]
+                    u = gl.load(u_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+                    u_bufs.index(group * (ROWS // rows) + chunk).store(u)
+                fence_async_shared()
+                job_barrier()
+                count_reader(flag_ptr, tiles_n - 1)
+                mbarrier.arrive(u_ready.index(group), count=1)
+            phase = phase ^ 1
+
+
+@gluon.jit
+def multiply_both(
+    acc, x_bufs, w_bufs, down_bufs, ready, empty, index, phase, steps, GROUP: gl.constexpr,
+    W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr, PAD_P: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """(x·Wᵀ, x·downᵀ, the stage after them, its phase), all steps done and their stages free."""
+    low = gl.zeros([ROWS, PAD_P], gl.float32, sums_layout(PAD_P))
+    mbarrier.wait(ready.index(index), phase)
+    x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
+    down = right(down_bufs.index(index), TRANSPOSED)
+    low = warpgroup_mma(x, down, low, use_acc=False, is_async=True)
+    acc = warpgroup_mma(x, w, acc, use_acc=False, is_async=True)
+    acc, low = warpgroup_mma_wait(2, deps=[acc, low])
+    index, phase = advance(index, phase, STAGES)
+    for _ in range(1, steps):
+        mbarrier.wait(ready.index(index), phase)
+        x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
+        down = right(down_bufs.index(index), TRANSPOSED)
+        low = warpgroup_mma(x, down, low, is_async=True)
+        acc = warpgroup_mma(x, w, acc, is_async=True)
+        acc, low = warpgroup_mma_wait(2, deps=[acc, low])  # both of the step before are done
+        mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+        index, phase = advance(index, phase, STAGES)
+    acc, low = warpgroup_mma_wait(0, deps=[acc, low])
+    mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+    return acc, low, index, phase
+
+
+@gluon.jit
+def matrix(core_bufs, CHUNKS: gl.constexpr, FIRST: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The core, or one of its halves, as the right side of a product: (P, Q)."""
+    dtype: gl.constexpr = core_bufs.dtype
+    shape: gl.constexpr = [CHUNKS * core_bufs.shape[1], core_bufs.shape[2]]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return right(core_bufs.index(FIRST)._reinterpret(dtype, shape, layout), not TRANSPOSED)
+
+
+@gluon.jit
+def through_core(
+    t, core_bufs, core_ready, PAD_Q: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """t·core in fp32. A core that is no matrix of t's dtype is multiplied as two of bf16.
+
+    As `dot_mixed` of kernels/common.py: to 2⁻¹⁷ of each product. If the small terms are not finite,
+    then t or the core is not, and the product of the large ones says what comes of it.
+    """
+    layout: gl.constexpr = sums_layout(PAD_Q)
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    sums = gl.zeros([ROWS, PAD_Q], gl.float32, layout)
+    mbarrier.wait(core_ready.index(0), 0)  # it comes once, and stays
+    core = matrix(core_bufs, CHUNKS, 0, TRANSPOSED)
+    if SPLIT:
+        core_small = matrix(core_bufs, CHUNKS, CHUNKS, TRANSPOSED)
+        if t.dtype == gl.bfloat16:
+            large = gl.convert_layout(t, operand)
+            sums = warpgroup_mma(large, core_small, sums, use_acc=False, is_async=True)
+        else:
+            t_large, t_small = halves(t.to(gl.float32))
+            large, small = gl.convert_layout(t_large, operand), gl.convert_layout(t_small, operand)
+            sums = warpgroup_mma(large, core_small, sums, use_acc=False, is_async=True)
+            sums = warpgroup_mma(small, core, sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        sums = gl.where(gl.abs(sums) < float("inf"), sums, 0.0)
+        sums = warpgroup_mma(large, core, sums, is_async=True)
+    else:
+        operand_t = gl.convert_layout(t, operand)
+        sums = warpgroup_mma(operand_t, core, sums, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=[sums])
+
+
+@gluon.jit
+def make(
+    up_desc, y_desc, bias_ptr, t_ptr, u_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, core_bufs,
+    u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale, M, N, K,
+    GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr, PAD_P: gl.constexpr,
+    PAD_Q: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr, W_ROWS_ARE_K: gl.constexpr,
+    TRANSPOSED: gl.constexpr, STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The job of a group of warps: their 64 rows of every tile, and in the first column t and u."""
+    M, N, K = here(M), here(N), here(K)
+    first_tile, programs = here(gl.program_id(0)), here(gl.num_programs(0))
+    tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, BLOCK_K)
+    dtype: gl.constexpr = up_desc.dtype
+    layout: gl.constexpr = sums_layout(BLOCK_N)
+    layout_t: gl.constexpr = sums_layout(PAD_P)
+    layout_u: gl.constexpr = sums_layout(PAD_Q)
+    acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
+    index = 0
+    phase = 0
+    u_phase = 0
+    for tile in range(first_tile, tiles_m * tiles_n, programs):
+        pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
+        first_m = pid_m * BLOCK_M + GROUP * ROWS
+        if pid_n == 0:
+            acc, low, index, phase = multiply_both(
+                acc, x_bufs, w_bufs, down_bufs, ready, empty, index, phase, steps,
+                GROUP, W_ROWS_ARE_K, TRANSPOSED, PAD_P, STAGES,
+            )  # fmt: skip
+            rows_t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_t))
+            offs_p = gl.arange(0, PAD_P, layout=gl.SliceLayout(0, layout_t))
+            if P < PAD_P:  # x may hold Inf, and Inf · 0 is NaN
+                low = gl.where((offs_p < P)[None, :], low, 0.0)
+            t = now(low.to(dtype))
+            if STORE_T:
+                t_ptrs = t_ptr + first_m.to(gl.int64) * P + rows_t[:, None] * P + offs_p[None, :]
+                mask = (first_m + rows_t < M)[:, None] & (offs_p < P)[None, :]
+                gl.store(t_ptrs, t, mask=mask)
+            if R < 0:
+                u_wide = low * scale
+            else:
+                u_wide = scale * through_core(
+                    t, core_bufs, core_ready, PAD_Q, SPLIT, CHUNKS, TRANSPOSED
+                )
+            rows_u = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_u))
+            offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout_u))
+            if Q < PAD_Q:
+                u_wide = gl.where((offs_q < Q)[None, :], u_wide, 0.0)
+            u = u_wide.to(dtype)
+            u_ptrs = (
+                u_ptr + first_m.to(gl.int64) * PAD_Q + rows_u[:, None] * PAD_Q + offs_q[None, :]
+            )
+            gl.store(u_ptrs, u, mask=(first_m + rows_u < M)[:, None])
+            if tiles_n > 1:  # else nobody would set the flag back
+                job_barrier()  # all of the group's u is stored
+                gl.atomic_add(flags_ptr + GROUPS * pid_m + GROUP, 1, sem="release", scope="gpu")
+            u_operand = gl.convert_layout(u, gl.DotOperandLayout(0, layout, 2))
+            mbarrier.wait(ready.index(index), phase)
+            up = right(in_place_of(w_bufs.index(index), up_desc), TRANSPOSED)
+            acc = warpgroup_mma(u_operand, up, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(index), count=1)
+        else:
+            acc, index, phase = multiply(
+                acc, x_bufs, w_bufs, ready, empty, index, phase, steps, GROUP, W_ROWS_ARE_K, STAGES
+            )
+            mbarrier.wait(ready.index(index), phase)
+            mbarrier.wait(u_ready.index(GROUP), u_phase)
+            u_buf = u_bufs.index(GROUP * (ROWS // u_bufs.shape[1]))
+            shape: gl.constexpr = [ROWS, PAD_Q]
+            whole: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+            up = right(in_place_of(w_bufs.index(index), up_desc), TRANSPOSED)
+            acc = warpgroup_mma(u_buf._reinterpret(dtype, shape, whole), up, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(index), count=1)
+            mbarrier.arrive(u_empty.index(GROUP), count=1)
+            u_phase = u_phase ^ 1
+        index, phase = advance(index, phase, STAGES)
+        n = pid_n * BLOCK_N
+        store(acc, y_desc, bias_ptr, y_bufs, first_m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K"])
+def relay_hopper_kernel(
+    x_desc,
+    w_desc,
+    down_desc,
+    left_ptr,
+    right_ptr,
+    up_desc,
+    bias_ptr,
+    t_ptr,
+    u_ptr,
+    y_desc,
+    arrivals_ptr,
+    scale,
+    M,
+    N,
+    K,
+    P: gl.constexpr,
+    Q: gl.constexpr,
+    R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
+    PAD_P: gl.constexpr,
+    PAD_Q: gl.constexpr,
+    SPLIT: gl.constexpr,  # the core is multiplied as two bf16 matrices
+    W_ROWS_ARE_K: gl.constexpr,  # W lies as (K, N): its rows are what is summed over
+    TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
+    STORE_T: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    PARTS: gl.constexpr,  # of a tile of y, as it is stored
+    GROUP_M: gl.constexpr,
+    U_ROWS: gl.constexpr,  # of u, and of the core, at a time
+    CORE_ROWS: gl.constexpr,
+    MAKER_REGISTERS: gl.constexpr,
+    BRINGER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = x_desc.dtype
+    x_bufs, w_bufs = buffers(STAGES * GROUPS, x_desc), buffers(STAGES, w_desc)
+    down_bufs, y_bufs = buffers(STAGES, down_desc), buffers(GROUPS * BUFFERS, y_desc)
+    # Chunks of rows, which lie one after the other as the whole would.
+    u_bufs = gl.allocate_shared_memory(
+        dtype, [BLOCK_M // U_ROWS, U_ROWS, PAD_Q],
+        gl.NVMMASharedLayout.get_default_for([U_ROWS, PAD_Q], dtype),
+    )  # fmt: skip
+    HEIGHT: gl.constexpr = Q if TRANSPOSED else P
+    WIDTH: gl.constexpr = P if TRANSPOSED else Q
+    CHUNKS: gl.constexpr = (PAD_Q if TRANSPOSED else PAD_P) // CORE_ROWS
+    COLUMNS: gl.constexpr = PAD_P if TRANSPOSED else PAD_Q
+    core_dtype: gl.constexpr = gl.bfloat16 if SPLIT else dtype
+    if R < 0:
+        core_bufs = u_bufs
+    else:
+        core_bufs = gl.allocate_shared_memory(
+            core_dtype, [2 * CHUNKS if SPLIT else CHUNKS, CORE_ROWS, COLUMNS],
+            gl.NVMMASharedLayout.get_default_for([CORE_ROWS, COLUMNS], core_dtype),
+        )  # fmt: skip
+    ready, empty, core_ready = barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, 1)
+    u_ready, u_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (make, (
+                up_desc, y_desc, bias_ptr, t_ptr, u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
+                core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale,
+                M, N, K, 0, P, Q, R, PAD_P, PAD_Q, SPLIT, CHUNKS, W_ROWS_ARE_K, TRANSPOSED,
+                STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+            )),
+            (make, (
+                up_desc, y_desc, bias_ptr, t_ptr, u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
+                core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale,
+                M, N, K, 1, P, Q, R, PAD_P, PAD_Q, SPLIT, CHUNKS, W_ROWS_ARE_K, TRANSPOSED,
+                STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+            )),
+            (bring, (
+                x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
+                N, K, W_ROWS_ARE_K, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            )),
+            (hand_out, (
+                left_ptr, right_ptr, u_ptr, arrivals_ptr, core_bufs, u_bufs, core_ready, u_ready,
+                u_empty, M, N, R, HEIGHT, WIDTH, SPLIT, CHUNKS, BLOCK_M, BLOCK_N, GROUP_M,
+            )),
+        ],
+        [4, 1, 1],
+        [MAKER_REGISTERS, BRINGER_REGISTERS, BRINGER_REGISTERS],
+    )  # fmt: skip
+
+
+INPUTS = ("x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_desc", "bias_ptr")
+REGISTERS = {"MAKER_REGISTERS": 224, "BRINGER_REGISTERS": 56}  # of a thread
+
+
+def rows_at_a_time(columns: int, most: int) -> int:
+    """Of a matrix that one warp moves: 16 numbers to a thread, or 32 of narrow ones."""
+    return min(most, 64 if columns == 16 else 512 // columns)
+
+
+def planned(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: Core,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    want_t: bool,
+    split: bool,
+    config: TileConfig,
+) -> Launch:
+    """The launch of a call of `relay`, its operands `is_bulk`."""
+    (m, k), n, way = x.shape, weight.shape[0], -1 if transposed else 1
+    _, _, p, q, r = unpacked(down, core, transposed)
+    rows, pad_p, pad_q = ROWS.value, padded(p), padded(q)
+    return Launch(
+        relay_hopper_kernel,
+        (min(cdiv(m, config.block_m) * cdiv(n, config.block_n), multiprocessors(x.device)),),
+        INPUTS,
+        results={"y_desc": ((m, n), x.dtype), "t_ptr": ((m, p), x.dtype) if want_t else None},
+        scratch={"u_ptr": ((m, pad_q), x.dtype)},
+        numbers={"M": m, "N": n, "K": k},
+        constants={
+            "P": p,
+            "Q": q,
+            "R": r,
+            "PAD_P": pad_p,
+            "PAD_Q": pad_q,
+            "SPLIT": split,
+            "W_ROWS_ARE_K": weight.stride(1) != 1,
+            "TRANSPOSED": transposed,
+            "STORE_T": want_t,
+            "HAS_BIAS": bias is not None,
+            "U_ROWS": rows_at_a_time(pad_q, rows),
+            "CORE_ROWS": rows_at_a_time(*((pad_p, pad_q) if transposed else (pad_q, pad_p))),
+            **constants(config),
+            **REGISTERS,
+            **config.options(),
+            "launch_cooperative_grid": True,  # all programs run at once, or none
+        },
+        blocks={
+            "x_desc": (x.shape, x.stride(), [rows, config.block_k]),
+            "w_desc": rows_of(weight, [config.block_n, config.block_k]),
+            "down_desc": (down.shape, down.stride(), [pad_p, config.block_k][::way]),
+            "up_desc": (up.shape, up.stride(), [config.block_n, pad_q][::way]),
+            "y_desc": ((m, n), (n, 1), [rows, config.block_n // config.parts]),
+        },
+        varying=("scale",),
+        meets=True,
+        describe=describe,
+        device=x.device,
+    )
