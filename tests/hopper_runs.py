@@ -1,0 +1,334 @@
+"""`runs` executes the kernels for Hopper, as Triton compiles them for sm_90, on a CPU.
+
+A launch is the library's own: its function is called on tensors on the CPU, what it would launch is
+taken, its TTGIR executed (`ttgir_run`) and its results left in the tensors. That takes a process that
+does not interpret: test_hopper_kernels.py has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gate
+import numpy as np
+import torch
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction
+from ttgir_memory import Fault
+from ttgir_run import Kernel
+
+from fused_lowrank import kernels as package
+
+SM_90 = GPUTarget("cuda", 90, 32)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAUNCHES = 3  # in a row
+TRIES = 6  # runs in which a planted fault is to be seen
+SUM = 2.0**-20  # how far sums in fp32 may be off, of the sum of their terms' sizes
+SCALE = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a kernel's function, but for the sizes M, N and K."""
+
+    kernel: str  # "gemm_tail" or "relay"
+    transposed: bool = False  # as in a backward pass: W lies as (K, N), the factors likewise
+    dtype: str = "bf16"
+    p: int = 16  # relay
+    q: int = 16  # 0: gemm_tail without a tail
+    core: str = "bf16"  # relay: its dtype; "one": there is none; "pair" of bf16, or "pair fp32"
+    bias: bool = False
+    want_t: bool = True
+    width: int = 128  # of a tile
+    stages: int = 3
+    parts: int = 2
+    group_m: int = 2
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault to be put into a source, and what is to come of it."""
+
+    file: str
+    text: str
+    instead: str
+    case: Case
+    seen: str  # in what is raised, a regular expression
+
+
+# ---------------------------------------------------------------------------- compiling
+
+
+def ttgir(ast: Any, options: dict) -> str:
+    """What Triton makes of a kernel before registers and LLVM: its own first stages."""
+    backend = make_backend(SM_90)
+    options = backend.parse_options(dict(options, **ast.parse_options()))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    module = ast.make_ir(SM_90, options, functions, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, ast.language)
+    return str(stages["ttgir"](module, {}))
+
+
+class Executor:
+    """What `JITFunction.run` is replaced with, for launches of one case: they are executed."""
+
+    def __init__(self) -> None:
+        self.programs = 1  # at most
+        self.seed = 0
+        self.arguments: dict[str, Any] = {}  # of the last launch
+        self.compiled: dict[JITFunction, Kernel] = {}
+
+    def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        assert not args, "launches name their arguments"
+        if kernel not in self.compiled:
+            ast, options = gate.source(lambda: kernel[grid](**given), gate.TARGETS["sm_90"])
+            self.compiled[kernel] = Kernel(ttgir(ast, options))
+        self.arguments = given
+        self.seed += 1
+        execute(self.compiled[kernel], given, min(grid[0], self.programs), self.seed)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        with mock.patch.object(JITFunction, "run", lambda *args, **given: self.run(*args, **given)):
+            yield
+
+
+def execute(kernel: Kernel, arguments: dict[str, Any], programs: int, seed: int) -> None:
+    """Run a kernel with a launch's arguments; the tensors that it writes are written."""
+    places: dict[str, torch.Tensor] = {}
+    given: dict[str, Any] = {}
+    for name in (parameter.removeprefix("%") for parameter in kernel.function.parameters):
+        value = arguments.get(name)
+        if hasattr(value, "base"):  # a descriptor
+            value = torch.as_strided(value.base, tuple(value.shape), tuple(value.strides))
+        elif isinstance(value, torch.Tensor):
+            value = value.view(-1)
+        if isinstance(value, torch.Tensor):
+            places[name] = value
+            value = np.array(value.float() if value.is_floating_point() else value, order="C")
+        if value is not None:
+            given[name] = value
+    launch = kernel.launch(given, programs, seed)
+    for name, array in launch.arrays.items():
+        if array.version:
+            places[name].copy_(torch.from_numpy(array.values.reshape(places[name].shape)))
+
+
+# ---------------------------------------------------------------------------- cases
+
+
+def modules() -> tuple[Any, ...]:
+    """The kernels' modules as they are now (`planted` changes them)."""
+    names = "gemm_tail", "gemm_tail_hopper", "relay", "relay_hopper", "tiles", "common"
+    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)
+
+
+def tile(case: Case) -> Any:
+    tiles = modules()[4]
+    return tiles.TileConfig(
+        128, case.width, 64, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts
+    )
+
+
+class Operands:
+    """What a case is computed of, and what may come of it. They lie forward; a case turns them."""
+
+    def __init__(self, case: Case, sizes: tuple[int, int, int], seed: int):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sizes = m, n, k = sizes
+        self.weight, self.down, self.up = (
+            self.draw(n, k),
+            self.draw(case.p, k),
+            self.draw(n, case.q),
+        )
+        self.bias = self.draw(n) if case.bias else None
+        kind = torch.float32 if "fp32" in case.core else DTYPES[case.dtype]
+        self.factors: tuple[torch.Tensor, ...] = ()
+        if case.core.startswith("pair"):
+            self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
+        elif case.core != "one":
+            self.factors = (self.draw(case.p, case.q, kind=kind),)
+
+    def draw(self, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
+        values = torch.randn(*shape, generator=self.generator)
+        return values.to(kind or DTYPES[self.case.dtype])
+
+    def turned(self, factor: torch.Tensor) -> torch.Tensor:
+        return factor.t().contiguous() if self.case.transposed else factor
+
+    def launch(self, executor: Executor) -> float:
+        """Compute of a new x; the largest error, as a share of what it may be."""
+        case, (m, n, k) = self.case, self.sizes
+        x, chosen = self.draw(m, k), tile(case)
+        weight = self.weight.t().contiguous().t() if case.transposed else self.weight
+        choose = lambda *_: chosen  # noqa: E731
+        if case.kernel == "gemm_tail":
+            wide = module("tiles").padded(case.q)
+            u = torch.nn.functional.pad(self.draw(m, case.q), (0, wide - case.q))
+            u, up = (u, self.turned(self.up)) if case.q else (None, None)
+            y = module("gemm_tail").gemm_tail(
+                x, weight, u, up, self.bias, case.transposed, None, choose
+            )
+            return self.error_of_y(x, u, y)
+        core: Any = tuple(self.turned(factor) for factor in self.factors)
+        if case.transposed:
+            core = core[::-1]
+        core = core if len(core) == 2 else core[0] if core else None
+        y, t = module("relay").relay(
+            x, weight, self.turned(self.down), core, self.turned(self.up), self.bias, SCALE,
+            case.transposed, case.want_t, choose,
+        )  # fmt: skip
+        if bool(executor.arguments["arrivals_ptr"].any()):
+            raise Fault("flags are not zero again")
+        u = executor.arguments["u_ptr"].view(m, -1)
+        if bool((u[:, case.q :] != 0).any()):
+            raise Fault("u is not zero beyond Q")
+        return max(self.error_of_u(x, t, u[:, : case.q]), self.error_of_y(x, u, y))
+
+    def error_of_u(self, x: torch.Tensor, t: torch.Tensor | None, u: torch.Tensor) -> float:
+        """Of t too, where it was stored: then u is held to what that t gives."""
+        exact = x.double() @ self.down.double().t()
+        sums = x.double().abs() @ self.down.double().t().abs() * SUM
+        error, slack = 0.0, self.unit * exact.abs() + sums
+        if t is not None:
+            error, slack = share("t", t, exact, slack), 0 * slack
+        if not self.factors:
+            return max(
+                error, share("u", u, SCALE * exact, self.unit * (SCALE * exact).abs() + 2 * sums)
+            )
+        core = self.factors[0].double()
+        size = core.abs()
+        for factor in self.factors[1:]:
+            core, size = core @ factor.double(), size @ factor.double().abs()
+        exact = exact if t is None else t.double()
+        split = self.factors[0].dtype != x.dtype
+        off = 2.0**-16 if split else self.unit if len(self.factors) == 2 else 0.0
+        product = SCALE * (exact @ core)
+        slack = SCALE * (slack @ core.abs() + exact.abs() @ size * (off + SUM))
+        return max(error, share("u", u, product, self.unit * product.abs() + 2 * slack))
+
+    def error_of_y(self, x: torch.Tensor, u: torch.Tensor | None, y: torch.Tensor) -> float:
+        pairs = [(x, self.weight)]
+        if u is not None:
+            pairs.append((u[:, : self.case.q], self.up))
+        exact = sum(a.double() @ b.double().t() for a, b in pairs)
+        sums = sum(a.double().abs() @ b.double().t().abs() for a, b in pairs) * SUM
+        if self.bias is not None:
+            exact = exact + self.bias.double()
+        return share("y", y, exact, self.unit * exact.abs() + 2 * sums)
+
+    @property
+    def unit(self) -> float:
+        """Half of the distance of two numbers, of their size."""
+        return {"bf16": 2.0**-8, "fp16": 2.0**-11}[self.case.dtype]
+
+
+def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
+    """The largest error as a share of its bound; a Fault beyond it."""
+    bound = bound + 1e-6  # of numbers near zero in fp16
+    worst = ((found.double() - exact).abs() / bound).nan_to_num(nan=torch.inf).max().item()
+    if worst > 1:
+        at = ((found.double() - exact).abs() / bound).nan_to_num(nan=torch.inf).argmax().item()
+        row, column = divmod(at, found.shape[1])
+        raise Fault(
+            f"{name}[{row}, {column}] is {found[row, column]}, not {exact[row, column]:.5f}: "
+            f"{worst:.3g} times what it may be off"
+        )
+    return worst
+
+
+def module(name: str) -> Any:
+    """A module of the kernels, as they are now: `planted` puts others in their place."""
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def tile(case: Case) -> Any:
+    make = module("tiles").TileConfig
+    return make(
+        128, case.width, 64, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts
+    )
+
+
+def sizes_of(case: Case, chance: random.Random) -> tuple[int, int, int]:
+    """M, N and K of a run: a few tiles, most of them ragged."""
+    m = chance.choice((1, 77, 128, 200, 300))
+    n = chance.choice((8, case.width, case.width + 8, 2 * case.width, 2 * case.width + 40))
+    return m, n, chance.choice((8, 64, 136, 200))
+
+
+def execute_case(case: Case, runs: int, seed: int, sizes: tuple | None = None) -> tuple[int, float]:
+    """(launches, the largest error as a share of what it may be) of so many runs of a case.
+
+    A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives.
+    """
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, or the largest integer
+    executor, worst, launches = Executor(), 0.0, 0
+    chance = random.Random(seed)
+    with executor.installed():
+        for run in range(runs):
+            module("common").arrivals(torch.device("cpu")).zero_()
+            chosen = sizes or sizes_of(case, chance)
+            operands = Operands(case, chosen, seed + run)
+            executor.programs = chance.randint(1, 5)
+            for number in range(LAUNCHES):
+                executor.seed = chance.getrandbits(32)
+                try:
+                    worst = max(worst, operands.launch(executor))
+                except Fault as fault:
+                    what = f"M, N, K = {chosen}, {executor.programs} programs, launch {number}"
+                    raise type(fault)(f"{what}: {fault}") from None
+                launches += 1
+    return launches, worst
+
+
+@contextlib.contextmanager
+def planted(file: str, text: str, instead: str) -> Iterator[None]:
+    """The kernels' modules, with one text in one of them replaced."""
+    folder = Path(package.__path__[0])
+    assert (folder / file).read_text().count(text) == 1, f"{text!r} is not once in {file}"
+    before = forget_modules()
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        path = Path(copy, file)
+        path.write_text(path.read_text().replace(text, instead))
+        package.__path__ = [copy]
+        try:
+            yield
+        finally:
+            forget_modules()
+            package.__path__ = [str(folder)]
+            for name, found in before.items():
+                sys.modules[name] = found
+                setattr(package, name.rpartition(".")[2], found)
+
+
+def forget_modules() -> dict[str, Any]:
+    """Make the next import of a module of the kernels read its file; those that there were."""
+    prefix = f"{package.__name__}."
+    found = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(prefix)}
+    for name in found:
+        package.__dict__.pop(name.removeprefix(prefix), None)
+    return found
+
+
+def execute_planted(fault: Planted, sizes: tuple[int, int, int]) -> None:
+    """Some runs of a kernel with a fault in its source; raises what is seen."""
+    with planted(fault.file, fault.text, fault.instead):
+        execute_case(fault.case, TRIES, 0, sizes)

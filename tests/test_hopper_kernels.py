@@ -1,0 +1,220 @@
+"""The kernels for Hopper, executed as compiled: numbers, barriers, bulk copies, flags.
+
+Each case is run by several programs with random sizes and schedules, three launches in a row, and y, t
+and u are held to float64. Then faults are planted in the kernels' sources, and each must be seen.
+What this does not show is in `ttgir_run`.
+"""
+
+import multiprocessing
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import hopper_runs
+from hopper_runs import Case, Planted
+from ttgir_memory import Fault, Shared, rounded
+from ttgir_parse import Type, parse
+from ttgir_run import Kernel
+
+RUNS = 24  # of a case, of three launches each
+SECONDS = 600  # that a case may take, on a busy machine
+
+GEMMS = (
+    Case("gemm_tail"),
+    Case("gemm_tail", transposed=True, bias=True),
+    Case("gemm_tail", q=8, width=64, stages=2, bias=True),
+    Case("gemm_tail", transposed=True, q=200, width=64),
+    Case("gemm_tail", q=64, dtype="fp16", parts=4),
+    Case("gemm_tail", q=0, width=256, parts=4, stages=4),
+    Case("gemm_tail", transposed=True, q=40, width=256),
+)
+RELAYS = (
+    Case("relay"),
+    Case("relay", transposed=True),
+    Case("relay", bias=True, p=24, q=40, width=64, stages=2),
+    Case("relay", transposed=True, bias=True, p=64, q=64),
+    Case("relay", core="one", want_t=False),
+    Case("relay", transposed=True, core="one", p=32, q=32, width=64, bias=True),
+    Case("relay", core="fp32", p=16, q=32),
+    Case("relay", transposed=True, core="fp32", p=64, q=16, want_t=False),
+    Case("relay", core="pair", p=48, q=64, group_m=1),
+    Case("relay", transposed=True, core="pair fp32", p=32, q=24),
+    Case("relay", dtype="fp16", core="fp16", p=64, q=64, width=256),
+    Case("relay", transposed=True, dtype="fp16", core="fp32", width=64, parts=2),
+    Case("relay", width=256, parts=4, stages=4),
+    Case("relay", transposed=True, width=256, stages=4, bias=True, want_t=False),
+)
+CASES = GEMMS + RELAYS
+
+GEMM, RELAY = Case("gemm_tail"), Case("relay")
+DEEP = 300, 264, 400  # many tiles and steps: stages and flags are used again
+
+MULTIPLY = """
+    mbarrier.wait(ready.index(index), phase)
+    x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
+    acc = warpgroup_mma(x, w, acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    index, phase = advance(index, phase, STAGES)
+    for _ in range(1, steps):
+        mbarrier.wait(ready.index(index), phase)
+        x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
+        acc = warpgroup_mma(x, w, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])  # the step before has been multiplied
+        mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+        index, phase = advance(index, phase, STAGES)
+"""
+BEFORE = """
+    before = index
+    for step in range(steps):
+        mbarrier.wait(ready.index(index), phase)
+        x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
+        acc = warpgroup_mma(x, w, acc, use_acc=step > 0, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+        before = index
+        index, phase = advance(index, phase, STAGES)
+"""
+LATE = """
+            mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(index), count=1)
+            mbarrier.arrive(u_empty.index(GROUP), count=1)
+"""
+EARLY = """
+            mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
+            mbarrier.arrive(u_empty.index(GROUP), count=1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(index), count=1)
+"""
+RING, GEMM_FILE, RELAY_FILE = "hopper.py", "gemm_tail_hopper.py", "relay_hopper.py"
+OVERWRITTEN = "is overwritten while it is read"
+HANGS = "nothing moves"
+FAULTS = {
+    "a flag not reset": Planted(
+        RELAY_FILE, "count_reader(flag_ptr, tiles_n - 1)", "count_reader(flag_ptr, tiles_n)",
+        RELAY, "flags are not zero again",
+    ),
+    "a flag not waited for": Planted(
+        RELAY_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
+        RELAY, r"(y|u)\[.*\] is nan|flags are not zero again",
+    ),
+    "an arrival too few for a stage": Planted(
+        RING, "        mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)\n", "",
+        GEMM, f"{HANGS}(.|\n)*waits for empty.* to pass phase",
+    ),
+    "an arrival too few for u": Planted(
+        RELAY_FILE, "                mbarrier.arrive(u_ready.index(group), count=1)\n", "",
+        RELAY, f"{HANGS}(.|\n)*waits for u_ready.* 1 of 1 arrivals missing",
+    ),
+    "an arrival too many": Planted(
+        GEMM_FILE, "mbarrier.init(empty.index(i), count=GROUPS)",
+        "mbarrier.init(empty.index(i), count=GROUPS - 1)",
+        GEMM, f"{OVERWRITTEN}|more arrivals than the barrier counts|in flight|{HANGS}",
+    ),
+    "a stage freed early": Planted(
+        RING, "warpgroup_mma_wait(1, deps=[acc])  # the step before has been multiplied",
+        "warpgroup_mma_wait(2, deps=[acc])",
+        GEMM, f"(x|w)_bufs.* {OVERWRITTEN}",
+    ),
+    "the stages of t freed early": Planted(
+        RELAY_FILE, "warpgroup_mma_wait(2, deps=[acc, low])  # both of the step before are done",
+        "warpgroup_mma_wait(3, deps=[acc, low])",
+        RELAY, f"(x|w|down)_bufs.* {OVERWRITTEN}",
+    ),
+    "u freed early": Planted(RELAY_FILE, LATE, EARLY, RELAY, f"u_bufs.* {OVERWRITTEN}"),
+    "a wait for a later tile": Planted(
+        RELAY_FILE, "    rest = gl.maximum(tile - tiles_m, 0)\n",
+        "    tile = tiles_m * tiles_n - 1 - tile\n    rest = gl.maximum(tile - tiles_m, 0)\n",
+        RELAY, rf"{HANGS}(.|\n)*waits for another value of arrivals_ptr\[\d+\] than 0",
+    ),
+    "a carried name lost": Planted(RING, MULTIPLY, BEFORE, GEMM, f"{OVERWRITTEN}|{HANGS}|more arrivals"),
+    "bytes too few": Planted(
+        RELAY_FILE, "mbarrier.expect(bar, BYTES + down_desc.block_type.nbytes, pred=first)",
+        "mbarrier.expect(bar, BYTES, pred=first)",
+        RELAY, "is read while a bulk copy into it is in flight|more land than the barrier expects",
+    ),
+    "bytes too many": Planted(
+        GEMM_FILE,
+        "mbarrier.expect(bar, GROUPS * x_desc.block_type.nbytes + w_desc.block_type.nbytes)",
+        "mbarrier.expect(bar, 3 * x_desc.block_type.nbytes + w_desc.block_type.nbytes)",
+        GEMM, f"{HANGS}(.|\n)*waits for ready.* 8192 bytes still to land",
+    ),
+    "a phase not turned": Planted(
+        RELAY_FILE, "            u_phase = u_phase ^ 1\n", "",
+        RELAY, f"{HANGS}|{OVERWRITTEN}|is read while|more arrivals|was never written|stored without",
+    ),
+    "a fence left out": Planted(
+        RING, "        fence_async_shared()\n        tma.async_copy_shared_to_global(y_desc, [m, first_n], buf)",
+        "        tma.async_copy_shared_to_global(y_desc, [m, first_n], buf)",
+        GEMM, "y_bufs.* was stored without a fence_async_shared",
+    ),
+    "a buffer of y used again too soon": Planted(
+        RING, "tma.store_wait(BUFFERS - 1)", "tma.store_wait(BUFFERS)",
+        Case("gemm_tail", parts=4), f"y_bufs.* {OVERWRITTEN}",
+    ),
+    "an end before y has left": Planted(
+        GEMM_FILE, "    tma.store_wait(0)\n", "    pass\n",
+        GEMM, "ends while its bulk stores read shared memory",
+    ),
+    "sums read too early": Planted(
+        GEMM_FILE, "acc = warpgroup_mma_wait(0, deps=[acc])", "acc = warpgroup_mma_wait(1, deps=[acc])",
+        GEMM, "a sum is read before its products were waited for",
+    ),
+    "a step left out": Planted(
+        RING, "tile // per_group) * GROUP_M", "tile // per_group) * 1",
+        GEMM, r"y\[.*\] is nan",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[Executor]:
+    """A process that does not interpret: what is compiled in it is what a GPU would get."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with mock.patch.dict(os.environ, threads):
+        os.environ.pop("TRITON_INTERPRET", None)
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result(SECONDS)  # it has started, in this environment
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+def name(case: Case) -> str:
+    layout = "backward" if case.transposed else "forward"
+    return f"{case.kernel}-{layout}-{case.dtype}-{case.p}-{case.q}-{case.core}-{case.width}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_y_t_and_u_by_every_schedule(beside: Executor, case: Case) -> None:
+    seed = CASES.index(case)
+    launches, worst = beside.submit(hopper_runs.execute_case, case, RUNS, seed).result(SECONDS)
+    assert launches == RUNS * hopper_runs.LAUNCHES
+    assert 0.1 < worst <= 1  # else nothing was compared
+
+
+def test_there_are_runs_enough() -> None:
+    """Both kernels, both layouts, and 500 runs."""
+    assert len(CASES) * RUNS >= 500
+    assert {(case.kernel, case.transposed) for case in CASES} == {
+        (kernel, transposed) for kernel in ("gemm_tail", "relay") for transposed in (False, True)
+    }
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(beside: Executor, fault: str) -> None:
+    with pytest.raises(Fault, match=FAULTS[fault].seen):
+        beside.submit(hopper_runs.execute_planted, FAULTS[fault], DEEP).result(SECONDS)
+
+
+def test_without_a_fault_the_same_runs_pass(beside: Executor) -> None:
+    """What the faults' runs are, on the sources as they are."""
+    for case in (GEMM, RELAY):
+        beside.submit(hopper_runs.execute_case, case, hopper_runs.TRIES, 0, DEEP).result(SECONDS)
