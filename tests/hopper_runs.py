@@ -1,8 +1,8 @@
-"""`runs` executes the kernels for Hopper, as Triton compiles them for sm_90, on a CPU.
+"""`execute_case` executes the kernels for Hopper, as Triton compiles them for sm_90, on a CPU.
 
-A launch is the library's own: its function is called on tensors on the CPU, what it would launch is
-taken, its TTGIR executed (`ttgir_run`) and its results left in the tensors. That takes a process that
-does not interpret: test_hopper_kernels.py has one.
+A launch is the library's own: its function is called with tensors on the CPU; what it would launch
+is taken, compiled as far as TTGIR, and executed (`ttgir_run`), and the results lie in its tensors.
+That takes a process that does not interpret: test_hopper_kernels.py has one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
+from ttgir_kernel import Kernel
 from ttgir_memory import Fault
-from ttgir_run import Kernel
+from ttgir_run import launch
 
 from fused_lowrank import kernels as package
 
@@ -89,7 +90,7 @@ class Executor:
     """What `JITFunction.run` is replaced with, for launches of one case: they are executed."""
 
     def __init__(self) -> None:
-        self.programs = 1  # at most
+        self.programs = 1  # that run at once
         self.seed = 0
         self.arguments: dict[str, Any] = {}  # of the last launch
         self.compiled: dict[JITFunction, Kernel] = {}
@@ -101,11 +102,19 @@ class Executor:
             self.compiled[kernel] = Kernel(ttgir(ast, options))
         self.arguments = given
         self.seed += 1
-        execute(self.compiled[kernel], given, min(grid[0], self.programs), self.seed)
+        execute(self.compiled[kernel], given, grid[0], self.seed)
+
+    def at_once(self, device: torch.device) -> int:
+        return self.programs
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        with mock.patch.object(JITFunction, "run", lambda *args, **given: self.run(*args, **given)):
+        with contextlib.ExitStack() as stack:
+            run = lambda *args, **given: self.run(*args, **given)  # noqa: E731
+            stack.enter_context(mock.patch.object(JITFunction, "run", run))
+            for name in ("gemm_tail_hopper", "relay_hopper"):
+                patched = mock.patch.object(module(name), "multiprocessors", self.at_once)
+                stack.enter_context(patched)
             yield
 
 
@@ -124,8 +133,7 @@ def execute(kernel: Kernel, arguments: dict[str, Any], programs: int, seed: int)
             value = np.array(value.float() if value.is_floating_point() else value, order="C")
         if value is not None:
             given[name] = value
-    launch = kernel.launch(given, programs, seed)
-    for name, array in launch.arrays.items():
+    for name, array in launch(kernel, given, programs, seed).arrays.items():
         if array.version:
             places[name].copy_(torch.from_numpy(array.values.reshape(places[name].shape)))
 
@@ -133,34 +141,28 @@ def execute(kernel: Kernel, arguments: dict[str, Any], programs: int, seed: int)
 # ---------------------------------------------------------------------------- cases
 
 
-def modules() -> tuple[Any, ...]:
-    """The kernels' modules as they are now (`planted` changes them)."""
-    names = "gemm_tail", "gemm_tail_hopper", "relay", "relay_hopper", "tiles", "common"
-    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)
+def module(name: str) -> Any:
+    """A module of the kernels, as they are now: `planted` puts others in their place."""
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 def tile(case: Case) -> Any:
-    tiles = modules()[4]
-    return tiles.TileConfig(
-        128, case.width, 64, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts
-    )
+    sides = 128, case.width, 64
+    make = module("tiles").TileConfig
+    return make(*sides, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts)
 
 
 class Operands:
-    """What a case is computed of, and what may come of it. They lie forward; a case turns them."""
+    """What a case is computed of, of given sizes; all lie forward here, and a launch turns them."""
 
     def __init__(self, case: Case, sizes: tuple[int, int, int], seed: int):
-        self.case = case
+        self.case, self.sizes = case, sizes
         self.generator = torch.Generator().manual_seed(seed)
-        self.sizes = m, n, k = sizes
-        self.weight, self.down, self.up = (
-            self.draw(n, k),
-            self.draw(case.p, k),
-            self.draw(n, case.q),
-        )
-        self.bias = self.draw(n) if case.bias else None
+        _, n, k = sizes
+        self.weight, self.bias = self.draw(n, k), self.draw(n) if case.bias else None
+        self.down, self.up = self.draw(case.p, k), self.draw(n, case.q)
         kind = torch.float32 if "fp32" in case.core else DTYPES[case.dtype]
-        self.factors: tuple[torch.Tensor, ...] = ()
+        self.factors: tuple[torch.Tensor, ...] = ()  # of the core
         if case.core.startswith("pair"):
             self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
         elif case.core != "one":
@@ -175,56 +177,64 @@ class Operands:
 
     def launch(self, executor: Executor) -> float:
         """Compute of a new x; the largest error, as a share of what it may be."""
-        case, (m, n, k) = self.case, self.sizes
-        x, chosen = self.draw(m, k), tile(case)
-        weight = self.weight.t().contiguous().t() if case.transposed else self.weight
-        choose = lambda *_: chosen  # noqa: E731
+        case, chosen = self.case, tile(self.case)
+        x = self.draw(self.sizes[0], self.sizes[2])
+        weight = self.turned(self.weight)
+        weight = weight.t() if case.transposed else weight
         if case.kernel == "gemm_tail":
             wide = module("tiles").padded(case.q)
-            u = torch.nn.functional.pad(self.draw(m, case.q), (0, wide - case.q))
+            u = torch.nn.functional.pad(self.draw(len(x), case.q), (0, wide - case.q))
             u, up = (u, self.turned(self.up)) if case.q else (None, None)
-            y = module("gemm_tail").gemm_tail(
-                x, weight, u, up, self.bias, case.transposed, None, choose
-            )
+            gemm_tail = module("gemm_tail").gemm_tail
+            y = gemm_tail(x, weight, u, up, self.bias, case.transposed, None, lambda *_: chosen)
             return self.error_of_y(x, u, y)
-        core: Any = tuple(self.turned(factor) for factor in self.factors)
-        if case.transposed:
-            core = core[::-1]
+        core: Any = [self.turned(factor) for factor in self.factors]
+        core = tuple(core[::-1] if case.transposed else core)
         core = core if len(core) == 2 else core[0] if core else None
         y, t = module("relay").relay(
-            x, weight, self.turned(self.down), core, self.turned(self.up), self.bias, SCALE,
-            case.transposed, case.want_t, choose,
-        )  # fmt: skip
-        if bool(executor.arguments["arrivals_ptr"].any()):
-            raise Fault("flags are not zero again")
-        u = executor.arguments["u_ptr"].view(m, -1)
+            x,
+            weight,
+            self.turned(self.down),
+            core,
+            self.turned(self.up),
+            self.bias,
+            SCALE,
+            case.transposed,
+            case.want_t,
+            lambda *_: chosen,
+        )
+        u = executor.arguments["u_ptr"].view(len(x), -1)
         if bool((u[:, case.q :] != 0).any()):
             raise Fault("u is not zero beyond Q")
-        return max(self.error_of_u(x, t, u[:, : case.q]), self.error_of_y(x, u, y))
+        worst = max(self.error_of_u(x, t, u[:, : case.q]), self.error_of_y(x, u, y))
+        if bool(executor.arguments["arrivals_ptr"].any()):
+            raise Fault("flags are not zero again")
+        return worst
 
     def error_of_u(self, x: torch.Tensor, t: torch.Tensor | None, u: torch.Tensor) -> float:
-        """Of t too, where it was stored: then u is held to what that t gives."""
+        """The larger of t's and u's; where t was stored, u is held to what that t gives."""
         exact = x.double() @ self.down.double().t()
         sums = x.double().abs() @ self.down.double().t().abs() * SUM
-        error, slack = 0.0, self.unit * exact.abs() + sums
+        off, error = self.unit * exact.abs() + sums, 0.0
         if t is not None:
-            error, slack = share("t", t, exact, slack), 0 * slack
-        if not self.factors:
-            return max(
-                error, share("u", u, SCALE * exact, self.unit * (SCALE * exact).abs() + 2 * sums)
-            )
-        core = self.factors[0].double()
-        size = core.abs()
+            error = share("t", t, exact, off)
+        if not self.factors:  # u is made of t before it is rounded
+            return max(error, share("u", u, SCALE * exact, SCALE * off))
+        if t is not None:
+            exact, off = t.double(), torch.zeros_like(off)
+        core, size = self.factors[0].double(), self.factors[0].double().abs()
         for factor in self.factors[1:]:
             core, size = core @ factor.double(), size @ factor.double().abs()
-        exact = exact if t is None else t.double()
-        split = self.factors[0].dtype != x.dtype
-        off = 2.0**-16 if split else self.unit if len(self.factors) == 2 else 0.0
-        product = SCALE * (exact @ core)
-        slack = SCALE * (slack @ core.abs() + exact.abs() @ size * (off + SUM))
-        return max(error, share("u", u, product, self.unit * product.abs() + 2 * slack))
+        if self.factors[0].dtype != x.dtype:
+            core_off = 2.0**-16  # it is multiplied as two bf16
+        else:  # a pair's product is rounded
+            core_off = self.unit if len(self.factors) == 2 else 0.0
+        u_exact = SCALE * (exact @ core)
+        u_off = SCALE * (off @ core.abs() + exact.abs() @ size * (core_off + SUM))
+        return max(error, share("u", u, u_exact, self.unit * u_exact.abs() + 2 * u_off))
 
     def error_of_y(self, x: torch.Tensor, u: torch.Tensor | None, y: torch.Tensor) -> float:
+        """That of y, of the u that it was made of."""
         pairs = [(x, self.weight)]
         if u is not None:
             pairs.append((u[:, : self.case.q], self.up))
@@ -236,34 +246,21 @@ class Operands:
 
     @property
     def unit(self) -> float:
-        """Half of the distance of two numbers, of their size."""
+        """How far the nearest number is off, at most, of the size of what is rounded."""
         return {"bf16": 2.0**-8, "fp16": 2.0**-11}[self.case.dtype]
 
 
 def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
-    """The largest error as a share of its bound; a Fault beyond it."""
-    bound = bound + 1e-6  # of numbers near zero in fp16
-    worst = ((found.double() - exact).abs() / bound).nan_to_num(nan=torch.inf).max().item()
+    """The largest error as a share of its bound; raises Fault beyond that."""
+    errors = (found.double() - exact).abs() / (bound + 1e-6)  # fp16 is coarser near zero
+    worst, at = errors.nan_to_num(nan=torch.inf).flatten().max(0)
     if worst > 1:
-        at = ((found.double() - exact).abs() / bound).nan_to_num(nan=torch.inf).argmax().item()
-        row, column = divmod(at, found.shape[1])
+        row, column = divmod(int(at), found.shape[1])
         raise Fault(
             f"{name}[{row}, {column}] is {found[row, column]}, not {exact[row, column]:.5f}: "
             f"{worst:.3g} times what it may be off"
         )
-    return worst
-
-
-def module(name: str) -> Any:
-    """A module of the kernels, as they are now: `planted` puts others in their place."""
-    return importlib.import_module(f"{package.__name__}.{name}")
-
-
-def tile(case: Case) -> Any:
-    make = module("tiles").TileConfig
-    return make(
-        128, case.width, 64, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts
-    )
+    return float(worst)
 
 
 def sizes_of(case: Case, chance: random.Random) -> tuple[int, int, int]:
@@ -273,7 +270,9 @@ def sizes_of(case: Case, chance: random.Random) -> tuple[int, int, int]:
     return m, n, chance.choice((8, 64, 136, 200))
 
 
-def execute_case(case: Case, runs: int, seed: int, sizes: tuple | None = None) -> tuple[int, float]:
+def execute_case(
+    case: Case, runs: int, seed: int, sizes: tuple[int, int, int] | None = None
+) -> tuple[int, float]:
     """(launches, the largest error as a share of what it may be) of so many runs of a case.
 
     A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives.

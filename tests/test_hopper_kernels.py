@@ -1,28 +1,23 @@
 """The kernels for Hopper, executed as compiled: numbers, barriers, bulk copies, flags.
 
-Each case is run by several programs with random sizes and schedules, three launches in a row, and y, t
-and u are held to float64. Then faults are planted in the kernels' sources, and each must be seen.
-What this does not show is in `ttgir_run`.
+Each case is run by one to five programs, of random sizes and schedules, three launches in a row,
+and y, t and u are held to float64. Faults planted in the kernels' sources must each be seen.
+What none of this shows is said in ttgir_run.py.
 """
 
 import multiprocessing
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from unittest import mock
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 import hopper_runs
 from hopper_runs import Case, Planted
-from ttgir_memory import Fault, Shared, rounded
-from ttgir_parse import Type, parse
-from ttgir_run import Kernel
+from ttgir_memory import Fault
 
 RUNS = 24  # of a case, of three launches each
 SECONDS = 600  # that a case may take, on a busy machine
@@ -106,6 +101,10 @@ FAULTS = {
         RELAY_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
         RELAY, r"(y|u)\[.*\] is nan|flags are not zero again",
     ),
+    "a flag raised without a release": Planted(
+        RELAY_FILE, 'sem="release"', 'sem="relaxed"',
+        RELAY, r"(y|u)\[.*\] is nan",
+    ),
     "an arrival too few for a stage": Planted(
         RING, "        mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)\n", "",
         GEMM, f"{HANGS}(.|\n)*waits for empty.* to pass phase",
@@ -135,7 +134,10 @@ FAULTS = {
         "    tile = tiles_m * tiles_n - 1 - tile\n    rest = gl.maximum(tile - tiles_m, 0)\n",
         RELAY, rf"{HANGS}(.|\n)*waits for another value of arrivals_ptr\[\d+\] than 0",
     ),
-    "a carried name lost": Planted(RING, MULTIPLY, BEFORE, GEMM, f"{OVERWRITTEN}|{HANGS}|more arrivals"),
+    "a carried name lost": Planted(
+        RING, MULTIPLY, BEFORE,
+        GEMM, f"{OVERWRITTEN}|{HANGS}|more arrivals",
+    ),
     "bytes too few": Planted(
         RELAY_FILE, "mbarrier.expect(bar, BYTES + down_desc.block_type.nbytes, pred=first)",
         "mbarrier.expect(bar, BYTES, pred=first)",
@@ -149,11 +151,10 @@ FAULTS = {
     ),
     "a phase not turned": Planted(
         RELAY_FILE, "            u_phase = u_phase ^ 1\n", "",
-        RELAY, f"{HANGS}|{OVERWRITTEN}|is read while|more arrivals|was never written|stored without",
+        RELAY, f"{HANGS}|{OVERWRITTEN}|was never written",
     ),
     "a fence left out": Planted(
-        RING, "        fence_async_shared()\n        tma.async_copy_shared_to_global(y_desc, [m, first_n], buf)",
-        "        tma.async_copy_shared_to_global(y_desc, [m, first_n], buf)",
+        RING, "fence_async_shared()\n        tma.async_copy_sh", "tma.async_copy_sh",
         GEMM, "y_bufs.* was stored without a fence_async_shared",
     ),
     "a buffer of y used again too soon": Planted(
@@ -165,7 +166,7 @@ FAULTS = {
         GEMM, "ends while its bulk stores read shared memory",
     ),
     "sums read too early": Planted(
-        GEMM_FILE, "acc = warpgroup_mma_wait(0, deps=[acc])", "acc = warpgroup_mma_wait(1, deps=[acc])",
+        GEMM_FILE, "warpgroup_mma_wait(0, deps=[acc])", "warpgroup_mma_wait(1, deps=[acc])",
         GEMM, "a sum is read before its products were waited for",
     ),
     "a step left out": Planted(

@@ -1,8 +1,8 @@
 """`Shared`, `Barrier` and `Array` are the memory that an executed kernel works on.
 
-Shared memory is kept as it lies, but for what Hopper's layouts do within 16-byte pieces of 8 rows: a
-tile wider than its swizzle lies in panels of that width, one after the other. So the same bytes can be
-read in another shape, as the hardware would, and are refused under another swizzle.
+Shared memory is kept as it lies, but for the order that Hopper's layouts give to 16-byte pieces
+within 8 rows: a tile wider than its swizzle lies in panels of that width, one after the other. So
+the same bytes can be read in another shape, as the hardware would, not under another swizzle.
 """
 
 from __future__ import annotations
@@ -101,9 +101,8 @@ class Layout:
 class Shared:
     """One allocation of a program's shared memory: values, and what is going on with them."""
 
-    # What the state of a cell counts: the layout that it was written in (0: never), bulk copies that
-    # have not landed, readers (products and bulk stores under way), and whether it was stored since
-    # the last fence.
+    # The state of a cell: the layout that it was written in (0: never), how many bulk copies have
+    # not landed, how many products and bulk stores read it, and whether a fence is missing.
     LANDING, READER, UNFENCED = 1 << 8, 1 << 14, 1 << 24
     LAYOUT, LANDINGS, READERS = LANDING - 1, READER - LANDING, UNFENCED - READER
 

@@ -1,32 +1,46 @@
-"""`Kernel` executes the TTGIR that Triton compiled of a kernel: on numbers, without a GPU.
+"""`launch` executes the TTGIR that Triton compiled of a kernel: on numbers, without a GPU.
 
-Each partition of each program goes on by itself, a step here and a step there, as a seed decides; bulk
-copies land when it pleases. All programs of a launch are resident. Layouts of registers are ignored;
-shared memory is `ttgir_memory`'s. Products are in fp32, casts to nearest even. A `Fault` is raised where
-the hardware would go on with wrong bytes, or stand still:
+Each partition of each program goes on by itself, as a seed decides; bulk copies land at any time
+from then on, stores to global memory by the next release; all programs of a launch run at the same
+time. Products are in fp32, casts to nearest
+even, and what is not written is NaN. Shared memory is `ttgir_memory`'s; layouts of registers do not
+matter. `Fault` is raised where the hardware would go on with wrong bytes, or stand still:
 
-- a stage read that was never written, is not fenced, or whose bulk copy is in flight;
-- a stage overwritten while a product or a bulk store reads it, or a bulk copy is on its way to it;
-- more arrivals, or more bytes, than a barrier counts; nothing moves (`Deadlock`: who waits for what);
-- a sum read before its products were waited for; a program that ends with bulk copies in flight;
-- an address outside of its tensor.
+- shared memory read that was never written, or not fenced, or into which a bulk copy is in flight;
+- shared memory overwritten while a product or a bulk store reads it, or before a copy has landed;
+- more arrivals or more bytes than a barrier counts;
+- sums read before their products were waited for, and bulk copies in flight at a program's end;
+- an address outside of its tensor;
+- nothing moves: then it is a `Deadlock`, which says where everybody waits, and for what.
 
-What is not written is NaN. Not modelled: in which order writes of one multiprocessor are seen by
-another (here at once: a release without its acquire passes), and time.
+Not modelled: what a multiprocessor sees of another's writes without acquiring them, and in general
+the order of memory between them (a release here makes all that its partition has stored seen by
+everyone); the warps of a partition, which go in step here, so that a missing barrier among them is
+not seen; registers; time.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from ttgir_memory import HELD, Array, Barrier, Deadlock, Fault, Pointer
-from ttgir_ops import BLOCKED, BUILDERS, END, POLLED, TURN, Product, Step
-from ttgir_parse import Operation, Region, Type, parse
+from ttgir_kernel import Kernel
+from ttgir_memory import Array, Barrier, Deadlock, Fault, Pointer
+from ttgir_values import BLOCKED, END, TURN, Product
 
 MOST_TURNS = 5_000_000  # of a launch; beyond, something goes round for ever
+
+
+@dataclass(eq=False)
+class Flight:
+    """Something that an agent has started and that lands when it pleases."""
+
+    program: Program
+    what: str
+    land: Callable[[], None]
+    array: Array | None = None  # of a store to global memory
 
 
 class Agent:
@@ -47,7 +61,8 @@ class Agent:
         self.done = 0  # the last product that has been waited for
         self.stored = 0
         self.stores: list[int] = []  # the numbers of its bulk stores that are in flight
-        self.unfenced: list = []
+        self.unfenced: list = []  # what it has stored to shared memory since its last fence
+        self.unordered: list[Flight] = []  # its stores to global memory, since its last release
         self.pace = program.launch.random.choice((1.0, 1.0, 0.3, 0.05))
         self.ended = False
 
@@ -84,8 +99,27 @@ class Agent:
                 ) from error
             raise RuntimeError(f"{self.where(kernel, at)}: {op.name}: {error!r}") from error
 
+    def start(self, what: str, land: Callable[[], None], array: Array | None = None) -> None:
+        """Let something land at any time; a store to `array` by the next release."""
+        flight = Flight(self.program, what, land, array)
+        self.program.launch.flying.append(flight)
+        if array is not None:
+            self.unordered.append(flight)
+
+    def publish(self, array: Array | None = None) -> None:
+        """What this has stored to global memory, or to one array, is there for all: a release."""
+        flying, left = self.program.launch.flying, []
+        for flight in self.unordered:
+            if array is not None and flight.array is not array:
+                left.append(flight)
+            elif flight in flying:
+                flying.remove(flight)
+                flight.land()
+        self.unordered = left
+
     def end(self) -> None:
         self.ended = True
+        self.publish()
         if self.multiplying:
             raise Fault("ends before its products were waited for")
         if self.stores:
@@ -106,13 +140,13 @@ class Program:
 
 
 class Launch:
-    """All programs of a launch, and the bulk copies that are in flight."""
+    """All programs of a launch, and the copies and stores that are in flight."""
 
     def __init__(self, kernel: Kernel, grid: int, registers: list, generator: random.Random):
         self.kernel = kernel
         self.grid = grid
         self.random = generator
-        self.flying: list[tuple[Program, str, Any]] = []
+        self.flying: list[Flight] = []
         self.agents: list[Agent] = []
         self.turns = 0
         self.arrays: dict[str, Array] = {}  # the arguments that are tensors
@@ -157,27 +191,28 @@ class Launch:
         return moved
 
     def land(self) -> None:
-        """One of the bulk copies in flight, whichever."""
-        _, what, land = self.flying.pop(int(self.random.random() * len(self.flying)))
+        """One of those in flight, whichever."""
+        flight = self.flying.pop(int(self.random.random() * len(self.flying)))
         try:
-            land()
+            flight.land()
         except Fault as fault:
-            raise Fault(f"{what}: {fault}") from None
+            raise Fault(f"{flight.what}: {fault}") from None
 
     def any_moves(self) -> bool:
         """Whether a bulk copy lands, or anybody goes on, if each has a turn."""
         if self.flying:
             self.land()
             return True
-        return any([self.step(agent) for agent in list(self.agents)])
+        moved = [self.step(agent) for agent in list(self.agents)]  # each of them
+        return any(moved)
 
     def check_end(self, program: Program) -> None:
         """If the program has ended, nothing of it is in flight."""
         if any(agent.program is program for agent in self.agents):
             return
-        for owner, what, _ in self.flying:
-            if owner is program:
-                raise Fault(f"program {program.number} ends while {what} is in flight")
+        for flight in self.flying:
+            if flight.program is program:
+                raise Fault(f"program {program.number} ends while {flight.what} is in flight")
 
     def report(self) -> str:
         lines = []
@@ -187,267 +222,28 @@ class Launch:
         return "\n".join(lines)
 
 
-class Kernel:
-    """A kernel as compiled, made into steps; `launch` runs it."""
+def launch(kernel: Kernel, arguments: Mapping[str, Any], grid: int, seed: int) -> Launch:
+    """Run with these arguments, by the parameters' names, in `grid` programs.
 
-    def __init__(self, text: str):
-        self.function = parse(text)
-        self.names: dict[str, int] = {}
-        self.registers: list = [
-            None
-        ]  # what a partition begins with: constants; the first is itself
-        self.steps: list[Step] = []
-        self.where: list[Operation] = []  # of each step
-        self.reads: dict[int, tuple[int, ...]] = {}
-        self.inputs_of: tuple[int, ...] = ()
-        for name in self.function.parameters:
-            self.define(name)
-        self.operations(self.function.operations)
-
-    # What builders of steps ask for.
-
-    def define(self, name: str) -> int:
-        """The register of a new value."""
-        self.registers.append(None)
-        self.names[name] = len(self.registers) - 1
-        return self.names[name]
-
-    def inputs(self, op: Operation, until: str = "") -> list[int]:
-        """The registers of the operands, or of those that stand before `until`."""
-        operands = op.operands
-        if until and until in op.head:
-            operands = [name for name in operands if op.head.index(name) < op.head.index(until)]
-        found = [self.names[name] for name in operands]
-        self.inputs_of = tuple(found)
-        return found
-
-    def output(self, op: Operation) -> int:
-        (name,) = op.results
-        return self.define(name)
-
-    def block(self, op: Operation) -> Type:
-        """What a bulk copy moves: the type of its descriptor's block."""
-        return next(kind for kind in self.function.operand_types(op) if kind.kind == "tensordesc")
-
-    def unknown(self, op: Operation, what: str = "") -> NotImplementedError:
-        where = self.function.source(op.location)
-        text = f"ttgir operation {what or op.name}: add it to tests/ttgir_ops.py"
-        return NotImplementedError(f"{text} ({where}, ttgir line {op.line}: {op.head} {op.types})")
-
-    # Control flow.
-
-    def emit(self, op: Operation, step: Step) -> int:
-        self.steps.append(step)
-        self.where.append(op)
-        return len(self.steps) - 1
-
-    def operations(self, operations: Sequence[Operation]) -> None:
-        for op in operations:
-            if op.name == "arith.constant":
-                self.constant(op)
-            elif control := CONTROL.get(op.name):
-                control(self, op)
-            elif build := BUILDERS.get(op.name):
-                self.inputs_of = ()
-                at = self.emit(op, build(op, self))
-                self.reads[at] = self.inputs_of
-            else:
-                raise self.unknown(op)
-
-    def inner(self, region: Region) -> None:
-        """A region's operations, whose names are its own."""
-        outside = dict(self.names)
-        self.operations(region.operations)
-        self.names = outside
-
-    def constant(self, op: Operation) -> None:
-        kind = self.function.type_of(op.types) if op.types else Type("scalar", (), "i1")
-        text = op.head.removeprefix("dense<").removesuffix(">")
-        named = {"true": 1, "false": 0}
-        if kind.element.startswith(("i", "index")):
-            value: Any = named[text] if text in named else int(text)
-            held: Any = bool if kind.element == "i1" else HELD.get(kind.element, np.int64)
+    Tensors are numpy arrays, float32 for 16-bit elements, of values that these have; they are
+    changed in place. Raises `Fault`, with where and what.
+    """
+    registers, arrays = list(kernel.registers), {}
+    for parameter, kind in kernel.function.parameters.items():
+        name = parameter.removeprefix("%")
+        if kind.kind in ("tensordesc", "pointer"):
+            if name not in arguments:
+                raise TypeError(f"no argument {name}")
+            array = arrays[name] = Array(name, arguments[name], kind.element)
+            value = array if kind.kind == "tensordesc" else Pointer(array, 0)
+        elif name in arguments:
+            value, divisor = arguments[name], kernel.function.divisible.get(parameter)
+            if divisor and value % divisor:
+                raise TypeError(f"{name} = {value}: compiled for multiples of {divisor}")
         else:
-            held = HELD.get(kind.element, np.float32)
-            value = float_of(text, kind.element)
-        self.registers[self.output(op)] = np.full(kind.shape, value, held) if kind.shape else value
-
-    def move(self, op: Operation, sources: list[int], targets: list[int], to: list[int]) -> None:
-        """All sources into the targets, at once, and on to the step that `to` will hold."""
-        if len(sources) == 1:
-            source, target = sources[0], targets[0]
-
-            def step(e):
-                e[target] = e[source]
-                return to[0] if to else None
-
-        else:
-
-            def step(e):
-                for target, value in zip(targets, [e[source] for source in sources], strict=True):
-                    e[target] = value
-                return to[0] if to else None
-
-        self.emit(op, step)
-
-    def ending(self, region: Region, owner: Operation) -> tuple[Operation, list[int]]:
-        """(the operation that ends a region, the registers of what it hands on); its steps made."""
-        last = region.operations[-1] if region.operations else owner
-        if last.name not in ("scf.yield", "scf.condition"):  # left out where nothing is handed on
-            self.operations(region.operations)
-            return owner, []
-        self.operations(region.operations[:-1])
-        return last, [self.names[name] for name in last.operands]
-
-    def for_loop(self, op: Operation) -> None:
-        (region,) = op.regions
-        counter, low, high, by = op.operands[:4]
-        pairs = op.operands[4:]
-        low_, high_, by_ = (self.names[name] for name in (low, high, by))
-        initial = [self.names[name] for name in pairs[1::2]]
-        results = [self.define(name) for name in op.results]
-        outside = dict(self.names)
-        at = self.define(counter)
-        carried = [self.define(name) for name in pairs[::2]]
-        top, end = [-1], [-1]
-        self.move(op, [low_, *initial], [at, *carried], [])
-        top[0] = len(self.steps)
-        self.emit(op, lambda e: None if e[at] < e[high_] else end[0])
-        last, handed = self.ending(region, op)
-
-        def again(e):
-            for target, value in zip(carried, [e[source] for source in handed], strict=True):
-                e[target] = value
-            e[at] += e[by_]
-            return top[0]
-
-        self.emit(last, again)
-        end[0] = len(self.steps)
-        self.move(op, carried, results, [])
-        self.names = outside
-
-    def if_else(self, op: Operation) -> None:
-        condition = self.names[op.operands[0]]
-        results = [self.define(name) for name in op.results]
-        outside = dict(self.names)
-        otherwise, end = [-1], [-1]
-        self.emit(op, lambda e: None if e[condition] else otherwise[0])
-        for region in op.regions:
-            last, handed = self.ending(region, op)
-            self.move(last, handed, results, end)
-            self.names = dict(outside)
-            if otherwise[0] < 0:
-                otherwise[0] = len(self.steps)
-        end[0] = len(self.steps)
-        self.names = outside
-
-    def while_loop(self, op: Operation) -> None:
-        before, after = op.regions
-        results = [self.define(name) for name in op.results]
-        outside = dict(self.names)
-        initial = [self.names[name] for name in op.operands[1::2]]
-        carried = [self.define(name) for name in op.operands[::2]]
-        top, end = [-1], [-1]
-        self.move(op, initial, carried, [])
-        top[0] = len(self.steps)
-        last, (condition, *handed) = self.ending(before, op)
-        inside = [self.define(name) for name in after.arguments]
-
-        def decide(e):
-            go_on = e[condition]
-            values = [e[source] for source in handed]
-            for target, value in zip(inside if go_on else results, values, strict=True):
-                e[target] = value
-            return None if go_on else end[0]
-
-        self.emit(last, decide)
-        last, handed_back = self.ending(after, op)
-        self.move(last, handed_back, carried, top)
-        end[0] = len(self.steps)
-        self.names = outside
-
-    def warp_specialize(self, op: Operation) -> None:
-        """The default region goes on by itself; each partition is another agent, until all end."""
-        default, *partitions = op.regions
-        given = [self.names[name] for name in op.operands]
-        starts: list[tuple[str, int, list[int]]] = []
-
-        def fork(e):
-            agent = e[0]
-            agent.name, agent.children = "default", []
-            for name, at, arguments in starts:
-                registers = list(e)
-                for target, source in zip(arguments, given, strict=True):
-                    registers[target] = e[source]
-                child = agent.program.launch.start(agent.program, name, registers, at)
-                agent.children.append(child)
-
-        def join(e):
-            e[0].waits = ("for its partitions to end",)
-            return None if all(child.ended for child in e[0].children) else BLOCKED
-
-        self.emit(op, fork)
-        self.inner(Region("", [], default.operations[:-1]))
-        self.emit(default.operations[-1], join)
-        skip, over = [], [-1]
-        self.move(op, skip, skip, over)
-        for region in partitions:
-            outside = dict(self.names)
-            arguments = [self.define(name) for name in region.arguments]
-            starts.append((region.title, len(self.steps), arguments))
-            self.operations(region.operations)
-            self.names = outside
-        over[0] = len(self.steps)
-
-    def end(self, op: Operation) -> None:
-        self.emit(op, lambda e: END)
-
-    # Launches.
-
-    def launch(self, arguments: Mapping[str, Any], grid: int, seed: int) -> Launch:
-        """Run with these arguments, by the parameters' names, in `grid` programs.
-
-        Tensors are numpy arrays, float32 for 16-bit elements, of values that these have; they are
-        changed in place. Raises `Fault`, with where and what.
-        """
-        registers, arrays = list(self.registers), {}
-        for parameter, kind in self.function.parameters.items():
-            name = parameter.removeprefix("%")
-            if kind.kind in ("tensordesc", "pointer"):
-                if name not in arguments:
-                    raise TypeError(f"no argument {name}")
-                array = arrays[name] = Array(name, arguments[name], kind.element)
-                value = array if kind.kind == "tensordesc" else Pointer(array, 0)
-            elif name in arguments:
-                value, divisor = arguments[name], self.function.divisible.get(parameter)
-                if divisor and value % divisor:
-                    raise TypeError(f"{name} = {value}: compiled for multiples of {divisor}")
-            else:
-                continue  # of a descriptor: its shape and strides
-            registers[self.names[parameter]] = value
-        launch = Launch(self, grid, registers, random.Random(seed))
-        launch.arrays = arrays
-        launch.run()
-        return launch
-
-
-def float_of(text: str, element: str) -> float:
-    """A floating constant, which MLIR writes in bits where it is not finite."""
-    if not text.lower().startswith("0x"):
-        return float(text)
-    kind = {"f32": ("<u4", "<f4"), "f16": ("<u2", "<f2"), "f64": ("<u8", "<f8")}
-    bits = int(text, 16)
-    if element == "bf16":
-        bits, element = bits << 16, "f32"
-    as_integer, as_float = kind[element]
-    return float(np.array([bits], as_integer).view(as_float)[0])
-
-
-CONTROL = {
-    "scf.for": Kernel.for_loop,
-    "scf.if": Kernel.if_else,
-    "scf.while": Kernel.while_loop,
-    "ttg.warp_specialize": Kernel.warp_specialize,
-    "ttg.warp_return": Kernel.end,
-    "tt.return": Kernel.end,
-}
+            continue  # of a descriptor: its shape and strides
+        registers[kernel.names[parameter]] = value
+    made = Launch(kernel, grid, registers, random.Random(seed))
+    made.arrays = arrays
+    made.run()
+    return made
