@@ -8,7 +8,7 @@ What none of this shows is said in ttgir_run.py.
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import pytest
@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 import hopper_runs
 from hopper_runs import Case, Planted
 from ttgir_memory import Fault
+
+pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
 
 RUNS = 24  # of a case, of three launches each
 SECONDS = 600  # that a case may take, on a busy machine
@@ -169,7 +171,11 @@ FAULTS = {
         GEMM_FILE, "warpgroup_mma_wait(0, deps=[acc])", "warpgroup_mma_wait(1, deps=[acc])",
         GEMM, "a sum is read before its products were waited for",
     ),
-    "a step left out": Planted(
+    "a mask left out": Planted(
+        RING, "bias_ptr + offs_n, mask=offs_n < N, other=0.0", "bias_ptr + offs_n",
+        Case("gemm_tail", bias=True), "bias_ptr of 264 elements is reached outside",
+    ),
+    "a tile left out": Planted(
         RING, "tile // per_group) * GROUP_M", "tile // per_group) * 1",
         GEMM, r"y\[.*\] is nan",
     ),
@@ -177,7 +183,7 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def beside() -> Iterator[Executor]:
+def beside() -> Iterator[ProcessPoolExecutor]:
     """A process that does not interpret: what is compiled in it is what a GPU would get."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with mock.patch.dict(os.environ, threads):
@@ -194,7 +200,7 @@ def name(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_y_t_and_u_by_every_schedule(beside: Executor, case: Case) -> None:
+def test_y_t_and_u_by_every_schedule(beside: ProcessPoolExecutor, case: Case) -> None:
     seed = CASES.index(case)
     launches, worst = beside.submit(hopper_runs.execute_case, case, RUNS, seed).result(SECONDS)
     assert launches == RUNS * hopper_runs.LAUNCHES
@@ -210,12 +216,12 @@ def test_there_are_runs_enough() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(beside: Executor, fault: str) -> None:
+def test_a_planted_fault_is_seen(beside: ProcessPoolExecutor, fault: str) -> None:
     with pytest.raises(Fault, match=FAULTS[fault].seen):
         beside.submit(hopper_runs.execute_planted, FAULTS[fault], DEEP).result(SECONDS)
 
 
-def test_without_a_fault_the_same_runs_pass(beside: Executor) -> None:
+def test_without_a_fault_the_same_runs_pass(beside: ProcessPoolExecutor) -> None:
     """What the faults' runs are, on the sources as they are."""
     for case in (GEMM, RELAY):
         beside.submit(hopper_runs.execute_case, case, hopper_runs.TRIES, 0, DEEP).result(SECONDS)
