@@ -133,8 +133,11 @@ def execute(kernel: Kernel, arguments: dict[str, Any], programs: int, seed: int)
             value = np.array(value.float() if value.is_floating_point() else value, order="C")
         if value is not None:
             given[name] = value
+    addresses = [place.data_ptr() for place in places.values()]
     for name, array in launch(kernel, given, programs, seed).arrays.items():
         if array.version:
+            if addresses.count(places[name].data_ptr()) > 1:  # as where a result is not wanted
+                raise Fault(f"{name} is written, where another argument lies")
             places[name].copy_(torch.from_numpy(array.values.reshape(places[name].shape)))
 
 

@@ -84,7 +84,7 @@ def test_who_waits_for_what_is_said() -> None:
     wait = "ttng.wait_barrier %bar, %c0 : !ttg.memdesc<1xi64, #shared, #smem, mutable>"
     launch(kernel("%n: i32", WAIT + 2 * arrive + wait), {"n": 1}, grid=2, seed=0)
     with pytest.raises(
-        Deadlock, match=r"program 1.*kernel\.py:7 .*bar.* phase 0.* 1 of 2 arrivals"
+        Deadlock, match=r"program 1.* 1xi64\[0\] of kernel\.py:7:3 .*1 of 2 arrivals"
     ):
         launch(kernel("%n: i32", WAIT + arrive + wait), {"n": 1}, grid=2, seed=0)
 

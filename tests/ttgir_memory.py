@@ -106,9 +106,9 @@ class Shared:
     LANDING, READER, UNFENCED = 1 << 8, 1 << 14, 1 << 24
     LAYOUT, LANDINGS, READERS = LANDING - 1, READER - LANDING, UNFENCED - READER
 
-    def __init__(self, name: str, kind: Type):
+    def __init__(self, name: str, kind: Type, place: str = ""):
         count = int(np.prod(kind.shape))
-        self.name = name
+        self.name, self.place = name, place  # in the source
         self.element = kind.element
         self.values = np.full(count, np.nan, np.float32)
         self.state = np.zeros(-(-count // CELL), np.int32)
@@ -143,7 +143,7 @@ class View:
         self.panels = self.shape[-1] // self.layout.width
 
     def __str__(self) -> str:
-        return f"{self.memory.name}[{self.first // self.count}]"
+        return f"{self.memory.name}[{self.first // self.count}]{self.memory.place}"
 
     def read(self, asynchronous: bool) -> np.ndarray:
         """What lies there; not to be changed."""

@@ -79,15 +79,19 @@ class Function:
     aliases: dict[str, str]  # of layouts and locations
     types: dict[str, Type] = field(default_factory=dict)  # by how they are written
 
-    def source(self, location: str) -> str:
-        """Where in the kernel's source a location is: file and line, or nothing."""
+    def source(self, location: str, caller: bool = False) -> str:
+        """Where in the kernel's source a location is, or nothing: file and line.
+
+        Of what a function does that is called, it is that function's own, or its first caller's.
+        """
         for _ in range(20):
-            if found := re.search(r'"([^"]*\.py)":(\d+)', location):
-                return f"{found[1].rsplit('/', 1)[-1]}:{found[2]}"
-            alias = re.search(r"#loc\d*", location)  # of a call: the called function's first
-            if alias is None:
+            if found := re.search(r'"([^"]*\.py)":(\d+):(\d+)', location):
+                place = found[1].rsplit("/", 1)[-1], *found.groups()[1 : 3 if caller else 2]
+                return ":".join(place)
+            aliases = re.findall(r"#loc\d*", location)
+            if not aliases:
                 break
-            location = self.aliases.get(alias[0], "")
+            location = self.aliases.get(aliases[-1 if caller else 0], "")
         return ""
 
     def type_of(self, text: str) -> Type:

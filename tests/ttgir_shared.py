@@ -12,10 +12,11 @@ from ttgir_values import BLOCKED, TURN, Product, Step, operation
 def allocate(op: Operation, build) -> Step:
     inputs, d = build.inputs(op), build.output(op)
     kind = build.function.result_type(op)
-    name = op.results[0].removeprefix("%")
+    name = "x".join([*map(str, kind.shape), kind.element])
+    place = f" of {build.function.source(op.location, caller=True)}"
 
     def step(e):
-        e[d] = Shared(name, kind).view(0, kind)
+        e[d] = Shared(name, kind, place).view(0, kind)
         if inputs:
             put(e, e[d], e[inputs[0]])
 
@@ -34,7 +35,7 @@ def index(op: Operation, build) -> Step:
         view = e[inputs[0]]
         at = constant if constant is not None else e[inputs[1]]
         if not 0 <= at < before.shape[0]:
-            raise Fault(f"{view.memory.name} of {before.shape[0]} has no [{at}]")
+            raise Fault(f"{view.memory.name}{view.memory.place} has no [{at}]")
         e[d] = view.memory.view(view.first + at * size, kind)
 
     return step
