@@ -202,16 +202,22 @@ def is_bulk(x: Any, weight: Any, *factors: Any) -> bool:
 
     They are of one dtype of 16 bits, and their rows are multiples of 16 bytes, as are addresses.
     """
-    eights = weight.shape[0], x.stride(0), max(weight.stride()), *(f.shape[1] for f in factors)
-    copied = x, weight, *(factor for factor in factors if factor.is_contiguous())
-    return (
-        x.element_size() == 2
-        and all(tensor.dtype == x.dtype for tensor in (weight, *factors))
-        and x.stride(1) == 1 == min(weight.stride())
-        and x.stride(0) > 0
-        and all(size % 8 == 0 for size in eights)
-        and all(tensor.data_ptr() % 16 == 0 for tensor in copied)
-    )
+    dtype, (rows, columns) = x.dtype, weight.stride()
+    if (
+        dtype.itemsize != 2
+        or weight.dtype is not dtype
+        or (x.stride(1), min(rows, columns)) != (1, 1)
+    ):
+        return False
+    sizes, addresses = weight.shape[0] | x.stride(0) | max(rows, columns), x.data_ptr()
+    addresses |= weight.data_ptr()
+    for factor in factors:
+        if factor.dtype is not dtype:
+            return False
+        sizes |= factor.shape[1]
+        if factor.is_contiguous():  # others are made so first
+            addresses |= factor.data_ptr()
+    return sizes % 8 == 0 and addresses % 16 == 0 < x.stride(0)
 
 
 def has_hopper(target: Target, spec: Spec) -> bool:
@@ -261,6 +267,11 @@ def hopper_bytes(config: TileConfig, spec: Spec) -> int:
     return 2 * numbers + BARRIERS
 
 
+def fills(tile: TileConfig, spec: Spec, m: int) -> bool:
+    """Whether y (m, N) has at least FULL such tiles."""
+    return -(-m // tile.block_m) * -(-(spec.n or MANY) // tile.block_n) >= FULL
+
+
 @dataclass(frozen=True)
 class Default:
     """A tile and what it is for; None is anything."""
@@ -275,7 +286,7 @@ class Default:
     small: bool | None = None  # at most SMALL_M rows; of decode, FEW_M
     dropout: bool | None = None
     by_row: bool | None = None
-    tiles: int = 0  # at least so many of them in y
+    fills: bool = False  # and only where y has as many such tiles as about fill the device
 
     def covers(self, target: str, spec: Spec, m: int) -> bool:
         """Whether a launch of `m` rows on a device of that kind may take the tile."""
@@ -287,7 +298,7 @@ class Default:
         return (
             (self.targets is None or target in self.targets)
             and all(a is None or a == g for a, g in zip(asked, given, strict=True))
-            and self.tiles <= -(-m // self.tile.block_m) * -(-spec.n // self.tile.block_n)
+            and (not self.fills or fills(self.tile, spec, m))
         )
 
 
@@ -301,9 +312,9 @@ DEFAULTS = (
     Default("gemm_tail", TileConfig(64, 32, 128, 4, 4), TENSOR, 2, True, small=True),
     Default("gemm_tail", SPLIT, ("sm_100",), 2, True, True),
     Default("gemm_tail", PERSISTENT, ("sm_100",), 2, True),
-    Default("gemm_tail", PERSISTENT, HOPPER, 2, True, tiles=FULL),
-    Default("gemm_tail", HALF, HOPPER, 2, True, tiles=FULL),
-    Default("gemm_tail", QUARTER, HOPPER, 2, True, tiles=FULL),
+    Default("gemm_tail", PERSISTENT, HOPPER, 2, True, fills=True),
+    Default("gemm_tail", HALF, HOPPER, 2, True, fills=True),
+    Default("gemm_tail", QUARTER, HOPPER, 2, True, fills=True),
     Default("gemm_tail", TileConfig(64, 64, 128, 4, 4), HOPPER, 2, True),
     Default("gemm_tail", TileConfig(64, 32, 64, 4, 4), AMPERE, 2, True, small=True),
     Default("gemm_tail", TileConfig(128, 128, 32, 8, 4), AMPERE, 2, True),
@@ -414,7 +425,7 @@ def select(target: Target, spec: Spec, m: int) -> TileConfig:
     That of `decode` has as few rows as hold them. It need not be valid: for a large P it cannot be.
     `relay` has one where `has_hopper` says so.
     """
-    if has_hopper(target, spec) and (spec.kernel == "relay" or m > SMALL_M):
+    if has_hopper(target, spec) and (spec.kernel == "relay" or fills(RING, spec, m)):
         return hopper_tile(spec, m)
     if spec.kernel != "decode":
         return _default(target, spec, m)

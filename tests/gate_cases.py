@@ -35,7 +35,8 @@ from fused_lowrank.kernels.tiles import (
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-FEW_TILES = {"h": 1024, "q": 512, "e": 256}  # rows, beside 2048 columns
+FEW_TILES = {"h": 1024, "q": 512, "e": 256}  # rows, by a case's flags, beside 2048 columns
+ROWS = {"s": 2 * SMALL_M, "v": 2176, **FEW_TILES}
 
 
 @dataclass(frozen=True, order=True)
@@ -52,8 +53,8 @@ class Case:
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core
     flags: str  # stored: t and u; b(ias), d(ropout), s(plit over K); gradients a and b;
-    # h(alf), q(uarter), e(ighth of the rows that fill a device with gemm_tail's largest tile);
-    # m(any cores): one for each row or, w(eighted), two
+    # h(alf), q(uarter), e(ighth of the rows that fill a device with gemm_tail's largest tile), or
+    # v: some more than fill it; m(any cores): one for each row or, w(eighted), two
     even_k: bool
     small: bool  # the tile for few rows; for fewer still in decode
     variant: str = ""  # the tile set of that name instead of the default
@@ -92,13 +93,12 @@ def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: 
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     """Make the case's call of its launcher."""
     transposed = case.layout == "transposed"
-    m, n, k = 2 * SMALL_M if "s" in case.flags else 8192, 2048, 4096 if case.even_k else 4096 + 16
+    m = next((rows for flag, rows in ROWS.items() if flag in case.flags), 8192)
+    n, k = 2048, 4096 if case.even_k else 4096 + 16
     if case.kernel == "decode":
         m, n = FEW_M if case.small else SMALL_M, n if "s" in case.flags else 2**16
     elif case.small:
         m = SMALL_M
-    for flag, rows_of_few_tiles in FEW_TILES.items():
-        m = rows_of_few_tiles if flag in case.flags else m
     k += 0 if case.even_k or case.aligned else 3
     p, q, r = case.p, case.q, case.r
     seed = torch.empty(1, dtype=torch.int64, device="meta")
@@ -306,9 +306,8 @@ def hopper_cases() -> Iterator[Case]:
         for layout, aligned in ALIGNED:
             yield Case("relay", x, x, core, layout, aligned, p, q, r, flags, True, False)
 
-    yield from gemm("bf16", 0, "h")
-    yield from gemm("bf16", 64, "bh")
-    yield from gemm("bf16", 16, "bq")
+    yield from gemm("bf16", 0, "v")
+    yield from gemm("bf16", 64, "bv")
     yield from gemm("fp16", 256, "b")
     yield from relay("bf16", "fp32", 16, 16, 0)
     yield from relay("bf16", "fp32", 64, 64, 0)

@@ -1,9 +1,11 @@
 """The tiles: whatever `select` gives is valid, and it gives something for every launch."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -17,6 +19,7 @@ from fused_lowrank.kernels.tiles import (
     Spec,
     TileConfig,
     has_hopper,
+    is_bulk,
     is_valid,
     padded,
     select,
@@ -161,8 +164,38 @@ def test_what_cannot_run_is_not_valid(tile, spec):
     assert not is_valid(tile, TARGETS["sm_90"], spec)
 
 
+def test_what_bulk_copies_can_move():
+    """One dtype of 16 bits, rows and addresses in 16 bytes, a stride of 1 in x and in W."""
+
+    def made(*size: int, dtype: torch.dtype = torch.bfloat16, first: int = 0) -> torch.Tensor:
+        flat = torch.zeros(first + math.prod(size), dtype=dtype)
+        return flat[first:].view(size)
+
+    x, w, down, up = made(40, 64), made(48, 64), made(16, 64), made(48, 16)
+    assert is_bulk(x, w)
+    assert is_bulk(x, w, down, up)
+    assert is_bulk(made(40, 128)[:, :64], made(64, 48).t(), down, up)
+    assert is_bulk(x, w, made(17, 72)[1:, 8:])  # made contiguous first
+    wrong = [
+        (x.float(), w.float()),
+        (x, w.half()),
+        (x, w, down.float()),
+        (made(40, 64, first=1), w),
+        (x, made(48, 64, first=4)),
+        (x, w, made(16, 64, first=1)),
+        (x, w, down, made(48, 12)),
+        (x, made(44, 64)),
+        (made(40, 68)[:, :64], w),
+        (made(40, 128)[:, ::2], w),
+        (x, made(48, 128)[:, ::2]),
+        (made(1, 64).expand(40, 64), w),
+    ]
+    assert not any(is_bulk(*operands) for operands in wrong)
+
+
 def test_tiles_for_hopper_follow_the_shape():
-    """Wide where they fill the device, narrow where they are few; of many with a stage less."""
+    """Wide where they fill the device, with a stage less where they are many; a relay's narrower
+    where they are few, where `gemm_tail` by itself has Triton's, which were measured."""
 
     def chosen(m: int, n: int, spec: Spec = BULK) -> tuple[int, int]:
         tile = select(TARGETS["sm_90"], replace(spec, n=n), m)
@@ -170,10 +203,11 @@ def test_tiles_for_hopper_follow_the_shape():
 
     assert chosen(8192, 4096) == (256, 3)
     assert chosen(2048, 4096) == chosen(8192, 1024) == chosen(1024, 4096) == (256, 4)
-    assert chosen(512, 4096) == (128, 5)
-    assert chosen(256, 4096) == chosen(65, 4096) == (64, 6)
+    assert chosen(2176, 2048) == (128, 5)  # two turns of wide tiles, or three of half of them
     assert chosen(8192, 4096, RELAY) == chosen(2048, 4096, RELAY) == (256, 3)
-    assert not select(TARGETS["sm_90"], BULK, SMALL_M).hopper
+    assert chosen(512, 4096, RELAY) == (128, 4)
+    assert chosen(256, 4096, RELAY) == chosen(65, 4096, RELAY) == (64, 4)
+    assert not any(select(TARGETS["sm_90"], replace(BULK, n=4096), m).hopper for m in (64, 512))
     assert not select(TARGETS["sm_100"], BULK, 8192).hopper
 
 
