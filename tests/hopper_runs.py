@@ -56,6 +56,7 @@ class Case:
     stages: int = 3
     parts: int = 2
     group_m: int = 2
+    turned: bool = False  # W lies the other way round than it does in such a pass
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ class Operands:
         """Compute of a new x; the largest error, as a share of what it may be."""
         case, chosen = self.case, tile(self.case)
         x = self.draw(self.sizes[0], self.sizes[2])
-        weight = self.turned(self.weight)
-        weight = weight.t() if case.transposed else weight
+        weight = self.weight  # (N, K)
+        if case.transposed != case.turned:
+            weight = weight.t().contiguous().t()
         if case.kernel == "gemm_tail":
             wide = module("tiles").padded(case.q)
             u = torch.nn.functional.pad(self.draw(len(x), case.q), (0, wide - case.q))

@@ -32,6 +32,8 @@ GEMMS = (
     Case("gemm_tail", q=64, dtype="fp16", parts=4),
     Case("gemm_tail", q=0, width=256, parts=4, stages=4),
     Case("gemm_tail", transposed=True, q=40, width=256),
+    Case("gemm_tail", q=24, turned=True),
+    Case("gemm_tail", transposed=True, q=24, turned=True),
 )
 RELAYS = (
     Case("relay"),
@@ -46,6 +48,8 @@ RELAYS = (
     Case("relay", transposed=True, core="pair fp32", p=32, q=24),
     Case("relay", dtype="fp16", core="fp16", p=64, q=64, width=256),
     Case("relay", transposed=True, dtype="fp16", core="fp32", width=64, parts=2),
+    Case("relay", p=24, q=24, turned=True),
+    Case("relay", transposed=True, p=24, q=24, turned=True),
     Case("relay", width=256, parts=4, stages=4),
     Case("relay", transposed=True, width=256, stages=4, bias=True, want_t=False),
 )
