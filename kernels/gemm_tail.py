@@ -225,8 +225,9 @@ def constants(
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     # Rows of up that no vector load fetches take a pointer for each element: few at a time. Beside
-    # the sums of a masked tail a loop over Q leaves registers for half as many.
-    block_q = config.block_k if transposed or q % 16 == 0 else 16
+    # many sums there are registers for 64, and of a masked tail in a loop over Q for half as many.
+    block_q = min(config.block_k, 64 if config.persistent else config.block_k)
+    block_q = block_q if transposed or q % 16 == 0 else 16
     if dropout and config.persistent and padded(q) > block_q:
         block_q //= 2
     return {
