@@ -192,7 +192,7 @@ def planned(
     if up is not None:
         wide = padded(q)
         blocks["u_desc"] = (m, wide), (wide, 1), [rows, block_q]
-        blocks["up_desc"] = up.shape, up.stride(), [config.block_n, block_q][::way]
+        blocks["up_desc"] = up.shape, (up.shape[1], 1), [config.block_n, block_q][::way]
     return Launch(
         gemm_tail_hopper_kernel,
         (min(cdiv(m, config.block_m) * cdiv(n, config.block_n), multiprocessors(x.device)),),

@@ -535,8 +535,9 @@ def planned(
         blocks={
             "x_desc": (x.shape, x.stride(), [rows, config.block_k]),
             "w_desc": rows_of(weight, [config.block_n, config.block_k]),
-            "down_desc": (down.shape, down.stride(), [pad_p, config.block_k][::way]),
-            "up_desc": (up.shape, up.stride(), [config.block_n, pad_q][::way]),
+            # The strides of a single row may be any, and are not looked at where it is launched.
+            "down_desc": (down.shape, (down.shape[1], 1), [pad_p, config.block_k][::way]),
+            "up_desc": (up.shape, (up.shape[1], 1), [config.block_n, pad_q][::way]),
             "y_desc": ((m, n), (n, 1), [rows, config.block_n // config.parts]),
         },
         varying=("scale",),

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute import devices
+from fused_lowrank.kernels import gemm_tail_hopper, relay_hopper
 from fused_lowrank.kernels import relay as module
-from fused_lowrank.kernels import relay_hopper
 from fused_lowrank.kernels.common import N_ARRIVALS, multiprocessors
 from fused_lowrank.kernels.relay import has_flags, is_possible, relay, spec_of
 from fused_lowrank.kernels.tiles import TARGETS, TileConfig, is_valid, select
@@ -108,6 +108,26 @@ def test_t_is_stored_only_if_asked() -> None:
     launch = planned(operands(), want_t=False)
     assert launch.results["t_ptr"] is None
     assert not launch.constants["STORE_T"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_single_row_may_have_any_stride(transposed: bool) -> None:
+    """It is contiguous all the same; a descriptor takes multiples of 16 bytes alone."""
+    row = torch.zeros(1, max(K, N) + 1, dtype=BF16)
+    x, weight = torch.zeros(M, K, dtype=BF16), torch.zeros(N, K, dtype=BF16)
+    core = torch.zeros((16, 1) if transposed else (1, 16), dtype=BF16)
+    wide = torch.zeros((K if transposed else N), 16, dtype=BF16)
+    down, up = (wide, row[:, :N]) if transposed else (row[:, :K], wide)
+    made = {"x_desc": x, "w_desc": weight, "down_desc": down, "up_desc": up}
+    launches = [
+        relay_hopper.planned(x, weight, down, core, up, None, transposed, True, False, TILE),
+        gemm_tail_hopper.planned(x, weight, up, None, transposed, TILE),
+    ]
+    for launch in launches:
+        for name in made.keys() & launch.blocks.keys():
+            shape, strides, block = launch.blocks[name]
+            found = launch.describe(made[name], list(shape), list(strides), block)
+            assert found.shape == list(made[name].shape)
 
 
 def test_a_core_of_another_dtype_is_multiplied_as_two() -> None:
