@@ -561,6 +561,24 @@ def test_a_pinned_plan_of_no_rows(plan: str, dx: bool, device: torch.device) -> 
     assert not any(p.grad.any() for p in (layer.down, layer.core, layer.up))
 
 
+@pytest.mark.parametrize("train", ["x core", "down core up", "x weight down core up bias"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 7, 0), (5, 0, 7), (100, 7, 0), (100, 0, 9)])
+def test_an_empty_layer(
+    m: int, n: int, k: int, dropout_p: float, train: str, device: torch.device
+) -> None:
+    """Without columns of x, or of y: y is the bias, or nothing, and no gradient is lost."""
+    sizes = {"x": (m, k), "weight": (n, k), "down": (3, k), "core": (3, 4), "up": (n, 4)}
+    made = {name: torch.randn(size, device=device) for name, size in sizes.items()}
+    made["bias"] = torch.randn(n, device=device)
+    leaves = [made[name].requires_grad_() for name in train.split()]
+    y = lowrank_linear(**made, dropout_p=dropout_p, training=True, impl="triton")
+    assert torch.equal(y, made["bias"].expand(m, n))
+    grads = torch.autograd.grad(y.sum(), leaves)
+    for name, grad in zip(train.split(), grads, strict=True):
+        assert torch.equal(grad, torch.full_like(grad, m if name == "bias" else 0))
+
+
 def test_batch_invariance_of_the_process_reaches_into_contexts() -> None:
     """Switched on or off inside a context that says nothing of it."""
     with config.use(plan="aten"):

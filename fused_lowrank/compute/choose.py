@@ -230,7 +230,7 @@ def for_single_steps(impl: str, config: Config, x: Tensor, p: int, q: int) -> Pl
 
     Its dropout's mask is that of the forward: of the plan that `config` names, where it names one.
     """
-    if not x.shape[0]:  # nothing to launch
+    if not x.numel():  # nothing to launch
         return PLANS["aten"]
     if config.plan is not None and not config.batch_invariance:
         return PLANS["isolated" if impl == "isolated" and config.plan == "aten" else config.plan]

@@ -44,8 +44,8 @@ def run(
     if is_foreign(x):
         with no_autocast(x), on_device(x):
             return run(operands, impl, config, want_t, want_u, want_bits)
-    if not x.shape[0]:  # nothing to launch
-        problem, decision = None, choose.Decision(("aten",), "there are no rows")
+    if not (x.numel() and operands.weight.shape[0]):  # nothing to launch
+        problem, decision = None, choose.Decision(("aten",), "an operand is empty")
     else:
         problem = problem_of(operands, want_u)
         decision = choose.choose(
