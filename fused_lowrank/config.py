@@ -61,7 +61,8 @@ def use(
         batch_invariance: as `use_batch_invariance`, but for this context alone.
         redraw_dropout: draw a dropout's mask again in the backward. Otherwise our kernels' is kept
             as bits from the forward, M·K/8 bytes a layer, and drawing it again is a launch more.
-            The numbers are the same. A compiled graph, and library products, always do so.
+            The numbers are the same. A compiled graph, and library products, always do so. A
+            checkpoint's recomputation may keep them, for as long as its own backward takes.
 
     Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
     cannot compute a pass, when a layer is called.

@@ -1,9 +1,12 @@
 """Dropout's mask as bits: what the kernels draw and keep, and what reads it afterwards."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 pytest.importorskip("triton")
 
@@ -19,6 +22,7 @@ from fused_lowrank.testing import pinned_tiles
 
 SEED = 0x1234_5678_9ABC_DEF0
 SHAPES = [(100, 112), (37, 45), (1, 1), (70, 331), (5, 7), (130, 264)]
+CONTIGUOUS = torch.contiguous_format
 BITWISE = 1 << torch.arange(8)
 
 
@@ -138,6 +142,13 @@ WAYS += [(plan, "all", "bf16") for plan in ("split:pointers", "fixed", "auto", "
 WAYS += [("fixed", "all", "odd"), ("aten", "down", "odd")]
 
 
+def masks(saved: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those that have memory of their own: what stands in for a mask shares that of the seed."""
+    seeds = {t.untyped_storage().data_ptr() for t in saved if t.dtype == torch.int64}
+    bits = [t for t in saved if t.dtype == torch.uint8]
+    return [t for t in bits if t.untyped_storage().data_ptr() not in seeds]
+
+
 def gradients(
     plan: str, train: str, kind: dict, redraw: bool | None, device: torch.device
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -163,7 +174,7 @@ def gradients(
     with pinned_tiles(**pins), config.use(**named), hooks:
         y = lowrank_linear(**call, impl="triton")
     result = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-    return result, [t for t in saved if t.dtype == torch.uint8]
+    return result, masks(saved)
 
 
 @pytest.mark.parametrize(("plan", "train", "kind"), WAYS)
@@ -258,4 +269,64 @@ def test_a_banks_rows_keep_their_mask_too(device: torch.device) -> None:
             y = model.train()(x)
         found.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
     assert torch.equal(*found)
-    assert [t.shape for t in kept if t.dtype == torch.uint8] == [(6, 16)]
+    assert [t.shape for t in masks(kept)] == [(6, 16)]
+
+
+# --- checkpointing ---
+
+
+def block(device: torch.device) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """(two layers one after the other, what requires a gradient: x and the cores)."""
+    torch.manual_seed(0)
+    layers = [
+        FusedLoraXSLinear(64, 64, r=8, dropout=0.5, device=device, impl="triton") for _ in range(2)
+    ]
+    for layer in layers:
+        torch.nn.init.normal_(layer.core)
+    x = torch.randn(6, 64, device=device, requires_grad=True)
+    return torch.nn.Sequential(*layers).train(), [x, *(layer.core for layer in layers)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("again", [None, True])
+@pytest.mark.parametrize("redraw", [None, True])
+def test_a_recomputation_need_not_see_the_setting(
+    redraw: bool | None, again: bool | None, reentrant: bool, device: torch.device
+) -> None:
+    """As it does not on a GPU, where it runs on a thread of autograd's own."""
+    layers, leaves = block(device)
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(layers(leaves[0]).sum(), leaves)
+    torch.manual_seed(1)
+    with config.use(redraw_dropout=redraw):
+        y = checkpoint(layers, leaves[0], use_reentrant=reentrant)
+    with config.use(redraw_dropout=again):
+        y.sum().backward()
+    assert all(torch.equal(t.grad, other) for t, other in zip(leaves, expected, strict=True))
+
+
+@pytest.mark.parametrize("redraw", [None, True])
+@pytest.mark.parametrize("plans", [("aten", "split"), ("split", "aten")])
+def test_a_recomputation_with_another_mask_raises(
+    plans: tuple[str, str], redraw: bool | None, device: torch.device
+) -> None:
+    """A plan pinned for the forward alone: the library's mask is not that of the kernels."""
+    layers, (x, *_) = block(device)
+    with config.use(plan=plans[0], redraw_dropout=redraw):
+        y = checkpoint(layers[0], x, use_reentrant=False)
+    with config.use(plan=plans[1]), pytest.raises(CheckpointError):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("redraw", [None, True])
+def test_hooks_may_save_a_copy(redraw: bool | None, device: torch.device) -> None:
+    """As those do that save on the CPU: what stands in for a mask is not taken for one."""
+    layers, leaves = block(device)
+    copied = saved_tensors_hooks(lambda t: t.clone(memory_format=CONTIGUOUS), lambda t: t)
+    found = []
+    for hooks in (nullcontext(), copied):
+        torch.manual_seed(1)
+        with config.use(redraw_dropout=redraw), hooks:
+            y = layers(leaves[0])
+        found.append(torch.autograd.grad(y.sum(), leaves))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

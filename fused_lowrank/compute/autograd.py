@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from .. import config as configuration
 from ..config import Config
 from . import choose, devices
-from .dropout import Dropout
+from .dropout import Dropout, is_no_bits, no_bits
 from .operands import Operands
 from .reference import AnyCore, Rows, like, product, through_core, through_rows
 from .run import is_foreign, no_autocast, on_device, run
@@ -172,9 +172,12 @@ class LowRankFunction(torch.autograd.Function):
         done = run(operands, call.impl, call.config, want_t, False, want_bits)
         by_row = (None, None) if rows is None else (rows.handles, rows.weights)
         t = done.t if want_t else None
-        # Those of rows are saved for autograd to see that they are not written to meanwhile.
-        mask = seed, done.bits
-        ctx.save_for_backward(*saved(needs, t, x, weight), down, a, b, up, *mask, *by_row)
+        bits = done.bits
+        if bits is None and masked and done.plan.ours:
+            bits = no_bits(seed, *x.shape)
+        # Those of rows are saved for autograd to see that they are not written to meanwhile. The
+        # mask comes first: a checkpoint that recomputes with another kind of mask then raises.
+        ctx.save_for_backward(seed, bits, *saved(needs, t, x, weight), down, a, b, up, *by_row)
         ctx.needs, ctx.call, ctx.lead = needs, call, lead
         # A view that autograd does not know for one: a caller may then write to y.
         y = done.y
@@ -182,8 +185,10 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        t, x, weight, down, a, b, up, seed, bits, *_ = ctx.saved_tensors
+        seed, bits, t, x, weight, down, a, b, up, *_ = ctx.saved_tensors
         call = ctx.call
+        if call.config.redraw_dropout or is_no_bits(bits):
+            bits = None
         core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p, bits)
         operands = Operands(x, weight, down, core, up, None, call.scale, dropout)
         with torch.no_grad():

@@ -51,3 +51,19 @@ def kept(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x with zeros where it is dropped, not scaled by 1 / (1 - p); x itself without dropout."""
     return x if dropout is None else kept(x, dropout.seed, dropout.p).mul_(x)
+
+
+def no_bits(seed: Tensor, m: int, k: int) -> Tensor:
+    """What is saved in place of the bits of a mask of x (m, k): of their shape, without memory.
+
+    A checkpoint's recomputation must save what the forward has saved, tensor for tensor, and may
+    run on a thread of autograd's own, where it does not see the forward's `redraw_dropout`.
+    """
+    from ..kernels.common import mask_width
+
+    return seed.view(torch.uint8)[:1].expand(m, mask_width(k))
+
+
+def is_no_bits(bits: Tensor | None) -> bool:
+    """Whether this is what `no_bits` gives."""
+    return bits is not None and bits.stride(1) == 0
