@@ -20,8 +20,8 @@ multiple of 16, as the kernels' plans want it. oneDNN is off, whose own host wor
 several times that of a small GEMM. The layers without a plan have 2 rows. Each plan has a number
 of rows of its own, and whatever the library remembers of a signature is remembered of that plan:
 `decode` is for at most 64 rows, `relay` for more, and `split` is there with few, where it reads by
-pointers, and with many, where it reads by tensor descriptors. No K is so long that it is split
-over programs; a call in which it is makes one or two more tensors.
+pointers, and with so many that y fills the device, where it reads by tensor maps. No K is so long
+that it is split over programs; a call in which it is makes one or two more tensors.
 
 "banked" is a layer in a bank, by handles made once, every row its own adapter; its step has the
 gradient of x alone. "bank.use" is to enter and leave `bank.use` of 256 names of a full bank.
@@ -67,7 +67,7 @@ EAGER = "eager module"
 CPU = torch.device("cpu")
 SHRUNK = 3  # of the tiny layer's 96: K = N = 32
 LAYERS = ("eager", "peft-lora", "bare")
-ROWS = (("aten", 2), ("mixed", 1), ("split", 8), ("split", 128), ("decode", 16), ("relay", 256))
+ROWS = (("aten", 2), ("mixed", 1), ("split", 8), ("split", 12288), ("decode", 16), ("relay", 256))
 BANKED_ROWS = (("decode", 16), ("split", 128))
 NAMES, SLOTS = 256, 100_000  # of bank.use
 

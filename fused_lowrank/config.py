@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .kernels.tiles import TileConfig
+from .kernels.tiles import KERNELS, TileConfig
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,12 @@ def use(
     Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
     cannot compute a pass, when a layer is called.
     """
+    for kernel, tile in ({} if tiles is None else tiles).items():
+        if kernel not in KERNELS or not isinstance(tile, TileConfig):
+            raise ValueError(
+                f"tiles has {tile!r} for {kernel!r}: it must have a TileConfig for any of "
+                f"{', '.join(KERNELS)}"
+            )
     before = CONTEXT.get() or Config()
     changes: dict[str, object] = {"plan": plan, "batch_invariance": batch_invariance}
     changes["redraw_dropout"] = redraw_dropout

@@ -84,12 +84,14 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         An `Explanation`, which prints itself.
 
     Raises:
-        TypeError: the layer is not a low-rank layer.
+        TypeError: the layer is not a low-rank layer, or `rows` no int.
         ValueError: fewer than one row; a plan in `config.use` that is none.
         RuntimeError: the plan in `config.use`, or batch invariance, cannot compute the step.
     """
     if not isinstance(layer, LowRankLinear):
         raise TypeError(f"layer is a {type(layer).__name__}: it must be a fused low-rank layer")
+    if not isinstance(rows, int):
+        raise TypeError(f"rows is a {type(rows).__name__}: it must be an int, how many x has")
     if rows < 1:
         raise ValueError(f"rows is {rows}: it must be at least 1")
     (n, k), p, q = layer.weight.shape, layer.down.shape[0], layer.up.shape[1]

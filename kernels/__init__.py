@@ -3,6 +3,8 @@
     shrink      t = x·downᵀ  and  u = scale · t · core, in one launch
     gemm_tail   y = x·Wᵀ + bias + u·upᵀ, in one launch
     core_grad   dcore = scale · tᵀ·g, or LoRA-Mini's two gradients, in one launch
+    decode, relay    a whole pass in one launch: few rows; many rows, on Hopper
+    dropped     x where a dropout keeps it
     core_grad_rows   dcore of each core of a bank, whose rows have each its own, in one launch
 
 Modules here import torch, triton and each other, nothing above them. Importing them needs Triton;

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped")
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 RELAY_RANK = 64  # padded(P) and padded(Q) at most: relay holds t and the core beside its tiles

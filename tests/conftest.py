@@ -3,8 +3,8 @@ compiled kernels on a GPU. Every empty tensor is poisoned, so that what is not w
 
 On a CPU PyTorch's bfloat16 products are those of AVX512_CORE_BF16 at most, unless
 ONEDNN_MAX_CPU_ISA says otherwise (DEFAULT: all that the CPU has). On AMX they read what lies behind
-their operands (`fused_lowrank.isolation`), and a reference that does is no measure of anything.
-test_isolation.py has the test of the CPU as it is."""
+their operands (`fused_lowrank.compute.isolation`), and a reference that does is no measure of
+anything. test_isolation.py has the test of the CPU as it is."""
 
 import os
 import platform

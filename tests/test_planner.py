@@ -26,6 +26,7 @@ from fused_lowrank.compute import measured as tuning
 from fused_lowrank.compute.operands import Operands, Problem, problem_of
 from fused_lowrank.compute.plans import PLANS, Plan
 from fused_lowrank.compute.run import run
+from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import pinned_plan
 
 CPU = torch.device("cpu")
@@ -430,6 +431,42 @@ def taken() -> dict[bool, str]:
     return {of.transposed: decision.plans[0] for (of, _), decision in choose.CHOSEN.items()}
 
 
+@pytest.mark.parametrize(
+    ("tiles", "said"),
+    [
+        ({"shrunk": TileConfig(16, 16, 16, 4, 1)}, r"'shrunk': it must have .* shrink, gemm_tail"),
+        ({"shrink": 3}, r"tiles has 3 for 'shrink'"),
+    ],
+)
+def test_tiles_that_are_none_are_refused(tiles: dict, said: str) -> None:
+    """Before anything is computed with them, and the context stays as it was."""
+    before = config.current()
+    with pytest.raises(ValueError, match=said), config.use(tiles=tiles):
+        pass
+    assert config.current() == before
+
+
+@pytest.mark.cpu("a plan for a GPU, asked for on a CPU")
+def test_a_plan_that_is_not_for_this_device_says_so(device: torch.device) -> None:
+    layer, x = FusedLoraXSLinear(64, 64, r=8, device=device), torch.randn(65, 64, device=device)
+    said = "relay cannot compute this: it is a kernel for Hopper .* Without config.use"
+    with config.use(plan="relay"), pytest.raises(RuntimeError, match=said):
+        layer(x)
+
+
+@pytest.mark.parametrize("rows", ["8", 8.5, torch.tensor(8), None])
+def test_explain_wants_a_number_of_rows(rows: object) -> None:
+    with pytest.raises(TypeError, match=r"rows is a .*: it must be an int"):
+        explain(FusedLoraXSLinear(8, 8, r=2), rows)
+
+
+def test_why_float32_takes_library_products_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(choose.devices, "why_not_triton", lambda *args: None)
+    problem = at(device=torch.device("cuda"))
+    assert "in float32" in choose.decide(problem, "auto", mode="off").why
+    assert "impl='aten'" in choose.decide(problem, "aten", mode="off").why
+
+
 def test_explain_says_what_a_call_does(device: torch.device) -> None:
     """Plan, costs, floor, tiles and why, for both passes; a call then takes that plan."""
     choose.CHOSEN.clear()
@@ -527,7 +564,7 @@ def test_a_pinned_plan_keeps_one_mask(
 ) -> None:
     """Also where x needs no gradient: y is linear in down, so a difference is its gradient."""
     if plan == "first" and dx:
-        pytest.skip("has no dropout on the way back")
+        pytest.skip("it has no dropout on the way back")
     torch.manual_seed(0)
     sizes = {"x": (70, 48), "weight": (32, 48), "down": (8, 48), "core": (8, 8), "up": (32, 8)}
     made = {n: torch.randn(s, device=device, dtype=torch.float64) for n, s in sizes.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +46,10 @@ class Measured(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that the planner takes for an H200, on which `relay` may be chosen."""
+    """A device that the planner takes for an H200."""
     peaks = costs.of_gpu("NVIDIA H200", 9, 132)
     monkeypatch.setattr(costs, "peaks", lambda device: peaks)
     monkeypatch.setattr(devices, "target", lambda device: TARGETS["sm_90"])
-    monkeypatch.setitem(PLANS, "relay", replace(PLANS["relay"], automatic=True))
 
 
 def device_of(prefix: str = "") -> Device:

@@ -1,7 +1,7 @@
 """`parse` reads a kernel's TTGIR, as Triton prints it, into a tree of operations.
 
 It knows how a line is built (results, name, operands, attributes, types, location) and how regions
-nest; what an operation means is `ttgir_ops`' part.
+nest; what an operation means is `ttgir_values`, `ttgir_global` and `ttgir_shared`' part.
 """
 
 from __future__ import annotations

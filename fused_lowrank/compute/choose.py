@@ -142,7 +142,10 @@ def named(name: str, problem: Problem, impl: str) -> Decision:
     if impl == "isolated" and name == "aten":
         name = impl
     if reason := PLANS[name].why_not(problem):
-        raise RuntimeError(f"the pinned plan {name} cannot compute this: it {reason}")
+        raise RuntimeError(
+            f"the pinned plan {name} cannot compute this: {reason}. Without config.use(plan=…) one "
+            "that can is chosen"
+        )
     return Decision((name,), "asked for by config.use(plan=…)")
 
 
@@ -166,9 +169,9 @@ def candidates(problem: Problem, impl: str) -> list[str]:
 def is_aten_best(problem: Problem) -> bool:
     """Whether on a GPU "auto" takes no other plan: in float32, with one core and no mask.
 
-    On an H200 it was the fastest, and its sums are the library's, as the reference's are. The
-    kernels had 1.3 to 1.5 of its error there, with one chain of sums along K; no GPU has measured
-    what they have had since.
+    On an H200, at commit 1cd22e1, it was the fastest, and its sums are the library's, as the
+    reference's are. The kernels had 1.3 to 1.5 of its error there, with one chain of sums along K;
+    no GPU has measured what they have had since.
     """
     return problem.dtype.itemsize > 2 and not problem.by_row and not problem.dropout
 
@@ -182,7 +185,10 @@ def decide(problem: Problem, impl: str, compute: Compute | None = None, mode: st
     if not names:
         raise RuntimeError(f"impl={impl!r} has no plan that can compute {problem}")
     if len(names) == 1:
-        return Decision(tuple(names), "no other plan computes this")
+        why = f"the only plan that impl={impl!r} takes for this"
+        if problem.device.type == "cuda" and impl == "auto" and is_aten_best(problem):
+            why = "the fastest known in float32; others by config.use(plan=…)"
+        return Decision(tuple(names), why)
     on_paper = sorted(names, key=lambda name: predict(PLANS[name], problem).seconds)
     mode = mode or measured.mode()
     if mode == "off":

@@ -62,7 +62,7 @@ class Plan:
             if reason := step.why_not(problem):
                 return reason
         if self.alone and problem.dropout:
-            return "has no dropout"
+            return "it has no dropout"
         return kernels.why_not_tiles(problem, self.tiles) if self.tiles else None
 
     def work(self, problem: Problem) -> list[Work]:

@@ -100,31 +100,34 @@ class OneLaunch(Kernel):
 
     def why_not(self, problem: Problem) -> str | None:
         """Where the kernel is not for so many rows, for such ranks, or for this device."""
-        if reason := super().why_not(problem):
+        (kernel,), reason = self.kernels, super().why_not(problem)
+        where = None if reason else devices.target(problem.device)
+        if kernel == "relay" and (where is None or not where.gluon):
+            alone = "it is a kernel for Hopper (sm_90) alone: no interpreter runs it"
+            return reason if reason and problem.device.type == "cuda" else alone
+        if reason:
             return reason
         from ..kernels.relay import is_possible
 
-        (kernel,) = self.kernels
-        where, spec = devices.target(problem.device), spec_of(kernel, problem)
+        spec = spec_of(kernel, problem)
         if problem.dropout or problem.want_u:
-            return "has no dropout, and gives no u"
+            return "it has no dropout, and gives no u"
         if problem.by_row and kernel == "relay":
-            return "has no core for each row"
+            return "it has no core for each row"
         if (problem.m <= SMALL_M) != (kernel == "decode"):
-            return f"is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
+            return f"it is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
         if kernel == "decode":
             # A core in float32 beside 16 bits is usual, and takes more.
             several = spec, replace(spec, factor_itemsize=max(4, spec.itemsize))
             fits = where and all(
                 is_valid(select(where, each, problem.m), where, each) for each in several
             )
-            return None if fits else "holds no such P beside its part of y"
-        if where is None or not where.gluon:
-            return "is a kernel for Hopper (sm_90) alone, which Triton's interpreter cannot run"
+            return None if fits else "it holds no such P beside its part of y"
+        assert where is not None  # else the kernels cannot run at all
         if not is_possible(where, spec, problem.m):
             return (
-                "is for 16 bits, factors of x's dtype, rows that are multiples of 16 bytes, ranks "
-                f"up to {RELAY_RANK}, and no more rows than there are flags for"
+                "it is for 16 bits, factors of x's dtype, rows that are multiples of 16 bytes, "
+                f"ranks up to {RELAY_RANK}, and no more rows than there are flags for"
             )
         return None
 

@@ -126,9 +126,9 @@ class TailFirst(Step):
     def why_not(self, problem: Problem) -> str | None:
         """Where a mask lies between the two, there is nothing to add to."""
         if problem.by_row:
-            return "has no core for each row"  # without an adapter it is not the bare layer's bits
+            return "it has no core for each row"
         if problem.dropout and problem.transposed:
-            return "has no dropout on the way back"
+            return "it has no dropout on the way back"
         return None
 
     def work(self, problem: Problem) -> list[Work]:

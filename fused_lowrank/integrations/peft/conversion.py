@@ -53,7 +53,10 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
         if isinstance(layer, PeftLowRankLinear) and name in layer.scaling
     }
     if not layers:
-        raise ValueError(f"the model has no adapter {name!r} of LoRA-XS or LoRA-Mini")
+        there = ", ".join(getattr(model, "peft_config", None) or {}) or "none"
+        raise ValueError(
+            f"the model has no adapter {name!r} of LoRA-XS or LoRA-Mini: its adapters are {there}"
+        )
     bias = model.peft_config[name].bias  # type: ignore[index, union-attr]
     if bias == "all":
         raise ValueError("the adapter trains all biases: LoRA holds those of its layers alone")
