@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = harness.Settings(args.seconds or (2.0 if device.type == "cuda" else 6.0))
     print(f"{store.path}: {len(left)} of {len(chosen)} cases to measure on {key['device']}")
     if left and args.warm:
-        tasks = [(case, [p.name for p in several], args.device) for case, several in left]
+        quick = [(case, several) for case, several in left if not several[-1].slow]
+        tasks = [(case, [p.name for p in several], args.device) for case, several in quick]
         began = time.monotonic()
         print(
             f"{warm(tasks, args.warm)} steps taken in {time.monotonic() - began:.0f} s to compile"

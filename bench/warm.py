@@ -1,8 +1,8 @@
-"""`warm` takes a step of every provider on every case, over several processes, before any is timed.
+"""`warm` takes steps of cases by their providers, over several processes, before any is timed.
 
 What Triton compiles for a step is then in its cache on disk, so that minutes of a GPU are not spent
 on compiling one kernel after the other. What fails here fails again when it is measured, and is
-said there.
+said there. Providers that are slow to set up are left to their turn.
 """
 
 from __future__ import annotations
