@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from fused_lowrank.kernels.common import N_ARRIVALS, aligned
 from fused_lowrank.kernels.tiles import (
     DEFAULTS,
+    KERNELS,
     MAX_RANK,
     RELAY_RANK,
     SMALL_M,
@@ -25,7 +26,6 @@ from fused_lowrank.kernels.tiles import (
     select,
 )
 
-KERNELS = ("gemm_tail", "shrink", "core_grad", "decode", "relay", "dropped")
 PADDED = (16, 32, 64, 128, 256)
 ROWS = (1, SMALL_M, SMALL_M + 1, 256, 512, 1 << 20)
 COLUMNS = (0, 16, 1024, 4096, 16384)
