@@ -13,6 +13,7 @@ from .compute import choose, costs, devices, measured
 from .compute.operands import Problem, bucket
 from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
+from .kernels.tiles import SMALL_M
 from .layers.base import LowRankLinear
 
 
@@ -112,6 +113,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     regular = kernels and (k | n) % 16 == 0
     alike = {layer.down.dtype, layer.up.dtype, dtype} == {dtype}
     bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
+    bulk = bulk and rows > SMALL_M
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)

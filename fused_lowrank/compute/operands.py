@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.tiles import is_bulk
+from ..kernels.tiles import SMALL_M, is_bulk
 from .devices import has_kernels
 from .dropout import Dropout
 from .reference import AnyCore, Rows
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     dropout: bool
     want_u: bool  # u is wanted outside, as it is where down is trained
     by_row: bool = False  # a core for each row, not one for all
-    bulk: bool = False  # bulk copies can move x, W, down, up and y: `is_bulk`
+    bulk: bool = False  # of many rows: bulk copies can move x, W, down, up and y: `is_bulk`
 
 
 def bucket(rows: int) -> int:
@@ -93,7 +93,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
             and 1 in strides
             and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         )
-        bulk = is_bulk(x, weight, operands.down, operands.up)
+        bulk = m > SMALL_M and is_bulk(x, weight, operands.down, operands.up)
     return Problem(
         device,
         x.dtype,
