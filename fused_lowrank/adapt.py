@@ -21,7 +21,7 @@ from .targets import (
     match_saved,
     match_targets,
     modules_by_name,
-    unwrapped,
+    named_modules,
 )
 
 HOOKS = re.compile(
@@ -108,6 +108,7 @@ def build(
     model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool
 ) -> dict[str, LowRankLinear]:
     """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
+    refuse_wrapped(model)
     modules = modules_by_name(model)
     for name, (cls, keywords) in plan.items():
         linear = modules[name]
@@ -124,6 +125,16 @@ def build(
     }
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise for a model in a wrapper that has noted its parameters, and would not see new ones."""
+    for wrapper in ("DistributedDataParallel", "DeepSpeedEngine"):
+        if any(type(module).__name__ == wrapper for module in model.modules()):
+            raise ValueError(
+                f"the model is in {wrapper}, which would not reduce the gradients of parameters "
+                "that are made now: adapt the model first, then wrap it"
+            )
+
+
 def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) -> None:
     """Put built layers in their places and freeze everything but them and the modules to save."""
     own = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
@@ -133,7 +144,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     modules = modules_by_name(model)
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
     for name in saved:
-        keep_original(model.get_submodule(name))
+        keep_original(modules[name])
     leave_fast_paths(model)
 
 
@@ -192,7 +203,7 @@ def keep_original(module: nn.Module) -> None:
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules trained whole, by name."""
-    return {unwrapped(n): m for n, m in model.named_modules() if "_lowrank_original" in vars(m)}
+    return {n: m for n, m in named_modules(model) if "_lowrank_original" in vars(m)}
 
 
 def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
@@ -241,9 +252,9 @@ def originals_in_place(model: nn.Module) -> Iterator[None]:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     """(name, layer) of every adapted layer."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LowRankLinear):
-            yield unwrapped(name), module
+            yield name, module
 
 
 def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:

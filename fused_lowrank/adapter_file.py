@@ -308,12 +308,11 @@ def check_tensors(
     path: Any,
 ) -> None:
     """Raise unless the file holds exactly the tensors, in the shapes, that the layers need."""
-    expected = shapes_of(layers, config)
+    expected, modules = shapes_of(layers, config), modules_by_name(model)
     for name in config["modules_to_save"]:
-        try:
-            state = model.get_submodule(name).state_dict()
-        except AttributeError:
-            raise ValueError(f"{path} holds {name}, but this model has no such module") from None
+        if name not in modules:
+            raise ValueError(f"{path} holds {name}, but this model has no such module")
+        state = modules[name].state_dict()
         expected.update({f"{name}.{key}": value.shape for key, value in state.items()})
     check_shapes(expected, layers, tensors, path)
 
@@ -387,7 +386,8 @@ def fill(
             if (key := f"{name}.{part}") in tensors:
                 getattr(layer, part).copy_(tensors[key])
         layer.bases_pending = False
+    modules = modules_by_name(model)
     for name in saved:
         prefix = name + "."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        model.get_submodule(name).load_state_dict(state)
+        modules[name].load_state_dict(state)

@@ -38,7 +38,7 @@ from .bank_source import holds
 from .compute.reference import Core
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
-from .targets import matches
+from .targets import matches, modules_by_name, named_modules, unwrapped
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
@@ -125,13 +125,13 @@ def of_model(model: nn.Module) -> Adapter:
     """The adapter that a model carries."""
     parts = {name: of_layer(name, layer) for name, layer in complete_layers(model).items()}
     saved = tuple(saved_modules(model))
-    modules = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules: dict[str, Mapping[str, Tensor]] = {}
+    for name, module in named_modules(model, every=True):
         if saved and name.endswith(saved):  # so PEFT matches them, without a dot before
             if any(True for _ in adapted_layers(module)):
                 raise ValueError(f"modules_to_save are {saved}: PEFT would take {name} for one")
             modules[name] = module.state_dict()
-    return Adapter(parts, modules, model)
+    return Adapter(parts, modules, unwrapped(model))
 
 
 def of_bank(bank: AdapterBank, name: str) -> Adapter:
@@ -303,7 +303,7 @@ def targets(names: list[str], model: nn.Module | None) -> list[str] | str:
     if model is None:
         return sorted(names)
     check_places(names, model)
-    others = [name for name, _ in model.named_modules() if name not in names]
+    others = [name for name, _ in named_modules(model) if name not in names]
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if not any(matches(name, list(entries)) for name in others):
             return sorted(entries)
@@ -312,7 +312,8 @@ def targets(names: list[str], model: nn.Module | None) -> list[str] | str:
 
 def check_places(names: list[str], model: nn.Module) -> None:
     """Raise for a layer that PEFT would adapt in one of its places only."""
-    layers = {id(model.get_submodule(name)): name for name in names}
+    modules = modules_by_name(model)
+    layers = {id(modules[name]): name for name in names}
     places = [
         name
         for module in model.modules()

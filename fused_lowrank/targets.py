@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,20 +12,53 @@ from torch import nn
 Patterns = str | list[str] | tuple[str, ...] | set[str]
 
 
-# What torch.compile and torch's checkpoint_wrapper put into the names of what they wrap.
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+# How modules that wrap another call it: torch.compile, checkpoint_wrapper, FSDP1; and, where many
+# a module has a child of that name, by the wrapper's class.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+}
 
 
-def unwrapped(name: str) -> str:
-    """A module's or a parameter's name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def wrapped_in(module: nn.Module, child: str) -> bool:
+    """Whether the child of a module, by its name, is what the module wraps."""
+    if child in WRAPPED:
+        return True
+    kinds = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return any(WRAPPERS.get(kind) == child for kind in kinds)
+
+
+def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of all modules, without the parts of names that wrappers add.
+
+    A wrapper comes before what it wraps, under the same name. With `every`, a module that stands in
+    several places comes for each of them.
+    """
+    inside: dict[str, tuple[str, nn.Module]] = {}
+    for full, module in model.named_modules(remove_duplicate=not every):
+        holder, _, child = full.rpartition(".")
+        name = ""
+        if full:
+            name, parent = inside[holder]
+            if not wrapped_in(parent, child):
+                name = f"{name}.{child}" if name else child
+        inside[full] = name, module
+        yield name, module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without the wrappers around it."""
+    return [module for name, module in named_modules(model) if not name][-1]
 
 
 def modules_by_name(model: nn.Module) -> dict[str, Any]:
-    """Every module under each of its `unwrapped` names; a wrapper hides the module in it."""
+    """Every module under each of its names; a wrapper hides the module in it."""
     modules: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        modules.setdefault(unwrapped(name), module)
+    for name, module in named_modules(model, every=True):
+        modules.setdefault(name, module)
     return modules
 
 
@@ -55,7 +88,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 def match_saved(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
     """The modules to train whole, by name; each pattern must match."""
-    names = [name for name in dict.fromkeys(unwrapped(n) for n, _ in model.named_modules()) if name]
+    names = [name for name in dict.fromkeys(name for name, _ in named_modules(model)) if name]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(f"modules_to_save: no module is called {pattern!r}")
@@ -137,15 +170,15 @@ def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
 
 def refuse_experts(model: nn.Module, patterns: Patterns, left_alone: Callable[[str], bool]) -> None:
     """Raise if a pattern names a Parameter of MoE experts, or the module that holds them."""
-    for name, parameter in model.named_parameters():
-        name = unwrapped(name)
-        holder = name.rpartition(".")[0]
-        named = matches(name, patterns) or (holder and matches(holder, patterns))
-        if parameter.dim() == 3 and named and not (left_alone(name) or left_alone(holder)):
-            raise ValueError(
-                f"target_modules: {name} is a Parameter of shape {tuple(parameter.shape)}, the "
-                "experts of a mixture; only nn.Linear can be adapted: leave it out"
-            )
+    for holder, module in named_modules(model):
+        for child, parameter in module.named_parameters(recurse=False):
+            name = f"{holder}.{child}" if holder else child
+            named = matches(name, patterns) or (holder and matches(holder, patterns))
+            if parameter.dim() == 3 and named and not (left_alone(name) or left_alone(holder)):
+                raise ValueError(
+                    f"target_modules: {name} is a Parameter of shape {tuple(parameter.shape)}, the "
+                    "experts of a mixture; only nn.Linear can be adapted: leave it out"
+                )
 
 
 def warn_of_experts(model: nn.Module, found: list[str]) -> None:
