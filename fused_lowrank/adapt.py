@@ -261,7 +261,10 @@ def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:
     """The adapted layers by name; raises ValueError if there are none."""
     layers = dict(adapted_layers(model))
     if not layers:
-        raise ValueError("the model has no adapted layers: adapt(model, …) first")
+        what = "adapt(model, …) first"
+        if hasattr(model, "peft_config"):
+            what = "it is a model of PEFT, which saves, merges and unloads itself"
+        raise ValueError(f"the model has no adapted layers: {what}")
     return layers
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import peft_folder
 from .adapt import (
     Plan,
     adapted_layers,
@@ -32,7 +33,7 @@ from .adapt import (
     saved_modules,
     unchanged_on_error,
 )
-from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint_of
+from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .targets import modules_by_name
@@ -120,11 +121,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, fused: bool = True, progress: bool = True
 ) -> nn.Module:
-    """Load what `save_adapter` wrote into `model`, in place; return the model.
+    """Load what `save_adapter` wrote, or a folder of PEFT's with LoRA-XS or LoRA-Mini, in place.
 
     A plain model is adapted first, as the file says. An adapted one must have the same layers, of
     the same ranks, alpha and train, and the same modules to save, and not be merged; it keeps its
-    classes and takes the file's values.
+    classes and takes the file's values. Returns the model.
 
     Raises:
         ValueError: a file that is truncated or none of ours, or that belongs to another model:
@@ -145,9 +146,15 @@ def load_contents(
 ) -> nn.Module:
     """`load_adapter` of what `read` returns."""
     prints = pop_fingerprints(config, tensors)
+    peft_folder.complete(model, config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
-        check_fingerprint(name, layer, prints[name], tensors, path)
+        if config["bases"] or "seed" not in config:
+            check_fingerprint(name, layer, (layer.down, layer.up), prints[name], tensors, path)
+        else:
+            made = peft_folder.frozen_factors(layer, name, config["seed"])
+            check_fingerprint(name, layer, made, prints[name], tensors, path)
+            tensors[f"{name}.down"], tensors[f"{name}.up"] = made
 
     return install(model, config, tensors, path, check, fused=fused, progress=progress)
 
@@ -179,8 +186,9 @@ def install(
     with unchanged_on_error(model):
         if not present:
             plan = plan_of(model, config, tensors, fused, path)
+            later = config["bases"] or "seed" in config  # they come from the file, or its seed
             try:
-                layers = build(model, plan, progress=progress, defer_bases=config["bases"])
+                layers = build(model, plan, progress=progress, defer_bases=later)
             except TypeError as error:
                 raise ValueError(f"{path} does not fit this model: {error}") from error
         check_tensors(model, layers, tensors, config, path)
@@ -235,7 +243,12 @@ def unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of an adapter's file, or a ValueError that says what is wrong."""
+    """The config and tensors of an adapter's file, or a ValueError that says what is wrong.
+
+    Of a folder of PEFT's, or the file with the tensors in one, those of its LoRA-XS or LoRA-Mini.
+    """
+    if peft_folder.is_folder(path):
+        return peft_folder.read(path)
     config, tensors = opened(path, "adapter", FORMAT, VERSION)
     try:
         for entry in config["layers"].values():
@@ -353,23 +366,29 @@ def pop_fingerprints(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict
 
 
 def check_fingerprint(
-    name: str, layer: LowRankLinear, there: Tensor | None, tensors: dict[str, Tensor], path: Any
+    name: str,
+    layer: LowRankLinear,
+    bases: tuple[Tensor, Tensor],
+    there: Tensor | None,
+    tensors: dict[str, Tensor],
+    path: Any,
 ) -> None:
     """Raise if the file was made for another weight or, being without them, for other bases."""
     sides = layer.down.shape[0], layer.up.shape[1]
     if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
-    found = differing(fingerprint_of(layer), there, *sides)
+    found = differing(fingerprint(layer.base_weight, *bases), there, *sides)
     if "weight" in found and f"{name}.weight" not in tensors:
         raise ValueError(
             f"{path} was made for another base model: the weight of {name} differs from the one it "
             "was trained on"
         )
+    option = "save_projection" if peft_folder.is_folder(path) else "bases"
     for factor in ("down", "up"):
         if factor in found and f"{name}.{factor}" not in tensors:
             raise ValueError(
                 f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
-                "is not the one it was trained with; save it with bases=True"
+                f"is not the one it was trained with; save it with {option}=True"
             )
 
 

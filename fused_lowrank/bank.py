@@ -143,11 +143,12 @@ class AdapterBank:
     def add(self, name: str, source: Any = None) -> None:
         """Put an adapter in, under a new name.
 
-        `source` is a file of `save_adapter`, a state_dict ({layer}.core, or {layer}.a_train and
-        .b_train, with whatever else), a model adapted alike, or None for a fresh adapter as the
-        method starts one. Its frozen factors, or their fingerprint, must be those of the bank; a
-        state_dict without them is taken at its word, at the model's own alpha. Ranks below the
-        bank's fit where its factors are the first ones of the bank's.
+        `source` is a file of `save_adapter`, a folder of PEFT's, a state_dict ({layer}.core, or
+        {layer}.a_train and .b_train, with whatever else), a model adapted alike, a PeftModel with
+        one active adapter, or None for a fresh adapter as the method starts one. Its frozen
+        factors, or their fingerprint, must be those of the bank; a state_dict without them is taken
+        at its word, at the model's own alpha. Ranks below the bank's fit where its factors are the
+        first ones of the bank's.
 
         Raises:
             ValueError: a name that is there, or is no string; a source that does not fit, holds

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import peft_folder
 from .adapt import adapted_layers, saved_modules
 from .adapter_file import read
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike
@@ -37,12 +38,14 @@ class Found:
 
 def cores_of(bank: AdapterBank, source: Any) -> Cores:
     """The adapter of a source as the bank's tables hold it, with a first dimension of 1."""
-    if isinstance(source, nn.Module):
+    if peft_folder.is_model(source):
+        what, found = "the model", of_contents(bank, *peft_folder.of_model(source), "the model")
+    elif isinstance(source, nn.Module):
         what, found = "the model", of_model(bank, source)
     elif isinstance(source, Mapping):
         what, found = "the state_dict", of_state(bank, source)
     elif isinstance(source, str | os.PathLike):
-        what, found = str(source), of_file(bank, source)
+        what, found = str(source), of_contents(bank, *read(source), str(source))
     else:
         raise ValueError(
             f"source is a {type(source).__name__}: it must be a path, a state_dict or a model"
@@ -201,17 +204,18 @@ def of_model(bank: AdapterBank, model: nn.Module) -> dict[str, Found]:
     return found
 
 
-def of_file(bank: AdapterBank, path: Any) -> dict[str, Found]:
-    """The adapter in a file of `save_adapter`."""
-    config, tensors = read(path)
+def of_contents(
+    bank: AdapterBank, config: dict[str, Any], tensors: dict[str, Tensor], path: str
+) -> dict[str, Found]:
+    """The adapter in a file of `save_adapter`, or in a folder of PEFT's."""
     methods = {name: entry["method"] for name, entry in config["layers"].items()}
-    check_names(bank, methods, str(path))
+    check_names(bank, methods, path)
     trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
-    check_trained(trained, config["modules_to_save"], str(path))
+    check_trained(trained, config["modules_to_save"], path)
     found = {}
     for name, layer in bank.layers.items():
         settings = config["layers"][name]["settings"]
-        part = of_tensors(layer, name, tensors.get, str(path))
+        part = of_tensors(layer, name, tensors.get, path)
         part.scales = torch.tensor([settings["alpha"] / settings["r"]])
         part.fingerprint = tensors.get(f"{name}.{FINGERPRINT}")
         if part.fingerprint is None:

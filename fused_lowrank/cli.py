@@ -1,14 +1,16 @@
 """fused-lowrank: what an adapter's file is, and other forms of it.
 
 fused-lowrank inspect SOURCE
-fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--name NAME]
-fused-lowrank merge SOURCE TARGET --base FOLDER [--name NAME]
+fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--class C] [--name NAME]
+fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -23,15 +25,11 @@ from .adapt import require_adapted, tied_layers, unload
 from .export import export_lora, of_contents, write
 from .inspection import describe, kind_of
 from .layers import METHODS
+from .targets import modules_by_name
 
-TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
+# The base model's weights in whatever format, which the merged ones replace.
+WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf)(\.index\.json)?"
 )
 
 
@@ -101,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
             required=own is both[1],
             help="the base model, as transformers' save_pretrained writes it",
         )
+        own.add_argument(
+            "--class",
+            dest="cls",
+            metavar="NAME",
+            help="the class of transformers that was adapted, if the base is of another",
+        )
         own.add_argument("--name", help="which adapter, where the source is a bank's file")
     return top
 
@@ -151,15 +155,36 @@ def merge(args: argparse.Namespace) -> None:
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(unfinished)  # type: ignore[operator]
-        for pattern in TOKENIZER:
-            for file in args.base.glob(pattern):
-                shutil.copy(file, unfinished)
+        copy_rest(args.base, unfinished)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # --- their steps ---
+
+
+def copy_rest(base: Path, target: Path) -> None:
+    """Copy what a model's folder holds besides its weights, and `target` does not hold yet.
+
+    That is the tokenizer, processors, modules of sentence-transformers, code, README and licence.
+    Weights in folders are another model's, and are copied, where modules.json names these folders:
+    else they are the same weights in another format.
+    """
+    listed = base / "modules.json"
+    try:
+        modules = json.loads(listed.read_text()) if listed.is_file() else []
+        whole = {base / str(module["path"]) for module in modules} - {base}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{listed} cannot be read ({error!r})") from error
+    for file in sorted(base.rglob("*")):
+        inside = file.relative_to(base)
+        place = target / inside
+        left = any(part.startswith(".") for part in inside.parts) or target in file.parents
+        weights = WEIGHTS.fullmatch(file.name) and whole.isdisjoint(file.parents)
+        if file.is_file() and not (left or weights or place.exists()):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
 
 
 def convertible(args: argparse.Namespace) -> str:
@@ -188,23 +213,38 @@ def contents(args: argparse.Namespace, kind: str) -> tuple[dict[str, Any], dict[
 
 def adapted(args: argparse.Namespace, kind: str) -> nn.Module:
     """The base model with the source's adapter."""
-    model = base_model(args.base)
+    model = base_model(args.base, args.cls)
+    config, tensors = contents(args, kind)
+    modules = modules_by_name(model)
+    if absent := [name for name in config["layers"] if name not in modules]:
+        raise ValueError(
+            f"{args.source} adapts {absent[0]}, but the base, a {type(model).__name__}, has no "
+            "such module: if another class was adapted, name it by --class"
+        )
     if kind == "official":
         return official.load_official_lora_xs(model, args.source)
-    return adapter_file.load_contents(model, *contents(args, kind), args.source)
+    return adapter_file.load_contents(model, config, tensors, args.source)
 
 
-def base_model(folder: Path) -> nn.Module:
-    """The model in a folder, of the class that it was saved from and in its own dtype."""
+def base_model(folder: Path, cls: str | None = None) -> nn.Module:
+    """The model in a folder, of the class that was saved or of another, in its own dtype."""
     try:
         import transformers
     except ImportError:
         raise ValueError("--base needs transformers: pip install transformers") from None
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: --base must be a transformers model")
+    if (folder / peft_folder.CONFIG).exists():
+        raise ValueError(
+            f"{folder} holds an adapter, which transformers would load with the model: --base must "
+            "be the plain base model"
+        )
+    if cls is not None and not hasattr(transformers, cls):
+        raise ValueError(f"--class is {cls}: transformers has no such class")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        cls = cls or (config.architectures or [""])[0]
+        named = getattr(transformers, cls, transformers.AutoModel)
         return named.from_pretrained(folder, dtype="auto", local_files_only=True)
     except Exception as error:  # of any library: what is wrong is the folder
         raise ValueError(f"{folder} cannot be loaded by transformers: {error}") from error

@@ -38,10 +38,8 @@ from .bank_source import holds
 from .compute.reference import Core
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
+from .peft_folder import CONFIG, PREFIX, WEIGHTS
 from .targets import matches, modules_by_name, named_modules, unwrapped
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of PEFT's keys
 
 
 @dataclass

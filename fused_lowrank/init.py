@@ -6,6 +6,7 @@ LoRA-Mini  all four Kaiming-uniform; "identity": b_train zero        (Singh et a
 """
 
 import math
+import zlib
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ def generator_of(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     return torch.default_generator
+
+
+def seeded_uniform(p: int, k: int, n: int, q: int, key: str, seed: int) -> tuple[Tensor, Tensor]:
+    """down (p, k) and up (n, q), float32, uniform in [-1, 1), always the same for a key and a seed.
+
+    Those of smaller p or q are the first rows and columns of larger ones.
+    """
+
+    def draw(name: str, rows: int, columns: int) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}.{key}.{name}".encode()))
+        return 2 * torch.rand(rows, columns, generator=generator) - 1
+
+    return draw("down", p, k), draw("up", q, n).t()
+
+
+def seeded_bases(p: int, k: int, n: int, q: int, key: str, seed: int) -> tuple[Tensor, Tensor]:
+    """(down, up) of LoRA-Mini, Kaiming-uniform (a = √5): within 1/√k and 1/√q."""
+    down, up = seeded_uniform(p, k, n, q, key, seed)
+    return down / math.sqrt(k), up / math.sqrt(q)
 
 
 @torch.no_grad()

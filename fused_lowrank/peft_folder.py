@@ -6,7 +6,10 @@ adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, p
   base_model.model.<module>.lora_mini_a_train    and _b_train, of `LoraMiniConfig`
   base_model.model.<module>.basis_down           and _up, _fingerprint, of both
   base_model.model.<module>.base_layer.bias      where it is trained
+  base_model.model.<module>.base_layer.weight    of an adapted head: the base's, and left out
   base_model.model.<module>.<tensor>             of each module trained whole
+  base_model.model.<module>.bias                 of any module, with bias="all"
+  base_model.model.<module>.weight, .bias        of embeddings and a head that PEFT saves with it
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,16 +28,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .export import CONFIG, PREFIX, WEIGHTS
+from .adapt import adapted_layers
 from .fingerprint import FINGERPRINT
-from .layers import METHODS
-from .targets import matches
+from .init import seeded_bases, svd_bases
+from .layers import METHODS, LowRankLinear
+from .targets import modules_by_name
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's keys
 FILES = WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin"
 HEADS = ["classifier", "score"]  # what PEFT trains whole where the config does not say
 TYPES = {"LORA_XS": "lora_xs", "LORA_MINI": "lora_mini"}
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder of PEFT's, whatever is in it, or the tensors in one."""
+    path = Path(path)
+    return path.is_dir() or (path.name in FILES and (path.parent / CONFIG).is_file())
 
 
 def file_of(path: str | os.PathLike[str]) -> Path:
@@ -106,50 +119,104 @@ def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     return default
 
 
+def heads_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the names of modules trained whole end with."""
+    return tuple(config.get("modules_to_save") or HEADS)
+
+
+def is_matrix(key: str, tensor: Tensor) -> bool:
+    """Whether this is the weight of an embedding or of a linear layer."""
+    return key.endswith(".weight") and tensor.dim() == 2
+
+
 def whole_modules(
     tensors: dict[str, Tensor], config: dict[str, Any], path: Any
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules trained whole, and their tensors: all that is left of a file."""
-    heads = config.get("modules_to_save") or HEADS
+    """The modules trained whole, and their tensors: all that is left of a file.
+
+    PEFT takes every module whose name ends with an entry of modules_to_save, without a dot before.
+    """
+    heads = heads_of(config)
+    tensors = {
+        re.sub(r"\.modules_to_save(\.default)?\.", ".", key): tensor
+        for key, tensor in tensors.items()
+        if ".original_module." not in key
+    }
+    embeddings = {key[: -len(".weight")] for key in tensors if is_matrix(key, tensors[key])}
+    biases = config.get("bias") == "all"
     saved: dict[str, None] = {}
-    found = {}
-    for key, tensor in tensors.items():
-        key = key.replace(".modules_to_save.default.", ".")
+    for key in tensors:
+        holder, _, part = key.rpartition(".")
         names = itertools.accumulate(key.split(".")[:-1], "{}.{}".format)
-        module = next((name for name in names if matches(name, heads)), None)
-        if module is None:
+        module = next((name for name in names if name.endswith(heads)), None)
+        if module is None and (holder in embeddings or (biases and part == "bias")):
+            module = holder
+        if not module:
             raise ValueError(
                 f"{path} holds an unexpected {key}, which is of no module in modules_to_save"
             )
-        saved[module], found[key] = None, tensor
-    return list(saved), found
+        saved[module] = None
+    return list(saved), tensors
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and tensors of LoRA-XS or LoRA-Mini, as `adapter_file.read` has ours.
 
+    The config says besides: `seed`, of the frozen factors; `partial`, the modules of which the file
+    has some tensors, and the base model the others.
+
     Raises ValueError for another method, for settings that only PEFT can load, and for a file that
     is truncated.
     """
     file = file_of(path)
-    config = config_of(file)
+    return parsed(config_of(file), tensors_of(file), path)
+
+
+def is_model(model: Any) -> bool:
+    """Whether this is a model of PEFT's."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `read` would return of the folder that a model of PEFT's would save: its active adapter.
+
+    Raises ValueError where several are active.
+    """
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"the model has {len(active)} active adapters: set_adapter(name) first")
+    state = sys.modules["peft"].get_peft_model_state_dict(model, adapter_name=active[0])
+    tensors = {key.removeprefix(PREFIX): value.detach() for key, value in state.items()}
+    return parsed(model.peft_config[active[0]].to_dict(), tensors, "the model")
+
+
+def parsed(
+    config: dict[str, Any], state: dict[str, Tensor], path: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`read` of what a folder holds."""
     if (kind := config.get("peft_type")) not in TYPES:
-        raise ValueError(f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}")
+        raise ValueError(
+            f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}; PEFT loads the "
+            "others, and load_official_lora_xs those of the LoRA-XS authors' code"
+        )
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]
     frozen = ("down", "up", FINGERPRINT)
     trained = (part for part in METHODS[method][0].factors if part not in frozen)
     suffixes = {f".{method}_{part}": part for part in trained}
     suffixes |= {f".basis_{part}": part for part in frozen}
-    suffixes[".base_layer.bias"] = "bias"
+    suffixes |= {".base_layer.bias": "bias", ".base_layer.weight": "weight"}
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
-    for key, tensor in tensors_of(file).items():
+    for key, tensor in state.items():
         suffix = next((s for s in suffixes if key.endswith(s)), None)
         if suffix is None:
             rest[key] = tensor
         else:
             layers.setdefault(key.removesuffix(suffix), {})[suffixes[suffix]] = tensor
+    for parts in layers.values():
+        parts.pop("weight", None)  # the fingerprint says whether it is the base's
     saved, found = whole_modules(rest, config, path)
     bases = all("down" in parts and "up" in parts for parts in layers.values())
     entries = {
@@ -159,7 +226,30 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if not entries:
         raise ValueError(f"{path} adapts no layers: it is damaged")
     tensors = {f"{name}.{part}": t for name, parts in layers.items() for part, t in parts.items()}
-    return {"layers": entries, "modules_to_save": saved, "bases": bases}, {**tensors, **found}
+    contents: dict[str, Any] = {"layers": entries, "modules_to_save": saved, "bases": bases}
+    contents["seed"] = config.get("projection_seed", 42)
+    contents["partial"] = [name for name in saved if not name.endswith(heads_of(config))]
+    return contents, {**tensors, **found}
+
+
+def complete(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Add to the tensors what a folder leaves to the base model, of modules that it has in part."""
+    modules = modules_by_name(model)
+    for name in config.get("partial", ()):
+        module = modules.get(name)
+        if module is None or any(True for _ in adapted_layers(module)):
+            continue  # who loads says what is wrong
+        for key, value in module.state_dict().items():
+            tensors.setdefault(f"{name}.{key}", value)
+
+
+def frozen_factors(layer: LowRankLinear, name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """(down, up) of a layer as the PEFT integration makes them, in the weight's dtype."""
+    weight, p, q = layer.base_weight, layer.down.shape[0], layer.up.shape[1]
+    if layer.method == "lora_xs":
+        return svd_bases(weight, p, seed=seed)
+    down, up = seeded_bases(p, layer.in_features, layer.out_features, q, name, seed)
+    return down.to(weight), up.to(weight)
 
 
 def settings_of(

@@ -1,6 +1,7 @@
 """The command line: inspect, convert and merge, and what they refuse."""
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -36,6 +37,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What lies in a base model's folder and is no weight of it.
+REST = [
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+    *("2_Dense/config.json", "2_Dense/model.safetensors", "normalizer.json", "tekken.json"),
+    *("tokenizer.model", "modeling_own.py", "README.md", "LICENSE", "chat_templates/a.jinja"),
+]
+# Its weights in other formats, and what is no part of it.
+WEIGHTS = [
+    *("pytorch_model-1.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack"),
+    *("onnx/model.onnx", "original/consolidated.00.pth", ".cache/lock"),
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, as transformers saves it, with a tokenizer's files."""
@@ -44,7 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny("llama").save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "README.md").write_text("no tokenizer")
+    for name in REST:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("1")
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    for name in WEIGHTS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("0")
     return folder
 
 
@@ -274,10 +295,59 @@ def test_merge(dtype: torch.dtype, folder: Path, tmp_path: Path, capsys: Any) ->
         place = torch.finfo(dtype).eps * ours.abs().maximum(theirs.abs())
         bound = place + 2 * (2 * 4 + 3) * 2**-24 * sizes.get(key, 0.0)
         assert ((ours - theirs).abs() <= bound).all(), key
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= names
-    assert "README.md" not in names
+    names = {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    written = {"config.json", "generation_config.json", "model.safetensors"}
+    rest = {"tokenizer.json", "tokenizer_config.json", "modules.json", *REST}
+    assert names == {*written, *rest}
+    assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"]
     assert {path.name for path in tmp_path.iterdir()} == {"base", "file", "out"}
+
+
+def test_merge_into_the_base_folder(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """What is written there is not copied into itself."""
+    own = tmp_path / "base"
+    shutil.copytree(folder, own)
+    save_adapter(trained(folder), tmp_path / "file")
+    for name in ("out", "again"):
+        assert run(capsys, "merge", tmp_path / "file", own / name, "--base", own)[0] == 0
+    assert not list((own / "out").rglob("out*"))
+    (own / "modules.json").write_text("[1]")
+    code, _, error = run(capsys, "merge", tmp_path / "file", own / "third", "--base", own)
+    assert (code, "modules.json cannot be read" in error) == (1, True)
+
+
+def test_another_class(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """The adapted class may be another than the one that the base was saved from."""
+    model = transformers.LlamaModel.from_pretrained(folder)
+    adapt(model, target_modules=["q_proj"], r=4, progress=False)
+    nn.init.normal_(model.layers[0].self_attn.q_proj.core)
+    save_adapter(model, tmp_path / "file")
+    asked = ("merge", tmp_path / "file", tmp_path / "out", "--base", folder)
+    code, _, error = run(capsys, *asked)
+    assert code == 1
+    assert "adapts layers.0.self_attn.q_proj, but the base, a LlamaForCausalLM, has no" in error
+    assert "name it by --class" in error
+    code, _, error = run(capsys, *asked, "--class", "LlamaFor")
+    assert (code, "transformers has no such class" in error) == (1, True)
+    assert run(capsys, *asked, "--class", "LlamaModel")[0] == 0
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        merged = transformers.AutoModel.from_pretrained(tmp_path / "out")(ids).last_hidden_state
+        close(merged, model(ids).last_hidden_state)
+
+
+def test_base_with_an_adapter(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """transformers would load it with the model."""
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base/adapter_config.json").write_text("{}")
+    save_adapter(trained(folder), tmp_path / "file")
+    asked = ("merge", tmp_path / "file", tmp_path / "out", "--base", tmp_path / "base")
+    code, _, error = run(capsys, *asked)
+    assert (code, "base holds an adapter" in error) == (1, True)
 
 
 def test_failed_merge(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fused_lowrank import adapter_file, peft_folder
+from fused_lowrank import (
+    AdapterBank,
+    adapter_file,
+    export_lora,
+    load_adapter,
+    peft_folder,
+    save_adapter,
+    unload,
+)
 from fused_lowrank.cli import main
 from fused_lowrank.export import of_contents, write
 
@@ -83,6 +91,130 @@ def test_same_outputs(case: str, tmp_path: Path) -> None:
     write(of_contents(config, tensors, tmp_path), tmp_path / "lora", None)
     with torch.no_grad():
         close(peft.PeftModel.from_pretrained(base(), tmp_path / "lora")(x), wanted)
+
+
+class Tiny(nn.Module):
+    """An embedding, a body, norms and a head, as PEFT expects of a language model."""
+
+    def __init__(self, tokens: int = 9) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(tokens, D)
+        self.input_layernorm, self.norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.a, self.other = nn.Linear(D, D), nn.Linear(D, D)
+        self.lm_head = nn.Linear(D, tokens)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As transformers has it."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """As transformers has it."""
+        return self.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits."""
+        x = self.a(self.input_layernorm(self.embed_tokens(ids)))
+        return self.lm_head(self.norm(x + self.other(x)))
+
+
+def tiny() -> nn.Module:
+    """The same at every call."""
+    generator, model = torch.Generator().manual_seed(8), Tiny().double()
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    return model
+
+
+# What PEFT writes beside the adapter: its settings, and what save_pretrained is told.
+BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adapted head": ({"target_modules": ["a", "lm_head"]}, {}),
+    "embeddings too": ({"target_modules": ["a"]}, {"save_embedding_layers": True}),
+    "a name's end": ({"target_modules": ["a"], "modules_to_save": ["norm"]}, {}),
+    "all biases": ({"target_modules": ["a"], "bias": "all"}, {}),
+    "biases, a head": (
+        {"target_modules": ["a", "lm_head"], "bias": "all", "modules_to_save": ["norm"]},
+        {"save_embedding_layers": True},
+    ),
+    "no factors": ({"target_modules": ["a"], "save_projection": False}, {}),
+    "another seed": (
+        {"target_modules": ["a"], "save_projection": False, "projection_seed": 7},
+        {},
+    ),
+    "whole and none": (
+        {"target_modules": ["a"], "save_projection": False, "modules_to_save": ["lm_head"]},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["LoraXSConfig", "LoraMiniConfig"])
+@pytest.mark.parametrize("case", BESIDE)
+@pytest.mark.filterwarnings("ignore:save_projection", "ignore:Setting `save_embedding_layers`")
+def test_what_peft_writes(case: str, method: str, tmp_path: Path, capsys: Any) -> None:
+    """It is read, by inspect, in a model, as a file of ours and as LoRA."""
+    from fused_lowrank.integrations import peft as methods
+
+    settings, options = BESIDE[case]
+    settings = {"r": 3, "lora_alpha": 6, **settings}
+    if method == "LoraMiniConfig":
+        settings |= {"a": 5, "b": 4}
+    theirs = peft.get_peft_model(tiny(), getattr(methods, method)(**settings)).eval()
+    torch.manual_seed(6)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "peft", **options)
+    ids = torch.arange(9)
+    with torch.no_grad():
+        wanted = theirs(ids)
+        assert not torch.allclose(wanted, tiny()(ids), rtol=1e-2)
+        again = peft.PeftModel.from_pretrained(tiny(), tmp_path / "peft")
+        close(again(ids), wanted)
+        assert main(["inspect", str(tmp_path / "peft")]) == 0
+        model = load_adapter(tiny(), tmp_path / "peft", progress=False)
+        close(model(ids), wanted)
+        save_adapter(model, tmp_path / "ours")
+        close(load_adapter(tiny(), tmp_path / "ours", progress=False)(ids), wanted)
+        export_lora(model, tmp_path / "lora")
+        close(peft.PeftModel.from_pretrained(tiny(), tmp_path / "lora")(ids), wanted)
+        unload(model, merge=True)
+        close(model(ids), wanted)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("method", ["xs", "mini"])
+def test_into_a_bank(method: str, tmp_path: Path) -> None:
+    """From the folder, the file in it, and the model that would write it."""
+    theirs, x = saved(method, tmp_path / "peft"), torch.randn(3, D, dtype=torch.float64)
+    model = load_adapter(base(), tmp_path / "peft", progress=False)
+    bank = AdapterBank.from_model(model, slots=3)
+    file = tmp_path / "peft/adapter_model.safetensors"
+    for name, source in {"folder": tmp_path / "peft", "file": file, "model": theirs}.items():
+        bank.add(name, source)
+    with torch.no_grad(), bank.use(["folder", "file", "model"]):
+        close(model(x), theirs(x))
+    saved(method, tmp_path / "other", bias="lora_only")
+    with pytest.raises(ValueError, match="other trains more of a than its core"):
+        bank.add("biased", tmp_path / "other")
+    theirs.add_adapter("second", theirs.peft_config["default"])
+    theirs.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 active adapters"):
+        bank.add("both", theirs)
+    assert list(bank.names) == ["folder", "file", "model"]
+
+
+def test_models_of_peft_are_named(tmp_path: Path) -> None:
+    """What is for models of `adapt` says so."""
+    theirs = saved("xs", tmp_path / "peft")
+    calls: list[Callable[[], Any]] = [
+        lambda: save_adapter(theirs, tmp_path / "file"),
+        lambda: unload(theirs),
+        lambda: export_lora(theirs, tmp_path / "lora"),
+        lambda: AdapterBank.from_model(theirs, slots=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="it is a model of PEFT"):
+            call()
 
 
 def test_patterns_match_ends_of_names() -> None:

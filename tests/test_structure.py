@@ -19,9 +19,9 @@ FRAMES = 8  # of ours at most, from a layer's forward to a launch
 # From the top to the bottom; who is not named in a line belongs to the first folder that has it.
 FLOORS = (
     ("cli", "integrations"),
-    ("inspection", "official", "peft_folder", "export", "parallel", "explain"),
+    ("inspection", "official", "export", "parallel", "explain"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
-    ("adapter_file", "fingerprint", "adapt", "targets"),
+    ("adapter_file", "peft_folder", "fingerprint", "adapt", "targets"),
     ("layers", "init", "routing"),
     ("functional", "testing"),
     ("compute",),

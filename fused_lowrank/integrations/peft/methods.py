@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...init import kaiming, svd_bases
+from ...init import kaiming, seeded_bases, seeded_uniform, svd_bases
 from ...layers.lora_xs import CORE_STD
 from .layer import PeftLowRankLinear, Sides, wide
 
@@ -94,29 +92,17 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
 
     def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Kaiming-uniform (a = √5) in the order of PyTorch: within 1/√in and 1/√b."""
-        down, up = self.drawn(p, q, seed)
-        return down / math.sqrt(self.in_features), up / math.sqrt(q)
+        return seeded_bases(p, self.in_features, self.out_features, q, self.key, seed)
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and more of the same size."""
         new = []
-        for drawn, old in zip(
-            self.drawn(p, q, seed), (self.basis_down, self.basis_up), strict=True
-        ):
+        sides = p, self.in_features, self.out_features, q
+        there = self.basis_down, self.basis_up
+        for drawn, old in zip(seeded_uniform(*sides, self.key, seed), there, strict=True):
             rows, columns = old.shape
             drawn *= float(old.float().norm() / drawn[:rows, :columns].norm())
             drawn = drawn.to(old)
             drawn[:rows, :columns] = old
             new.append(drawn)
         return new[0], new[1]
-
-    def drawn(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
-        """down (p, in) and up (out, q), uniform in [-1, 1); smaller ones begin larger ones."""
-
-        def draw(name: str, rows: int, columns: int) -> Tensor:
-            generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{seed}.{self.key}.{name}".encode())
-            )
-            return 2 * torch.rand(rows, columns, generator=generator) - 1
-
-        return draw("down", p, self.in_features), draw("up", q, self.out_features).t()
