@@ -155,7 +155,6 @@ def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[s
             try:
                 scale = float(file.get_slice(f"{layer}.scales")[where])
                 settings = {**entry["settings"], "alpha": scale * entry["settings"]["r"]}
-                settings["train"] = tuple(settings["train"])
                 tensors[f"{layer}.core"] = file.get_slice(f"{layer}.core")[where][0]
                 tensors[f"{layer}.{FINGERPRINT}"] = file.get_tensor(f"{layer}.{FINGERPRINT}")
             except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:

@@ -121,7 +121,10 @@ def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
 
 def heads_of(config: dict[str, Any]) -> tuple[str, ...]:
     """What the names of modules trained whole end with."""
-    return tuple(config.get("modules_to_save") or HEADS)
+    heads = config.get("modules_to_save") or HEADS
+    if not isinstance(heads, list | set | tuple) or not all(isinstance(h, str) for h in heads):
+        raise ValueError(f"modules_to_save is {heads!r} in {CONFIG}: it must be a list of names")
+    return tuple(heads)
 
 
 def is_matrix(key: str, tensor: Tensor) -> bool:
