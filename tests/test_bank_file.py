@@ -193,7 +193,10 @@ FILES: dict[str, tuple[Callable[[dict, dict, dict], Any], str]] = {  # change â†
     ),
     "a layer less": (lambda t, m, c: c["layers"].pop("second"), "second is not adapted there and"),
     "other method": (
-        lambda t, m, c: c["layers"]["second"].update(method="lora_xs"),
+        lambda t, m, c: c["layers"]["second"].update(
+            method="lora_xs",
+            settings={"r": 2, "alpha": 2.0, "dropout": 0.0, "train": ["core"], "svd": "exact"},
+        ),
         "second is lora_xs there and lora_mini here",
     ),
     "a tensor less": (lambda t, m, c: t.pop("second.right"), r"lacks second\.right"),
