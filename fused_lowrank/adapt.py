@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,19 +13,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
+from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
+from .readers import leave_fast_paths, restore_fast_paths
 from .targets import (
     Patterns,
     check_patterns,
+    fitted,
     match_saved,
     match_targets,
     modules_by_name,
     named_modules,
 )
 
-HOOKS = re.compile(
-    r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
-)
+LEAVE = "; exclude_modules leaves a layer out, modules_to_save trains it whole"
 Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords
 
 
@@ -49,7 +49,10 @@ def adapt(
         method: "lora", "lora_xs" or "lora_mini".
         target_modules: a list of module names or of their last parts; or a regular expression that
             must match whole names; or "all-linear": every nn.Linear but the output layer (what
-            model.get_output_embeddings() returns or, without such a method, the last nn.Linear).
+            model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
+            routers of experts, layers of one output, those with a forward of their own and those
+            whose weights the model reads; ranks are taken down to what a layer has room for. One
+            warning says what is left out, and one which ranks are lower.
         exclude_modules: names, or a regular expression, of modules to leave alone.
         modules_to_save: names of modules to train whole, such as a new head; they are saved with
             the adapter.
@@ -83,9 +86,13 @@ def adapt(
     check_patterns("modules_to_save", modules_to_save or ())
     saved = match_saved(model, modules_to_save or ())
     targets = match_targets(model, target_modules, exclude_modules, saved)
-    plan = dict.fromkeys(targets, (cls, method_keywords))
+    if target_modules == "all-linear":
+        own = fitted(model, targets, cls, method_keywords)
+        plan = {name: (cls, keywords) for name, keywords in own.items()}
+    else:
+        plan = dict.fromkeys(targets, (cls, method_keywords))
     with unchanged_on_error(model):
-        layers = build(model, plan, progress=progress, defer_bases=defer_bases)
+        layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
     place(model, layers, saved)
     if progress:
         print(describe(model), file=sys.stderr)
@@ -105,7 +112,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def build(
-    model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool
+    model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool, hint: str = ""
 ) -> dict[str, LowRankLinear]:
     """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
     refuse_wrapped(model)
@@ -115,9 +122,11 @@ def build(
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"{name} {reason}")
         try:  # on the meta device: all the checks, none of the work
-            cls(linear.in_features, linear.out_features, **{**keywords, "device": "meta"})
+            trial = cls(linear.in_features, linear.out_features, **{**keywords, "device": "meta"})
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}{hint}") from None
+        if reason := clashes(linear, trial):
+            raise TypeError(f"{name} {reason}")
     method = next(iter(plan.values()))[0].method
     return {
         name: cls.from_linear(modules[name], defer_bases=defer_bases, **keywords)
@@ -137,7 +146,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) -> None:
     """Put built layers in their places and freeze everything but them and the modules to save."""
-    own = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
+    own = {id(getattr(m, name)) for m in layers.values() for name in m.train_names}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -145,7 +154,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
     for name in saved:
         keep_original(modules[name])
-    leave_fast_paths(model)
+    leave_fast_paths(model, LowRankLinear)
 
 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
@@ -153,41 +162,7 @@ def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
-                setattr(parent, name, carry_hooks(child, new[id(child)]))
-
-
-def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
-    """The new module with the old one's forward and backward hooks."""
-    for name, value in vars(old).items():
-        if HOOKS.fullmatch(name) and value:
-            vars(new)[name] = value
-    return new
-
-
-# --- torch's encoder fast path ---
-
-
-def leave_fast_paths(model: nn.Module) -> None:
-    """Make torch's encoder fast path, which reads linear1 and linear2 by their weights, unreachable
-    in encoder layers with an adapted layer; `restore_fast_paths` undoes it.
-    """
-    for module in model.modules():
-        inside = any(isinstance(child, LowRankLinear) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and inside:
-            vars(module)["_lowrank_fast_path"] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and inside:
-            vars(module)["_lowrank_fast_path"] = module.use_nested_tensor
-            module.use_nested_tensor = False
-
-
-def restore_fast_paths(model: nn.Module) -> None:
-    """Undo `leave_fast_paths`."""
-    for module in model.modules():
-        if "_lowrank_fast_path" in vars(module):
-            layer = isinstance(module, nn.TransformerEncoderLayer)
-            name = "activation_relu_or_gelu" if layer else "use_nested_tensor"
-            setattr(module, name, vars(module).pop("_lowrank_fast_path"))
+                setattr(parent, name, new[id(child)])
 
 
 # --- modules trained whole ---
@@ -337,6 +312,9 @@ def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]
 def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     """Merge, with one warning for all."""
     require_not_fsdp(model, "merge")
+    for name, layer in layers.items():
+        if reason := why_no_weight(layer.weight):
+            raise TypeError(f"cannot merge into {name}, which has {reason}")
     tied = tied_layers(layers, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

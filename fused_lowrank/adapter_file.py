@@ -34,6 +34,7 @@ from .adapt import (
 )
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .layers import METHODS, LowRankLinear
+from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .targets import modules_by_name
 
@@ -97,6 +98,8 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
             raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
         if layer.disabled:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
+        if reason := why_no_weight(layer.base_weight):
+            raise TypeError(f"{name} has got {reason}")
     return layers
 
 

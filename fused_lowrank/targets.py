@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+from .layers.accept import is_parametrized, why_no_weight
+from .readers import readers
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]
 
@@ -110,17 +114,20 @@ def match_targets(
             or name.startswith(inside_saved)
         )
 
+    if exclude is not None:
+        check_excluded(model, exclude, modules)
+    read = readers(model)
     if patterns == "all-linear":
         output = output_layer(model)
-        found = [
+        linears = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear)
-            and module is not output
-            and not left_alone(name)
-            and not never_called(modules, name)
+            if isinstance(module, nn.Linear) and module is not output and not left_alone(name)
         ]
+        left = left_out(modules, linears, read)
+        found = [name for name in linears if name not in left]
         warn_of_experts(model, found)
+        warn_of_left_out(left, stacklevel=4)
     else:
         refuse_experts(model, patterns, left_alone)
         entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in patterns]
@@ -130,15 +137,16 @@ def match_targets(
                 raise ValueError(
                     f"target_modules: {shown!r} matches no module; "
                     f"the linear layers are called {', '.join(linear_names(modules))}"
+                    f"{turned(modules)}"
                 )
         found = [name for name in modules if matches(name, patterns) and not left_alone(name)]
         for name in found:
-            if reason := never_called(modules, name):
+            if reason := never_called(modules, name, read):
                 raise ValueError(f"{name}: {reason}")
     if not found:
         raise ValueError(
             f"target_modules={patterns!r} leaves no module to adapt; "
-            f"the linear layers are called {', '.join(linear_names(modules))}"
+            f"the linear layers are called {', '.join(linear_names(modules))}{turned(modules)}"
         )
     once = {id(modules[name]): name for name in reversed(found)}  # a module with several names
     return list(reversed(once.values()))
@@ -158,14 +166,153 @@ def linear_names(modules: dict[str, nn.Module]) -> list[str]:
     return sorted(names) or ["(there are none)"]
 
 
-def never_called(modules: dict[str, nn.Module], name: str) -> str | None:
-    """Why a replacement of this module would never be called, or None."""
-    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return (
-            "nn.MultiheadAttention reads the weight of this layer and never calls it, so an "
-            "adapter would do nothing; exclude it"
+def turned(modules: dict[str, nn.Module]) -> str:
+    """What to say of transformers' Conv1D layers, if there are any."""
+    names = {n.rpartition(".")[2] for n, m in modules.items() if type(m).__name__ == "Conv1D"}
+    if not names:
+        return ""
+    return (
+        f"; {', '.join(sorted(names))} are transformers' Conv1D, which have adapters through PEFT "
+        "alone: see fused_lowrank.integrations.peft"
+    )
+
+
+def check_excluded(model: nn.Module, exclude: Patterns, modules: dict[str, nn.Module]) -> None:
+    """Raise ValueError for a pattern that matches no module and no Parameter."""
+    holders = [(name, held) for name, held in named_modules(model) if held._parameters]
+    names = [*modules, *(f"{name}.{own}" for name, held in holders for own in held._parameters)]
+    for entry in unmatched(exclude, names):
+        raise ValueError(
+            f"exclude_modules: {entry!r} matches no module; "
+            f"the linear layers are called {', '.join(linear_names(modules))}"
         )
-    return None
+
+
+def unmatched(patterns: Patterns, names: Collection[str]) -> list[str]:
+    """The patterns that match none of the names."""
+    entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in patterns]
+    left = [entry for entry in entries if not any(matches(name, entry) for name in names)]
+    return [entry if isinstance(entry, str) else entry[0] for entry in left]
+
+
+# --- what "all-linear" leaves out ---
+
+
+def left_out(
+    modules: Mapping[str, nn.Module], linears: Iterable[str], read: Mapping[int, str]
+) -> dict[str, str]:
+    """The linear layers that "all-linear" leaves out, and why; "" where nobody has to know."""
+    left: dict[str, str] = {}
+    for name in linears:
+        module: Any = modules[name]
+        if isinstance(modules.get(holder_of(name)), nn.MultiheadAttention):
+            left[name] = ""  # as torch's own layers have it
+        elif never_called(modules, name, read):
+            left[name] = "weights that the model reads instead of calling the layer"
+        elif is_parametrized(module):
+            left[name] = "parametrised layers"
+        elif type(module).forward is not nn.Linear.forward and not why_no_weight(module.weight):
+            left[name] = "layers with a forward of their own"
+        elif module.out_features == 1:
+            left[name] = "layers of one output"
+        elif is_router(modules, name):
+            left[name] = "routers of experts"
+    return left
+
+
+def warn_of_left_out(left: Mapping[str, str], stacklevel: int) -> None:
+    """Say what "all-linear" leaves out, by kind, with the last parts of the names."""
+    kinds: dict[str, dict[str, None]] = {}
+    for name, reason in left.items():
+        if reason:
+            kinds.setdefault(reason, {})[name.rpartition(".")[2]] = None
+    if kinds:
+        said = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in kinds.items())
+        warnings.warn(
+            f"'all-linear' leaves out {said}: name them in target_modules, or train them whole by "
+            "modules_to_save, if they are to be trained",
+            stacklevel=stacklevel,
+        )
+
+
+def fitted(
+    model: nn.Module, targets: list[str], cls: type[nn.Module], keywords: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The keywords of each of these layers, with ranks taken down to what it has room for.
+
+    Their scale stays that of the rank asked for; one warning says which they are.
+    """
+    modules, plan, reduced = modules_by_name(model), {}, []
+    defaults = inspect.signature(cls.__init__).parameters
+    ranks = {n: keywords.get(n, defaults[n].default) for n in ("r", "a", "b") if n in defaults}
+    if not all(isinstance(rank, int) for rank in ranks.values()):
+        return dict.fromkeys(targets, keywords)  # the layers say what is wrong
+    for name in targets:
+        linear = modules[name]
+        room = {"a": linear.in_features, "b": linear.out_features}
+        most = {n: room.get(n, min(room.values())) for n in ranks}
+        most["r"] = min([most["r"], *(min(most[n], ranks[n]) for n in ranks if n in room)])
+        small = {n: most[n] for n in ranks if ranks[n] > most[n]}
+        own = {**keywords, **small}
+        if "r" in small and keywords.get("alpha") is not None:
+            own["alpha"] = keywords["alpha"] * small["r"] / ranks["r"]
+        reduced += [name] if small else []
+        plan[name] = own
+    if reduced:
+        asked = ", ".join(f"{name}={value}" for name, value in ranks.items())
+        warnings.warn(
+            f"{asked} is more than {len(reduced)} layers have room for ({reduced[0]}, …): they "
+            "take what they have, and the scale stays that of the rank asked for",
+            stacklevel=3,
+        )
+    return plan
+
+
+def is_router(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a linear layer chooses among experts: it is in a router, or beside as many experts
+    as it has outputs.
+    """
+    module: Any = modules[name]
+    holder = holder_of(name)
+    if "router" in type(modules.get(holder)).__name__.lower() or "router" in name.lower().split(
+        "."
+    ):
+        return True
+    while holder:
+        for child, experts in modules[holder].named_children():
+            if "expert" in child.lower() and module.out_features in sizes(experts):
+                return True
+        holder = holder_of(holder) if isinstance(modules[holder], nn.ModuleList) else ""
+    return False
+
+
+def sizes(experts: nn.Module) -> set[int]:
+    """How many experts a module may hold: its length, or that of its Parameters of experts."""
+    count = {len(experts)} if isinstance(experts, nn.ModuleList | nn.ModuleDict) else set()
+    return count | {p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3}
+
+
+def holder_of(name: str) -> str:
+    """The name of the module that holds the one of this name."""
+    return name.rpartition(".")[0]
+
+
+def never_called(
+    modules: Mapping[str, nn.Module], name: str, read: Mapping[int, str]
+) -> str | None:
+    """Why a replacement of this module would never be called, or not always, or None.
+
+    `read` is what `readers` found in the model.
+    """
+    where = read.get(id(modules[name]))
+    if isinstance(modules.get(holder_of(name)), nn.MultiheadAttention):
+        where = "nn.MultiheadAttention"
+    if where is None:
+        return None
+    return (
+        f"{where} reads the weight of this layer and never calls it, or not always, so an "
+        "adapter would do nothing there; leave it out by exclude_modules"
+    )
 
 
 def refuse_experts(model: nn.Module, patterns: Patterns, left_alone: Callable[[str], bool]) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense
-from torch.nn.utils import parametrize
 
 from ..compute import choose
 from ..compute.autograd import chain
@@ -18,11 +17,11 @@ from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
 from ..functional import compute, prepared
+from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
+from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class LowRankLinear(nn.Module):
@@ -122,6 +121,7 @@ class LowRankLinear(nn.Module):
         Of a layer that is sharded, every rank must call this: its weight is gathered for it, and
         the first rank's values are taken.
         """
+        self._require_plain_weight("initialise the factors of")
         if is_sharded(self.weight):
             self._init_sharded()
         else:
@@ -178,16 +178,24 @@ class LowRankLinear(nn.Module):
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        return cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
+        layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
+        if reason := clashes(linear, layer):
+            raise TypeError(f"linear {reason}")
+        carry(linear, layer)
+        return layer
 
     def to_linear(self) -> nn.Linear:
-        """The plain layer with the present weight (merged or not) and bias Parameters."""
+        """The plain layer with the present weight (merged or not) and bias Parameters.
+
+        Hooks and attributes that the layer took over are on it again.
+        """
         self._require_own_weight("unload")
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
+        give_back(self, linear)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,6 +263,10 @@ class LowRankLinear(nn.Module):
         if is_sharded(weight) and (self.sharded is None or weight.device_mesh.ndim > 1):
             raise fsdp_error(what)
 
+    def _require_plain_weight(self, what: str) -> None:
+        if reason := why_no_weight(self.weight):
+            raise TypeError(f"cannot {what} a layer with {reason}")
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
@@ -288,6 +300,7 @@ class LowRankLinear(nn.Module):
         if self.merged:
             return 0.0
         self._require_own_weight("merge")
+        self._require_plain_weight("merge into")
         delta, lost = self.delta_weight(), 0.0
         weight = (self.weight + delta).to(self.weight.dtype)
         if self.weight.itemsize < 4:
@@ -370,15 +383,15 @@ def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | Non
     kind = type(module).__name__
     if isinstance(module, LowRankLinear):
         return f"is a {kind}: it is adapted already; unload it first"
+    if kind == "Conv1D":
+        return (
+            "is a Conv1D: only nn.Linear can be adapted; transformers' Conv1D can by PEFT, with "
+            "the configurations of fused_lowrank.integrations.peft"
+        )
     if not isinstance(module, nn.Linear):
         return f"is a {kind}: only nn.Linear can be adapted"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "is parametrised (or pruned, or weight-normed): remove that first"
-    if type(module).forward is not nn.Linear.forward or module.weight.dtype not in WEIGHT_DTYPES:
-        return (
-            f"is a {kind} with a weight of {module.weight.dtype}: quantised and custom linear "
-            "layers are not supported; adapt before quantising, or dequantise first"
-        )
+    if reason := why_not_plain(module):
+        return reason
     if is_sharded(module.weight):
         return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if module.weight.is_meta and not defer_bases:

@@ -46,7 +46,7 @@ class LowRankConfig(PeftConfig):
     r: int = 16
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     bias: str = "none"
     fan_in_fan_out: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
+from ...layers.accept import special_tensor
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"
@@ -45,7 +46,13 @@ def to_save(
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
         with onload_layer(layer):
             weight = layer.unmerged_weight
-            if all(map(is_here, (weight, down, up))):
+            kind = special_tensor(weight)
+            if kind and not bases:
+                raise ValueError(
+                    f"the weight of {name} has become a {kind}, which has no fingerprint to check "
+                    "the frozen factors by: save with save_projection=True"
+                )
+            if not kind and all(map(is_here, (weight, down, up))):
                 key = f"{name}.{FINGERPRINT}"
                 tensors[key] = fingerprint(weight.to(down.device), down, up)
         if bases:
@@ -129,7 +136,8 @@ def bases_to_load(
         )
     else:
         made = own
-    if known is not None and all(map(is_here, (weight, *own))):
+    there_is = special_tensor(weight) is None and all(map(is_here, (weight, *own)))
+    if known is not None and there_is:
         if known.shape != (p + q + 1 + WEIGHT_PROBES,):
             raise ValueError(f"the fingerprint of {name} is not of its ranks: the file is damaged")
         weight_device = [factor.to(weight.device) for factor in own]

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from ...layers.accept import is_replaced
+
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, offloading."""
@@ -12,12 +14,3 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or ("forward" in module.__dict__ and is_replaced(module))
     )
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether the module's forward is not its class's: accelerate's hooks replace it.
-
-    They leave the class's own behind where they are removed.
-    """
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward

@@ -19,7 +19,9 @@ from ...compute.autograd import chain
 from ...compute.operands import Operands
 from ...compute.run import under_autocast
 from ...functional import DTYPES, lowrank_linear
-from .hooks import is_hooked, is_replaced
+from ...layers.accept import TENSORS, is_replaced
+from ...readers import leave_fast_paths, restore_fast_paths
+from .hooks import is_hooked
 from .registry import TESTED
 
 try:
@@ -31,7 +33,6 @@ except ImportError as error:
 
 Model = TypeVar("Model", bound=nn.Module)
 BASES = (nn.Linear.forward, Conv1D.forward)  # the forwards that the equation replaces
-TENSORS = (nn.Parameter, Tensor)  # FSDP and functional_call put plain tensors in Parameters' places
 USED = (
     *("_disable_adapters", "active_adapters", "base_layer", "lora_A", "lora_B", "lora_dropout"),
     *("lora_variant", "merged_adapters", "scaling", "update_layer"),
@@ -167,6 +168,9 @@ def fuse_lora(model: Model) -> Model:
     changed and deleted afterwards; if one brings new layers, call this again. Call it before
     `fully_shard`.
 
+    torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
+    leave reading the base weights: in eval mode their adapters act, too.
+
     Outputs and gradients are PEFT's but for rounding, and in the same dtypes: factors wider than x
     are used in x's dtype, as under autocast. Dropout draws another mask of the same distribution,
     from a seed. A second differentiation raises: `unfuse_lora` first.
@@ -186,6 +190,7 @@ def fuse_lora(model: Model) -> Model:
             left.setdefault(reason, []).append(name or "the model")
         if type(layer) is Linear:
             change_class(layer, FusedLinear)
+    leave_fast_paths(model, FusedLinear)
     if left:
         said = "; ".join(f"{', '.join(names)}: a layer {reason}" for reason, names in left.items())
         warnings.warn(f"left to PEFT's own forward: {said}", stacklevel=2)
@@ -206,6 +211,7 @@ def unfuse_lora(model: Model) -> Model:
             raise ValueError(f"{name} is a {type(layer).__name__} by now: unfuse before sharding")
     for layer in layers.values():
         change_class(layer, Linear)
+    restore_fast_paths(model)
     return model
 
 

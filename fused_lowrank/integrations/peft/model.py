@@ -5,34 +5,85 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
-from ...layers.base import WEIGHT_DTYPES
-from ...targets import never_called
+from ...layers.accept import is_parametrized, why_no_weight
+from ...readers import leave_fast_paths, readers, restore_fast_paths
+from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
 from . import files
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
 from .mixed import BASE, Lines
 
+LEAVE = (
+    "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
+)
+
 
 class LowRankModel(BaseTuner):
     """A model with adapters of one of the methods."""
 
     tuner_layer_cls: type[PeftLowRankLinear]
+    read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- injection ---
+
+    def _prepare_model(self, peft_config: LowRankConfig, model: nn.Module) -> None:
+        """Find the layers of "all-linear", and check all targets before the first is replaced."""
+        self.read = readers(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        warn_of_unmatched(peft_config, modules)
+        if str(peft_config.target_modules).lower() == "all-linear":
+            peft_config.target_modules = self._all_linear(peft_config, model, modules)
+        adapted = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if not name or name.startswith(adapted):
+                continue
+            if self._check_target_module_exists(peft_config, name):
+                self._check_target(module, name)
+
+    def _check_target(self, target: nn.Module, key: str) -> None:
+        """Raise ValueError, naming the module, unless it can have an adapter, or one more."""
+        if isinstance(target, PeftLowRankLinear):
+            check_weight(target.get_base_layer(), key)
+        else:
+            check_target(self.model, target, key, self.read)
+
+    def _all_linear(
+        self, peft_config: LowRankConfig, model: nn.Module, modules: dict[str, nn.Module]
+    ) -> set[str] | str:
+        """What PEFT means by "all-linear", less what has no use for an adapter."""
+        config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        linears = [
+            name
+            for name in sorted(config.target_modules)
+            if self._check_target_module_exists(config, name)
+            and isinstance(modules[name], nn.Linear)
+            and not is_parametrized(modules[name])
+        ]
+        left = left_out(modules, linears, self.read)
+        warn_of_left_out(left, stacklevel=6)
+        names = set(config.target_modules) - left.keys()
+        if any(matches(name, sorted(names)) for name in left):
+            return "|".join(map(re.escape, sorted(names)))
+        return names
 
     def _create_and_replace(
         self,
@@ -44,11 +95,11 @@ class LowRankModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        self._check_target(target, current_key)
         if isinstance(target, PeftLowRankLinear):
             with onload_layer(target):
                 target.update_layer(adapter_name, peft_config)
             return
-        check_target(self.model, target, current_key)
         layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
         with onload_layer(layer):
             layer.update_layer(adapter_name, peft_config)
@@ -59,6 +110,7 @@ class LowRankModel(BaseTuner):
     ) -> None:
         """PEFT's, and one warning for all layers in which a rank did not fit."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fast_paths(model, PeftLowRankLinear)
         config = self.peft_config[adapter_name]
         reduced = [
             layer.key
@@ -213,6 +265,7 @@ class LowRankModel(BaseTuner):
         Raises RuntimeError under fully_shard, which would put back the weights that it knows.
         """
         require_not_fsdp(self.model, "merge")
+        check_merge(layers_of(self.model))
         super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
@@ -221,7 +274,10 @@ class LowRankModel(BaseTuner):
     ) -> nn.Module:
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
+        if merge:
+            check_merge(layers)
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        restore_fast_paths(self.model)
         if merge:
             warn_of_loss(layers)
         return model
@@ -248,19 +304,39 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> Iterator[PeftLowR
             yield module
 
 
-def check_target(model: nn.Module, target: nn.Module, key: str) -> None:
-    """Raise ValueError, naming the module, unless it can have adapters."""
+def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, str]) -> None:
+    """Raise ValueError, naming the module, unless it can have adapters.
+
+    `read` is what `readers` found in the model.
+    """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind = type(base).__name__
-    weight = getattr(base, "weight", None)
     if not isinstance(base, nn.Linear | Conv1D):
         reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
-    elif not isinstance(weight, Tensor) or weight.dtype not in WEIGHT_DTYPES or weight.dim() != 2:
-        reason = f"is a {kind} with a quantised weight: it is not supported; dequantise it first"
     else:
-        reason = never_called(dict(model.named_modules()), key) or ""
+        check_weight(base, key)
+        reason = never_called(dict(model.named_modules()), key, read) or ""
     if reason:
-        raise ValueError(f"Target module {key} {reason}. Leave it out of target_modules")
+        raise ValueError(f"Target module {key} {reason}. {LEAVE}")
+
+
+def check_weight(base: nn.Module, key: str) -> None:
+    """Raise ValueError, naming the module, unless its weight is an ordinary matrix."""
+    weight = getattr(base, "weight", None)
+    reason = why_no_weight(weight)
+    if reason is None and weight.dim() != 2:  # type: ignore[union-attr]
+        reason = f"a weight of {tuple(weight.shape)}"  # type: ignore[union-attr]
+    if reason:
+        raise ValueError(f"Target module {key} is a {type(base).__name__} with {reason}. {LEAVE}")
+
+
+def warn_of_unmatched(config: LowRankConfig, names: Collection[str]) -> None:
+    """Name the entries of exclude_modules that match nothing; PEFT does where none matches."""
+    missing = unmatched(config.exclude_modules or (), names)
+    if missing and len(missing) < len(config.exclude_modules or ()):
+        warnings.warn(
+            f"exclude_modules: {', '.join(map(repr, missing))} matches no module", stacklevel=6
+        )
 
 
 def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
@@ -285,6 +361,13 @@ def passing(names: Sequence[str]) -> Any:
         return args, kwargs
 
     return hook
+
+
+def check_merge(layers: Iterable[PeftLowRankLinear]) -> None:
+    """Raise ValueError, naming it, if one of the layers cannot be merged into."""
+    for layer in layers:
+        if reason := why_no_weight(layer.get_base_layer().weight):
+            raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
 
 
 def warn_of_loss(layers: Any) -> None:

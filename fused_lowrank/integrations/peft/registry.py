@@ -31,6 +31,12 @@ def probe() -> None:
         "peft.tuners.tuners_utils.check_adapters_to_merge": lambda: callable(
             tuners_utils.check_adapters_to_merge
         ),
+        "peft.tuners.tuners_utils._maybe_include_all_linear_layers": lambda: callable(
+            tuners_utils._maybe_include_all_linear_layers
+        ),
+        "BaseTuner._prepare_model(peft_config, model)": lambda: takes(
+            tuner._prepare_model, "peft_config", "model"
+        ),
         "peft.utils.other.get_pattern_key": lambda: callable(peft.utils.other.get_pattern_key),
         "peft.utils.other.AuxiliaryTrainingWrapper": lambda: inspect.isclass(
             peft.utils.other.AuxiliaryTrainingWrapper

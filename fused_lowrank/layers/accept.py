@@ -1,0 +1,167 @@
+"""Which linear layers can be adapted, and what an adapted one takes over from them.
+
+Both ways into the library ask here: `adapt` and the layers, and the methods in PEFT.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TENSORS = (nn.Parameter, Tensor)  # FSDP and functional_call put plain tensors in Parameters' places
+DISABLED = torch._C._disabled_torch_function_impl
+TORCH = ("torch._subclasses.", "torch.distributed.")  # DTensor, FakeTensor, FunctionalTensor, …
+HOOKS = re.compile(
+    r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
+)
+STATE_HOOKS = re.compile(r"_(load_)?state_dict_(pre_|post_)?hooks")
+HELD = ("_parameters", "_buffers", "_modules")
+OWN = {"in_features", "out_features", "weight", "bias"}  # what every nn.Linear has
+FORWARD = {"forward", "_old_forward", "_hf_hook"}  # accelerate's; see `is_replaced`
+
+
+def special_tensor(weight: Any) -> str | None:
+    """The type's name of a tensor that is more than its values: quantised, packed, not made yet.
+
+    A subclass that overrides nothing that tensors do is an ordinary one.
+    """
+    kind = type(weight)
+    if kind in TENSORS:
+        return None
+    if not isinstance(weight, Tensor):
+        return kind.__name__
+    if kind.__module__.startswith(TORCH):
+        local = getattr(weight, "_local_tensor", None)
+        return None if local is None else special_tensor(local)
+    for cls in kind.__mro__[: kind.__mro__.index(Tensor)]:
+        for name, value in vars(cls).items() if cls not in TENSORS else ():
+            does = not name.startswith("__") or name.startswith("__torch_")
+            if does and hasattr(Tensor, name) and value is not DISABLED:
+                return kind.__name__
+    return None
+
+
+def why_no_weight(weight: Any) -> str | None:
+    """Why a tensor cannot be the weight of an adapted layer, as an end of "it has", or None."""
+    if kind := special_tensor(weight):
+        return (
+            f"a weight that is a {kind}: quantised and other special tensors are not supported; "
+            "adapt a model that is not quantised, or dequantise it first"
+        )
+    if weight.dtype not in WEIGHT_DTYPES:
+        return (
+            f"a weight of {weight.dtype}: quantised weights are not supported; adapt before "
+            "quantising, or dequantise first"
+        )
+    return None
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the module's forward is not its class's: accelerate's hooks replace it.
+
+    They leave the class's own behind where they are removed.
+    """
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def is_parametrized(linear: nn.Module) -> bool:
+    """Whether weight or bias is computed: by a parametrisation, pruning, or weight norm of old."""
+    own = linear._parameters
+    return parametrize.is_parametrized(linear) or "weight" not in own or "bias" not in own
+
+
+def why_not_plain(linear: nn.Linear) -> str | None:
+    """Why a layer is not the x·Wᵀ + bias that an adapted layer computes in its place, or None."""
+    kind = type(linear).__name__
+    if is_parametrized(linear):
+        return "is parametrised (or pruned, or weight-normed): remove that first"
+    if type(linear).forward is not nn.Linear.forward:
+        return (
+            f"is a {kind}, whose forward is not nn.Linear's: quantised and custom linear layers "
+            "are not supported; dequantise it, leave it out by exclude_modules, or train it whole "
+            "by modules_to_save"
+        )
+    if reason := why_no_weight(linear.weight):
+        return f"is a {kind} with {reason}"
+    if names := [name for name, value in vars(linear).items() if STATE_HOOKS.match(name) and value]:
+        return f"has hooks on its state_dict ({', '.join(names)}): remove them first"
+    return why_not_carried(linear) if is_replaced(linear) else None
+
+
+def why_not_carried(linear: nn.Linear) -> str | None:
+    """Why a replaced forward cannot be that of an adapted layer as well, or None."""
+    hook = vars(linear).get("_hf_hook")
+    if hook is None:
+        return (
+            "has had its forward replaced (`layer.forward = …`), which an adapted layer would "
+            "lose: take that back first, or make it a forward hook"
+        )
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "offload", False):
+            return (
+                "is offloaded by accelerate: adapt before offloading, or "
+                "accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+        if hasattr(each, "storage_dtype"):
+            return (
+                "is cast at each call by accelerate, which would cast what is trained, too: adapt "
+                "before attach_layerwise_casting_hooks, or remove its hook first"
+            )
+    return None
+
+
+# --- what is taken over ---
+
+
+def extras(linear: nn.Linear) -> dict[str, list[str]]:
+    """What a layer has beside what every nn.Linear has: attributes, and what it holds, by kind."""
+    usual = vars(nn.Module()).keys() | OWN | FORWARD
+    found = {"": [name for name in vars(linear) if name not in usual]}
+    for kind in HELD:
+        found[kind] = [name for name in vars(linear)[kind] if name not in OWN]
+    return found
+
+
+def clashes(linear: nn.Linear, layer: nn.Module) -> str | None:
+    """Why something of a linear layer cannot be taken over by this adapted one, or None."""
+    names = [name for kind in extras(linear).values() for name in kind if hasattr(layer, name)]
+    if names:
+        return (
+            f"has {', '.join(names)} of its own, and so have adapted layers: give it another name"
+        )
+    return None
+
+
+def carry(linear: nn.Linear, layer: nn.Module) -> None:
+    """Give an adapted layer what the linear one has beside weight and bias: hooks, attributes."""
+    found = extras(linear)
+    move(linear, layer, found)
+    vars(layer)["_carried"] = type(linear), found
+
+
+def give_back(layer: nn.Module, linear: nn.Linear) -> None:
+    """Give a plain layer what the adapted one took over, and its class."""
+    kind, found = vars(layer).get("_carried", (nn.Linear, {}))
+    linear.__class__ = kind
+    move(layer, linear, found)
+
+
+def move(old: nn.Module, new: nn.Module, found: dict[str, list[str]]) -> None:
+    """Give `new` the hooks of `old`, and the attributes and the like that are named."""
+    for name, value in vars(old).items():
+        if HOOKS.fullmatch(name) and value:
+            vars(new)[name] = value
+    for kind, names in found.items():
+        source, target = (vars(m)[kind] if kind else vars(m) for m in (old, new))
+        target.update({name: source[name] for name in names if name in source})
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set)
+    if is_replaced(old) and (hook := vars(old).get("_hf_hook")) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)

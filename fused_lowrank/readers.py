@@ -1,0 +1,174 @@
+"""Layers whose weights a model reads instead of calling them: an adapter on one would do nothing.
+
+`readers` finds them in the model's own code. torch's encoder layers, whose fast path is such a
+reader, are kept off it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+# What says something of a weight without being a product with it.
+HARMLESS = {
+    *("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_meta"),
+    *("size", "dim", "numel", "itemsize", "element_size", "data_ptr", "is_floating_point"),
+}
+KNOWN = (
+    *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop),
+    *(ast.Attribute, ast.Name, ast.Constant, ast.expr_context),
+)
+ASKING = {"isinstance", "hasattr", "getattr", "type", "id"}
+
+
+class Read(NamedTuple):
+    """A place in a method at which the weight of a submodule is read."""
+
+    path: str  # of the submodule, from the method's own
+    conditions: tuple[tuple[Any, bool], ...]  # code of the module's attributes, and what it must be
+
+
+class Method(NamedTuple):
+    """What a method does with its module's attributes."""
+
+    reads: tuple[Read, ...] = ()
+    names: frozenset[str] = frozenset()  # of those it mentions, methods among them
+
+
+def readers(model: nn.Module) -> dict[int, str]:
+    """Of each linear layer whose weight the model's code reads, by its id, where that is."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if type(module).__module__.startswith("torch."):
+            continue  # which call their layers, or are known: see `never_called` and below
+        for where, read in reads_of(module):
+            try:
+                layer = module.get_submodule(read.path)
+            except AttributeError:
+                continue
+            if all(holds(code, module) in (wanted, None) for code, wanted in read.conditions):
+                found.setdefault(id(layer), f"{type(module).__name__}.{where}")
+    return found
+
+
+def reads_of(module: nn.Module) -> Iterator[tuple[str, Read]]:
+    """The reads in a module's forward and in the methods that it uses, with these' names."""
+    known, coming = set(), ["forward"]
+    while coming:
+        name = coming.pop()
+        own = getattr(vars(module).get(name), "__func__", None)
+        function = own or inspect.getattr_static(type(module), name, None)
+        if name in known or not inspect.isfunction(function):
+            continue
+        known.add(name)
+        method = method_of(inspect.unwrap(function))
+        yield from ((name, read) for read in method.reads)
+        coming += method.names
+
+
+@functools.cache
+def method_of(function: Callable[..., Any]) -> Method:
+    """What a method's source says; nothing where there is no source."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return Method()
+    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+        return Method()
+    own = tree.args.args[0].arg
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    reads, names = [], set()
+    for node in ast.walk(tree):
+        match chain_of(node, own):
+            case [name]:
+                names.add(name)
+            case [*path, "weight"] if path and uses(node, above):
+                conditions = tuple(conditions_above(node, above, own))
+                reads.append(Read(".".join(path), conditions))
+    return Method(tuple(reads), frozenset(names))
+
+
+def chain_of(node: ast.AST, own: str) -> list[str]:
+    """["a", "b"] of `self.a.b`."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return names[::-1] if isinstance(node, ast.Name) and node.id == own else []
+
+
+def uses(node: Any, above: dict[ast.AST, ast.AST]) -> bool:
+    """Whether the values of a weight that is named there are used."""
+    user = above[node]
+    if not isinstance(node.ctx, ast.Load) or isinstance(user, ast.Compare):
+        return False
+    if isinstance(user, ast.Attribute):
+        return uses(user, above) if user.attr == "data" else user.attr not in HARMLESS
+    if isinstance(user, ast.Call):
+        return not (isinstance(user.func, ast.Name) and user.func.id in ASKING)
+    return True
+
+
+def conditions_above(
+    node: ast.AST, above: dict[ast.AST, ast.AST], own: str
+) -> Iterator[tuple[Any, bool]]:
+    """The conditions that a node is under and that the module's attributes decide."""
+    while (user := above.get(node)) is not None:
+        if isinstance(user, ast.If) and node is not user.test and is_decided(user.test, own):
+            parameters = ast.arguments([], [ast.arg(own)], None, [], [], None, [])
+            function = ast.Expression(ast.Lambda(parameters, user.test))
+            code = compile(ast.fix_missing_locations(function), "<condition>", "eval")
+            yield code, node in user.body
+        node = user
+
+
+def is_decided(test: ast.AST, own: str) -> bool:
+    """Whether a condition is of the module's attributes and constants alone; not of its mode."""
+    for part in ast.walk(test):
+        if not isinstance(part, KNOWN) or (isinstance(part, ast.Name) and part.id != own):
+            return False
+        if isinstance(part, ast.Attribute) and part.attr == "training":
+            return False
+    return True
+
+
+def holds(code: Any, module: nn.Module) -> bool | None:
+    """Whether a condition holds for a module; None if it cannot be said."""
+    try:
+        return bool(eval(code)(module))
+    except Exception:
+        return None
+
+
+# --- torch's encoder fast path ---
+
+
+def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
+    """Make torch's encoder fast path, which reads linear1 and linear2 by their weights, unreachable
+    in encoder layers with an adapted layer, of that class; `restore_fast_paths` undoes it.
+    """
+    for module in model.modules():
+        if "_lowrank_fast_path" in vars(module):
+            continue
+        inside = any(isinstance(child, adapted) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and inside:
+            vars(module)["_lowrank_fast_path"] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and inside:
+            vars(module)["_lowrank_fast_path"] = module.use_nested_tensor
+            module.use_nested_tensor = False
+
+
+def restore_fast_paths(model: nn.Module) -> None:
+    """Undo `leave_fast_paths`."""
+    for module in model.modules():
+        if "_lowrank_fast_path" in vars(module):
+            layer = isinstance(module, nn.TransformerEncoderLayer)
+            name = "activation_relu_or_gelu" if layer else "use_nested_tensor"
+            setattr(module, name, vars(module).pop("_lowrank_fast_path"))
