@@ -103,7 +103,7 @@ def chain_of(node: ast.AST, own: str) -> list[str]:
     return names[::-1] if isinstance(node, ast.Name) and node.id == own else []
 
 
-def uses(node: Any, above: dict[ast.AST, ast.AST]) -> bool:
+def uses(node: Any, above: dict[ast.AST, Any]) -> bool:
     """Whether the values of a weight that is named there are used."""
     user = above[node]
     if not isinstance(node.ctx, ast.Load) or isinstance(user, ast.Compare):
@@ -116,15 +116,18 @@ def uses(node: Any, above: dict[ast.AST, ast.AST]) -> bool:
 
 
 def conditions_above(
-    node: ast.AST, above: dict[ast.AST, ast.AST], own: str
+    node: ast.AST, above: dict[ast.AST, Any], own: str
 ) -> Iterator[tuple[Any, bool]]:
     """The conditions that a node is under and that the module's attributes decide."""
+    user: Any
     while (user := above.get(node)) is not None:
-        if isinstance(user, ast.If) and node is not user.test and is_decided(user.test, own):
+        either = isinstance(user, ast.If | ast.IfExp) and node is not user.test
+        if either and is_decided(user.test, own):
+            body = user.body if isinstance(user.body, list) else [user.body]
             parameters = ast.arguments([], [ast.arg(own)], None, [], [], None, [])
             function = ast.Expression(ast.Lambda(parameters, user.test))
             code = compile(ast.fix_missing_locations(function), "<condition>", "eval")
-            yield code, node in user.body
+            yield code, node in body
         node = user
 
 
