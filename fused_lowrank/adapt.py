@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .called import refuse_passed_over
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
@@ -312,6 +313,7 @@ def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]
 def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     """Merge, with one warning for all."""
     require_not_fsdp(model, "merge")
+    refuse_passed_over(layers)
     for name, layer in layers.items():
         if reason := why_no_weight(layer.weight):
             raise TypeError(f"cannot merge into {name}, which has {reason}")

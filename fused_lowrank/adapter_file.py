@@ -32,6 +32,7 @@ from .adapt import (
     saved_modules,
     unchanged_on_error,
 )
+from .called import warn_of_passed_over
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .layers import METHODS, LowRankLinear
 from .layers.accept import why_no_weight
@@ -100,6 +101,7 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
         if reason := why_no_weight(layer.base_weight):
             raise TypeError(f"{name} has got {reason}")
+    warn_of_passed_over(layers, stacklevel=4)
     return layers
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import config
+from .called import note_call
 from .compute import autograd, choose, isolation
 from .compute.autograd import (
     chain,
@@ -51,6 +52,8 @@ class Place:
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+        if layer.uncalled:
+            note_call(layer)
         if layer.disabled:
             return layer.own(x)
         if torch.compiler.is_compiling():

@@ -10,7 +10,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -39,6 +40,7 @@ class Method(NamedTuple):
 
     reads: tuple[Read, ...] = ()
     names: frozenset[str] = frozenset()  # of those it mentions, methods among them
+    uses_weights: bool = True  # whether it computes with anybody's; True where it is not known
 
 
 def readers(model: nn.Module) -> dict[int, str]:
@@ -67,31 +69,33 @@ def reads_of(module: nn.Module) -> Iterator[tuple[str, Read]]:
         if name in known or not inspect.isfunction(function):
             continue
         known.add(name)
-        method = method_of(inspect.unwrap(function))
+        method = method_of(inspect.unwrap(function).__code__)
         yield from ((name, read) for read in method.reads)
         coming += method.names
 
 
 @functools.cache
-def method_of(function: Callable[..., Any]) -> Method:
+def method_of(code: CodeType) -> Method:
     """What a method's source says; nothing where there is no source."""
     try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return Method()
-    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+    if not isinstance(tree, ast.FunctionDef):
         return Method()
-    own = tree.args.args[0].arg
+    own = tree.args.args[0].arg if tree.args.args else ""
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    reads, names = [], set()
+    reads, names, uses_weights = [], set(), False
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "weight":
+            uses_weights |= uses(node, above)
         match chain_of(node, own):
             case [name]:
                 names.add(name)
             case [*path, "weight"] if path and uses(node, above):
                 conditions = tuple(conditions_above(node, above, own))
                 reads.append(Read(".".join(path), conditions))
-    return Method(tuple(reads), frozenset(names))
+    return Method(tuple(reads), frozenset(names), uses_weights)
 
 
 def chain_of(node: ast.AST, own: str) -> list[str]:

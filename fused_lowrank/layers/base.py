@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
+from ..called import Reader, note_call, note_reading
 from ..compute import choose
 from ..compute.autograd import chain
 from ..compute.dropout import Dropout
@@ -40,7 +41,9 @@ class LowRankLinear(nn.Module):
     routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
     sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
 
-    weight: nn.Parameter
+    uncalled: bool = True  # until its first call; see `called`
+    reader: Reader | None = None
+
     bias: nn.Parameter | None
     down: nn.Parameter
     up: nn.Parameter
@@ -204,8 +207,27 @@ class LowRankLinear(nn.Module):
             return self.routed(self, x)
         if self.disabled or self._original or self.bases_pending or self.sharded is not None:
             return self.own(x)
+        if self.uncalled:
+            note_call(self)
         weight, down, up, bias = self.own_tensors()
         return self.compute(x, weight, down, self.core_factors, up, bias)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """W, (out_features, in_features); who computes with it, instead of calling the layer, is
+        remembered.
+        """
+        own: Any = vars(self)
+        weight = own["weight"] if "weight" in own else own["_parameters"].get("weight")
+        if weight is None:
+            raise AttributeError("weight")
+        note_reading(self)
+        return cast(nn.Parameter, weight)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        """A tensor that is no Parameter, as pruning and functional calls put it there."""
+        vars(self)["weight"] = value
 
     def own_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(weight, down, up, bias), by the way that costs the host least."""
@@ -219,6 +241,8 @@ class LowRankLinear(nn.Module):
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whatever a bank has for it."""
+        if self.uncalled:
+            note_call(self)
         if self.disabled:
             return dense(x, self.base_weight, self.bias)
         if self.merged:

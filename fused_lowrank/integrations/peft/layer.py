@@ -20,6 +20,7 @@ from torch.nn.functional import dropout, linear, pad
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from ...called import Reader, note_call, note_reading
 from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
 from ...functional import compute, lowrank_linear, prepared
@@ -37,6 +38,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
     """
 
+    uncalled: bool = True  # until its first call; see `called`
+    reader: Reader | None = None
     get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
     active_adapters: list[str]
@@ -78,6 +81,12 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         assert down is not None
         assert up is not None
         return down if p == down.shape[0] else down[:p], up if q == up.shape[1] else up[:, :q]
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's; who computes with it, instead of calling the layer, is remembered."""
+        note_reading(self)
+        return self.get_base_layer().weight
 
     @property
     def base_weight(self) -> Tensor:
@@ -239,6 +248,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) → (..., out), through the active adapters, or each row through its own."""
+        if self.uncalled:
+            note_call(self)
         names = kwargs.pop("adapter_names", None)
         base: Any = self._modules["base_layer"]
         if self.disable_adapters:

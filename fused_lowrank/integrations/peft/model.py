@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
+from ...called import refuse_passed_over, warn_of_passed_over
 from ...layers.accept import is_parametrized, why_no_weight
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
@@ -236,6 +237,7 @@ class LowRankModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, **rest
         )
+        warn_of_passed_over({m.key: m for m in layers_of(model, adapter_name)}, stacklevel=5)
         return files.to_save(model, adapter_name, tensors, config.save_projection)
 
     @classmethod
@@ -365,6 +367,8 @@ def passing(names: Sequence[str]) -> Any:
 
 def check_merge(layers: Iterable[PeftLowRankLinear]) -> None:
     """Raise ValueError, naming it, if one of the layers cannot be merged into."""
+    layers = list(layers)
+    refuse_passed_over({layer.key: layer for layer in layers})
     for layer in layers:
         if reason := why_no_weight(layer.get_base_layer().weight):
             raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
