@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .called import refuse_passed_over
+from .called import refuse_passed_over, watch_gradients
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
@@ -156,6 +156,8 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     for name in saved:
         keep_original(modules[name])
     leave_fast_paths(model, LowRankLinear)
+    for layer in layers.values():
+        watch_gradients(layer.trained_factors)
 
 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:

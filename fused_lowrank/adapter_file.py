@@ -101,7 +101,8 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
         if reason := why_no_weight(layer.base_weight):
             raise TypeError(f"{name} has got {reason}")
-    warn_of_passed_over(layers, stacklevel=4)
+    pairs = {name: (layer, layer.trained_factors) for name, layer in layers.items()}
+    warn_of_passed_over(pairs, stacklevel=4)
     return layers
 
 

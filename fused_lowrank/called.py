@@ -3,6 +3,9 @@
 An adapter does nothing there, and merging it would change the model. A layer knows whether it has
 been called, from its first call on, and who has read its weight since. Calls in compiled graphs are
 not known; nor are they needed, for a layer that nobody reads is never held against anybody.
+
+A layer that was called in training, and whose factors no gradient reached where others' got theirs,
+has learned nothing; the first gradient of a factor is noted, and no other.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .readers import method_of
 
@@ -24,6 +27,7 @@ MACHINERY = (
     *("fused_lowrank.", "torch.", "peft.", "accelerate.", "safetensors.", "deepspeed."),
     *("transformers.modeling_utils", "transformers.initialization", "transformers.integrations"),
 )
+SHOWN = 8  # names in a message
 PASSING = ("get_parameter", "__getattr__", "<listcomp>", "<genexpr>", "<dictcomp>")
 
 
@@ -37,7 +41,8 @@ class Reader(NamedTuple):
 def note_call(layer: Any) -> None:
     """Remember that an adapted layer has been called; at its first call and after a reading."""
     if not torch.compiler.is_compiling():
-        vars(layer).update(uncalled=False, reader=None)
+        asked = layer.asked or (layer.training and torch.is_grad_enabled())
+        vars(layer).update(uncalled=False, reader=None, asked=asked)
 
 
 def note_reading(layer: Any) -> None:
@@ -89,12 +94,56 @@ def passed_over(layers: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def warn_of_passed_over(layers: Mapping[str, Any], stacklevel: int) -> None:
-    """One UserWarning that names the layers that are passed over, if there are any."""
-    if found := passed_over(layers):
-        warnings.warn(
-            f"{described(found)}: what is trained there has no effect", stacklevel=stacklevel
-        )
+def watch_gradients(factors: Iterable[nn.Parameter]) -> None:
+    """Note the first gradient of each of these."""
+    for factor in factors:
+        if factor.requires_grad and factor.is_leaf and not waits(factor):
+            factor.register_post_accumulate_grad_hook(learns)
+
+
+def learns(factor: Tensor) -> None:
+    """The hook of a factor: its first gradient has come, or was none, as compiled graphs may have
+    it.
+    """
+    if factor.grad is None:
+        return
+    hooks: dict[int, Any] = factor._post_accumulate_grad_hooks
+    for key in [key for key, hook in hooks.items() if hook is learns]:
+        del hooks[key]
+    factor._lowrank_learned = True  # type: ignore[attr-defined]
+
+
+def waits(factor: Tensor) -> bool:
+    """Whether no gradient of a factor has come yet; False where nobody has watched it."""
+    hooks = factor._post_accumulate_grad_hooks or {}
+    return any(hook is learns for hook in hooks.values())
+
+
+def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list[str]:
+    """Of layers and their trained factors, those that were called in training, in vain."""
+    factors = [factor for _, own in layers.values() for factor in own]
+    if not any(hasattr(factor, "_lowrank_learned") for factor in factors):
+        return []
+    return [
+        name
+        for name, (layer, own) in layers.items()
+        if layer.asked and own and all(f.requires_grad and waits(f) for f in own)
+    ]
+
+
+def warn_of_passed_over(
+    layers: Mapping[str, tuple[Any, Sequence[Tensor]]], stacklevel: int
+) -> None:
+    """One UserWarning that names the layers, of these with their trained factors, that are passed
+    over or learn nothing.
+    """
+    said = []
+    if found := passed_over({name: layer for name, (layer, _) in layers.items()}):
+        said.append(f"{described(found)}: what is trained there has no effect")
+    if names := without_gradient(layers):
+        said.append(f"no gradient reached {shown(names)}, which were called in training")
+    if said:
+        warnings.warn("; ".join(said), stacklevel=stacklevel)
 
 
 def refuse_passed_over(layers: Mapping[str, Any]) -> None:
@@ -114,5 +163,11 @@ def described(found: Mapping[str, str]) -> str:
     by_reader: dict[str, list[str]] = {}
     for name, where in found.items():
         by_reader.setdefault(where, []).append(name)
-    said = "; ".join(f"{', '.join(names)} by {where}" for where, names in by_reader.items())
+    said = "; ".join(f"{shown(names)} by {where}" for where, names in by_reader.items())
     return f"the weights of adapted layers are read where the layers are not called ({said})"
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names, not too many of them."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

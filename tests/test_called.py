@@ -166,6 +166,40 @@ def test_export_says_it(tmp_path: Path) -> None:
         export_lora(model, tmp_path / "lora")
 
 
+class Detached(nn.Module):
+    """Goes through its first layer with no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).detach()))
+
+
+@ways
+@pytest.mark.parametrize("plan", ["eager", "compiled"])
+def test_no_gradient(way: Way, plan: str, tmp_path: Path) -> None:
+    """Of a layer that was called in training: named once, if others had theirs."""
+    model = way(Detached(), "lora_mini", ["first", "second"])
+    model.train()(torch.randn(2, D))
+    with quiet():
+        save(model, tmp_path / "a")
+    step(model if plan == "eager" else torch.compile(model, backend="aot_eager"), torch.randn(2, D))
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="no gradient reached first, which") as caught:
+        save(model, tmp_path / "b")
+    assert len([w for w in caught if "no gradient" in str(w.message)]) == 1
+    inner(model).first(torch.randn(2, D)).sum().backward()
+    with quiet():
+        save(model, tmp_path / "c")
+        save(copy.deepcopy(model), tmp_path / "d")
+        merged(model)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            assert not parameter._post_accumulate_grad_hooks
+
+
 # --- what is no fault ---
 
 

@@ -89,8 +89,9 @@ def why_not_plain(linear: nn.Linear) -> str | None:
         )
     if reason := why_no_weight(linear.weight):
         return f"is a {kind} with {reason}"
-    if names := [name for name, value in vars(linear).items() if STATE_HOOKS.match(name) and value]:
-        return f"has hooks on its state_dict ({', '.join(names)}): remove them first"
+    hooks = [name for name, value in vars(linear).items() if STATE_HOOKS.match(name) and value]
+    if hooks and not hasattr(linear.weight, "full_tensor"):  # fully_shard's own are not the matter
+        return f"has hooks on its state_dict ({', '.join(hooks)}): remove them first"
     return why_not_carried(linear) if is_replaced(linear) else None
 
 

@@ -43,6 +43,7 @@ class LowRankLinear(nn.Module):
 
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
+    asked: bool = False  # whether a call that was noted was one of training
 
     bias: nn.Parameter | None
     down: nn.Parameter
@@ -153,6 +154,11 @@ class LowRankLinear(nn.Module):
     def core_factors(self) -> Core:
         """The core as `lowrank_linear` takes it."""
         raise NotImplementedError
+
+    @property
+    def trained_factors(self) -> list[nn.Parameter]:
+        """The factors that are trained."""
+        return [getattr(self, name) for name in self.factors if name in self.train_names]
 
     def settings(self) -> dict[str, Any]:
         """The keywords that `from_linear` needs to make such a layer again."""

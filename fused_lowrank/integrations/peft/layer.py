@@ -40,6 +40,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
+    asked: bool = False  # whether a call that was noted was one of training
     get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
     active_adapters: list[str]
@@ -149,6 +150,10 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.init_core(adapter, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
+        """The trained factors of an adapter."""
+        return [getattr(self, name)[adapter] for name in self.adapter_layer_names]
 
     def fits(self, adapter: str, config: LowRankConfig) -> bool:
         """Whether the layer has room for the ranks that an adapter asked for."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
-from ...called import refuse_passed_over, warn_of_passed_over
+from ...called import refuse_passed_over, warn_of_passed_over, watch_gradients
 from ...layers.accept import is_parametrized, why_no_weight
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
@@ -112,6 +112,8 @@ class LowRankModel(BaseTuner):
         """PEFT's, and one warning for all layers in which a rank did not fit."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fast_paths(model, PeftLowRankLinear)
+        for layer in layers_of(model, adapter_name):
+            watch_gradients(layer.trained_factors(adapter_name))
         config = self.peft_config[adapter_name]
         reduced = [
             layer.key
@@ -237,7 +239,9 @@ class LowRankModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, **rest
         )
-        warn_of_passed_over({m.key: m for m in layers_of(model, adapter_name)}, stacklevel=5)
+        layers = layers_of(model, adapter_name)
+        pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
+        warn_of_passed_over(pairs, stacklevel=5)
         return files.to_save(model, adapter_name, tensors, config.save_projection)
 
     @classmethod
