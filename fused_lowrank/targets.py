@@ -229,8 +229,7 @@ def warn_of_left_out(left: Mapping[str, str], stacklevel: int) -> None:
     if kinds:
         said = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in kinds.items())
         warnings.warn(
-            f"'all-linear' leaves out {said}: name them in target_modules, or train them whole by "
-            "modules_to_save, if they are to be trained",
+            f"'all-linear' leaves out {said}; modules_to_save trains a layer whole",
             stacklevel=stacklevel,
         )
 
