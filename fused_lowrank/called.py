@@ -57,6 +57,7 @@ def note_reading(layer: Any) -> None:
     code = frame.f_code
     if not method_of(code).uses_weights:
         return
+    vars(layer)["asked"] = layer.asked or (layer.training and torch.is_grad_enabled())
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     holds = isinstance(first, nn.Module) and has_child(first, layer) and is_method(code, first)
     if holds or (layer.uncalled and layer.reader is None):
@@ -120,7 +121,7 @@ def waits(factor: Tensor) -> bool:
 
 
 def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list[str]:
-    """Of layers and their trained factors, those that were called in training, in vain."""
+    """Of layers and their trained factors, those that were called, or read, in training in vain."""
     factors = [factor for _, own in layers.values() for factor in own]
     if not any(hasattr(factor, "_lowrank_learned") for factor in factors):
         return []
@@ -140,8 +141,8 @@ def warn_of_passed_over(
     said = []
     if found := passed_over({name: layer for name, (layer, _) in layers.items()}):
         said.append(f"{described(found)}: what is trained there has no effect")
-    if names := without_gradient(layers):
-        said.append(f"no gradient reached {shown(names)}, which were called in training")
+    if names := [name for name in without_gradient(layers) if name not in found]:
+        said.append(f"no gradient reached {shown(names)}, which were called or read in training")
     if said:
         warnings.warn("; ".join(said), stacklevel=stacklevel)
 

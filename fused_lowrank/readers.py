@@ -46,16 +46,23 @@ class Method(NamedTuple):
 def readers(model: nn.Module) -> dict[int, str]:
     """Of each linear layer whose weight the model's code reads, by its id, where that is."""
     found: dict[int, str] = {}
+    by_class: dict[type[nn.Module], list[tuple[str, Read]]] = {}
     for module in model.modules():
-        if type(module).__module__.startswith("torch."):
+        kind = type(module)
+        if kind.__module__.startswith("torch."):
             continue  # which call their layers, or are known: see `never_called` and below
-        for where, read in reads_of(module):
+        if any(hasattr(value, "__func__") for value in vars(module).values()):
+            reads = list(reads_of(module))  # a module with methods of its own
+        else:
+            reads = by_class[kind] if kind in by_class else list(reads_of(module))
+            by_class[kind] = reads
+        for where, read in reads:
             try:
                 layer = module.get_submodule(read.path)
             except AttributeError:
                 continue
             if all(holds(code, module) in (wanted, None) for code, wanted in read.conditions):
-                found.setdefault(id(layer), f"{type(module).__name__}.{where}")
+                found.setdefault(id(layer), f"{kind.__name__}.{where}")
     return found
 
 

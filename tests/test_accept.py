@@ -178,15 +178,20 @@ def test_attributes_are_carried() -> None:
     model = nn.Sequential(Kind(D, D), nn.Linear(D, D))
     linear = model[0]
     linear.note, linear.tag = 3.0, {"a": 1}
+    linear.whose = (lambda self: self).__get__(linear)
+    linear.compile(backend="eager")
     linear.register_buffer("kept", torch.ones(2), persistent=False)
     linear.extra = nn.LayerNorm(2)
     linear.more = nn.Parameter(torch.ones(3))
-    names, keys = sorted(vars(linear)), sorted(linear.state_dict())
+    names = sorted(vars(linear).keys() - {"_compiled_call_impl"})
+    keys = sorted(linear.state_dict())
     for _ in range(2):
         adapt(model, target_modules=["0"], r=3)
         layer = copy.deepcopy(model)[0]
         assert (layer.note, layer.tag) == (3.0, {"a": 1})
         assert model[0].tag is linear.tag
+        assert model[0].whose() is model[0]
+        assert model[0]._compiled_call_impl is None
         assert model[0].more is linear.more
         assert not model[0].more.requires_grad
         assert "0.kept" not in model.state_dict()

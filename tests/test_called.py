@@ -200,6 +200,18 @@ def test_no_gradient(way: Way, plan: str, tmp_path: Path) -> None:
             assert not parameter._post_accumulate_grad_hooks
 
 
+@ways
+def test_head_read_by_a_loss_and_called_before(way: Way, tmp_path: Path) -> None:
+    """Named as one that no gradient reaches, where evaluation calls what training reads."""
+    x = torch.randn(4, D)
+    model = way(Head(), "lora_mini", ["body", "head"])
+    model.eval()(x)
+    model.train()
+    chunked_loss(inner(model).body(x), inner(model).head).backward()
+    with pytest.warns(UserWarning, match="no gradient reached head, which"):
+        save(model, tmp_path / "a")
+
+
 # --- what is no fault ---
 
 

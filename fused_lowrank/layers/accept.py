@@ -6,7 +6,7 @@ Both ways into the library ask here: `adapt` and the layers, and the methods in 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ HOOKS = re.compile(
 STATE_HOOKS = re.compile(r"_(load_)?state_dict_(pre_|post_)?hooks")
 HELD = ("_parameters", "_buffers", "_modules")
 OWN = {"in_features", "out_features", "weight", "bias"}  # what every nn.Linear has
-FORWARD = {"forward", "_old_forward", "_hf_hook"}  # accelerate's; see `is_replaced`
+FORWARD = {  # accelerate's, see `is_replaced`; and what torch.compile has made of one
+    *("forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
+}
 
 
 def special_tensor(weight: Any) -> str | None:
@@ -160,7 +162,12 @@ def move(old: nn.Module, new: nn.Module, found: dict[str, list[str]]) -> None:
             vars(new)[name] = value
     for kind, names in found.items():
         source, target = (vars(m)[kind] if kind else vars(m) for m in (old, new))
-        target.update({name: source[name] for name in names if name in source})
+        for name in names:
+            value = source.get(name)
+            if getattr(value, "__self__", None) is old:  # a method put there
+                value = cast(Any, value).__func__.__get__(new)
+            if name in source:
+                target[name] = value
     new._non_persistent_buffers_set.update(old._non_persistent_buffers_set)
     if is_replaced(old) and (hook := vars(old).get("_hf_hook")) is not None:
         from accelerate.hooks import add_hook_to_module
