@@ -296,6 +296,9 @@ def merge(model: nn.Module) -> nn.Module:
 
     One UserWarning says how much of ΔW was lost to rounding, where the weights are below float32,
     and another which weights were tied to others: those others keep W.
+
+    Raises ValueError if the weight of a layer that is not called is read instead, for merged it
+    would act where it did not; one that is merged by its own `merge` before is left as it is.
     """
     merge_layers(require_adapted(model), model)
     return model

@@ -176,10 +176,12 @@ class LowRankLinear(nn.Module):
         Keywords are the constructor's, less the sizes and device. `dtype` is that of the trained
         factors: by default float32 where the weight is float16 or bfloat16, for an optimiser's
         steps are lost in those. `defer_bases` leaves the factors uninitialised, for `init_bases` or
-        a file to fill; a weight on the meta device is refused without it.
+        a file to fill; a weight on the meta device is refused without it. Hooks and attributes of
+        the linear come along.
 
         Raises:
-            TypeError: `linear` is not a plain nn.Linear: quantised, adapted already, parametrised.
+            TypeError: `linear` is not a plain nn.Linear: quantised, adapted already, parametrised,
+                with a forward that was replaced, or attributes that layers have for themselves.
             ValueError: its weight is on the meta device; a rank, alpha, … out of range.
         """
         if reason := why_not_adaptable(linear, defer_bases):
