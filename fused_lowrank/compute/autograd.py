@@ -25,6 +25,7 @@ from ..config import Config
 from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
 from .operands import Operands
+from .plans import PLANS
 from .reference import AnyCore, Rows, like, product, through_core, through_rows
 from .run import is_foreign, no_autocast, on_device, run
 from .steps_library import Wanted
@@ -89,7 +90,8 @@ def backward(
     if needs.x or want_g or needs.down:
         back = operands.of_backward(dy)
         if needs.x:
-            plan, tiles, grads["x"], g, v, _ = run(back, impl, config, want_g, needs.down)
+            done = run(back, impl, config, want_g, needs.down)
+            plan, tiles, grads["x"], g, v = done[:5]
         else:
             plan = choose.for_single_steps(impl, config, dy, *operands.ranks)
             tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
@@ -98,7 +100,11 @@ def backward(
         want = needs.a, needs.b
         grads["a"], grads["b"] = plan.core_grad.run(t, g, core, scale, want, tiles)
     if needs.down:
-        x = plan.masked.run(operands.x, dropout, tiles)
+        x = operands.x
+        if dropout is not None and x.numel():
+            plan = PLANS["split" if choose.takes_kernels(impl, dy, *operands.ranks) else "aten"]
+            tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
+            x = plan.masked.run(x, dropout, tiles)
         grads["down"] = (v[:, : down.shape[0]].t() @ x).to(down.dtype)
     if needs.up:
         # Summed over rows with the long side as columns, which CPU libraries do faster.
@@ -173,10 +179,9 @@ class LowRankFunction(torch.autograd.Function):
         by_row = (None, None) if rows is None else (rows.handles, rows.weights)
         t = done.t if want_t else None
         bits = done.bits
-        if bits is None and masked and done.plan.ours:
+        if bits is None and masked and done.drawn:
             bits = no_bits(seed, *x.shape)
-        # Those of rows are saved for autograd to see that they are not written to meanwhile. The
-        # mask comes first: a checkpoint that recomputes with another kind of mask then raises.
+        # Those of rows are saved for autograd to see that they are not written to meanwhile.
         ctx.save_for_backward(seed, bits, *saved(needs, t, x, weight), down, a, b, up, *by_row)
         ctx.needs, ctx.call, ctx.lead = needs, call, lead
         # A view that autograd does not know for one: a caller may then write to y.
@@ -230,10 +235,9 @@ def refuse_double_backward(grads: list[Wanted]) -> list[Wanted]:
 
 def run_op(operands: Operands, impl: str, want_t: bool) -> tuple[Tensor, Tensor]:
     """(y, t) of an op's forward; t is empty if it is not wanted."""
-    config = config_of_op(operands)
     if impl == "triton":
         choose.require_triton(operands.x, *operands.ranks)
-    done = run(operands, impl, config, want_t, False)
+    done = run(operands, impl, configuration.current(), want_t, False)
     return done.y, done.t if want_t else operands.x.new_empty(0)
 
 
@@ -241,21 +245,7 @@ def gradients_of_op(
     dy: Tensor, t: OptTensor, operands: Operands, impl: str, needs: Needs
 ) -> list[Wanted]:
     """The gradients of an op's backward, None for those that are not needed."""
-    return backward(dy, t, operands, impl, config_of_op(operands), needs)
-
-
-def config_of_op(operands: Operands) -> Config:
-    """The configuration of this context, for one of an op's two passes.
-
-    Raises RuntimeError where the other pass, which may not see it, might draw another mask.
-    """
-    config = configuration.current()
-    if operands.dropout is not None and config.plan is not None:
-        raise RuntimeError(
-            "a compiled graph with dropout takes no plan from config.use: its forward and its "
-            "backward might not both see it, and draw different masks"
-        )
-    return config
+    return backward(dy, t, operands, impl, configuration.current(), needs)
 
 
 def there(grads: Sequence[Wanted], dy: Tensor) -> list[Tensor]:

@@ -161,7 +161,7 @@ def candidates(problem: Problem, impl: str) -> list[str]:
     else:
         names = [name for name in PLANS if name not in ours]
     names = [name for name in names if PLANS[name].automatic and not PLANS[name].why_not(problem)]
-    # The kernels' dropout mask is not torch's, and the two passes of a step must have one mask.
+    # Those whose own mask it is (`takes_kernels`): for others it has to be made.
     masked = [name for name in names if name in ours] if problem.dropout else []
     return masked or names
 
@@ -232,17 +232,22 @@ def give_up(
 
 
 def for_single_steps(impl: str, config: Config, x: Tensor, p: int, q: int) -> Plan:
-    """The plan whose steps a backward uses where x needs no gradient.
-
-    Its dropout's mask is that of the forward: of the plan that `config` names, where it names one.
-    """
+    """The plan whose steps a backward uses where x needs no gradient."""
     if not x.numel():  # nothing to launch
         return PLANS["aten"]
     if config.plan is not None and not config.batch_invariance:
         return PLANS["isolated" if impl == "isolated" and config.plan == "aten" else config.plan]
     if impl == "isolated":
         return PLANS[impl]
-    kernels = impl == "triton" or (
+    return PLANS["split" if takes_kernels(impl, x, p, q) else "aten"]
+
+
+def takes_kernels(impl: str, x: Tensor, p: int, q: int) -> bool:
+    """Whether a call is for kernels by its implementation, whatever plan a context names.
+
+    Then the mask of its dropout is the one that kernels draw, and else that of library products:
+    a checkpoint may compute again under another plan, or under none, and must see the same mask.
+    """
+    return impl == "triton" or (
         impl == "auto" and x.is_cuda and not devices.why_not_triton(x.device, x.dtype, p, q)
     )
-    return PLANS["split" if kernels else "aten"]

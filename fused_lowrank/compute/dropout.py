@@ -15,8 +15,9 @@ from torch import Tensor
 class Dropout(NamedTuple):
     """A dropout of a call: where its mask comes from.
 
-    seed is int64 (1,), None until it is drawn; p is the probability. bits is the mask itself, in a
-    backward whose forward has kept it: uint8, as `shrink` of our kernels gives it.
+    seed is int64 (1,), None until it is drawn; p is the probability. bits is the mask itself: in a
+    backward whose forward has kept it, and in a pass whose plan would make another of the seed.
+    It is uint8, as `shrink` of our kernels gives it.
     """
 
     seed: Any
@@ -48,9 +49,29 @@ def kept(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return torch.ge(draws, round(dropout_p * 65536) - 32768, out=mask)
 
 
+def mask(like: Tensor, dropout: Dropout) -> Tensor:
+    """`kept`, or what the bits of the dropout say, where they are there."""
+    seed, dropout_p, bits = dropout
+    if bits is None:
+        return kept(like, seed, dropout_p)
+    each = bits[:, :, None] & (1 << torch.arange(8, dtype=torch.uint8, device=bits.device)) != 0
+    return each.view(len(bits), -1)[:, : like.shape[1]].to(like.dtype)
+
+
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x with zeros where it is dropped, not scaled by 1 / (1 - p); x itself without dropout."""
-    return x if dropout is None else kept(x, dropout.seed, dropout.p).mul_(x)
+    return x if dropout is None else mask(x, dropout).mul_(x)
+
+
+def packed(mask: Tensor) -> Tensor:
+    """The bits of a mask (m, k) of ones and zeros, as `shrink` of our kernels gives them."""
+    from ..kernels.common import mask_width
+
+    m, k = mask.shape
+    bits = torch.zeros(m, 8 * mask_width(k), dtype=torch.uint8, device=mask.device)
+    bits[:, :k] = mask
+    eighths = bits.view(m, -1, 8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return eighths.sum(2, dtype=torch.uint8)
 
 
 def no_bits(seed: Tensor, m: int, k: int) -> Tensor:

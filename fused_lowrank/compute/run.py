@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import Config
 from . import choose, devices
+from .dropout import kept, packed
 from .operands import Operands, problem_of
 from .plans import PLANS, Plan
 from .reference import Rows
@@ -26,6 +27,7 @@ class Done(NamedTuple):
     t: Wanted
     u: Wanted
     bits: Wanted = None
+    drawn: bool = False  # there is a dropout, and its mask is the kernels'
 
 
 def run(
@@ -38,7 +40,7 @@ def run(
 ) -> Done:
     """One pass. t is there where it is wanted, u where it is wanted or was made on the way.
 
-    bits, the mask of the dropout, are there where they are wanted and the plan's mask is ours.
+    bits, the mask of the dropout, are there where they are wanted and it is the kernels'.
     """
     x = operands.x
     if is_foreign(x):
@@ -54,6 +56,9 @@ def run(
             config,
             lambda name: run(operands, impl, replace(config, plan=name), want_t, want_u, want_bits),
         )
+    dropout, drawn = operands.dropout, False
+    if dropout is not None and problem is not None:
+        drawn = choose.takes_kernels(impl, x, *operands.ranks)
     while True:
         plan = PLANS[decision.plans[0]]
         tiles = devices.tiles(x.device, plan.tiles, config.tiles) if plan.ours else None
@@ -63,12 +68,33 @@ def run(
             if plan.whole is not None:
                 y, t = plan.whole.run(operands, tiles, want_t)
                 return Done(plan, tiles, y, t, None)
+            if dropout is not None and dropout.bits is None and drawn != plan.ours:
+                operands = operands._replace(
+                    dropout=dropout._replace(bits=bits_of(operands, drawn))
+                )
             t, u, bits = plan.down.run(operands, tiles, want_t, True, want_bits)
-            return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u, bits)
+            if bits is None and want_bits and drawn:
+                bits = operands.dropout.bits
+            return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u, bits, drawn)
         except Exception as error:
             if problem is None:
                 raise
             decision = choose.give_up(problem, impl, config, decision, error)
+
+
+def bits_of(operands: Operands, drawn: bool) -> Tensor:
+    """The mask of a pass as bits, for a plan that would make the other: drawn by a kernel, or not.
+
+    It is of x, or in a backward of the y of this pass.
+    """
+    x, weight, _, _, _, _, _, dropout, transposed = operands
+    assert dropout is not None
+    m, k = x.shape[0], (weight.shape[0] if transposed else x.shape[1])
+    if drawn:
+        from ..kernels.dropout import drawn_bits
+
+        return drawn_bits(dropout.seed, dropout.p, m, k, devices.tiles(x.device))
+    return packed(kept(x.new_empty((m, k)), dropout.seed, dropout.p))
 
 
 def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Done:

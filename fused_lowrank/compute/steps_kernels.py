@@ -27,7 +27,7 @@ from ..kernels.tiles import (
 )
 from . import costs, devices
 from .costs import Work
-from .dropout import Dropout
+from .dropout import Dropout, dropped
 from .operands import Operands, Problem
 from .reference import Rows
 from .steps_library import Step, Wanted, contiguous, of_tables
@@ -58,12 +58,17 @@ class Shrink(Kernel):
     ) -> tuple[Wanted, Wanted, Wanted]:
         """(t, u, bits), each if wanted.
 
-        t (M, P), divided by 1 - p where there is dropout; u (M, padded(Q)); the dropout's mask.
+        t (M, P), divided by 1 - p where there is dropout; u (M, padded(Q)); the dropout's mask, not
+        where that is given.
         """
         x, _, down, core, _, _, scale, dropout, transposed = operands
         down, core = down.contiguous(), contiguous(core)
-        masked = None if transposed or dropout is None else dropout[:2]
-        flags = transposed, want_t, want_u, masked, choose, want_bits
+        masked = None if transposed or dropout is None else dropout
+        if masked is not None and masked.bits is not None:  # the kernel draws: it is not given one
+            given = operands._replace(x=dropped(x, masked), scale=scale / (1.0 - masked.p))
+            t, u, _ = self.run(given._replace(dropout=None), choose, want_t, want_u)
+            return (t.div_(1.0 - masked.p) if want_t else None), u, None
+        flags = transposed, want_t, want_u, masked and masked[:2], choose, want_bits
         t, u, *bits = self.launch(x, down, core, scale, *flags)
         return t, u, bits[0] if bits else None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
-from .dropout import Dropout, dropped, kept
+from .dropout import Dropout, dropped, mask
 from .operands import Operands, Problem
 from .reference import (
     TORCH,
@@ -103,7 +103,7 @@ class TailLast(Step):
         y = self.products.linear(x, weight, bias)
         if dropout is None or not transposed:
             return self.products.add_matmul(y, u, up)
-        return y.add_(kept(y, dropout.seed, dropout.p).mul_(self.products.matmul(u, up)))
+        return y.add_(mask(y, dropout).mul_(self.products.matmul(u, up)))
 
     def work(self, problem: Problem) -> list[Work]:
         """The base, and a product that reads and writes y again."""
