@@ -34,13 +34,13 @@ from .common import (
     sum_dtype,
     variants,
 )
-from .gemm_tail import add_tail
+from .gemm_tail import add_tail, load_bias
 from .launch import LAUNCHES, Launch, key_of
 from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes
 from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, sides, store_t_and_u, unpacked
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
-MAX_MAKERS = 8  # programs that make u, where each row has a core of its own
+MAKERS = 8  # programs that make u of rows with cores of their own: more if there is room
 MIN_LOWS = 4  # programs that make x·downᵀ, where K is deep enough
 
 # What the counters of a launch count; a counter for each column tile follows.
@@ -49,6 +49,8 @@ LOW = tl.constexpr(1)  # slices of x·downᵀ that are there
 PUBLISHED = tl.constexpr(2)  # groups of rows whose u is there
 DONE = tl.constexpr(3)  # column tiles that have seen all of u
 TILES = tl.constexpr(4)
+
+THREADS = tl.constexpr(256)  # of a program on CUDA, at most
 
 
 @triton.jit
@@ -252,22 +254,27 @@ def decode_kernel(
                 arrivals_ptr + TILES + tile,
             )  # fmt: skip
         if whole:
+            bias = load_bias(bias_ptr, first_n, N, BLOCK_N) if HAS_BIAS else None  # comes meanwhile
             wait_for(arrivals_ptr + PUBLISHED, makers)
             # Nothing of this program is handed on by it, and its last look at a counter is behind
-            # it, by having acquired: so it need not be ordered with anything else.
-            done = tl.atomic_add(arrivals_ptr + DONE, 1, sem="relaxed")
+            # it, by having acquired: so it need not be ordered with anything else. As a vector, of
+            # as many as there are threads, it is not handed round: nobody waits for what it finds
+            # until the tail has been added.
+            threads = tl.arange(0, THREADS)
+            flags_ptr = arrivals_ptr + tl.zeros_like(threads)
+            done = tl.atomic_add(flags_ptr + DONE, 1, threads == 0, sem="relaxed")
             acc = add_tail(
                 acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, first_n, M, N,
-                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q, bias=bias,
             )  # fmt: skip
             offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]
             tl.store(y_ptr + offset(rows, N) + offs_n, cast(acc, dtype), (rows < M) & (offs_n < N))
-            if done == tiles - 1:
-                # Nobody draws a ticket or waits any more.
-                tl.store(arrivals_ptr + TICKETS, 0)
-                tl.store(arrivals_ptr + LOW, 0)
-                tl.store(arrivals_ptr + PUBLISHED, 0)
-                tl.store(arrivals_ptr + DONE, 0)
+            last = (threads == 0) & (done == tiles - 1)
+            # Nobody draws a ticket or waits any more.
+            tl.store(flags_ptr + TICKETS, 0, last)
+            tl.store(flags_ptr + LOW, 0, last)
+            tl.store(flags_ptr + PUBLISHED, 0, last)
+            tl.store(flags_ptr + DONE, 0, last)
 
 
 SHARES = ["lows", "low_depth", "makers", "splits", "depth"]
@@ -299,7 +306,7 @@ def constants(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         # A product takes 16 rows at least; of rows with cores of their own there may be fewer.
-        "BLOCK_T": min(16, max(own[0], config.block_m // MAX_MAKERS)) if mix else 16,
+        "BLOCK_T": min(16, max(own[0], config.block_m // MAKERS)) if mix else 16,
         **dict(zip(("BLOCK_ROWS", "BLOCK_P", "BLOCK_U"), own, strict=True)),
         "BLOCK_R": min(padded(max(r, 1)), 32),
         # Rows of up that no vector load fetches take a pointer for each element: few at a time.
@@ -325,6 +332,18 @@ def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
     """
     programs = 2 * multiprocessors(device) - others
     return max(1, min(programs // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
+
+
+def rows_each(m: int, most: int, least: int, room: int) -> int:
+    """For how many of m rows a program makes u, where each row has a core of its own.
+
+    It reads `least` of their cores at a time, one after the other, and each waits for memory. So
+    rows are dealt out to as many programs as there is `room` for beside the others; powers of two.
+    """
+    rows = most
+    while rows > least and cdiv(m, rows // 2) <= room:
+        rows //= 2
+    return rows
 
 
 INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")
@@ -388,6 +407,10 @@ def planned(
     makers = cdiv(m, values["BLOCK_T"])
     depth = cdiv(blocks, splits(tiles, blocks, low_parts + makers, x.device))
     parts = cdiv(blocks, depth)
+    if by_row:
+        room = 2 * multiprocessors(x.device) - low_parts - tiles * parts
+        values["BLOCK_T"] = rows_each(m, values["BLOCK_T"], values["BLOCK_ROWS"], room)
+        makers = cdiv(m, values["BLOCK_T"])
     partial = (tiles, parts, config.block_m, config.block_n), sum_dtype(x.dtype)
     partial_low = (low_parts, config.block_m, padded(p)), sum_dtype(x.dtype)
     return Launch(

@@ -39,6 +39,13 @@ from .tiles import Choice, Spec, TileConfig, is_bulk, padded
 
 
 @triton.jit
+def load_bias(bias_ptr, first_n, N, BLOCK_N: tl.constexpr):
+    """bias (BLOCK_N,) from column first_n on, zero beyond N."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    return tl.load(bias_ptr + offs_n, offs_n < N, other=0.0)
+
+
+@triton.jit
 def add_tail(
     acc,
     u_ptr,
@@ -58,10 +65,12 @@ def add_tail(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TF32X3: tl.constexpr = False,
+    bias=None,
 ):
     """acc + u·upᵀ + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of the tile, say so.
 
-    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all.
+    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. Who
+    has to wait for u may bring `bias` first.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -82,7 +91,8 @@ def add_tail(
     else:
         acc = tail
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, offs_n < N, other=0.0)
+        if bias is None:
+            bias = load_bias(bias_ptr, first_n, N, BLOCK_N)
         acc += bias[None, :].to(acc.dtype)
     return acc
 

@@ -307,6 +307,7 @@ PERSISTENT = TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)
 SPLIT = replace(PERSISTENT, block_n=128, num_stages=4)  # leaves registers to the tail, or to t
 HALF = replace(SPLIT, num_stages=5)
 QUARTER = TileConfig(128, 64, 128, 4, 4, persistent=True)
+FP32 = TileConfig(64, 32, 32, 8, 4)  # of decode: 16 bytes of W to a thread
 
 # The first line that covers a launch is its default. Tiles are (M, N, K, warps, stages).
 DEFAULTS = (
@@ -354,6 +355,9 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 64, 8, 3), AMPERE, 2, True, rank=64),
     Default("decode", TileConfig(64, 64, 64, 8, 2), CUDA, 2, True, rank=128),
     Default("decode", TileConfig(64, 64, 16, 8, 2), CDNA, 2, True, True),
+    Default("decode", replace(FP32, num_stages=6), CUDA, 4, True, rank=64, small=True),
+    Default("decode", replace(FP32, max_registers=128), CUDA, 4, True, rank=32, by_row=False),
+    Default("decode", FP32, CUDA, 4, True),
     Default("decode", TileConfig(64, 32, 32, 8, 2), CDNA, 2, False),
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),
@@ -417,7 +421,7 @@ def _default(target: Target, spec: Spec, m: int) -> TileConfig:
     if target.backend == "hip":  # masks take scalar registers, which are few: too few in decode
         return replace(tile, own_cores=1024)
     # ptxas otherwise spills now and then, to run more programs side by side.
-    return replace(tile, max_registers=255)
+    return replace(tile, max_registers=tile.max_registers or 255)
 
 
 def select(target: Target, spec: Spec, m: int) -> TileConfig:

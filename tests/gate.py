@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import io
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fused_lowrank.kernels import decode
 from fused_lowrank.kernels.tiles import (
     TARGETS,
     TENSOR,
@@ -260,6 +262,45 @@ def problems_of_hopper(kernel: Any, figures: Figures, case: Case, tile: TileConf
     return found
 
 
+def copies(ptx: str, loads: str) -> list[int]:
+    """Bytes of each asynchronous copy that was made of the lines of kernels/decode.py with `loads`.
+
+    An ordinary load of such a line counts as 0.
+    """
+    text = inspect.getsource(decode).splitlines()
+    lines = {number for number, line in enumerate(text, 1) if loads in line}
+    file = re.search(r'\.file\s+(\d+) "[^"]*\bdecode\.py"', ptx)
+    assert lines, f"no line of decode.py has {loads}"
+    assert file, "the compiler says nothing of lines"
+    found, here = [], False
+    for line in ptx.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
+            here = place[1] == file[1] and int(place[2]) in lines
+        elif here and (copy := re.search(r"cp\.async\.c[ag]\..*\], 0x([0-9a-f]+)", line)):
+            found.append(int(copy[1], 16))
+        elif here and "ld.global" in line:
+            found.append(0)
+    return found
+
+
+def problems_of_decode(kernel: Any, case: Case, tile: TileConfig) -> list[str]:
+    """What is wrong with an aligned launch of decode: W, and x, come by copies of 16 bytes.
+
+    There is one set of them in the loop, and one for each stage that is brought before it.
+    """
+    found = []
+    for name, rows in (("w", tile.block_n), ("x", tile.block_m)):
+        there = copies(kernel.asm["ptx"], f"{name} = tl.load({name}_ptrs")
+        size = rows * tile.block_k * DTYPES[case.x].itemsize
+        each = size // (16 * 32 * tile.num_warps)
+        loops = 1 if name == "w" else 2  # x is read for x·downᵀ too
+        if name == "x" and not each:  # so few rows that each thread has less of them
+            continue
+        if Counter(there) != {16: max(1, each) * tile.num_stages * loops}:
+            found.append(f"{name} comes by {dict(Counter(there))}, bytes: copies, not by 16 each")
+    return found
+
+
 def tile_of(case: Case, target: Target) -> tuple[TileConfig, Spec]:
     """The tile of the case's launch, its variant's or the one that `select` gives, and for what."""
     chosen: list[tuple[TileConfig, Spec]] = []
@@ -295,6 +336,8 @@ def examine(job: tuple[Case, str, bool]) -> tuple[Figures | None, list[str]]:
     wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
     if tile.hopper:
         wrong += problems_of_hopper(kernel, figures, case, tile)
+    if case.kernel == "decode" and case.aligned and target.backend == "cuda":
+        wrong += problems_of_decode(kernel, case, tile)
     return figures, wrong
 
 

@@ -104,6 +104,22 @@ def check_what_is_wrong_with_a_kernel_for_hopper_is_found() -> None:
     assert "serialised" in "; ".join(wrong)
 
 
+def check_narrow_loads_of_decode_are_found() -> None:
+    """Copies of less than 16 bytes, of a tile with too little for each thread; ordinary loads."""
+    fp32 = replace(DECODE, x="fp32", down="fp32", p=16, q=16, r=0)
+    for case, tile in (
+        (DECODE, TileConfig(32, 64, 64, 4, 5)),
+        (DECODE, TileConfig(32, 64, 64, 4, 1)),
+        (fp32, TileConfig(32, 32, 32, 8, 6)),
+        (fp32, TileConfig(32, 32, 16, 8, 2)),
+    ):
+        kernel = gate.built(gate.tiled(case, tile), SM_90)
+        wrong = "; ".join(gate.problems_of_decode(kernel, case, tile))
+        expected = {1: "w comes by {0:", 2: "w comes by {8:"}.get(tile.num_stages, "")
+        assert wrong.startswith(expected), wrong
+        assert bool(wrong) == bool(expected), wrong
+
+
 def check_missing_instructions_are_found() -> None:
     fp32 = replace(GEMM, x="fp32", down="fp32")
     tile = TileConfig(64, 64, 16, 4, 2)

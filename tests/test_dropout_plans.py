@@ -25,9 +25,12 @@ PINS = [("aten", None), ("split", None), (None, "aten"), (None, "split"), ("aten
 PINS += [("split", "aten"), ("aten", "aten"), ("split", "split"), ("first", "split")]
 PINS += [("mixed", "aten")]
 # Bits are kept, unless redrawn: in the forward alone, in what is computed again alone, in both.
-SETTINGS = [(pins, (False, False)) for pins in PINS]
-SETTINGS += [(pins, redraw) for pins in PINS[:3] for redraw in ((True, False), (False, True))]
-SETTINGS += [(pins, (True, True)) for pins in PINS[4:6]]
+SETTINGS = [(impl, pins, (False, False)) for impl in ("triton", "aten") for pins in PINS]
+SETTINGS += [("auto", pins, (False, False)) for pins in PINS[1:4]]
+SETTINGS += [("triton", pins, (True, True)) for pins in PINS[4:6]]
+SETTINGS += [
+    ("triton", pins, redraw) for pins in PINS[:3] for redraw in ((True, False), (False, True))
+]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,16 +62,13 @@ def under(mask: torch.Tensor, made: Tensors, dy: torch.Tensor) -> list[torch.Ten
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize(("pins", "redraw"), SETTINGS)
+@pytest.mark.parametrize(("impl", "pins", "redraw"), SETTINGS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("trained", TRAINED, ids=" ".join)
-@pytest.mark.parametrize("impl", ["triton", "aten", "auto"])
 def test_gradients_are_of_the_mask_that_the_forward_saw(
     impl: str, trained: tuple[str, ...], way: str, pins: tuple, redraw: tuple, device: torch.device
 ) -> None:
     """Which mask that was, y says; and the gradients are those of the equation under it."""
-    if impl == "auto" and device.type == "cpu" and (way != "reentrant" or any(redraw)):
-        pytest.skip("as 'aten'")
     made, seed = operands(device, trained), torch.tensor([12345], device=device)
     dy = torch.randn_like(made["x"][:, :21]).detach()
 

@@ -381,3 +381,44 @@ def test_a_launch_does_not_depend_on_handles(
         again, none = module.shrink(*call, True, False, None, choose)
         assert none is None
         assert torch.equal(t, again)
+
+
+def test_as_many_programs_make_u_as_there_is_room_for() -> None:
+    """Of 132 multiprocessors, at 64 rows, those beside 4 slices of x·downᵀ and the slices of y."""
+    for most, least, slices, expected in (
+        (8, 1, 3 * 64, 1),  # 4096 columns
+        (8, 1, 224, 2),  # 14336: 36 programs more would be a third to a multiprocessor
+        (8, 4, 3 * 64, 4),
+        (16, 16, 3 * 64, 16),
+        (8, 1, 270, 8),
+    ):
+        room = 2 * 132 - 4 - slices
+        assert decode_module.rows_each(64, most, least, room) == expected
+    assert decode_module.rows_each(3, 8, 1, 3) == 1
+    assert decode_module.rows_each(3, 8, 1, 2) == 2
+
+
+@pytest.mark.cpu("the order in which programs start")
+@pytest.mark.parametrize(("r", "least"), [(0, 1), (7, 4)])
+def test_the_bits_do_not_depend_on_how_many_programs_make_u(
+    r: int, least: int, device: torch.device, monkeypatch
+) -> None:
+    """One row to each, or several; also where those with the last tickets start first."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    shape = {"lines": 11, "repeat": 3, "p": 64, "q": 64, "k": 2}
+    made, rows = operands(device, r, dtype=torch.bfloat16, other=torch.float32, **shape)
+    monkeypatch.setattr(decode_module, "splits", lambda *_: 2)
+    found, programs, start = [], [], interpreter_builder.set_grid_idx
+
+    def backwards(x: int, *rest: int) -> None:
+        start(interpreter_builder.grid_dim[0] - 1 - x, *rest)
+
+    for each in (least, 8, 16, least):
+        monkeypatch.setattr(decode_module, "rows_each", lambda *_, each=each: each)
+        found.append(by_kernel(rows, "decode")(**made))
+        programs.append(interpreter_builder.grid_dim[0])
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
+    assert all(torch.equal(found[0], other) for other in found)
+    makers = [-(-33 // each) for each in (least, 8, 16, least)]
+    assert [count - makers[0] for count in makers] == [count - programs[0] for count in programs]
