@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import config
 from .compute import choose, costs, devices, measured
-from .compute.operands import Problem, bucket
+from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
 from .kernels.tiles import SMALL_M
@@ -114,11 +114,13 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     alike = {layer.down.dtype, layer.up.dtype, dtype} == {dtype}
     bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
     bulk = bulk and rows > SMALL_M
+    factors = layer.down, layer.core_factors, layer.up
+    doubles = kernels and has_doubles(Operands(x, layer.weight, *factors, None, 1.0))
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
         want_u, by_row = transposed and trains_down, layer.routed is not None
-        flags = transposed, regular, dropout, want_u, by_row, bulk
+        flags = transposed, regular, dropout, want_u, by_row, bulk, doubles
         passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
     return Explanation(name, "", tuple(passes))
 

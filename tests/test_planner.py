@@ -23,7 +23,7 @@ from fused_lowrank import (
 )
 from fused_lowrank.compute import choose, costs, devices, operands
 from fused_lowrank.compute import measured as tuning
-from fused_lowrank.compute.operands import Operands, Problem, problem_of
+from fused_lowrank.compute.operands import Operands, Problem, has_doubles, problem_of
 from fused_lowrank.compute.plans import PLANS, Plan
 from fused_lowrank.compute.run import run
 from fused_lowrank.kernels.tiles import TileConfig
@@ -403,6 +403,35 @@ def test_float32_on_a_gpu(transposed: bool, hopper: torch.device) -> None:
     for other in ({"m": 64}, {"dropout": True}, {"regular": False}, {"dtype": torch.bfloat16}):
         assert "is for float32 without dropout" in narrow.why_not(of._replace(**other))
     assert "is for 16 bits" in PLANS["split:deep"].why_not(of)
+
+
+def test_compiled_kernels_take_no_factor_in_float64(
+    hopper: torch.device, device: torch.device, monkeypatch
+) -> None:
+    """Whatever the plan: Triton cannot compile some of them. It is the interpreter's alone."""
+    made = {"x": (5, 16), "weight": (8, 16), "down": (4, 16), "core": (4, 6), "up": (8, 6)}
+    made = {name: torch.zeros(size, device=device).bfloat16() for name, size in made.items()}
+    pair = made["core"].double(), made["up"][:6]
+    changes = [{}, *({name: made[name].double()} for name in ("down", "core", "up"))]
+    changes += [{"core": None}, {"core": pair}, {"core": pair[::-1]}]
+    found = [has_doubles(Operands(**{**made, **c}, bias=None, scale=1.0)) for c in changes]
+    assert found == [False, True, True, True, False, True, True]
+    whole = {name: tensor.double() for name, tensor in made.items()}
+    assert not has_doubles(Operands(**whole, bias=None, scale=1.0))
+    for by_row, m in ((False, 8), (False, 8192), (True, 8)):
+        of = at(m, device=hopper, dtype=torch.bfloat16, doubles=True, by_row=by_row, bulk=m > 64)
+        monkeypatch.setattr(devices, "interpreted", lambda: True)
+        assert any(PLANS[name].ours for name in choose.candidates(of, "auto"))
+        monkeypatch.setattr(devices, "interpreted", lambda: False)
+        assert not any(PLANS[name].ours for name in choose.candidates(of, "auto"))
+        assert "torch.float64" in PLANS["decode"].why_not(of)
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot.*torch\.float64.*'auto' can"):
+            choose.decide(of, "triton", mode="off")
+    x = made["x"]
+    monkeypatch.setattr(choose, "takes_kernels", lambda *_: True)
+    for doubles, name in ((False, "split"), (True, "aten")):
+        given = "auto", config.Config(), x, 4, 6, doubles
+        assert choose.for_single_steps(*given).name == name
 
 
 @pytest.mark.parametrize("rank", [16, 300])

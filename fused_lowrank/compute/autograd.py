@@ -24,7 +24,7 @@ from .. import config as configuration
 from ..config import Config
 from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
-from .operands import Operands
+from .operands import Operands, has_doubles
 from .plans import PLANS
 from .reference import AnyCore, Rows, like, product, through_core, through_rows
 from .run import is_foreign, no_autocast, on_device, run
@@ -93,7 +93,7 @@ def backward(
             done = run(back, impl, config, want_g, needs.down)
             plan, tiles, grads["x"], g, v = done[:5]
         else:
-            plan = choose.for_single_steps(impl, config, dy, *operands.ranks)
+            plan = choose.for_single_steps(impl, config, dy, *operands.ranks, has_doubles(back))
             tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
             g, v, _ = plan.down.run(back, tiles, want_g, needs.down)
     if want_g:

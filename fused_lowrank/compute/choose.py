@@ -183,7 +183,8 @@ def decide(problem: Problem, impl: str, compute: Compute | None = None, mode: st
     """
     names = candidates(problem, impl)
     if not names:
-        raise RuntimeError(f"impl={impl!r} has no plan that can compute {problem}")
+        why = PLANS["split"].why_not(problem) or f"no plan is for {problem}"
+        raise RuntimeError(f"impl={impl!r} cannot compute this: {why}. impl='auto' can.")
     if len(names) == 1:
         why = f"the only plan that impl={impl!r} takes for this"
         if problem.device.type == "cuda" and impl == "auto" and is_aten_best(problem):
@@ -231,15 +232,21 @@ def give_up(
     return changed
 
 
-def for_single_steps(impl: str, config: Config, x: Tensor, p: int, q: int) -> Plan:
-    """The plan whose steps a backward uses where x needs no gradient."""
+def for_single_steps(
+    impl: str, config: Config, x: Tensor, p: int, q: int, doubles: bool = False
+) -> Plan:
+    """The plan whose steps a backward uses where x needs no gradient.
+
+    `doubles` is that of the problem: compiled kernels take no factor in float64.
+    """
     if not x.numel():  # nothing to launch
         return PLANS["aten"]
     if config.plan is not None and not config.batch_invariance:
         return PLANS["isolated" if impl == "isolated" and config.plan == "aten" else config.plan]
     if impl == "isolated":
         return PLANS[impl]
-    return PLANS["split" if takes_kernels(impl, x, p, q) else "aten"]
+    kernels = takes_kernels(impl, x, p, q) and (not doubles or devices.interpreted())
+    return PLANS["split" if kernels else "aten"]
 
 
 def takes_kernels(impl: str, x: Tensor, p: int, q: int) -> bool:

@@ -73,6 +73,7 @@ class Problem(NamedTuple):
     want_u: bool  # u is wanted outside, as it is where down is trained
     by_row: bool = False  # a core for each row, not one for all
     bulk: bool = False  # of many rows: bulk copies can move x, W, down, up and y: `is_bulk`
+    doubles: bool = False  # a factor is in float64, and x is not
 
 
 def bucket(rows: int) -> int:
@@ -84,7 +85,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
     """The problem that these operands pose."""
     x, weight = operands.x, operands.weight
     (m, k), n, device = x.shape, weight.shape[0], x.device
-    regular = bulk = False
+    regular = bulk = doubles = False
     if has_kernels(device):
         strides = weight.stride()
         regular = (
@@ -94,6 +95,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
             and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         )
         bulk = m > SMALL_M and is_bulk(x, weight, operands.down, operands.up)
+        doubles = has_doubles(operands)
     return Problem(
         device,
         x.dtype,
@@ -107,4 +109,19 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         want_u,
         isinstance(operands.core, Rows),
         bulk,
+        doubles,
+    )
+
+
+def has_doubles(operands: Operands) -> bool:
+    """Whether a factor is in float64, and x is not."""
+    core, double = operands.core, torch.float64
+    if isinstance(core, Rows):
+        core = core.table
+    a, b = core if isinstance(core, tuple) else (core, None)
+    return operands.x.dtype is not double and (
+        operands.down.dtype is double
+        or operands.up.dtype is double
+        or (a is not None and a.dtype is double)
+        or (b is not None and b.dtype is double)
     )

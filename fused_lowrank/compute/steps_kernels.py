@@ -47,7 +47,10 @@ class Kernel(Step):
 
     def why_not(self, problem: Problem) -> str | None:
         """Where the kernels cannot run."""
-        return devices.why_not_triton(problem.device, problem.dtype, problem.p, problem.q)
+        reason = devices.why_not_triton(problem.device, problem.dtype, problem.p, problem.q)
+        if not reason and problem.doubles and not devices.interpreted():
+            return "a factor is torch.float64: the kernels take float32, float16 and bfloat16"
+        return reason
 
 
 class Shrink(Kernel):
