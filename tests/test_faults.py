@@ -116,9 +116,15 @@ FAULTS = {
         "pass",
         "tests/test_core_grad.py::test_the_gradients_and_the_counters",
     ),
+    "W by narrow loads in decode": (
+        "kernels/decode.py",
+        "w_ptrs += offset(first_k, stride_wk)",
+        "w_ptrs += offset(first_k, stride_wk) + (offs_k[:, None] >= BLOCK_K)",
+        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+    ),
     "decode's flag left set": (
         "kernels/decode.py",
-        "tl.store(arrivals_ptr + PUBLISHED, 0)",
+        "tl.store(flags_ptr + PUBLISHED, 0, last)",
         "pass",
         "tests/test_decode.py::test_error_budget",
     ),

@@ -73,7 +73,7 @@ def run(
                     dropout=dropout._replace(bits=bits_of(operands, drawn))
                 )
             t, u, bits = plan.down.run(operands, tiles, want_t, True, want_bits)
-            if bits is None and want_bits and drawn:
+            if bits is None and want_bits and drawn and operands.dropout is not None:
                 bits = operands.dropout.bits
             return Done(plan, tiles, plan.up.run(operands, tiles, u), t, u, bits, drawn)
         except Exception as error:
