@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .called import refuse_passed_over, watch_gradients
@@ -17,6 +16,7 @@ from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
 from .readers import leave_fast_paths, restore_fast_paths
+from .saved import base_in_place, base_of, forget, keep, put_back, saved_modules
 from .targets import (
     Patterns,
     check_patterns,
@@ -153,8 +153,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
             parameter.requires_grad_(False)
     modules = modules_by_name(model)
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
-    for name in saved:
-        keep_original(modules[name])
+    keep(model, saved)
     leave_fast_paths(model, LowRankLinear)
     for layer in layers.values():
         watch_gradients(layer.trained_factors)
@@ -166,63 +165,6 @@ def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
-
-
-# --- modules trained whole ---
-
-
-def keep_original(module: nn.Module) -> None:
-    """Train a module whole, and keep a copy of it as it is for `disable_adapters` and `unload`."""
-    vars(module)["_lowrank_original"] = {
-        name: tensor.clone() for name, tensor in module.state_dict().items()
-    }
-    module.requires_grad_(True)
-
-
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules trained whole, by name."""
-    return {n: m for n, m in named_modules(model) if "_lowrank_original" in vars(m)}
-
-
-def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Each tensor of the modules trained whole, with its value as it was."""
-    originals: dict[Tensor, Tensor] = {}
-    for module in saved_modules(model).values():
-        present = module.state_dict(keep_vars=True)
-        for name, original in vars(module)["_lowrank_original"].items():
-            tensor = present[name]
-            originals.setdefault(tensor, original.to(tensor.device, tensor.dtype))
-    return originals
-
-
-@contextmanager
-def originals_in_place(model: nn.Module) -> Iterator[None]:
-    """Within it the modules trained whole, and whatever is tied to them, have the kept values."""
-    originals = originals_of(model)
-    if originals:
-        require_not_fsdp(model, "disable modules trained whole")
-    exchange = {
-        tensor: nn.Parameter(original, requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else original.clone()
-        for tensor, original in originals.items()
-    }
-    holders: list[dict[str, Any]] = [
-        slot for module in model.modules() for slot in (module._parameters, module._buffers)
-    ]
-    slots = [
-        (slot, name, tensor)
-        for slot in holders
-        for name, tensor in slot.items()
-        if tensor is not None and tensor in exchange
-    ]
-    for slot, name, tensor in slots:
-        slot[name] = exchange[tensor]
-    try:
-        yield
-    finally:
-        for slot, name, tensor in slots:
-            slot[name] = tensor
 
 
 # --- the whole model's adapters ---
@@ -280,13 +222,12 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if merge:
         merge_layers(layers, model)
     else:
+        base = base_of(model)
+        base.check(3)
         unmerge(model)
-        with torch.no_grad():
-            for tensor, original in originals_of(model).items():
-                tensor.copy_(original)
+        put_back(base)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
-    for module in saved_modules(model).values():
-        del vars(module)["_lowrank_original"]
+    forget(model)
     restore_fast_paths(model)
     return model
 
@@ -352,11 +293,13 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
     layers = require_adapted(model).values()
+    if saved_modules(model):
+        require_not_fsdp(model, "disable modules trained whole")
     before = [layer.disabled for layer in layers]
     try:
         for layer in layers:
             layer.disabled = True
-        with originals_in_place(model):
+        with base_in_place(model):
             yield model
     finally:
         for layer, disabled in zip(layers, before, strict=True):

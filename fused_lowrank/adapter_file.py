@@ -29,7 +29,6 @@ from .adapt import (
     build,
     place,
     require_adapted,
-    saved_modules,
     unchanged_on_error,
 )
 from .called import warn_of_passed_over
@@ -37,7 +36,8 @@ from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fin
 from .layers import METHODS, LowRankLinear
 from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
-from .targets import modules_by_name
+from .saved import base_of, saved_modules, state_of, warn_of_forgotten
+from .targets import modules_by_name, unwrapped
 
 FORMAT, VERSION = "fused_lowrank", "1"
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
@@ -67,11 +67,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled.
     """
     layers = complete_layers(model)
+    warn_of_forgotten(model, 3)
+    originals = base_of(model).values  # a weight may be trained, by a tie
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for part, tensor in parts(layer, layer.train_names, bases).items():
             tensors[f"{name}.{part}"] = tensor
-        tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer)
+        tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer, originals)
     for name, module in saved_modules(model).items():
         tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
     config = {
@@ -151,16 +153,18 @@ def load_contents(
     progress: bool = True,
 ) -> nn.Module:
     """`load_adapter` of what `read` returns."""
-    prints = pop_fingerprints(config, tensors)
+    prints, originals = pop_fingerprints(config, tensors), base_of(model).values
     peft_folder.complete(model, config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
-        if config["bases"] or "seed" not in config:
-            check_fingerprint(name, layer, (layer.down, layer.up), prints[name], tensors, path)
-        else:
-            made = peft_folder.frozen_factors(layer, name, config["seed"])
-            check_fingerprint(name, layer, made, prints[name], tensors, path)
-            tensors[f"{name}.down"], tensors[f"{name}.up"] = made
+        bases, seeded = (layer.down, layer.up), not config["bases"] and "seed" in config
+        if seeded:
+            bases = peft_folder.frozen_factors(layer, name, config["seed"])
+        weight = originals.get(layer.base_weight, layer.base_weight)
+        ours = fingerprint(weight, *bases)
+        check_fingerprint(name, layer, ours, prints[name], tensors, path)
+        if seeded:
+            tensors[f"{name}.down"], tensors[f"{name}.up"] = bases
 
     return install(model, config, tensors, path, check, fused=fused, progress=progress)
 
@@ -331,7 +335,7 @@ def check_tensors(
     for name in config["modules_to_save"]:
         if name not in modules:
             raise ValueError(f"{path} holds {name}, but this model has no such module")
-        state = modules[name].state_dict()
+        state = state_of(modules[name])
         expected.update({f"{name}.{key}": value.shape for key, value in state.items()})
     check_shapes(expected, layers, tensors, path)
 
@@ -374,7 +378,7 @@ def pop_fingerprints(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict
 def check_fingerprint(
     name: str,
     layer: LowRankLinear,
-    bases: tuple[Tensor, Tensor],
+    ours: Tensor,
     there: Tensor | None,
     tensors: dict[str, Tensor],
     path: Any,
@@ -383,7 +387,7 @@ def check_fingerprint(
     sides = layer.down.shape[0], layer.up.shape[1]
     if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
-    found = differing(fingerprint(layer.base_weight, *bases), there, *sides)
+    found = differing(ours, there, *sides)
     if "weight" in found and f"{name}.weight" not in tensors:
         raise ValueError(
             f"{path} was made for another base model: the weight of {name} differs from the one it "
@@ -415,4 +419,4 @@ def fill(
     for name in saved:
         prefix = name + "."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        modules[name].load_state_dict(state)
+        unwrapped(modules[name]).load_state_dict(state)

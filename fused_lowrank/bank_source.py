@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import peft_folder
-from .adapt import adapted_layers, saved_modules
+from .adapt import adapted_layers
 from .adapter_file import read
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike
 from .layers import LowRankLinear
 from .layers.base import WEIGHT_DTYPES
+from .saved import saved_modules
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

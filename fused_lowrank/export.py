@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, saved_modules
+from .adapt import adapted_layers
 from .adapter_file import (
     check_shapes,
     complete_layers,
@@ -39,6 +39,7 @@ from .compute.reference import Core
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
+from .saved import saved_modules
 from .targets import matches, modules_by_name, named_modules, unwrapped
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,9 +38,10 @@ def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.cat([value.double() for value in values]).cpu()
 
 
-def fingerprint_of(layer: LowRankLinear) -> Tensor:
-    """The fingerprint of an adapted layer."""
-    return fingerprint(layer.base_weight, layer.down, layer.up)
+def fingerprint_of(layer: LowRankLinear, originals: Mapping[Tensor, Tensor] = {}) -> Tensor:
+    """The fingerprint of an adapted layer, with the weight it had before, where that is trained."""
+    weight = originals.get(layer.base_weight, layer.base_weight)
+    return fingerprint(weight, layer.down, layer.up)
 
 
 def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:

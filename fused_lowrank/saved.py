@@ -1,0 +1,242 @@
+"""Modules trained whole: where they stand, and what the model was before they were trained.
+
+Such a module is known by its place, that is by its parent and its name there, so that it stays
+known when somebody puts another module in that place, as resizing a vocabulary does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LowRankLinear
+from .targets import modules_by_name, named_modules, unwrapped
+
+KEPT = "_lowrank_kept"  # in a parent's __dict__: {a child's name: Kept}
+SLOTS = "_lowrank_slots"  # in a module's __dict__: {a Parameter's name: the one that was there}
+
+
+@dataclass
+class Kept:
+    """A module as it was when it began to be trained whole."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]  # copies of its values
+
+
+@dataclass
+class Base:
+    """What has to be put back for the model to be what it was."""
+
+    values: dict[Tensor, Tensor] = field(default_factory=dict)  # tensor → its value as it was
+    places: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # dict, key, value
+    grown: list[str] = field(default_factory=list)  # tensors with rows that the base does not have
+    unknown: str = ""  # a module that cannot be what it was
+
+    def check(self, stacklevel: int) -> None:
+        """Raise if there is no way back, and warn of tensors for which the base has no values."""
+        if self.unknown:
+            raise ValueError(
+                f"{self.unknown} is trained whole, and now has tensors of other names or sizes "
+                "than when the model was adapted: put its old parts back, or load the base anew"
+            )
+        if self.grown:
+            warnings.warn(
+                f"the vocabulary has grown since the model was adapted: of {', '.join(self.grown)} "
+                "the base has no values for new tokens; they are given the mean of the others",
+                stacklevel=stacklevel,
+            )
+
+
+def keep(model: nn.Module, names: list[str]) -> None:
+    """Train modules whole, and keep copies of them for `disable_adapters` and `unload`."""
+    modules, copies = modules_by_name(model), dict[Tensor, Tensor]()
+    kept = {}
+    for name in names:
+        tensors = state_of(modules[name])
+        for tensor in tensors.values():
+            if tensor not in copies:
+                copies[tensor] = tensor.detach().clone()
+        kept[id(modules[name])] = Kept(
+            modules[name], {key: copies[tensor] for key, tensor in tensors.items()}
+        )
+        modules[name].requires_grad_(True)
+    vars(model).setdefault(KEPT, {})  # `forgotten` knows by it which model was adapted
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if id(module) in kept:
+                vars(parent).setdefault(KEPT, {})[child] = kept[id(module)]
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The tensors of a module themselves, by name, wrappers around it left out."""
+    return unwrapped(module).state_dict(keep_vars=True)
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Kept]]:
+    """(name, parent, name there, what was there) of the modules trained whole, each of them once.
+
+    Raises ValueError if nothing is in the place any more.
+    """
+    seen = set()
+    for name, parent in named_modules(model):
+        for child, kept in vars(parent).get(KEPT, {}).items():
+            module = parent._modules.get(child)
+            full = f"{name}.{child}" if name else child
+            if module is None:
+                raise ValueError(f"{full} is trained whole, but is gone: put a module in its place")
+            if id(module) not in seen:
+                yield full, parent, child, kept
+            seen.add(id(module))
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules trained whole, by name."""
+    return {
+        name: unwrapped(parent._modules[child])  # type: ignore[arg-type]
+        for name, parent, child, _ in places(model)
+    }
+
+
+def forgotten(model: nn.Module) -> list[str]:
+    """What is trained inside an adapted model and of no layer or module that is saved.
+
+    What stands around it is not, nor a model that was built of adapted layers: they are trained as
+    their owner likes.
+    """
+    inside = {id(p) for m in model.modules() if KEPT in vars(m) for p in m.parameters()}
+    inside -= {id(tensor) for m in saved_modules(model).values() for tensor in m.parameters()}
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    inside -= {id(layer._parameters[name]) for layer in layers for name in layer.train_names}
+    return [
+        f"{holder}.{name}" if holder else name
+        for holder, module in named_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad and id(parameter) in inside
+    ]
+
+
+def warn_of_forgotten(model: nn.Module, stacklevel: int) -> None:
+    """One warning of what is trained and would not be saved."""
+    if names := forgotten(model):
+        more = f", … ({len(names)} in all)" if len(names) > 3 else ""
+        warnings.warn(
+            f"{', '.join(names[:3])}{more} can be trained, and would not be in the file: name such "
+            "modules in modules_to_save, or save them yourself; requires_grad_(False) if they are "
+            "not trained",
+            stacklevel=stacklevel + 1,
+        )
+
+
+# --- what the model was ---
+
+
+def base_of(model: nn.Module) -> Base:
+    """What the modules trained whole were, whatever stands in their places now."""
+    base, rows = Base(), vocabularies(model)
+    for name, parent, child, kept in places(model):
+        present: Any = parent._modules[child]
+        tensors = state_of(present)
+        values = {key: fitted(v, tensors.get(key), rows) for key, v in kept.tensors.items()}
+        if tensors.keys() != values.keys() or any(value is None for value in values.values()):
+            if present is kept.module:
+                base.unknown = name
+                continue
+            old = kept.module.to(next(iter(tensors.values())).device if tensors else None)
+            base.places.append((parent._modules, child, old.train(present.training)))
+            tensors = state_of(old)
+            values = {k: fitted(v, tensors[k], rows, v) for k, v in kept.tensors.items()}
+        for key, value in values.items():
+            base.values.setdefault(tensors[key], value)
+            if value.dim() and len(value) > len(kept.tensors[key]):
+                base.grown.append(f"{name}.{key}")
+    for module in model.modules():
+        for name, before in vars(module).get(SLOTS, {}).items():
+            base.places.append((module._parameters, name, before))
+    return base
+
+
+def vocabularies(model: nn.Module) -> set[int]:
+    """How many tokens the model knows: the sizes that resizing its vocabulary gave to tensors."""
+    tables = list(saved_modules(model).values())
+    for module in model.modules():
+        with suppress(AttributeError, NotImplementedError):
+            tables.append(module.get_input_embeddings())  # type: ignore[operator]
+    return {len(table.weight) for table in tables if isinstance(table, nn.Embedding)}
+
+
+def fitted(value: Tensor, present: Any, rows: set[int], otherwise: Any = None) -> Any:
+    """A kept value in the shape and kind of the tensor that is there now.
+
+    Of a vocabulary that was resized, the tokens that are new have the mean of the others, which is
+    what transformers gives to new tokens. Tensors that differ in another way give `otherwise`.
+    """
+    if present is None:
+        return otherwise
+    value = value.to(present.device, present.dtype)
+    if value.shape == present.shape:
+        return value
+    if not value.dim() or value.shape[1:] != present.shape[1:] or len(present) not in rows:
+        return otherwise
+    mean = value.to(torch.promote_types(value.dtype, torch.float32)).mean(0).to(value.dtype)
+    new = mean.expand(max(0, len(present) - len(value)), *mean.shape)
+    return torch.cat([value[: len(present)], new])
+
+
+@contextmanager
+def base_in_place(model: nn.Module) -> Iterator[None]:
+    """Within it the modules trained whole, and whatever is tied to them, are what they were."""
+    base = base_of(model)
+    base.check(6)
+    undo: list[tuple[Any, str, Any]] = []
+
+    def put(slot: Any, name: str, new: Any) -> None:
+        undo.append((slot, name, slot[name]))
+        slot[name] = new
+
+    exchange: dict[Tensor, Any] = {
+        tensor: nn.Parameter(value, requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else value.clone()
+        for tensor, value in base.values.items()
+    }
+    try:
+        for slot, name, old in base.places:
+            put(slot, name, old)
+        for module in model.modules():
+            for slot in (module._parameters, module._buffers):
+                for name, tensor in slot.items():
+                    if tensor is not None and tensor in exchange:
+                        put(slot, name, exchange[tensor])
+            if isinstance(module, LowRankLinear) and module.merged:
+                original = module.base_weight
+                put(vars(module), "_original", (exchange.get(original, original),))
+        yield
+    finally:
+        for slot, name, old in reversed(undo):
+            slot[name] = old
+
+
+@torch.no_grad()
+def put_back(base: Base) -> None:
+    """Make the modules trained whole, and whatever is tied to them, what they were."""
+    for tensor, value in base.values.items():
+        if tensor.shape == value.shape:
+            tensor.copy_(value)
+        else:
+            tensor.data = value
+    for slot, name, old in base.places:
+        slot[name] = old
+
+
+def forget(model: nn.Module) -> None:
+    """The modules trained whole are no longer known as such; what is frozen stays frozen."""
+    for module in model.modules():
+        vars(module).pop(KEPT, None)
+        vars(module).pop(SLOTS, None)
