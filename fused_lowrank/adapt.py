@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from .targets import (
     modules_by_name,
     named_modules,
 )
+from .ties import memory, note_untied, refuse_views
 
 LEAVE = "; exclude_modules leaves a layer out, modules_to_save trains it whole"
 Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords
@@ -69,7 +71,8 @@ def adapt(
 
     Raises:
         ValueError: an unknown method; a pattern that matches nothing; a rank that does not fit a
-            layer; a weight on the meta device; a module whose replacement would never be called.
+            layer; a weight on the meta device; a module whose replacement would never be called;
+            a tensor that would be trained and is a view of another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
             patterns that are no strings.
 
@@ -94,6 +97,7 @@ def adapt(
         plan = dict.fromkeys(targets, (cls, method_keywords))
     with unchanged_on_error(model):
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
+        refuse_views(model, saved, layers)
     place(model, layers, saved)
     if progress:
         print(describe(model), file=sys.stderr)
@@ -227,6 +231,8 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         unmerge(model)
         put_back(base)
     replace_modules(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    if merge:
+        note_untied(model)
     forget(model)
     restore_fast_paths(model)
     return model
@@ -247,13 +253,13 @@ def merge(model: nn.Module) -> nn.Module:
 
 def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]:
     """The names of the layers, not merged yet, whose weights other modules have as well."""
-    others = {
-        id(parameter)
+    shared = Counter(
+        memory(parameter)
         for module in model.modules()
-        if not isinstance(module, LowRankLinear)
         for parameter in module._parameters.values()
-    }
-    return [name for name, m in layers.items() if not m.merged and id(m.weight) in others]
+        if parameter is not None
+    )
+    return [name for name, m in layers.items() if not m.merged and shared[memory(m.weight)] > 1]
 
 
 def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:

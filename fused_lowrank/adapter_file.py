@@ -38,6 +38,7 @@ from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
 from .targets import modules_by_name, unwrapped
+from .ties import apply, changes_for, refuse_views, ties_of, trained_names
 
 FORMAT, VERSION = "fused_lowrank", "1"
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
@@ -82,6 +83,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
             for name, layer in layers.items()
         },
         "modules_to_save": list(saved_modules(model)),
+        "tied": ties_of(model, trained_names(saved_modules(model), layers)),
         "bases": bases,
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
@@ -202,12 +204,17 @@ def install(
             except TypeError as error:
                 raise ValueError(f"{path} does not fit this model: {error}") from error
         check_tensors(model, layers, tensors, config, path)
+        refuse_views(model, saved, layers)
+        changes = changes_for(model, config.get("tied"), tensors, path)
+        if present:
+            changes.refuse(path)
         for name, layer in layers.items():
             if layer.weight.is_meta:
                 raise ValueError(f"{name}.weight is on the meta device: load the weights first")
             check(name, layer)
     if not present:
         place(model, layers, saved)
+        apply(model, changes, trained_names(saved_modules(model), layers))
     fill(model, layers, tensors, saved)
     return model
 
@@ -268,6 +275,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         if config["bases"] not in (True, False):
             raise TypeError("bases is neither true nor false")
         config["modules_to_save"] = [str(name) for name in config["modules_to_save"]]
+        for name, source in (config.get("tied") or {}).items():
+            if not isinstance(source, str) or source not in tensors or name == source:
+                raise TypeError(f"{name} is tied to {source}, which is not there")
     except (KeyError, TypeError, AttributeError) as error:
         raise unreadable(path, error) from error
     return config, tensors

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import adapter_file, bank_file, official, peft_folder
@@ -25,7 +26,9 @@ from .adapt import require_adapted, tied_layers, unload
 from .export import export_lora, of_contents, write
 from .inspection import describe, kind_of
 from .layers import METHODS
+from .saved import SLOTS
 from .targets import modules_by_name
+from .ties import separate
 
 # The base model's weights in whatever format, which the merged ones replace.
 WEIGHTS = re.compile(
@@ -145,17 +148,17 @@ def convert(args: argparse.Namespace) -> None:
 def merge(args: argparse.Namespace) -> None:
     """Write a base model with W + ΔW for its weights, as save_pretrained does."""
     model = adapted(args, convertible(args))
-    if tied := tied_layers(require_adapted(model), model):
-        raise ValueError(
-            f"the weight of {tied[0]} is tied to another, and would be so again in the file: it "
-            "cannot be merged"
-        )
+    untied = unties(model)
     unload(model, merge=True)
+    if untied:
+        separate(model)  # or save_pretrained would leave some out, to be tied to what they are not
     target = args.target
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(unfinished)  # type: ignore[operator]
         copy_rest(args.base, unfinished)
+        if untied:
+            check_untied(model, unfinished)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -224,6 +227,23 @@ def adapted(args: argparse.Namespace, kind: str) -> nn.Module:
     if kind == "official":
         return official.load_official_lora_xs(model, args.source)
     return adapter_file.load_contents(model, config, tensors, args.source)
+
+
+def unties(model: nn.Module) -> bool:
+    """Whether merging leaves tensors apart that the base model ties."""
+    apart = any(SLOTS in vars(module) for module in model.modules())
+    return apart or bool(tied_layers(require_adapted(model), model))
+
+
+def check_untied(model: nn.Module, folder: Path) -> None:
+    """Raise unless a folder gives the very model that was written to it."""
+    found, there = model.state_dict(), base_model(folder).state_dict()
+    for name, tensor in found.items():
+        if name not in there or not torch.equal(there[name].to(tensor), tensor):
+            raise ValueError(
+                f"{name} is tied to another tensor of the base model, and would be so again when "
+                "the merged one is read: it cannot be merged into files of transformers"
+            )
 
 
 def base_model(folder: Path, cls: str | None = None) -> nn.Module:

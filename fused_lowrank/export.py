@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -39,8 +39,9 @@ from .compute.reference import Core
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
-from .saved import saved_modules
+from .saved import saved_modules, warn_of_forgotten
 from .targets import matches, modules_by_name, named_modules, unwrapped
+from .ties import ties_of, trained_names
 
 
 @dataclass
@@ -122,8 +123,13 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
 
 def of_model(model: nn.Module) -> Adapter:
     """The adapter that a model carries."""
-    parts = {name: of_layer(name, layer) for name, layer in complete_layers(model).items()}
-    saved = tuple(saved_modules(model))
+    layers, whole = complete_layers(model), saved_modules(model)
+    warn_of_forgotten(model, 4)
+    parts = {name: of_layer(name, layer) for name, layer in layers.items()}
+    tied = ties_of(model, trained_names(whole, layers))
+    saved = tuple(with_tied(whole, parts, tied))
+    for holder in {name.rpartition(".")[0] for name in tied} & parts.keys():
+        parts[holder].bias = layers[holder].bias
     modules: dict[str, Mapping[str, Tensor]] = {}
     for name, module in named_modules(model, every=True):
         if saved and name.endswith(saved):  # so PEFT matches them, without a dot before
@@ -159,13 +165,39 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -
         for part in (*layer.factors, "bias"):
             if (value := tensors.get(f"{name}.{part}")) is not None:
                 setattr(layer, part, nn.Parameter(value, requires_grad=False))
-    return Adapter(
-        {name: of_layer(name, layer) for name, layer in layers.items()},
-        {
-            name: {k.removeprefix(f"{name}."): tensors[k] for k in rest if k.startswith(f"{name}.")}
-            for name in config["modules_to_save"]
-        },
-    )
+    parts = {name: of_layer(name, layer) for name, layer in layers.items()}
+    values = {key: tensors[key] for key in rest}
+    values |= {name: tensors[source] for name, source in (config.get("tied") or {}).items()}
+    modules: dict[str, Mapping[str, Tensor]] = {
+        name: {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
+        for name in with_tied(config["modules_to_save"], parts, config.get("tied") or {})
+    }
+    for key, value in values.items():
+        if key.rpartition(".")[0] in parts:
+            parts[key.rpartition(".")[0]].bias = value
+    return Adapter(parts, modules)
+
+
+def with_tied(saved: Iterable[str], layers: Collection[str], tied: Mapping[str, str]) -> list[str]:
+    """The modules that PEFT has to train whole for all to have what is trained through a tie.
+
+    PEFT gives each of them a copy, tied to nothing. What it does not copy it loads in its place, so
+    that ties of trained biases stay as they are. Raises ValueError for what PEFT cannot hold.
+    """
+    names = list(saved)
+    for name, source in tied.items():
+        holder, _, part = name.rpartition(".")
+        if source.rpartition(".")[0] in layers or name.startswith(tuple(f"{n}." for n in names)):
+            continue
+        if holder in layers and part == "bias":
+            continue
+        if not holder or any(f"{layer}.".startswith(f"{holder}.") for layer in layers):
+            raise ValueError(
+                f"{name} is trained through its tie to {source}, which plain LoRA cannot hold: "
+                "merge instead"
+            )
+        names.append(holder)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def stand_in(
@@ -239,7 +271,10 @@ def factored(
     if dtype is None:
         kinds = [factor.dtype for factor in (part.down, *cores, part.up)]
         dtype = functools.reduce(torch.promote_types, kinds)
-    a, b, *wide = (factor.detach().cpu().double() for factor in (part.down, part.up, *cores))
+    a, b, *wide = (  # copies, for bits depend on how memory is aligned, which in a file it is not
+        factor.detach().cpu().to(torch.float64, copy=True)
+        for factor in (part.down, part.up, *cores)
+    )
     if len(wide) == 2:
         a, b = wide[0].t() @ a, b @ wide[1].t()
     elif wide and a.shape[0] <= b.shape[1]:

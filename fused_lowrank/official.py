@@ -102,7 +102,7 @@ def read(
         own = {"r": r, "alpha": alpha, "dropout": dropout, "train": ("core",)}
         layers[name] = {"method": "lora_xs", "settings": own}
     tensors = {f"{n}.{factor}": t for n, found in factors.items() for factor, t in found.items()}
-    config = {"layers": layers, "modules_to_save": saved, "bases": True}
+    config = {"layers": layers, "modules_to_save": saved, "tied": {}, "bases": True}
     return config, {**tensors, **trained}, base
 
 

@@ -230,6 +230,7 @@ def parsed(
         raise ValueError(f"{path} adapts no layers: it is damaged")
     tensors = {f"{name}.{part}": t for name, parts in layers.items() for part, t in parts.items()}
     contents: dict[str, Any] = {"layers": entries, "modules_to_save": saved, "bases": bases}
+    contents["tied"] = {}  # PEFT trains copies of modules, tied to nothing
     contents["seed"] = config.get("projection_seed", 42)
     contents["partial"] = [name for name in saved if not name.endswith(heads_of(config))]
     return contents, {**tensors, **found}

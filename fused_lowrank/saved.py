@@ -20,6 +20,7 @@ from .targets import modules_by_name, named_modules, unwrapped
 
 KEPT = "_lowrank_kept"  # in a parent's __dict__: {a child's name: Kept}
 SLOTS = "_lowrank_slots"  # in a module's __dict__: {a Parameter's name: the one that was there}
+CONFIG = "_lowrank_config"  # likewise, of its config: {a setting's name: the value that was there}
 
 
 @dataclass
@@ -159,6 +160,8 @@ def base_of(model: nn.Module) -> Base:
     for module in model.modules():
         for name, before in vars(module).get(SLOTS, {}).items():
             base.places.append((module._parameters, name, before))
+        for name, before in vars(module).get(CONFIG, {}).items():
+            base.places.append((vars(module.config), name, before))
     return base
 
 
@@ -238,5 +241,5 @@ def put_back(base: Base) -> None:
 def forget(model: nn.Module) -> None:
     """The modules trained whole are no longer known as such; what is frozen stays frozen."""
     for module in model.modules():
-        vars(module).pop(KEPT, None)
-        vars(module).pop(SLOTS, None)
+        for record in (KEPT, SLOTS, CONFIG):
+            vars(module).pop(record, None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fused_lowrank import (
     AdapterBank,
     adapt,
+    cli,
     export_lora,
     load_adapter,
     load_official_lora_xs,
@@ -364,16 +365,31 @@ def test_failed_merge(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: An
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_merge_of_a_tied_weight(tmp_path: Path, capsys: Any) -> None:
-    """It would be tied again when the file is read, so that what was merged would be lost."""
+def test_merge_of_a_tied_weight(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """It is written as it is, or refused where it would be tied again when the files are read."""
     model = tiny("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
     adapt(model, target_modules=["lm_head"], r=4, progress=False)
+    nn.init.normal_(model.lm_head.core)
     save_adapter(model, tmp_path / "file")
+    inputs = batch("llama", 5)
+    expected = model(**inputs).logits
     asked = ("merge", tmp_path / "file", tmp_path / "out", "--base", tmp_path / "base")
+    read = cli.base_model
+
+    def tying(folder: Path) -> Any:
+        found: Any = read(folder)
+        found.lm_head.weight = found.model.embed_tokens.weight
+        return found
+
+    monkeypatch.setattr(cli, "base_model", tying)
     code, _, error = run(capsys, *asked)
-    assert (code, "the weight of lm_head is tied" in error) == (1, True)
+    assert (code, "lm_head.weight is tied to another tensor of the base" in error) == (1, True)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "file"}
+    monkeypatch.setattr(cli, "base_model", read)
+    assert run(capsys, *asked)[0] == 0
+    merged = type(model).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 # --- errors ---

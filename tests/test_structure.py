@@ -21,7 +21,7 @@ FLOORS = (
     ("cli", "integrations"),
     ("inspection", "official", "export", "parallel", "explain"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
-    ("adapter_file", "peft_folder", "fingerprint", "adapt", "saved", "targets"),
+    ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     ("layers", "init", "routing", "called", "readers"),
     ("functional", "testing"),
     ("compute",),

@@ -1,0 +1,205 @@
+"""Tied tensors: what is trained in one place of a model is trained in all that share it.
+
+A file says which of a model's tensors were tied to those it holds: {"lm_head.weight":
+"model.embed_tokens.weight"}. A model that ties others than the file did is changed on loading, so
+that it computes what the one computed that was saved; `unload` undoes that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LowRankLinear
+from .saved import CONFIG, SLOTS, state_of
+from .targets import modules_by_name, named_modules
+
+Ties = dict[str, str]  # name of a tensor → name of the one, in the file, that it was tied to
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """(holder, its name there) of each Parameter and buffer of the model by its name."""
+    return {
+        f"{name}.{part}" if name else part: (module, part)
+        for name, module in named_modules(model)
+        for slot in (module._parameters, module._buffers)
+        for part, tensor in slot.items()
+        if tensor is not None
+    }
+
+
+def present(holder: nn.Module, part: str) -> Any:
+    """A tensor of a module; of an adapted layer that is merged, the weight as it was."""
+    if part == "weight" and isinstance(holder, LowRankLinear):
+        return holder.base_weight
+    return holder._parameters.get(part, holder._buffers.get(part))
+
+
+def memory(tensor: Tensor) -> Any:
+    """What two tensors have in common if and only if they are one: their place in memory."""
+    with suppress(RuntimeError, NotImplementedError):  # of subclasses
+        if tensor.data_ptr():
+            return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+    return id(tensor)
+
+
+def trained_names(saved: Mapping[str, nn.Module], layers: Mapping[str, LowRankLinear]) -> list[str]:
+    """The names of the tensors of a base model that are trained, and so in a file."""
+    names = [f"{name}.{key}" for name, module in saved.items() for key in state_of(module)]
+    return names + [
+        f"{name}.{part}"
+        for name, layer in layers.items()
+        for part in ("weight", "bias")
+        if part in layer.train_names and getattr(layer, part) is not None
+    ]
+
+
+def ties_of(model: nn.Module, names: Iterable[str]) -> Ties:
+    """Which tensors are tied to those of these names, or these to each other."""
+    there, first = tensors_by_name(model), dict[Any, str]()
+    known = [name for name in names if name in there]
+    for name in known:
+        first.setdefault(memory(present(*there[name])), name)
+    tied = {}
+    for name, place in there.items():
+        source = first.get(memory(present(*place)), name)
+        if source != name:
+            tied[name] = source
+    return tied
+
+
+def refuse_views(
+    model: nn.Module, saved: Iterable[str], layers: Mapping[str, LowRankLinear]
+) -> None:
+    """Raise if a tensor that would be trained lies in the memory of another in another shape."""
+    whole: dict[Any, set[str]] = {}
+    there, modules = tensors_by_name(model), modules_by_name(model)
+    for name, place in there.items():
+        tensor = present(*place)
+        with suppress(RuntimeError, NotImplementedError):
+            if tensor.data_ptr() and tensor.numel() > 1:
+                whole.setdefault((tensor.device, tensor.data_ptr(), tensor.numel()), set()).add(
+                    name
+                )
+    names = set(trained_names({name: modules[name] for name in saved}, layers))
+    for group in whole.values():
+        if len({memory(present(*there[name])) for name in group}) > 1 and group & names:
+            one, other = sorted(group, key=lambda name: name not in names)[:2]
+            raise ValueError(
+                f"{one} would be trained, and lies in the memory of {other} in another shape or "
+                "layout, which would change with it unseen: make them one Parameter, or clone one"
+            )
+
+
+@dataclass
+class Changes:
+    """What is to be done to the ties of a model for it to hold what a file holds."""
+
+    apart: list[list[str]] = field(default_factory=list)  # names that are to share a new Parameter
+    together: Ties = field(default_factory=dict)
+
+    def refuse(self, path: Any) -> None:
+        """Raise if there is anything to do, in a model whose tensors must stay what they are."""
+        for name in (*(names[0] for names in self.apart), *self.together):
+            raise ValueError(
+                f"{path} does not fit this adapted model: {name} is tied to another tensor in one "
+                "of them and not in the other; unload(model) first"
+            )
+
+
+def changes_for(
+    model: nn.Module, tied: Ties | None, tensors: Mapping[str, Tensor], path: Any
+) -> Changes:
+    """How the ties of the model differ from those of a file, where that makes a difference.
+
+    Raises ValueError if the model has not the tensors that were tied.
+    """
+    changes, there = Changes(), tensors_by_name(model)
+    if tied is None:  # a file that does not say
+        return changes
+    groups: dict[Any, list[str]] = {}
+    for name, place in there.items():
+        groups.setdefault(memory(present(*place)), []).append(name)
+    for names in groups.values():
+        by_source: dict[str | None, list[str]] = {}
+        for name in names:
+            source = tied.get(name, name if name in tensors else None)
+            by_source.setdefault(source, []).append(name)
+        own = present(*there[names[0]]).detach()
+        values = [own if source is None else tensors[source] for source in by_source]
+        if len(values) > 1 and not all(same(values[0], value) for value in values[1:]):
+            ordered = sorted(by_source.items(), key=lambda item: item[0] is None)
+            changes.apart += [shared for _, shared in ordered[1:]]
+    for name, source in tied.items():
+        if name not in there or source not in there:
+            raise ValueError(
+                f"{path} was trained with {name} tied to {source}, and this model has not both"
+            )
+        ours = [present(*there[one]) for one in (name, source)]
+        if name not in tensors and memory(ours[0]) != memory(ours[1]):
+            if ours[0].shape != ours[1].shape:
+                raise ValueError(
+                    f"{path} was trained with {name} tied to {source}; in this model they are "
+                    f"{tuple(ours[0].shape)} and {tuple(ours[1].shape)}"
+                )
+            changes.together[name] = source
+    return changes
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, wherever they lie."""
+    return a.shape == b.shape and not a.is_meta and torch.equal(a.to(b), b)
+
+
+def apply(model: nn.Module, changes: Changes, trained: Iterable[str]) -> None:
+    """Change the ties of the model; what is not among the trained ones is frozen."""
+    there, trained = tensors_by_name(model), set(trained)
+
+    def put(name: str, new: Any) -> None:
+        holder, part = there[name]
+        vars(holder).setdefault(SLOTS, {}).setdefault(part, holder._parameters[part])
+        holder._parameters[part] = new
+
+    for names in changes.apart:
+        own = present(*there[names[0]])
+        new = nn.Parameter(own.detach().clone(), requires_grad=not trained.isdisjoint(names))
+        for name in names:
+            put(name, new)
+    for name, source in changes.together.items():
+        put(name, present(*there[source]))
+    if changes.apart:
+        note_untied(model)
+
+
+def separate(model: nn.Module) -> None:
+    """Give each of the tensors that are tied to one another a Parameter of its own."""
+    names = tensors_by_name(model)
+    for name in ties_of(model, names):
+        holder, part = names[name]
+        if holder._parameters.get(part) is not None:
+            own = present(holder, part)
+            holder._parameters[part] = nn.Parameter(own.detach().clone(), own.requires_grad)
+
+
+def note_untied(model: nn.Module) -> None:
+    """Have the config of a transformers model not say that embeddings are tied if none is.
+
+    Encoder-decoders are left as they are: some scale the head's input by that setting, and reading
+    a model does not tie what its files hold in two values.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        expanded = getattr(module, "get_expanded_tied_weights_keys", None)
+        if expanded is None or not getattr(config, "tie_word_embeddings", False):
+            continue
+        there = tensors_by_name(module)
+        pairs = [pair for pair in expanded().items() if all(name in there for name in pair)]
+        tied = [memory(present(*there[a])) == memory(present(*there[b])) for a, b in pairs]
+        if pairs and not any(tied) and not getattr(config, "is_encoder_decoder", False):
+            vars(module).setdefault(CONFIG, {})["tie_word_embeddings"] = True
+            config.tie_word_embeddings = False
