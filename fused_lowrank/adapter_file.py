@@ -159,8 +159,8 @@ def load_contents(
     peft_folder.complete(model, config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
-        bases, seeded = (layer.down, layer.up), not config["bases"] and "seed" in config
-        if seeded:
+        bases: tuple[Tensor, Tensor] = layer.down, layer.up
+        if seeded := not config["bases"] and "seed" in config:
             bases = peft_folder.frozen_factors(layer, name, config["seed"])
         weight = originals.get(layer.base_weight, layer.base_weight)
         ours = fingerprint(weight, *bases)

@@ -377,8 +377,8 @@ def test_merge_of_a_tied_weight(tmp_path: Path, capsys: Any, monkeypatch: Any) -
     asked = ("merge", tmp_path / "file", tmp_path / "out", "--base", tmp_path / "base")
     read = cli.base_model
 
-    def tying(folder: Path) -> Any:
-        found: Any = read(folder)
+    def tying(*arguments: Any) -> Any:
+        found: Any = read(*arguments)
         found.lm_head.weight = found.model.embed_tokens.weight
         return found
 
