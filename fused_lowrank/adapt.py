@@ -17,7 +17,7 @@ from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
 from .readers import leave_fast_paths, restore_fast_paths
-from .saved import base_in_place, base_of, forget, keep, put_back, saved_modules
+from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
 from .targets import (
     Patterns,
     check_patterns,
@@ -58,7 +58,8 @@ def adapt(
             warning says what is left out, and one which ranks are lower.
         exclude_modules: names, or a regular expression, of modules to leave alone.
         modules_to_save: names of modules to train whole, such as a new head; they are saved with
-            the adapter.
+            the adapter. What is tied to them is trained with them, and known by their places they
+            may be resized or replaced.
         fused: the fused layers, or their plain references.
         progress: show a progress bar and, at the end, what is trained, on stderr.
         defer_bases: leave the factors uninitialised, for a model on the meta device; call
@@ -205,6 +206,7 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
     for layer in tqdm(pending.values(), "init_bases", disable=not progress, unit="layer"):
         layer.init_factors()
+    keep_loaded(model)
     return model
 
 
@@ -218,8 +220,10 @@ def require_not_fsdp(model: nn.Module, what: str) -> None:
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Take the adapted layers out, in place: plain nn.Linear with the original weights again.
 
-    With merge=True their weights are W + ΔW instead, and modules trained whole keep what they have
-    learned. What is frozen stays frozen.
+    With merge=True their weights are W + ΔW instead, modules trained whole keep what they have
+    learned, and the config of a transformers model says so if its embeddings are tied no more. What
+    is frozen stays frozen. Raises ValueError where the inside of a module trained whole was
+    replaced by something of another size, and what it was is not known.
     """
     layers = require_adapted(model)
     require_not_fsdp(model, "unload")
@@ -297,7 +301,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
+    """Within it the model is the one it was before `adapt`: the reference model of DPO, say.
+
+    Of a vocabulary that was resized since, the new tokens have the mean of the others; a
+    UserWarning says so. Raises ValueError as `unload` does.
+    """
     layers = require_adapted(model).values()
     if saved_modules(model):
         require_not_fsdp(model, "disable modules trained whole")

@@ -5,6 +5,9 @@
 <module>.fingerprint  of the frozen factors and of the weight, (P + Q + 4,) float64
 <module>.<tensor>     of each module trained whole
 metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
+
+The config has the layers' settings, the names of the modules trained whole, and of tensors that
+were `tied` to some that the file holds.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
 from .targets import modules_by_name, unwrapped
-from .ties import apply, changes_for, refuse_views, ties_of, trained_names
+from .ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
 
 FORMAT, VERSION = "fused_lowrank", "1"
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
@@ -65,7 +68,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     Of a sharded model (fully_shard, parallelize_module) every rank must call this: tensors are
     gathered, and every rank writes the same file, under its own name until it is whole.
 
-    Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled.
+    A UserWarning names what can be trained in the model and is not in the file.
+
+    Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled; if
+    a module trained whole is gone.
     """
     layers = complete_layers(model)
     warn_of_forgotten(model, 3)
@@ -75,15 +81,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
         for part, tensor in parts(layer, layer.train_names, bases).items():
             tensors[f"{name}.{part}"] = tensor
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer, originals)
-    for name, module in saved_modules(model).items():
+    saved = saved_modules(model)
+    for name, module in saved.items():
         tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+    tied = ties_of(model, trained_names(saved, layers))
     config = {
         "layers": {
             name: {"method": layer.method, "settings": layer.settings()}
             for name, layer in layers.items()
         },
-        "modules_to_save": list(saved_modules(model)),
-        "tied": ties_of(model, trained_names(saved_modules(model), layers)),
+        "modules_to_save": list(saved),
+        "tied": tied,
+        "partly": holders_in_part(model, tied, tensors),
         "bases": bases,
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
@@ -135,7 +144,8 @@ def load_adapter(
 
     A plain model is adapted first, as the file says. An adapted one must have the same layers, of
     the same ranks, alpha and train, and the same modules to save, and not be merged; it keeps its
-    classes and takes the file's values. Returns the model.
+    classes and takes the file's values. Returns the model. Tensors that the file has in two values
+    are tied no more, and those that it had tied are; `unload` undoes that.
 
     Raises:
         ValueError: a file that is truncated or none of ours, or that belongs to another model:

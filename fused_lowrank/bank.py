@@ -65,7 +65,7 @@ class AdapterBank:
     refused: Tensor  # int32 (1,): whether a call met a handle that is not
 
     def __init__(self, model: nn.Module, slots: int, dtype: torch.dtype | None = None) -> None:
-        self.layers = require_adapted(model)
+        self.model, self.layers = model, require_adapted(model)
         check_layers(self.layers)
         if not isinstance(slots, int) or not 1 <= slots < 1 << 31:
             raise ValueError(f"slots is {slots!r}: it must be at least 1 and below 2³¹")

@@ -28,7 +28,6 @@ from .inspection import describe, kind_of
 from .layers import METHODS
 from .saved import SLOTS
 from .targets import modules_by_name
-from .ties import separate
 
 # The base model's weights in whatever format, which the merged ones replace.
 WEIGHTS = re.compile(
@@ -150,8 +149,6 @@ def merge(args: argparse.Namespace) -> None:
     model = adapted(args, convertible(args))
     untied = unties(model)
     unload(model, merge=True)
-    if untied:
-        separate(model)  # or save_pretrained would leave some out, to be tied to what they are not
     target = args.target
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:

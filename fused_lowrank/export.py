@@ -89,8 +89,9 @@ def export_lora(
 
     Raises:
         ValueError: no adapter there, or an uninitialised, disabled or damaged one; a file without
-            its frozen factors; a trained weight, which LoRA cannot hold; values that `dtype` cannot
-            hold; a layer that stands in several places, of which PEFT would adapt one.
+            its frozen factors; a trained weight, also by a tie, which LoRA cannot hold; a file
+            with a part of a module that is tied to it; values that `dtype` cannot hold; a layer
+            that stands in several places, of which PEFT would adapt one.
     """
     if dtype not in (None, *WEIGHT_DTYPES):
         raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
@@ -123,9 +124,17 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
 
 def of_model(model: nn.Module) -> Adapter:
     """The adapter that a model carries."""
-    layers, whole = complete_layers(model), saved_modules(model)
+    layers = complete_layers(model)
     warn_of_forgotten(model, 4)
     parts = {name: of_layer(name, layer) for name, layer in layers.items()}
+    return Adapter(parts, whole_modules(model, layers, parts), unwrapped(model))
+
+
+def whole_modules(
+    model: nn.Module, layers: Mapping[str, LowRankLinear], parts: dict[str, Part]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The states of the modules that PEFT has to train whole; what biases are tied to is added."""
+    whole = saved_modules(model)
     tied = ties_of(model, trained_names(whole, layers))
     saved = tuple(with_tied(whole, parts, tied))
     for holder in {name.rpartition(".")[0] for name in tied} & parts.keys():
@@ -136,11 +145,14 @@ def of_model(model: nn.Module) -> Adapter:
             if any(True for _ in adapted_layers(module)):
                 raise ValueError(f"modules_to_save are {saved}: PEFT would take {name} for one")
             modules[name] = module.state_dict()
-    return Adapter(parts, modules, unwrapped(model))
+    return modules
 
 
 def of_bank(bank: AdapterBank, name: str) -> Adapter:
-    """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is."""
+    """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is.
+
+    All adapters of a bank share the modules that its model trains whole, as they are now.
+    """
     parts = {}
     with bank.kept([name]) as slots:
         for layer_name, (left, right, scales) in bank.shelves.items():
@@ -150,7 +162,7 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
             )
             alpha = float(scales[slot])
             parts[layer_name] = Part(layer.down, core, layer.up, alpha, 1, layer.dropout)
-    return Adapter(parts)
+    return Adapter(parts, whole_modules(bank.model, bank.layers, parts))
 
 
 def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> Adapter:
@@ -167,11 +179,17 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -
                 setattr(layer, part, nn.Parameter(value, requires_grad=False))
     parts = {name: of_layer(name, layer) for name, layer in layers.items()}
     values = {key: tensors[key] for key in rest}
-    values |= {name: tensors[source] for name, source in (config.get("tied") or {}).items()}
-    modules: dict[str, Mapping[str, Tensor]] = {
-        name: {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
-        for name in with_tied(config["modules_to_save"], parts, config.get("tied") or {})
-    }
+    tied = config.get("tied") or {}
+    values |= {name: tensors[source] for name, source in tied.items()}
+    modules: dict[str, Mapping[str, Tensor]] = {}
+    for name in with_tied(config["modules_to_save"], parts, tied):
+        if name in config.get("partly", ()):
+            raise ValueError(
+                f"{path} holds what is tied in {name}, and not the rest of it, which PEFT needs: "
+                "load it into its base model, and export that"
+            )
+        own = {k: v for k, v in values.items() if k.startswith(f"{name}.")}
+        modules[name] = {key.removeprefix(f"{name}."): value for key, value in own.items()}
     for key, value in values.items():
         if key.rpartition(".")[0] in parts:
             parts[key.rpartition(".")[0]].bias = value

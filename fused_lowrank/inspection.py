@@ -85,6 +85,8 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
     rows.append(("frozen", ", ".join(frozen) or "none"))
     if config["modules_to_save"]:
         rows.append(("whole", ", ".join(config["modules_to_save"])))
+    if config.get("tied"):
+        rows.append(("tied", ", ".join(f"{name} to {to}" for name, to in config["tied"].items())))
     return rows
 
 

@@ -44,8 +44,9 @@ class Base:
         """Raise if there is no way back, and warn of tensors for which the base has no values."""
         if self.unknown:
             raise ValueError(
-                f"{self.unknown} is trained whole, and now has tensors of other names or sizes "
-                "than when the model was adapted: put its old parts back, or load the base anew"
+                f"{self.unknown} is trained whole, and what it was is not known: it has tensors of "
+                "other names or sizes now, or was on the meta device (init_bases keeps its values "
+                "once they are loaded); put its old parts back, or load the base model anew"
             )
         if self.grown:
             warnings.warn(
@@ -73,6 +74,12 @@ def keep(model: nn.Module, names: list[str]) -> None:
         for child, module in parent._modules.items():
             if id(module) in kept:
                 vars(parent).setdefault(KEPT, {})[child] = kept[id(module)]
+
+
+def keep_loaded(model: nn.Module) -> None:
+    """Keep copies of modules that were on the meta device when they began to be trained whole."""
+    known = places(model)
+    keep(model, [n for n, *_, kept in known if any(t.is_meta for t in kept.tensors.values())])
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -125,7 +132,12 @@ def forgotten(model: nn.Module) -> list[str]:
 
 def warn_of_forgotten(model: nn.Module, stacklevel: int) -> None:
     """One warning of what is trained and would not be saved."""
-    if names := forgotten(model):
+    warn_of_names(forgotten(model), stacklevel + 1)
+
+
+def warn_of_names(names: list[str], stacklevel: int) -> None:
+    """The warning, of parameters by these names, if there are any."""
+    if names:
         more = f", … ({len(names)} in all)" if len(names) > 3 else ""
         warnings.warn(
             f"{', '.join(names[:3])}{more} can be trained, and would not be in the file: name such "
@@ -140,13 +152,14 @@ def warn_of_forgotten(model: nn.Module, stacklevel: int) -> None:
 
 def base_of(model: nn.Module) -> Base:
     """What the modules trained whole were, whatever stands in their places now."""
-    base, rows = Base(), vocabularies(model)
-    for name, parent, child, kept in places(model):
+    base, known = Base(), list(places(model))
+    rows = vocabularies(model) if known else set()
+    for name, parent, child, kept in known:
         present: Any = parent._modules[child]
         tensors = state_of(present)
         values = {key: fitted(v, tensors.get(key), rows) for key, v in kept.tensors.items()}
         if tensors.keys() != values.keys() or any(value is None for value in values.values()):
-            if present is kept.module:
+            if present is kept.module or any(v.is_meta for v in kept.tensors.values()):
                 base.unknown = name
                 continue
             old = kept.module.to(next(iter(tensors.values())).device if tensors else None)
@@ -180,7 +193,7 @@ def fitted(value: Tensor, present: Any, rows: set[int], otherwise: Any = None) -
     Of a vocabulary that was resized, the tokens that are new have the mean of the others, which is
     what transformers gives to new tokens. Tensors that differ in another way give `otherwise`.
     """
-    if present is None:
+    if present is None or value.is_meta != present.is_meta:
         return otherwise
     value = value.to(present.device, present.dtype)
     if value.shape == present.shape:
@@ -197,6 +210,9 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     """Within it the modules trained whole, and whatever is tied to them, are what they were."""
     base = base_of(model)
     base.check(6)
+    if not (base.values or base.places):
+        yield
+        return
     undo: list[tuple[Any, str, Any]] = []
 
     def put(slot: Any, name: str, new: Any) -> None:

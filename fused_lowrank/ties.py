@@ -7,7 +7,7 @@ that it computes what the one computed that was saved; `unload` undoes that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import LowRankLinear
-from .saved import CONFIG, SLOTS, state_of
+from .saved import CONFIG, SLOTS, base_of, state_of
 from .targets import modules_by_name, named_modules
 
 Ties = dict[str, str]  # name of a tensor → name of the one, in the file, that it was tied to
@@ -73,6 +73,13 @@ def ties_of(model: nn.Module, names: Iterable[str]) -> Ties:
     return tied
 
 
+def holders_in_part(model: nn.Module, tied: Ties, held: Container[str]) -> list[str]:
+    """The modules with a tied tensor that have others as well, which a file does not hold."""
+    rest = [name for name in tensors_by_name(model) if name not in tied and name not in held]
+    holders = dict.fromkeys(name.rpartition(".")[0] for name in tied)
+    return [h for h in holders if any(name.startswith(f"{h}.") for name in rest)]
+
+
 def refuse_views(
     model: nn.Module, saved: Iterable[str], layers: Mapping[str, LowRankLinear]
 ) -> None:
@@ -122,6 +129,7 @@ def changes_for(
     changes, there = Changes(), tensors_by_name(model)
     if tied is None:  # a file that does not say
         return changes
+    originals = base_of(model).values
     groups: dict[Any, list[str]] = {}
     for name, place in there.items():
         groups.setdefault(memory(present(*place)), []).append(name)
@@ -130,7 +138,8 @@ def changes_for(
         for name in names:
             source = tied.get(name, name if name in tensors else None)
             by_source.setdefault(source, []).append(name)
-        own = present(*there[names[0]]).detach()
+        own = present(*there[names[0]])
+        own = originals.get(own, own)
         values = [own if source is None else tensors[source] for source in by_source]
         if len(values) > 1 and not all(same(values[0], value) for value in values[1:]):
             ordered = sorted(by_source.items(), key=lambda item: item[0] is None)
@@ -176,21 +185,12 @@ def apply(model: nn.Module, changes: Changes, trained: Iterable[str]) -> None:
         note_untied(model)
 
 
-def separate(model: nn.Module) -> None:
-    """Give each of the tensors that are tied to one another a Parameter of its own."""
-    names = tensors_by_name(model)
-    for name in ties_of(model, names):
-        holder, part = names[name]
-        if holder._parameters.get(part) is not None:
-            own = present(holder, part)
-            holder._parameters[part] = nn.Parameter(own.detach().clone(), own.requires_grad)
-
-
 def note_untied(model: nn.Module) -> None:
-    """Have the config of a transformers model not say that embeddings are tied if none is.
+    """Have a transformers model whose ties are gone written so that it is read as it is.
 
-    Encoder-decoders are left as they are: some scale the head's input by that setting, and reading
-    a model does not tie what its files hold in two values.
+    Its config must not say that embeddings are tied if none is; in encoder-decoders it stays, for
+    some scale the head's input by it, and what files hold in two values is not tied on reading. A
+    tensor that is not tied to what its class says, but to another, gets a Parameter of its own.
     """
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -198,8 +198,20 @@ def note_untied(model: nn.Module) -> None:
         if expanded is None or not getattr(config, "tie_word_embeddings", False):
             continue
         there = tensors_by_name(module)
-        pairs = [pair for pair in expanded().items() if all(name in there for name in pair)]
-        tied = [memory(present(*there[a])) == memory(present(*there[b])) for a, b in pairs]
-        if pairs and not any(tied) and not getattr(config, "is_encoder_decoder", False):
+        pairs = [
+            pair
+            for pair in expanded(all_submodels=True).items()
+            if all(name in there for name in pair)
+        ]
+        memories = {name: memory(present(*there[name])) for pair in pairs for name in pair}
+        apart = [target for target, source in pairs if memories[target] != memories[source]]
+        alone = {memories[source] for _, source in pairs}
+        for target in apart:
+            holder, part = there[target]
+            if memories[target] in alone and holder._parameters.get(part) is not None:
+                own = present(holder, part)
+                holder._parameters[part] = nn.Parameter(own.detach().clone(), own.requires_grad)
+            alone.add(memories[target])
+        if pairs and len(apart) == len(pairs) and not getattr(config, "is_encoder_decoder", False):
             vars(module).setdefault(CONFIG, {})["tie_word_embeddings"] = True
             config.tie_word_embeddings = False

@@ -14,6 +14,7 @@ from fused_lowrank import (
     FusedLoraXSLinear,
     adapt,
     disable_adapters,
+    init_bases,
     load_adapter,
     merge,
     save_adapter,
@@ -143,7 +144,7 @@ def test_replaced_inside(tmp_path: Path) -> None:
     """What stood inside a module trained whole is not known, if it was of another size: said so."""
     model = adapted(llama(), ["mlp"], ["q_proj"])
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 40)
-    message = r"model\.layers\.0\.mlp is trained whole.*old parts"
+    message = r"model\.layers\.0\.mlp is trained whole, and what it was.*old parts"
     with pytest.raises(ValueError, match=message), disable_adapters(model):
         pass
     with pytest.raises(ValueError, match=message):
@@ -195,3 +196,36 @@ def test_trained_and_not_saved(tmp_path: Path) -> None:
     )
     model = merge(train_weight)
     assert warned() == []
+
+
+def test_made_on_the_meta_device(tmp_path: Path) -> None:
+    """What the modules were is kept when their weights are there; saving does not need it."""
+
+    def sequence() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+    x, weights = torch.randn(3, 8), sequence().state_dict()
+    for initialised in (True, False):
+        with torch.device("meta"):
+            model = sequence()
+        keywords: dict[str, Any] = {"target_modules": ["0"], "modules_to_save": ["1"], "r": 2}
+        adapt(model, defer_bases=True, progress=False, **keywords)
+        model.to_empty(device="cpu").load_state_dict(weights, strict=False)
+        if initialised:
+            init_bases(model, progress=False)
+            train(model)
+            save_adapter(model, tmp_path / "adapter")
+        else:
+            load_adapter(model, tmp_path / "adapter")
+        other = load_adapter(sequence(), tmp_path / "adapter", progress=False)
+        assert torch.equal(other(x), model(x))
+        if initialised:
+            with disable_adapters(model):
+                assert torch.equal(model(x), sequence()(x))
+            unload(model)
+            assert torch.equal(model(x), sequence()(x))
+        else:
+            with pytest.raises(ValueError, match="1 is trained whole, and what it was"):
+                unload(model)
+            torch.testing.assert_close(unload(model, merge=True)(x), other(x))

@@ -32,6 +32,8 @@ class LowRankConfig(PeftConfig):
         layers_to_transform: the indices of the layers to adapt.
         layers_pattern: the name of the nn.ModuleList that these count.
         modules_to_save: modules to train whole and to save with the adapter.
+        ensure_weight_tying: whether embeddings in modules_to_save and what is tied to them stay
+            tied; without, PEFT trains copies of those named alone.
         init_weights: True and "identity": the adapted model starts as the base model, and learns
             at once; "paper": as published; False: random, and far from both.
         save_projection: whether files carry the frozen factors. Without, these are made again from
@@ -56,6 +58,7 @@ class LowRankConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
     init_weights: bool | Literal["identity", "paper"] = True
     save_projection: bool = True
     projection_seed: int = 42
@@ -67,6 +70,7 @@ class LowRankConfig(PeftConfig):
         """Check the values."""
         super().__post_init__()
         self.peft_type = PeftType(self.method.upper())
+        self.modules_to_tie = None  # of this model, by PEFT; not in files
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

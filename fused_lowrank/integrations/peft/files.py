@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
 from ...layers.accept import special_tensor
+from ...saved import warn_of_names
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"
@@ -58,6 +60,25 @@ def to_save(
         if bases:
             tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()
     return tensors
+
+
+def warn_of_forgotten(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """One warning of what is trained and neither among the tensors of a file nor of an adapter."""
+    known = set()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            known |= {id(parameter) for parameter in module.parameters()}
+        elif isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                own = getattr(module, name, None)
+                known |= {id(p) for p in own.parameters()} if isinstance(own, nn.Module) else set()
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = name.replace("_fsdp_wrapped_module.", "")
+        if name in tensors:
+            known.add(id(parameter))
+        names[name] = parameter
+    warn_of_names([n for n, p in names.items() if p.requires_grad and id(p) not in known], 6)
 
 
 @contextmanager

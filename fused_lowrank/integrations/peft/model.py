@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -25,7 +26,9 @@ from ...adapt import require_not_fsdp
 from ...called import refuse_passed_over, warn_of_passed_over, watch_gradients
 from ...layers.accept import is_parametrized, why_no_weight
 from ...readers import leave_fast_paths, readers, restore_fast_paths
+from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
+from ...ties import note_untied
 from . import files
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
@@ -43,6 +46,7 @@ class LowRankModel(BaseTuner):
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
 
     # --- injection ---
 
@@ -242,6 +246,7 @@ class LowRankModel(BaseTuner):
         layers = layers_of(model, adapter_name)
         pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
         warn_of_passed_over(pairs, stacklevel=5)
+        files.warn_of_forgotten(model, tensors)
         return files.to_save(model, adapter_name, tensors, config.save_projection)
 
     @classmethod
@@ -280,12 +285,22 @@ class LowRankModel(BaseTuner):
     ) -> nn.Module:
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
+        config: Any = getattr(self.model, "config", None)
+        tied = getattr(config, "tie_word_embeddings", False)
+        kept = tied and getattr(config, "is_encoder_decoder", False)
         if merge:
             check_merge(layers)
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        with warnings.catch_warnings():
+            if kept:
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         restore_fast_paths(self.model)
         if merge:
             warn_of_loss(layers)
+            if kept:  # PEFT has changed it, by which such models scale and tie other things as well
+                config.tie_word_embeddings = tied
+            note_untied(model)
+            forget(model)
         return model
 
 
