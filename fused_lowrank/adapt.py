@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .layers import METHODS, LowRankLinear
 from .layers.base import fsdp_error, why_not_adaptable
+from .layers.state import refuse_wrong
 from .targets import (
     Patterns,
     check_patterns,
@@ -23,6 +24,7 @@ from .targets import (
     modules_by_name,
     named_modules,
 )
+from .unchanged import unchanged_on_error
 
 HOOKS = re.compile(
     r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
@@ -86,22 +88,10 @@ def adapt(
     plan = dict.fromkeys(targets, (cls, method_keywords))
     with unchanged_on_error(model):
         layers = build(model, plan, progress=progress, defer_bases=defer_bases)
-    place(model, layers, saved)
+        place(model, layers, saved)
     if progress:
         print(describe(model), file=sys.stderr)
     return model
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give parameters their requires_grad back if anything is raised."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        raise
 
 
 def build(
@@ -143,9 +133,13 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
             parameter.requires_grad_(False)
     modules = modules_by_name(model)
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
+    copies: dict[Tensor, Tensor] = {}  # of each parameter one, whoever has it
+    for layer in layers.values():
+        layer.share_base(copies)
     for name in saved:
-        keep_original(modules[name])
+        keep_original(modules[name], copies)
     leave_fast_paths(model)
+    model.register_load_state_dict_pre_hook(refuse_wrong_within)
 
 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
@@ -193,11 +187,16 @@ def restore_fast_paths(model: nn.Module) -> None:
 # --- modules trained whole ---
 
 
-def keep_original(module: nn.Module) -> None:
-    """Train a module whole, and keep a copy of it as it is for `disable_adapters` and `unload`."""
-    vars(module)["_lowrank_original"] = {
-        name: tensor.clone() for name, tensor in module.state_dict().items()
-    }
+def keep_original(module: nn.Module, copies: dict[Tensor, Tensor]) -> None:
+    """Train a module whole, and keep a copy of it as it is for `disable_adapters` and `unload`.
+
+    `copies` are those that were made before, of tensors that are tied to others.
+    """
+    state = module.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().clone()
+    vars(module)["_lowrank_original"] = {name: copies[tensor] for name, tensor in state.items()}
     module.requires_grad_(True)
 
 
@@ -207,8 +206,11 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Each tensor of the modules trained whole, with its value as it was."""
+    """Each tensor of the base model that is trained, with its value as it was."""
     originals: dict[Tensor, Tensor] = {}
+    for _, layer in adapted_layers(model):
+        for tensor, original in layer.originals():
+            originals.setdefault(tensor, original)
     for module in saved_modules(model).values():
         present = module.state_dict(keep_vars=True)
         for name, original in vars(module)["_lowrank_original"].items():
@@ -221,8 +223,10 @@ def originals_of(model: nn.Module) -> dict[Tensor, Tensor]:
 def originals_in_place(model: nn.Module) -> Iterator[None]:
     """Within it the modules trained whole, and whatever is tied to them, have the kept values."""
     originals = originals_of(model)
-    if originals:
+    if saved_modules(model):
         require_not_fsdp(model, "disable modules trained whole")
+    elif is_fsdp(model):  # which has its own in their places; the layers see to theirs
+        originals = {}
     exchange = {
         tensor: nn.Parameter(original, requires_grad=False)
         if isinstance(tensor, nn.Parameter)
@@ -248,6 +252,13 @@ def originals_in_place(model: nn.Module) -> Iterator[None]:
 
 
 # --- the whole model's adapters ---
+
+
+def refuse_wrong_within(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A `load_state_dict` pre-hook of whole models: it refuses before anything is loaded."""
+    for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, LowRankLinear):
+            refuse_wrong(layer, state, f"{name}." if name else "")
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -281,14 +292,30 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
     for layer in tqdm(pending.values(), "init_bases", disable=not progress, unit="layer"):
         layer.init_factors()
+        layer.keep_base()
     return model
 
 
 def require_not_fsdp(model: nn.Module, what: str) -> None:
     """Raise if `fully_shard` manages parameters of the model: it would put back its own."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+    if is_fsdp(model):
         raise fsdp_error(what)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether `fully_shard` manages parameters of the model."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return bool(fsdp) and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+
+
+def require_known_base(layers: dict[str, LowRankLinear], what: str) -> None:
+    """Raise RuntimeError if what was trained of a weight or a bias cannot be given back."""
+    if lost := [name for name, layer in layers.items() if layer.base_lost]:
+        raise RuntimeError(
+            f"cannot {what}: weight or bias of {', '.join(lost)} came, as trained, by a state_dict "
+            "onto the meta device, and what they were before is not known. Load the base model's "
+            "weights first, then init_bases(model), then the state_dict"
+        )
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -302,6 +329,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if merge:
         merge_layers(layers, model)
     else:
+        require_known_base(layers, "unload")
         unmerge(model)
         with torch.no_grad():
             for tensor, original in originals_of(model).items():
@@ -310,6 +338,10 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for module in saved_modules(model).values():
         del vars(module)["_lowrank_original"]
     restore_fast_paths(model)
+    for module in model.modules():
+        hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.hook is refuse_wrong_within]:
+            del hooks[key]
     return model
 
 
@@ -366,6 +398,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
+    require_known_base(require_adapted(model), "disable adapters")
     layers = require_adapted(model).values()
     before = [layer.disabled for layer in layers]
     try:

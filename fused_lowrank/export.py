@@ -135,6 +135,7 @@ def of_model(model: nn.Module) -> Adapter:
 def of_bank(bank: AdapterBank, name: str) -> Adapter:
     """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is."""
     parts = {}
+    bank.check_frozen()
     with bank.kept([name]) as slots:
         for layer_name, (left, right, scales) in bank.shelves.items():
             layer, slot = bank.layers[layer_name], slots[name]

@@ -22,7 +22,7 @@ FLOORS = (
     ("inspection", "official", "export", "parallel", "explain"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "targets"),
-    ("layers", "init", "routing"),
+    ("layers", "init", "routing", "unchanged"),
     ("functional", "testing"),
     ("compute",),
     ("config",),
