@@ -13,22 +13,31 @@ from torch import Tensor, nn
 CONTAINERS = (dict, list, set)
 
 
+class Snapshot:
+    """A model's modules, their attributes and hooks, their Parameters, and which of those are
+    trained; not the values of tensors, which `values_unchanged_on_error` keeps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [(module, attributes_of(module)) for module in model.modules()]
+        self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for module, attributes in self.modules:
+            put_back(module, attributes)
+        for parameter, required in self.trained:
+            parameter.requires_grad_(required)
+
+
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model back as it was if anything is raised: its modules, their attributes and hooks,
-    their Parameters and which of them are trained.
-
-    Values of tensors are not kept: `values_unchanged_on_error` does that.
-    """
-    modules = [(module, attributes_of(module)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Give a model back as it was, as far as a `Snapshot` has it, if anything is raised."""
+    before = Snapshot(model)
     try:
         yield
     except BaseException:
-        for module, attributes in modules:
-            put_back(module, attributes)
-        for parameter, required in trained:
-            parameter.requires_grad_(required)
+        before.restore()
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapted_model import SETTINGS, Tiny, ids, methods, same, train  # noqa: F401
+from test_adapted_model import SETTINGS, VOCABULARY, Tiny, methods, same, train
 from torch import nn
 
 from fused_lowrank import (
@@ -29,6 +29,12 @@ from fused_lowrank import (
 
 D = 16
 QUIET = {"progress": False}
+
+
+@pytest.fixture
+def ids(device: torch.device) -> torch.Tensor:
+    """Inputs."""
+    return torch.arange(VOCABULARY, device=device)
 
 
 def tiny(seed: int = 0, tied: bool = False) -> Tiny:
@@ -72,7 +78,7 @@ def test_base_of_trained_weights(
     method: str,
     extra: tuple[str, ...],
     how: str,
-    ids: torch.Tensor,  # noqa: F811
+    ids: torch.Tensor,
     tmp_path: Path,
 ) -> None:
     """Disabled and unloaded it is the base model, whatever became of the model in between."""
@@ -117,12 +123,12 @@ def test_base_is_kept_where_it_is_trained_and_moved_with_it() -> None:
     before = tiny().double()
     model.double()
     assert model.body.up._base["bias"].dtype == torch.float64
-    ids = torch.arange(5)
+    tokens = torch.arange(5)
     with disable_adapters(model):
-        assert torch.equal(model(ids), before(ids))
+        assert torch.equal(model(tokens), before(tokens))
 
 
-def test_a_tied_weight_is_kept_once(ids: torch.Tensor) -> None:  # noqa: F811
+def test_a_tied_weight_is_kept_once(ids: torch.Tensor) -> None:
     """The head's weight, trained through it and through the embedding, comes back in both."""
     model = tiny(tied=True)
     base, y = state(model), model(ids)
@@ -141,7 +147,7 @@ def test_a_tied_weight_is_kept_once(ids: torch.Tensor) -> None:  # noqa: F811
     assert torch.equal(model(ids), y)
 
 
-def test_a_base_that_nobody_knows(ids: torch.Tensor) -> None:  # noqa: F811
+def test_a_base_that_nobody_knows(ids: torch.Tensor) -> None:
     """A trained bias that a state_dict brought onto the meta device has no value of before."""
     keywords = {"target_modules": ["up", "down"], "r": 4, "train": ("core", "bias"), **QUIET}
     trained = state(adapted(train=("core", "bias")))
@@ -184,15 +190,15 @@ def test_state_dict_of_a_merged_model(
     method: str, through: Callable[..., Any], assign: bool, seed: int, tmp_path: Path
 ) -> None:
     """An adapted model, on this base or another, takes ΔW once; a plain one is merged by it."""
-    model, ids = adapted(method), torch.arange(7)
-    y, weights = model(ids), {n: p.detach().clone() for n, p in model.named_parameters()}
+    model, tokens = adapted(method), torch.arange(7)
+    y, weights = model(tokens), {n: p.detach().clone() for n, p in model.named_parameters()}
     merge(model)
-    merged = model(ids)
+    merged = model(tokens)
     tensors = through(state(model), tmp_path)
     other = adapted(method, base=tiny(seed), seed=5)
     result = other.load_state_dict(tensors, strict=True, assign=assign)
     assert not result.missing_keys + result.unexpected_keys
-    torch.testing.assert_close(other(ids), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other(tokens), y, rtol=1e-5, atol=1e-5)
     assert not other.body.up.merged
     for name, value in weights.items():
         torch.testing.assert_close(other.get_parameter(name), value, rtol=1e-5, atol=1e-6)
@@ -200,7 +206,7 @@ def test_state_dict_of_a_merged_model(
         assert torch.equal(other.body.up.weight, tiny().body.up.weight)
     plain = tiny(3)
     plain.load_state_dict(tensors, strict=False)
-    assert torch.equal(plain(ids), merged)
+    assert torch.equal(plain(tokens), merged)
     unmerge(model)
     assert "merged" not in {key.rpartition(".")[2] for key in model.state_dict()}
 
@@ -231,7 +237,7 @@ def test_a_merged_model_refuses_before_it_changes() -> None:
     assert not unload(model)._load_state_dict_pre_hooks
 
 
-def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:  # noqa: F811
+def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:
     """Its parameters are still those of the model, and its state is theirs."""
     model = adapted()
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -254,14 +260,14 @@ def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:  # noq
 @pytest.fixture
 def banked(tmp_path: Path) -> tuple[Any, AdapterBank, Callable[[], torch.Tensor], Any]:
     """(model, bank with "alice", her logits, a model of other frozen factors)."""
-    model, ids = adapted("lora_mini"), torch.arange(5)
+    model, tokens = adapted("lora_mini"), torch.arange(5)
     save_adapter(model, tmp_path / "alice")
     bank = AdapterBank.from_model(model, slots=4)
     bank.add("alice", tmp_path / "alice")
 
     def alice() -> torch.Tensor:
         with bank.use("alice"):
-            return model(ids)
+            return model(tokens)
 
     return model, bank, alice, adapted("lora_mini", seed=1)
 
@@ -294,7 +300,7 @@ def test_loading_under_a_bank(way: str, banked: Any, tmp_path: Path) -> None:
 def test_loading_what_fits_under_a_bank(banked: Any, tmp_path: Path) -> None:
     """Another core over the same factors is the model's own from then on; alice is as she was."""
     model, bank, alice, _ = banked
-    y, ids = alice(), torch.arange(5)
+    y, tokens = alice(), torch.arange(5)
     other = adapted("lora_mini")
     nn.init.normal_(other.body.up.b_train)
     save_adapter(other, tmp_path / "core")
@@ -303,7 +309,7 @@ def test_loading_what_fits_under_a_bank(banked: Any, tmp_path: Path) -> None:
         lambda: model.load_state_dict(other.state_dict()),
     ):
         load()
-        assert torch.equal(model(ids), other(ids))
+        assert torch.equal(model(tokens), other(tokens))
         assert torch.equal(alice(), y)
     bank.add("again", tmp_path / "alice")
     merge(model)
@@ -448,7 +454,7 @@ def test_load_that_fails(
 
 def test_bank_that_fails(banked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """add, replace and load that run out of memory leave the bank's names, slots and logits."""
-    model, bank, alice, _ = banked
+    _, bank, alice, _ = banked
     bank.save(tmp_path / "bank")
     y = alice()
     calls = (

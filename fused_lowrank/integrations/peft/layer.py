@@ -8,8 +8,9 @@ the weight. An adapter is its core; one of lower rank uses the pair's first rows
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.pending_seed: int | None = None  # of bases that are not made yet
         self._kept: Any = None  # what `_table` gave last
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
+        self.closed = False  # whether `named_modules` hides what is in it
 
     # --- the parts of the equation ---
 
@@ -230,6 +232,18 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         for factor in (self.basis_down, self.basis_up):
             if not factor.is_meta and target.type != "meta":
                 factor.data = factor.data.to(target, weight.dtype)
+
+    def others(self, adapter: str) -> list[nn.Parameter]:
+        """The trained factors of other adapters."""
+        dicts: list[Any] = [self._modules[name] for name in self.adapter_layer_names]
+        return [own for factors in dicts for name, own in factors.items() if name != adapter]
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """PyTorch's; the layer alone while it is `closed`."""
+        inside = super().named_modules(memo, prefix, remove_duplicate)
+        return itertools.islice(inside, 1) if self.closed else inside
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is low-rank whatever the method."""
