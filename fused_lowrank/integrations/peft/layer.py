@@ -28,6 +28,7 @@ from ...layers.base import fsdp_error, is_sharded, lost_to_rounding
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines
+from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
 
@@ -57,7 +58,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.base_names:
-            self.register_parameter(name, None)
+            super().register_parameter(name, None)
         self.r: dict[str, int] = {}  # which may be less than an adapter asked for
         self.sides: dict[str, Sides] = {}  # P and Q
         self.scaling: dict[str, float] = {}
@@ -69,6 +70,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self._kept: Any = None  # what `_table` gave last
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
         self.closed = False  # whether `named_modules` hides what is in it
+        self.checked = False  # whether the frozen factors that come are known to be right
 
     # --- the parts of the equation ---
 
@@ -222,6 +224,21 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if self.pending_seed is not None:
             self._make_bases()
         super()._save_to_state_dict(*args, **kwargs)
+        save_merged(self, *args[:2])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        before_loading(self, state_dict, prefix, rest[-1])
+        self.checked = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            self.checked = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """PyTorch's; ValueError for a frozen factor that is not that of adapters there before."""
+        if name in self.base_names and param is not None and not self.checked:
+            check_shared(self, name, param, list(self.scaling)[:-1])  # the last is being loaded
+        super().register_parameter(name, param)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -1,24 +1,30 @@
 """All or nothing: an adapter that PEFT cannot add or load leaves a model as it was.
 
-PEFT adds an adapter first and reads its file then. So `PeftModel.load_adapter` and `from_pretrained`
-are wrapped: where the model has layers of this library and an error comes out, it is put back.
+PEFT, and transformers, add an adapter first and read its file then. So their functions that load
+are wrapped: where an error comes out of a model with layers of this library, it is put back.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ...unchanged import Snapshot, values_unchanged_on_error
+from .config import LowRankConfig
+from .files import to_load
 from .layer import PeftLowRankLinear
 from .mixed import BASE
+
+HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 def check_name(name: Any) -> None:
@@ -54,43 +60,69 @@ def values_of(model: nn.Module, adapter: str) -> Iterator[Tensor]:
                     yield tensor
 
 
-def whole_load(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.load_adapter` that leaves nothing behind where it fails."""
+def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a model that adds or loads an adapter, and leaves nothing behind if it fails."""
+    signature = inspect.signature(function)
 
-    @functools.wraps(load_adapter)
-    def load(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(module, PeftLowRankLinear) for module in self.modules()):
-            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
-        before = Snapshot(self)
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(model, *args, **kwargs).arguments
+        name, before = given.get("adapter_name") or "default", Snapshot(model)
         try:
-            with values_unchanged_on_error(values_of(self, adapter_name)):
-                return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            with values_unchanged_on_error(values_of(model, name)):
+                result = function(model, *args, **kwargs)
+                if not isinstance(model, PeftModel):
+                    check_loaded(model, name, given)
+                return result
         except BaseException:
-            before.restore()
+            if is_ours(model, given.values()):
+                before.restore()
             raise
 
-    return load
+    return call
+
+
+def is_ours(model: nn.Module, given: Iterable[Any] = ()) -> bool:
+    """Whether layers or a configuration of this library are concerned."""
+    return any(isinstance(one, LowRankConfig) for one in given) or any(
+        isinstance(module, PeftLowRankLinear) for module in model.modules()
+    )
+
+
+def check_loaded(model: Any, adapter: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError if what transformers has loaded by itself is of another base model."""
+    folder, tensors = given.get("peft_model_id"), given.get("adapter_state_dict")
+    if not isinstance(model.peft_config[adapter], LowRankConfig):
+        return
+    if tensors is None and folder is not None:
+        wanted = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        hub = {key: wanted[key] for key in HUB if wanted.get(key) is not None}
+        tensors = load_peft_weights(folder, device="cpu", **hub)
+    if tensors is not None:
+        prefix = "base_model.model."
+        to_load(model, adapter, {k.removeprefix(prefix): v for k, v in tensors.items()})
 
 
 def whole_model(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.from_pretrained` that gives the base model back where it fails."""
+    """`PeftModel.from_pretrained` that gives the base model back if it fails."""
 
     @functools.wraps(from_pretrained)
-    def load(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before = Snapshot(model)
         try:
             return from_pretrained(cls, model, *args, **kwargs)
         except BaseException:
-            if any(isinstance(module, PeftLowRankLinear) for module in model.modules()):
+            if is_ours(model):
                 before.restore()
             raise
 
-    return load
+    return call
 
 
 def wrap() -> None:
-    """Wrap PEFT's functions, once."""
-    if "__wrapped__" not in vars(PeftModel.load_adapter):
-        from_pretrained = inspect.getattr_static(PeftModel, "from_pretrained").__func__
-        PeftModel.load_adapter = whole_load(PeftModel.load_adapter)
-        PeftModel.from_pretrained = classmethod(whole_model(from_pretrained))
+    """Wrap the functions of PEFT and of transformers."""
+    from_pretrained: Any = inspect.getattr_static(PeftModel, "from_pretrained")
+    PeftModel.from_pretrained = classmethod(whole_model(from_pretrained.__func__))  # type: ignore[assignment]
+    PeftModel.load_adapter = whole(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftAdapterMixin.load_adapter = whole(PeftAdapterMixin.load_adapter)
+    PeftAdapterMixin.add_adapter = whole(PeftAdapterMixin.add_adapter)
