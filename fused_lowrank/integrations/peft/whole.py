@@ -122,7 +122,10 @@ def whole_model(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
 def wrap() -> None:
     """Wrap the functions of PEFT and of transformers."""
     from_pretrained: Any = inspect.getattr_static(PeftModel, "from_pretrained")
-    PeftModel.from_pretrained = classmethod(whole_model(from_pretrained.__func__))  # type: ignore[assignment]
-    PeftModel.load_adapter = whole(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PeftAdapterMixin.load_adapter = whole(PeftAdapterMixin.load_adapter)
-    PeftAdapterMixin.add_adapter = whole(PeftAdapterMixin.add_adapter)
+    PeftModel.from_pretrained = classmethod(whole_model(from_pretrained.__func__))
+    for owner, names in (
+        (PeftModel, ("load_adapter",)),
+        (PeftAdapterMixin, ("load_adapter", "add_adapter")),
+    ):
+        for name in names:
+            setattr(owner, name, whole(getattr(owner, name)))
