@@ -439,3 +439,41 @@ def test_transformers_refuses_as_well(method: str, tmp_path: Path) -> None:
     assert list(model.peft_config) == ["here"]
     assert same(state(model), state(model))
     assert CONFIGS[method] is type(model.peft_config["here"])
+
+
+# --- the base, where biases are trained ---
+
+
+@methods
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("how", ["plain", "merged", "copied", "file", "float32"])
+def test_base_of_trained_biases(method: str, bias: str, how: str, tmp_path: Path) -> None:
+    """Disabled and unloaded it is the base model; merged and unloaded it keeps what it learned."""
+    base, dtype = mlp(), torch.float32 if how == "float32" else torch.float64
+    model = peft.get_peft_model(base, config(method, bias=bias))
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(x()).square().sum().backward()
+        optimiser.step()
+    model.eval()
+    if how == "merged":
+        model.merge_adapter()
+    elif how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "file":
+        model.save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(mlp(), tmp_path)
+    model.to(dtype)
+    tokens, plain = x().to(dtype), mlp().to(dtype)
+    trained = model(tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.disable_adapter():
+            torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-6, atol=1e-6)
+            with model.disable_adapter():
+                torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(tokens), trained, rtol=1e-5, atol=1e-5)
+    kept = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(kept(tokens), trained, rtol=1e-5, atol=1e-5)
+    assert same(state(model.unload()), state(plain))

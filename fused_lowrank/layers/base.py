@@ -339,9 +339,15 @@ class LowRankLinear(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name != "routed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        kept = [*self._base.values(), *([self.base_weight] if self.merged else [])]
-        for tensor in kept:  # .to(), .cuda(), … move what is kept too
-            tensor.data = fn(tensor.data)
+        if self.merged:  # .to(), .cuda(), … move what is kept too
+            kept = self.base_weight
+            kept.data = fn(kept.data)
+        for name, value in self._base.items():
+            new = fn(value)
+            if torch._has_compatible_shallow_copy_type(value, new):
+                value.data = new  # for whomever it is shared with, too
+            else:
+                self._base[name] = new
         if self.routed is not None:
             self.routed.look_again()
         return super()._apply(fn, recurse)

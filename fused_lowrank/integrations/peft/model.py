@@ -22,6 +22,7 @@ from ...layers.base import WEIGHT_DTYPES
 from ...targets import matches, never_called
 from ...unchanged import unchanged_on_error
 from . import files
+from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
@@ -33,6 +34,7 @@ class LowRankModel(BaseTuner):
     """A model with adapters of one of the methods."""
 
     tuner_layer_cls: type[PeftLowRankLinear]
+    biases: Biases
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- injection ---
@@ -61,6 +63,7 @@ class LowRankModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_name(adapter_name)
+        self.biases = Biases()
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -78,6 +81,7 @@ class LowRankModel(BaseTuner):
         with unchanged_on_error(self):
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self.biases.keep(model, self.peft_config[adapter_name].bias)
             finally:
                 for layer in layers_of(model):
                     layer.closed = False
@@ -111,6 +115,20 @@ class LowRankModel(BaseTuner):
                 f"{', '.join(self.peft_config)}"
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            self.biases.enable()
+        else:
+            self.biases.disable(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's, with the base model's biases; its warning that they are not is for others."""
+        with warnings.catch_warnings():
+            if self.biases.are_known(self.model):
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+            super().disable_adapter_layers()
 
     # --- mixed batches ---
 
@@ -281,6 +299,10 @@ class LowRankModel(BaseTuner):
     ) -> nn.Module:
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
+        if merge:
+            self.biases.enable()
+        else:
+            self.biases.restore()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             warn_of_loss(layers)
