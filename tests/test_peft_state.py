@@ -135,10 +135,11 @@ def test_names_of_modules(method: str, saved: str | None, name: str, tmp_path: P
 @methods
 def test_what_is_trained_stays_trained(method: str) -> None:
     """An adapter that is added under a module's name freezes nothing of the one in training."""
-    model = of(method).train()
+    targets = {"target_modules": ["q_proj"]}
+    model = peft.get_peft_model(nested(), config(method, **targets)).train()
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     assert any(before.values())
-    model.add_adapter("lin0", config(method, inference_mode=True))
+    model.add_adapter("q_proj", config(method, inference_mode=True, **targets))
     assert all(model.get_parameter(n).requires_grad == r for n, r in before.items())
 
 
