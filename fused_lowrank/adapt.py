@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .called import refuse_passed_over, watch_gradients
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
+from .layers.state import refuse_wrong
 from .readers import leave_fast_paths, restore_fast_paths
 from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
 from .targets import (
@@ -28,6 +29,7 @@ from .targets import (
     named_modules,
 )
 from .ties import memory, note_untied, refuse_views
+from .unchanged import unchanged_on_error
 
 LEAVE = "; exclude_modules leaves a layer out, modules_to_save trains it whole"
 Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords
@@ -99,22 +101,10 @@ def adapt(
     with unchanged_on_error(model):
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
         refuse_views(model, saved, layers)
-    place(model, layers, saved)
+        place(model, layers, saved)
     if progress:
         print(describe(model), file=sys.stderr)
     return model
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give parameters their requires_grad back if anything is raised."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        raise
 
 
 def build(
@@ -158,10 +148,13 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
             parameter.requires_grad_(False)
     modules = modules_by_name(model)
     replace_modules(model, {id(modules[name]): layer for name, layer in layers.items()})
-    keep(model, saved)
-    leave_fast_paths(model, LowRankLinear)
+    copies: dict[Tensor, Tensor] = {}  # of each parameter one, whoever has it
     for layer in layers.values():
+        layer.share_base(copies)
         watch_gradients(layer.trained_factors)
+    keep(model, saved, copies)
+    leave_fast_paths(model, LowRankLinear)
+    model.register_load_state_dict_pre_hook(refuse_wrong_within)
 
 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
@@ -173,6 +166,13 @@ def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
 
 
 # --- the whole model's adapters ---
+
+
+def refuse_wrong_within(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A `load_state_dict` pre-hook of whole models: it refuses before anything is loaded."""
+    for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, LowRankLinear):
+            refuse_wrong(layer, state, f"{name}." if name else "")
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -206,15 +206,31 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
     for layer in tqdm(pending.values(), "init_bases", disable=not progress, unit="layer"):
         layer.init_factors()
+        layer.keep_base()
     keep_loaded(model)
     return model
 
 
 def require_not_fsdp(model: nn.Module, what: str) -> None:
     """Raise if `fully_shard` manages parameters of the model: it would put back its own."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+    if is_fsdp(model):
         raise fsdp_error(what)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether `fully_shard` manages parameters of the model."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return bool(fsdp) and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+
+
+def require_known_base(layers: dict[str, LowRankLinear], what: str) -> None:
+    """Raise RuntimeError if what was trained of a weight or a bias cannot be given back."""
+    if lost := [name for name, layer in layers.items() if layer.base_lost]:
+        raise RuntimeError(
+            f"cannot {what}: weight or bias of {', '.join(lost)} came, as trained, by a state_dict "
+            "onto the meta device, and what they were before is not known. Load the base model's "
+            "weights first, then init_bases(model), then the state_dict"
+        )
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -230,6 +246,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if merge:
         merge_layers(layers, model)
     else:
+        require_known_base(layers, "unload")
         base = base_of(model)
         base.check(3)
         unmerge(model)
@@ -239,6 +256,10 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         note_untied(model)
     forget(model)
     restore_fast_paths(model)
+    for module in model.modules():
+        hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.hook is refuse_wrong_within]:
+            del hooks[key]
     return model
 
 
@@ -306,14 +327,17 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     Of a vocabulary that was resized since, the new tokens have the mean of the others; a
     UserWarning says so. Raises ValueError as `unload` does.
     """
-    layers = require_adapted(model).values()
+    by_name = require_adapted(model)
+    require_known_base(by_name, "disable adapters")
+    layers = by_name.values()
     if saved_modules(model):
         require_not_fsdp(model, "disable modules trained whole")
     before = [layer.disabled for layer in layers]
     try:
         for layer in layers:
             layer.disabled = True
-        with base_in_place(model):
+        # fully_shard has its own in the places of parameters; there the layers see to theirs.
+        with nullcontext() if is_fsdp(model) else base_in_place(model):
             yield model
     finally:
         for layer, disabled in zip(layers, before, strict=True):

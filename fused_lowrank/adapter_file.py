@@ -32,7 +32,6 @@ from .adapt import (
     build,
     place,
     require_adapted,
-    unchanged_on_error,
 )
 from .called import warn_of_passed_over
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
@@ -42,6 +41,7 @@ from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
 from .targets import modules_by_name, unwrapped
 from .ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
+from .unchanged import unchanged_on_error, values_unchanged_on_error
 
 FORMAT, VERSION = "fused_lowrank", "1"
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
@@ -222,10 +222,14 @@ def install(
             if layer.weight.is_meta:
                 raise ValueError(f"{name}.weight is on the meta device: load the weights first")
             check(name, layer)
-    if not present:
-        place(model, layers, saved)
-        apply(model, changes, trained_names(saved_modules(model), layers))
-    fill(model, layers, tensors, saved)
+            if layer.routed is not None:
+                layer.routed.refuse_other({f: tensors.get(f"{name}.{f}") for f in ("down", "up")})
+            if layer.bases_pending:  # its weight and bias are the base model's
+                layer.keep_base()
+        if not present:
+            place(model, layers, saved)
+            apply(model, changes, trained_names(saved_modules(model), layers))
+        fill(model, layers, tensors, saved)
     return model
 
 
@@ -429,14 +433,23 @@ def fill(
     tensors: dict[str, Tensor],
     saved: list[str],
 ) -> None:
-    """Copy the values, checked before, into the model."""
+    """Copy the values, checked before, into the model; all of them or none."""
+    changed = []
     for name, layer in layers.items():
+        frozen = () if layer.routed is None else ("down", "up")  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
-            if (key := f"{name}.{part}") in tensors:
-                getattr(layer, part).copy_(tensors[key])
-        layer.bases_pending = False
+            if (key := f"{name}.{part}") in tensors and part not in frozen:
+                changed.append((getattr(layer, part), tensors[key]))
     modules = modules_by_name(model)
+    before = [own for own, _ in changed]
     for name in saved:
-        prefix = name + "."
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        unwrapped(modules[name]).load_state_dict(state)
+        before += modules[name].state_dict(keep_vars=True).values()
+    with values_unchanged_on_error(before):
+        for own, value in changed:
+            own.copy_(value)
+        for name in saved:
+            prefix = name + "."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            unwrapped(modules[name]).load_state_dict(state)
+    for layer in layers.values():
+        layer.bases_pending = False

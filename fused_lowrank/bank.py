@@ -31,11 +31,11 @@ from .bank_input import (
     check_weights,
     flattened,
 )
-from .bank_layers import attach, check_layers, index_of, new_shelf
+from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, versions
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
 from .compute.reference import NONE, SLOT_BITS
-from .fingerprint import fingerprint_of
+from .fingerprint import differing, fingerprint_of
 from .layers.base import WEIGHT_DTYPES
 from .routing import Routing, Shelf, Use, checkpoint_context, purge
 
@@ -87,7 +87,10 @@ class AdapterBank:
         self._serials = itertools.count()
         self._running: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
         self._assignments = Assignments(self.device)
-        self._fingerprints: dict[str, Tensor] = {}
+        self._fingerprints = {name: fingerprint_of(layer) for name, layer in self.layers.items()}
+        self.seen: list[int] | None = None  # versions of `_watched`; None: look again
+        self._stamps = {name: Stamp.of(layer) for name, layer in self.layers.items()}
+        self._watch()
         self._lock = threading.RLock()
         self._hooks = attach(model, self)
 
@@ -197,13 +200,41 @@ class AdapterBank:
             self._retire(old)
 
     def _cores(self, source: Any) -> Cores:
+        self.check_frozen()
         return fresh_cores(self) if source is None else cores_of(self, source)
 
     def fingerprint(self, layer: str) -> Tensor:
-        """That of `fingerprint.fingerprint_of`, made once."""
-        if layer not in self._fingerprints:
-            self._fingerprints[layer] = fingerprint_of(self.layers[layer])
+        """That of `fingerprint.fingerprint_of`, of the layer as the bank was made over it."""
         return self._fingerprints[layer]
+
+    def check_frozen(self, thorough: bool = True) -> None:
+        """Raise RuntimeError if what the adapters share was replaced, or written to, since.
+
+        Values are compared where tensors are others, lie elsewhere or were written to, as PyTorch
+        counts it: by `.data` it does not. If not `thorough`, it is asked of down and up alone, and
+        not where they lie, which costs the host less.
+        """
+        if not thorough and versions(self._watched) == self.seen:
+            return
+        with self._lock:
+            for name, layer in self.layers.items():
+                stamp = Stamp.of(layer)
+                if stamp.same(self._stamps[name]):
+                    continue
+                sides = layer.down.shape[0], layer.up.shape[1]
+                if found := differing(fingerprint_of(layer), self._fingerprints[name], *sides):
+                    raise RuntimeError(
+                        f"{name} has another {' and another '.join(found)} than the bank was made "
+                        "over, to which its adapters belong: put those back; or close() the bank, "
+                        "and make another with adapters of the model as it is now"
+                    )
+                self._stamps[name] = stamp
+            self._watch()
+
+    def _watch(self) -> None:
+        tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:2]]
+        self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.seen = versions(self._watched)
 
     def _replaced(self, names: Sequence[str], new: bool) -> list[int]:
         """The slots of the names, which must be there; or none, where they must be new."""
@@ -314,12 +345,14 @@ class AdapterBank:
             ValueError: an unknown name; handles or weights of another shape; an input that fits
                 none of the above.
             TypeError: handles that are not int64; weights that require a gradient.
-            RuntimeError: at the end, where no layer of the model was called: it was another model.
+            RuntimeError: the layers' down and up are not those that the bank was made over;
+                or, at the end, no layer of the model was called: it was another model.
         """
         return Use(self._begin, self, names, weights)
 
     def _begin(self, store: Any, names: Names, weights: Tensor | None) -> Routing:
         """What a `use` that is entered now routes by."""
+        self.check_frozen(thorough=False)
         with self._lock:
             routing = self._routing(store, names, weights)
             if store is self:

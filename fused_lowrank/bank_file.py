@@ -43,6 +43,7 @@ TYPES = {  # the widest first: written in this order, every tensor is aligned
 
 def save(bank: AdapterBank, path: str | os.PathLike[str], names: Sequence[str] | None) -> None:
     """Write the named adapters, or all, as they are when it begins."""
+    bank.check_frozen()
     with bank.kept(names) as slots:
         encoded = [name.encode("utf-8", "surrogatepass") for name in slots]
         whole = {
@@ -104,6 +105,7 @@ def write(
 
 def load(bank: AdapterBank, path: str | os.PathLike[str], progress: bool) -> None:
     """Put the adapters of a file into the bank, after all checks; it is read while they run."""
+    bank.check_frozen()
     config, tensors = opened(path, "bank", FORMAT, VERSION)
     check_names(bank, {n: entry["method"] for n, entry in config["layers"].items()}, str(path))
     pairs = {name: f"{name}.left" in tensors for name in bank.layers}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapt import adapted_layers
 from .bank_source import SHARED
@@ -18,6 +19,8 @@ from .routing import Shelf, remember
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
+
+VERSION = operator.attrgetter("_version")
 
 
 def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
@@ -53,6 +56,29 @@ def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
         left = torch.zeros(slots, p, r, dtype=dtype, device=device)
         return Shelf(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
     return Shelf(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
+
+
+class Stamp(NamedTuple):
+    """What the adapters of a layer share, by which it is known whether it is still the same."""
+
+    tensors: list[Tensor]
+    marks: list[tuple[int, int]]  # of each the address and the version
+
+    @classmethod
+    def of(cls, layer: LowRankLinear) -> Stamp:
+        """Of down, up and W as they are now."""
+        tensors: list[Tensor] = [layer.down, layer.up, layer.base_weight]
+        marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        return cls(tensors, marks)
+
+    def same(self, other: Stamp) -> bool:
+        """Whether nobody has replaced a tensor, or written to it, between the two."""
+        return self.marks == other.marks and all(map(operator.is_, self.tensors, other.tensors))
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was written to."""
+    return list(map(VERSION, tensors))
 
 
 def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:

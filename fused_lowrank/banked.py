@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from .compute.autograd import (
 from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
+from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
 from .routing import WRITTEN, Routing, current, remember_storage
@@ -50,6 +51,25 @@ class Place:
     def __init__(self, bank: AdapterBank, name: str, layer: LowRankLinear) -> None:
         self.bank, self.name = bank, name
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
+
+    def look_again(self) -> None:
+        """Have the bank compare the layers' tensors, of which some may be others from now on."""
+        self.bank.seen = None
+
+    def refuse_other(self, values: Mapping[str, Any]) -> None:
+        """Raise ValueError if values to be loaded are not those that the bank's adapters share."""
+        layer = self.bank.layers[self.name]
+        tolerances = {"down": BASES_TOLERANCE, "up": BASES_TOLERANCE, "weight": WEIGHT_TOLERANCE}
+        for name, tolerance in tolerances.items():
+            value, own = (
+                values.get(name),
+                layer.base_weight if name == "weight" else getattr(layer, name),
+            )
+            if value is not None and value is not own and not alike(own, value, tolerance):
+                raise ValueError(
+                    f"{self.name} is in a bank, whose adapters share its weight, down and up, and "
+                    f"{name} is to be another: close() the bank first"
+                )
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         if layer.uncalled:

@@ -154,6 +154,7 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
     All adapters of a bank share the modules that its model trains whole, as they are now.
     """
     parts = {}
+    bank.check_frozen()
     with bank.kept([name]) as slots:
         for layer_name, (left, right, scales) in bank.shelves.items():
             layer, slot = bank.layers[layer_name], slots[name]

@@ -136,6 +136,12 @@ def parallelized(
     after = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
     distribute_module(layer, mesh, distribute, before, after)
     layer.sharded = forward
+    layer._base = {
+        name: distribute_tensor(
+            kept, mesh, [sharded.get(name, Replicate())], src_data_rank=style.src_data_rank
+        )
+        for name, kept in layer._base.items()
+    }
     return layer
 
 

@@ -56,9 +56,12 @@ class Base:
             )
 
 
-def keep(model: nn.Module, names: list[str]) -> None:
-    """Train modules whole, and keep copies of them for `disable_adapters` and `unload`."""
-    modules, copies = modules_by_name(model), dict[Tensor, Tensor]()
+def keep(model: nn.Module, names: list[str], copies: dict[Tensor, Tensor]) -> None:
+    """Train modules whole, and keep copies of them for `disable_adapters` and `unload`.
+
+    `copies` are those that there are already, of tensors that are tied to others.
+    """
+    modules = modules_by_name(model)
     kept = {}
     for name in names:
         tensors = state_of(modules[name])
@@ -79,7 +82,7 @@ def keep(model: nn.Module, names: list[str]) -> None:
 def keep_loaded(model: nn.Module) -> None:
     """Keep copies of modules that were on the meta device when they began to be trained whole."""
     known = places(model)
-    keep(model, [n for n, *_, kept in known if any(t.is_meta for t in kept.tensors.values())])
+    keep(model, [n for n, *_, kept in known if any(t.is_meta for t in kept.tensors.values())], {})
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -171,6 +174,9 @@ def base_of(model: nn.Module) -> Base:
             if value.dim() and len(value) > len(kept.tensors[key]):
                 base.grown.append(f"{name}.{key}")
     for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            for tensor, value in module.originals():
+                base.values.setdefault(tensor, value)
         for name, before in vars(module).get(SLOTS, {}).items():
             base.places.append((module._parameters, name, before))
         for name, before in vars(module).get(CONFIG, {}).items():

@@ -22,7 +22,7 @@ FLOORS = (
     ("inspection", "official", "export", "parallel", "explain"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
-    ("layers", "init", "routing", "called", "readers"),
+    ("layers", "init", "routing", "called", "readers", "unchanged"),
     ("functional", "testing"),
     ("compute",),
     ("config",),

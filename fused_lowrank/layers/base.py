@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from ..compute.reference import Core
 from ..functional import compute, prepared
 from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
 from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
+from .state import MERGED, product_of, refuse_wrong, unmerged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,7 +39,7 @@ class LowRankLinear(nn.Module):
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
     by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
-    routed: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # a bank's, where there is one
+    routed: Any = None  # a layer's `Place` in a bank, which is called for it; where there is one
     sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
 
     uncalled: bool = True  # until its first call; see `called`
@@ -77,6 +78,7 @@ class LowRankLinear(nn.Module):
         self.disabled = False
         self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
 
+        own_linear = linear is not None
         if linear is None:
             linear = nn.Linear(in_features, out_features, bias, device, dtype)
             trained_dtype = linear.weight.dtype
@@ -92,6 +94,10 @@ class LowRankLinear(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.train_names)
         self.bases_pending = defer or self.weight.is_meta
+        self._base: dict[str, Tensor] = {}  # what is trained of weight and bias, as it was
+        self.base_lost = False  # whether nobody knows, for a state_dict brought it as trained
+        if own_linear and not self.bases_pending:
+            self.keep_base()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -145,6 +151,33 @@ class LowRankLinear(nn.Module):
 
     def _init_factors(self) -> None:
         raise NotImplementedError
+
+    def trained_base(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of weight and bias, where they are trained."""
+        for name, own in ("weight", self.base_weight), ("bias", self.bias):
+            if name in self.train_names and own is not None:
+                yield name, own
+
+    def keep_base(self) -> None:
+        """Copy what is trained of weight and bias: it is the base model's until it is trained."""
+        self._base = {name: own.detach().clone() for name, own in self.trained_base()}
+
+    def share_base(self, copies: dict[Tensor, Tensor]) -> None:
+        """Have one copy of a parameter with whom it is tied to; `copies` are by parameter."""
+        for name, own in self.trained_base():
+            if name in self._base:
+                self._base[name] = copies.setdefault(own, self._base[name])
+
+    def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, its value in the base model) of weight and bias, where they are trained."""
+        for name, own in self.trained_base():
+            if name in self._base:
+                yield own, self._base[name].to(own.device, own.dtype)
+
+    def base(self) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the base model: without ΔW, and as they were before training."""
+        weight, bias, values = self.base_weight, self.bias, dict(self.originals())
+        return values.get(weight, weight), bias if bias is None else values.get(bias, bias)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
@@ -252,7 +285,7 @@ class LowRankLinear(nn.Module):
         if self.uncalled:
             note_call(self)
         if self.disabled:
-            return dense(x, self.base_weight, self.bias)
+            return dense(x, *self.base())
         if self.merged:
             return dense(x, self.weight, self.bias)
         if self.bases_pending:
@@ -304,12 +337,7 @@ class LowRankLinear(nn.Module):
         """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
         self._require_factors()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        up, down, core = self.up.to(dtype), self.down.to(dtype), self.core_factors
-        if isinstance(core, tuple):
-            core = core[0].to(dtype) @ core[1].to(dtype)
-        if core is not None:
-            up = up @ core.to(dtype).t()
-        return self.scale * (up @ down)
+        return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -356,17 +384,40 @@ class LowRankLinear(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name != "routed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if self.merged:  # .to(), .cuda(), … move the kept weight too
+        if self.merged:  # .to(), .cuda(), … move what is kept too
             kept = self.base_weight
             kept.data = fn(kept.data)
+        for name, value in self._base.items():
+            new = fn(value)
+            if torch._has_compatible_shallow_copy_type(value, new):
+                value.data = new  # for whomever it is shared with, too
+            else:
+                self._base[name] = new
+        if self.routed is not None:
+            self.routed.look_again()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As PyTorch's; a bank that the layer is in looks at its factors again."""
+        super().register_parameter(name, param)
+        if self.routed is not None:
+            self.routed.look_again()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
+            destination[prefix + MERGED] = torch.ones(1, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_wrong(self, state_dict, prefix)
+        if prefix + MERGED in state_dict:
+            state_dict = unmerged(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
         values = [(state_dict.get(prefix + name), getattr(self, name)) for name in self.factors]
         if not self.down.is_meta and all(is_other(value, own) for value, own in values):
+            self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
             self.bases_pending = False
 
     def extra_repr(self) -> str:

@@ -17,7 +17,9 @@ from .config import LoraMiniConfig, LoraXSConfig
 from .conversion import convert_to_lora, save_as_lora
 from .lora import fuse_lora, unfuse_lora
 from .model import LoraMiniModel, LoraXSModel
+from .whole import wrap
 
+wrap()
 for _config, _model in ((LoraXSConfig, LoraXSModel), (LoraMiniConfig, LoraMiniModel)):
     register_peft_method(
         name=_config.method, config_cls=_config, model_cls=_model, prefix=_model.prefix

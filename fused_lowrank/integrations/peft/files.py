@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +34,34 @@ def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowR
 def is_here(tensor: Tensor) -> bool:
     """Whether this process has all of its values."""
     return not (isinstance(tensor, DTensor) or tensor.is_meta)
+
+
+def dropped(model: nn.Module, tensors: dict[str, Tensor], others: list[str]) -> dict[str, Tensor]:
+    """What PEFT has left out of a state_dict, as of other adapters, for a part of its name alone.
+
+    A module may be called as an adapter is: `x.q_proj.basis_down` is not of the adapter "q_proj".
+    """
+    parts, theirs = set[str](), set[str]()
+    for name, module in model.named_modules():
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        parts.update(name.split("."))
+        if not isinstance(module, nn.ParameterDict):
+            parts.update(own for own, _ in module.named_parameters(recurse=False))
+            parts.update(own for own, _ in module.named_buffers(recurse=False))
+        if isinstance(module, PeftLowRankLinear):
+            theirs |= {f"{name}.{f}.{o}." for f in module.adapter_layer_names for o in others}
+        elif isinstance(module, ModulesToSaveWrapper):
+            theirs |= {f"{name}.modules_to_save.{other}." for other in others}
+    if parts.isdisjoint(others):
+        return {}
+    infixes, prefixes = [f".{other}." for other in others], tuple(theirs)
+    return {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if any(infix in f"{key}." for infix in infixes)
+        and key not in tensors
+        and not f"{key}.".startswith(prefixes)
+    }
 
 
 def to_save(

@@ -8,8 +8,9 @@ the weight. An adapter is its core; one of lower rank uses the pair's first rows
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from ...layers.base import fsdp_error, is_sharded, lost_to_rounding
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines
+from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
 
@@ -60,7 +62,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.base_names:
-            self.register_parameter(name, None)
+            super().register_parameter(name, None)
         self.r: dict[str, int] = {}  # which may be less than an adapter asked for
         self.sides: dict[str, Sides] = {}  # P and Q
         self.scaling: dict[str, float] = {}
@@ -71,6 +73,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.pending_seed: int | None = None  # of bases that are not made yet
         self._kept: Any = None  # what `_table` gave last
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
+        self.closed = False  # whether `named_modules` hides what is in it
+        self.checked = False  # whether the frozen factors that come are known to be right
 
     # --- the parts of the equation ---
 
@@ -234,6 +238,21 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if self.pending_seed is not None:
             self._make_bases()
         super()._save_to_state_dict(*args, **kwargs)
+        save_merged(self, *args[:2])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        before_loading(self, state_dict, prefix, rest[-1])
+        self.checked = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            self.checked = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """PyTorch's; ValueError for a frozen factor that is not that of adapters there before."""
+        if name in self.base_names and param is not None and not self.checked:
+            check_shared(self, name, param, list(self.scaling)[:-1])  # the last is being loaded
+        super().register_parameter(name, param)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -244,6 +263,18 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         for factor in (self.basis_down, self.basis_up):
             if not factor.is_meta and target.type != "meta":
                 factor.data = factor.data.to(target, weight.dtype)
+
+    def others(self, adapter: str) -> list[nn.Parameter]:
+        """The trained factors of other adapters."""
+        dicts: list[Any] = [self._modules[name] for name in self.adapter_layer_names]
+        return [own for factors in dicts for name, own in factors.items() if name != adapter]
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """PyTorch's; the layer alone while it is `closed`."""
+        inside = super().named_modules(memo, prefix, remove_duplicate)
+        return itertools.islice(inside, 1) if self.closed else inside
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is low-rank whatever the method."""

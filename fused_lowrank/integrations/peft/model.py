@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
@@ -29,11 +30,14 @@ from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
 from ...ties import note_untied
+from ...unchanged import unchanged_on_error
 from . import files
+from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
 from .mixed import BASE, Lines
+from .whole import check_name
 
 LEAVE = (
     "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
@@ -45,6 +49,7 @@ class LowRankModel(BaseTuner):
 
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
+    biases: Biases
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
 
@@ -110,12 +115,35 @@ class LowRankModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
 
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        check_name(adapter_name)
+        self.biases = Biases()
+        with unchanged_on_error(model):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's, and one warning for all layers in which a rank did not fit."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        leave_fast_paths(model, PeftLowRankLinear)
+        """PEFT's, and one warning for all layers in which a rank did not fit.
+
+        What is trained of other adapters stays trained. If anything is raised, the model is as it
+        was; a name that an adapter cannot have is a ValueError.
+        """
+        check_name(adapter_name)
+        before = [p for layer in layers_of(model) for p in layer.others(adapter_name)]
+        trained = [(parameter, parameter.requires_grad) for parameter in before]
+        with unchanged_on_error(self):
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self.biases.keep(model, self.peft_config[adapter_name].bias)
+                leave_fast_paths(model, PeftLowRankLinear)
+            finally:
+                for layer in layers_of(model):
+                    layer.closed = False
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
         for layer in layers_of(model, adapter_name):
             watch_gradients(layer.trained_factors(adapter_name))
         config = self.peft_config[adapter_name]
@@ -131,6 +159,35 @@ class LowRankModel(BaseTuner):
                 "take what they have, and the scaling stays that of the rank asked for",
                 stacklevel=2,
             )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for layer in layers_of(model):  # PEFT looks for modules_to_save next, by ends of names
+            layer.closed = True
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's; ValueError for a name that is not there, before anything is changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(
+                f"Adapter {', '.join(map(str, unknown))} not found: there are "
+                f"{', '.join(self.peft_config)}"
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            self.biases.enable()
+        else:
+            self.biases.disable(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's, with the base model's biases; its warning that they are not is for others."""
+        with warnings.catch_warnings():
+            if self.biases.are_known(self.model):
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+            super().disable_adapter_layers()
 
     # --- mixed batches ---
 
@@ -189,8 +246,10 @@ class LowRankModel(BaseTuner):
         Raises:
             ValueError: an adapter that does not exist, or is there already; not one weight for
                 each; a combination_type other than "linear"; adapters with biases or
-                modules_to_save, which have no sum.
+                modules_to_save, which have no sum; a name that an adapter cannot have. Whatever
+                is raised, the model is as it was.
         """
+        check_name(adapter_name)
         if combination_type != "linear":
             raise ValueError(
                 f"combination_type is {combination_type!r}: it must be 'linear', which is exact"
@@ -211,12 +270,17 @@ class LowRankModel(BaseTuner):
         for layer in layers_of(self.model):
             if own := [(name, weight) for name, weight in shares if name in layer.scaling]:
                 mixed[layer.key] = layer.mix(own)
-        self.peft_config[adapter_name] = self._config_of_mix(adapters, mixed)
-        self.inject_adapter(self.model, adapter_name)
-        self._cast_adapter_dtype(adapter_name)
-        for layer in layers_of(self.model, adapter_name):
-            for name, value in zip(layer.adapter_layer_names, mixed[layer.key], strict=True):
-                getattr(layer, name)[adapter_name].copy_(value)
+        if not mixed:
+            raise ValueError(f"{', '.join(adapters)} are in no layer: there is nothing to mix")
+        with unchanged_on_error(self):
+            self.peft_config[adapter_name] = self._config_of_mix(adapters, mixed)
+            self.inject_adapter(self.model, adapter_name)
+            self._cast_adapter_dtype(adapter_name)
+            for layer in layers_of(self.model, adapter_name):
+                for name, value in zip(layer.adapter_layer_names, mixed[layer.key], strict=True):
+                    own = getattr(layer, name)[adapter_name]
+                    rows, columns = (a - b for a, b in zip(own.shape, value.shape, strict=True))
+                    own.copy_(pad(value, (0, columns, 0, rows)))
 
     def _config_of_mix(
         self, adapters: Sequence[str], mixed: dict[str, tuple[Tensor, ...]]
@@ -226,22 +290,36 @@ class LowRankModel(BaseTuner):
         config = copy.deepcopy(sources[0])
         ranks = {key: factors[0].shape[1] for key, factors in mixed.items()}
         config.r, config.lora_alpha, config.use_rslora = max(ranks.values()), None, False
-        config.rank_pattern = {re.escape(k): r for k, r in ranks.items() if r != config.r}
+        # From its beginning, for a pattern matches the end of a longer name as well.
+        config.rank_pattern = {f"^{re.escape(k)}": r for k, r in ranks.items() if r != config.r}
         config.alpha_pattern = {}
         for name in config.ranks[1:]:
             setattr(config, name, max(getattr(source, name) for source in sources))
         config.target_modules = set(mixed)
+        keys = [key for key, _ in self.model.named_modules() if key not in mixed]
+        if any(matches(key, config.target_modules) for key in keys):
+            config.target_modules = "|".join(map(re.escape, mixed))
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         return config
 
     # --- files ---
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's, of our factors alone: the name may be a module's or a parameter's as well."""
+        rest, _, last = key.rpartition(".")
+        factor = rest.rpartition(".")[2]
+        ours = factor in cls.tuner_layer_cls.adapter_layer_names
+        return rest if ours and last == adapter_name else key
+
+    @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, **rest: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, **rest: Any
     ) -> dict[str, Tensor]:
+        # In place: PEFT takes modules_to_save from it afterwards.
+        state_dict.update(files.dropped(model, state_dict, rest["unwanted_adapter_names"]))
         tensors = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, **rest
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **rest
         )
         layers = layers_of(model, adapter_name)
         pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
@@ -290,6 +368,9 @@ class LowRankModel(BaseTuner):
         kept = tied and getattr(config, "is_encoder_decoder", False)
         if merge:
             check_merge(layers)
+            self.biases.enable()
+        else:
+            self.biases.restore()
         with warnings.catch_warnings():
             if kept:
                 warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")

@@ -1,0 +1,62 @@
+"""The base model's biases, where an adapter trains them: PEFT itself keeps none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import PeftLowRankLinear
+
+Slot = tuple[dict[str, Any], nn.Parameter]  # of a module's Parameters, and the trained bias in it
+
+
+class Biases:
+    """Copies of biases as they were, which take the trained ones' places while adapters are off."""
+
+    def __init__(self) -> None:
+        self.kept: dict[nn.Parameter, Tensor] = {}
+        self.away: list[Slot] = []  # the trained ones, while the others are in their places
+
+    def keep(self, model: nn.Module, kind: str) -> None:
+        """Copy the biases that an adapter with this `bias` trains, unless that was done."""
+        for module in model.modules():
+            if isinstance(module, PeftLowRankLinear):
+                module = module.get_base_layer()
+            elif kind != "all":
+                continue
+            bias = module._parameters.get("bias")
+            if kind != "none" and bias is not None and bias not in self.kept and not bias.is_meta:
+                self.kept[bias] = bias.detach().clone()
+
+    def are_known(self, model: nn.Module) -> bool:
+        """Whether those that are trained are still in their places; sharding puts others there."""
+        present = {module._parameters.get("bias") for module in model.modules()}
+        here = present | {bias for _, bias in self.away}
+        return bool(self.kept) and self.kept.keys() <= here
+
+    def disable(self, model: nn.Module) -> None:
+        """Put the base model's in their places."""
+        if self.away:
+            return
+        for module in model.modules():
+            bias = module._parameters.get("bias")
+            if bias is not None and bias in self.kept:
+                value = self.kept[bias].to(bias.device, bias.dtype)
+                module._parameters["bias"] = nn.Parameter(value, requires_grad=False)
+                self.away.append((module._parameters, bias))
+
+    def enable(self) -> None:
+        """Put the trained ones back."""
+        for slot, bias in self.away:
+            slot["bias"] = bias
+        self.away = []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the trained ones the base model's values, for good."""
+        self.enable()
+        for bias, value in self.kept.items():
+            bias.copy_(value)
+        self.kept = {}

@@ -1,0 +1,68 @@
+"""What a layer's state_dict means: whether its weight is W or, of a merged layer, W + ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MERGED = "merged"  # a key of a merged layer's state_dict, which says that the weight is W + ΔW
+
+
+def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
+    """Raise RuntimeError if `load_state_dict` must not give a layer these values."""
+    names = (*layer.factors, "weight")
+    present = {name: state[prefix + name] for name in names if prefix + name in state}
+    if layer.merged and present:
+        raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
+    if layer.routed is not None:
+        if prefix + MERGED in state:
+            present.pop("weight", None)
+        layer.routed.refuse_other(present)
+
+
+@torch.no_grad()
+def unmerged(
+    layer: Any, state: Mapping[str, Any], prefix: str, errors: list[str]
+) -> dict[str, Any]:
+    """The state_dict of a merged layer with W in place of W + ΔW.
+
+    W is the layer's own where that is the one which was merged, and otherwise the difference: W
+    but for the rounding of the sum. What cannot be told is added to `errors`.
+    """
+    state = {key: value for key, value in state.items() if key != prefix + MERGED}
+    merged, own = state.get(prefix + "weight"), layer.weight
+    factors: list[Any] = [state.get(prefix + name) for name in layer.factors]
+    if merged is None:
+        return state
+    if any(factor is None for factor in factors):
+        errors.append(
+            f"{prefix}weight is W + ΔW of a merged layer, and the factors of ΔW are not all there: "
+            "unmerge(model) before its state_dict is taken"
+        )
+        return state
+    dtype = torch.promote_types(merged.dtype, torch.float32)
+    delta = layer.scale * product_of([f.to(merged.device) for f in factors], dtype)
+    state[prefix + "weight"] = (merged - delta).to(merged.dtype)
+    if own.dtype == merged.dtype and own.shape == merged.shape and not own.is_meta:
+        before = own.detach().to(merged.device)
+        if is_sum(before, delta, merged):
+            state[prefix + "weight"] = before.clone()
+    return state
+
+
+def is_sum(weight: Tensor, delta: Tensor, merged: Tensor) -> bool:
+    """Whether each element of a merged weight is W + ΔW, rounded once."""
+    error = (merged.to(delta.dtype) - weight.to(delta.dtype) - delta).abs()
+    unit = torch.finfo(merged.dtype).eps / 2 + 4 * torch.finfo(delta.dtype).eps
+    return bool((error <= unit * (merged.abs() + delta.abs())).all())
+
+
+def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """up·coreᵀ·down of (down, up), (down, core, up) or (down, a, b, up), computed in a dtype."""
+    down, *core, up = (factor.to(dtype) for factor in factors)
+    if core:
+        up = up @ (core[0] if len(core) == 1 else core[0] @ core[1]).t()
+    return up @ down

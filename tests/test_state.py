@@ -1,0 +1,477 @@
+"""State that changes under another's feet: a base that is trained, a bank's factors, merged states,
+failures half way. What was there stays as it was, or the error comes before anything is lost.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_adapted_model import SETTINGS, VOCABULARY, Tiny, methods, same, train
+from torch import nn
+
+from fused_lowrank import (
+    AdapterBank,
+    adapt,
+    disable_adapters,
+    export_lora,
+    init_bases,
+    load_adapter,
+    merge,
+    save_adapter,
+    unload,
+    unmerge,
+)
+from fused_lowrank.saved import KEPT
+
+D = 16
+QUIET = {"progress": False}
+
+
+@pytest.fixture
+def ids(device: torch.device) -> torch.Tensor:
+    """Inputs."""
+    return torch.arange(VOCABULARY, device=device)
+
+
+def tiny(seed: int = 0, tied: bool = False) -> Tiny:
+    """The same model at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Tiny(tied).eval()
+
+
+def names(method: str) -> tuple[str, ...]:
+    """What a method trains by itself."""
+    return {"lora": ("down", "up"), "lora_xs": ("core",), "lora_mini": ("a_train", "b_train")}[
+        method
+    ]
+
+
+def adapted(method: str = "lora_xs", seed: int = 0, base: Any = None, **more: Any) -> Any:
+    """A model with an adapter that shows, of a base that is the same at every call."""
+    model = tiny() if base is None else base
+    torch.manual_seed(seed)
+    settings = {"target_modules": ["up", "down"], **SETTINGS[method], **more, **QUIET}
+    adapt(model, method, **settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state_dict."""
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+# --- the base, where weight and bias are trained ---
+
+
+@methods
+@pytest.mark.parametrize("extra", [("bias",), ("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("how", ["plain", "merged", "copied", "pickled", "file", "bfloat16"])
+def test_base_of_trained_weights(
+    method: str,
+    extra: tuple[str, ...],
+    how: str,
+    ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    """Disabled and unloaded it is the base model, whatever became of the model in between."""
+    model = tiny().to(ids.device, torch.bfloat16 if how == "bfloat16" else torch.float32)
+    base, y = state(model), model(ids)
+    keywords = {**SETTINGS[method], **QUIET, "train": names(method) + extra}
+    adapt(model, method, target_modules=["up", "down"], **keywords)
+    model.norm.requires_grad_(False)
+    train(model, ids, 5)
+    model.norm.load_state_dict({k[5:]: v for k, v in base.items() if k.startswith("norm.")})
+    assert (model(ids) - y).abs().max() > 0.05
+    if how == "merged":
+        merge(model)
+    elif how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "pickled":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        model = torch.load(file, weights_only=False)
+    elif how == "file":
+        save_adapter(model, tmp_path / "a")
+        trained = model(ids)
+        model = load_adapter(tiny().to(ids.device), tmp_path / "a", **QUIET)
+        assert torch.equal(model(ids), trained)
+        load_adapter(model, tmp_path / "a", **QUIET)
+    trained = model(ids)
+    with disable_adapters(model):
+        assert torch.equal(model(ids), y)
+        assert not model(ids).requires_grad
+    assert torch.equal(model(ids), trained)
+    unload(model)
+    assert torch.equal(model(ids), y)
+    assert same(state(model), base)
+
+
+def test_base_is_kept_where_it_is_trained_and_moved_with_it() -> None:
+    """A copy of what is trained of weight and bias, nothing of what is not; in every dtype."""
+    model = adapted(train=("core", "bias"))
+    assert set(model.body.up._base) == {"bias"}
+    assert not adapted().body.up._base
+    before = tiny().double()
+    model.double()
+    assert model.body.up._base["bias"].dtype == torch.float64
+    tokens = torch.arange(5)
+    with disable_adapters(model):
+        assert torch.equal(model(tokens), before(tokens))
+
+
+def test_a_tied_weight_is_kept_once(ids: torch.Tensor) -> None:
+    """The head's weight, trained through it and through the embedding, comes back in both."""
+    model = tiny(tied=True)
+    base, y = state(model), model(ids)
+    keywords: dict[str, Any] = {"train": ("core", "weight"), "modules_to_save": ["embed"]}
+    adapt(model, target_modules=["up", "head"], r=4, **keywords, **QUIET)
+    kept = vars(model)[KEPT]["embed"].tensors["weight"]
+    assert model.head._base["weight"] is kept
+    train(model, ids)
+    assert not torch.equal(model.embed.weight, base["embed.weight"])
+    model.norm.load_state_dict({k[5:]: v for k, v in base.items() if k.startswith("norm.")})
+    trained = model(ids)
+    with disable_adapters(model):
+        assert torch.equal(model(ids), y)
+    assert torch.equal(model(ids), trained)
+    unload(model)
+    assert torch.equal(model(ids), y)
+
+
+def test_a_base_that_nobody_knows(ids: torch.Tensor) -> None:
+    """A trained bias that a state_dict brought onto the meta device has no value of before."""
+    keywords = {"target_modules": ["up", "down"], "r": 4, "train": ("core", "bias"), **QUIET}
+    trained = state(adapted(train=("core", "bias")))
+    with torch.device("meta"):
+        model = Tiny()
+    adapt(model, defer_bases=True, **keywords).to_empty(device=ids.device)
+    model.load_state_dict(trained)
+    for call in (unload, lambda model: disable_adapters(model).__enter__()):
+        with pytest.raises(RuntimeError, match=r"body\.up.*init_bases\(model\), then the state"):
+            call(model)
+    with torch.device("meta"):
+        model = Tiny()
+    adapt(model, defer_bases=True, **keywords).to_empty(device=ids.device)
+    base = state(tiny())
+    model.load_state_dict(base, strict=False)
+    init_bases(model, **QUIET).load_state_dict(trained)
+    assert same(state(unload(model)), base)
+
+
+# --- the state_dict of a merged model ---
+
+
+def by_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Through a file that keeps tensors and nothing else."""
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path / "file")
+    return load_file(path / "file")
+
+
+def by_torch(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Through torch.save."""
+    torch.save(tensors, path / "file")
+    return torch.load(path / "file")
+
+
+@methods
+@pytest.mark.parametrize("through", [lambda t, _: t, by_safetensors, by_torch])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_state_dict_of_a_merged_model(
+    method: str, through: Callable[..., Any], assign: bool, seed: int, tmp_path: Path
+) -> None:
+    """An adapted model, on this base or another, takes ΔW once; a plain one is merged by it."""
+    model, tokens = adapted(method), torch.arange(7)
+    y, weights = model(tokens), {n: p.detach().clone() for n, p in model.named_parameters()}
+    merge(model)
+    merged = model(tokens)
+    tensors = through(state(model), tmp_path)
+    other = adapted(method, base=tiny(seed), seed=5)
+    result = other.load_state_dict(tensors, strict=True, assign=assign)
+    assert not result.missing_keys + result.unexpected_keys
+    torch.testing.assert_close(other(tokens), y, rtol=1e-5, atol=1e-5)
+    assert not other.body.up.merged
+    for name, value in weights.items():
+        torch.testing.assert_close(other.get_parameter(name), value, rtol=1e-5, atol=1e-6)
+    if seed == 0 and not assign:
+        assert torch.equal(other.body.up.weight, tiny().body.up.weight)
+    plain = tiny(3)
+    plain.load_state_dict(tensors, strict=False)
+    assert torch.equal(plain(tokens), merged)
+    unmerge(model)
+    assert "merged" not in {key.rpartition(".")[2] for key in model.state_dict()}
+
+
+def test_a_merged_state_without_its_factors() -> None:
+    """It cannot be told what W was: an error, instead of ΔW in two places."""
+    model = merge(adapted())
+    tensors = {k: v for k, v in state(model).items() if not k.endswith(".core")}
+    with pytest.raises(RuntimeError, match=r"body\.up\.weight is W \+ ΔW.*unmerge\(model\) before"):
+        adapted().load_state_dict(tensors, strict=False)
+
+
+def test_a_merged_model_refuses_before_it_changes() -> None:
+    """No module has taken anything of a state_dict that a merged layer refuses."""
+    other, model = adapted(seed=3, base=tiny(4)), merge(adapted())
+    before = state(model)
+    for target, tensors in (
+        (model, other.state_dict()),
+        (model.body, other.body.state_dict()),
+        (nn.ModuleDict({"a": model}), {f"a.{k}": v for k, v in other.state_dict().items()}),
+    ):
+        with pytest.raises(RuntimeError, match="is merged: unmerge it"):
+            target.load_state_dict(tensors)
+        assert same(state(model), before)
+    head = {k: v for k, v in other.state_dict().items() if k.startswith("head.")}
+    model.load_state_dict(head, strict=False)  # which is of no merged layer
+    model.load_state_dict(unmerge(model).state_dict())
+    assert not unload(model)._load_state_dict_pre_hooks
+
+
+def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:
+    """Its parameters are still those of the model, and its state is theirs."""
+    model = adapted()
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(ids).sum().backward()
+    optimiser.step()
+    saved = copy.deepcopy(optimiser.state_dict())
+    merged = state(merge(copy.deepcopy(model)))
+    model.load_state_dict(merged)
+    assert torch.equal(optimiser.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+    before = model.body.up.core.detach().clone()
+    optimiser.zero_grad()
+    model(ids).sum().backward()
+    optimiser.step()
+    assert not torch.equal(model.body.up.core, before)
+
+
+# --- what a bank's adapters share ---
+
+
+@pytest.fixture
+def banked(tmp_path: Path) -> tuple[Any, AdapterBank, Callable[[], torch.Tensor], Any]:
+    """(model, bank with "alice", her logits, a model of other frozen factors)."""
+    model, tokens = adapted("lora_mini"), torch.arange(5)
+    save_adapter(model, tmp_path / "alice")
+    bank = AdapterBank.from_model(model, slots=4)
+    bank.add("alice", tmp_path / "alice")
+
+    def alice() -> torch.Tensor:
+        with bank.use("alice"):
+            return model(tokens)
+
+    return model, bank, alice, adapted("lora_mini", seed=1)
+
+
+LOADS: dict[str, Callable[..., Any]] = {
+    "load_adapter": lambda m, o, path: (save_adapter(o, path), load_adapter(m, path, **QUIET)),
+    "load_state_dict": lambda m, o, _: m.load_state_dict(o.state_dict()),
+    "assigned": lambda m, o, _: m.load_state_dict(o.state_dict(), assign=True),
+    "of a part": lambda m, o, _: m.body.load_state_dict(o.body.state_dict()),
+    "of a layer": lambda m, o, _: m.body.down.load_state_dict(o.body.down.state_dict()),
+    "another base": lambda m, _, __: m.load_state_dict(tiny(8).state_dict(), strict=False),
+    "merged": lambda m, o, _: m.load_state_dict(merge(o).state_dict()),
+}
+
+
+@pytest.mark.parametrize("way", LOADS)
+def test_loading_under_a_bank(way: str, banked: Any, tmp_path: Path) -> None:
+    """Other frozen factors are refused, with nothing changed; what is alike is taken."""
+    model, bank, alice, other = banked
+    y, before = alice(), state(model)
+    with pytest.raises(ValueError, match=r"is in a bank.*(weight|down|up) is to be.*close\(\)"):
+        LOADS[way](model, other, tmp_path / "other")
+    assert same(state(model), before)
+    assert torch.equal(alice(), y)
+    bank.close()
+    LOADS[way](model, adapted("lora_mini", seed=1), tmp_path / "other")
+    assert not same(state(model), before)
+
+
+def test_loading_what_fits_under_a_bank(banked: Any, tmp_path: Path) -> None:
+    """Another core over the same factors is the model's own from then on; alice is as she was."""
+    model, bank, alice, _ = banked
+    y, tokens = alice(), torch.arange(5)
+    other = adapted("lora_mini")
+    nn.init.normal_(other.body.up.b_train)
+    save_adapter(other, tmp_path / "core")
+    for load in (
+        lambda: load_adapter(model, tmp_path / "core", **QUIET),
+        lambda: model.load_state_dict(other.state_dict()),
+    ):
+        load()
+        assert torch.equal(model(tokens), other(tokens))
+        assert torch.equal(alice(), y)
+    bank.add("again", tmp_path / "alice")
+    merge(model)
+    unmerge(model)
+    assert torch.equal(alice(), y)
+
+
+def written(model: Any, other: Any) -> None:
+    """In place."""
+    with torch.no_grad():
+        model.body.up.down.copy_(other.body.up.down)
+
+
+def assigned(model: Any, other: Any) -> None:
+    """Another Parameter."""
+    model.body.up.up = nn.Parameter(other.body.up.up.detach().clone())
+
+
+def by_state_dict(model: Any, other: Any) -> None:
+    """Through what shares its memory."""
+    model.state_dict()["body.up.down"].copy_(other.body.up.down)
+
+
+def drawn_again(model: Any, _: Any) -> None:
+    """By the method's own start."""
+    model.body.up.init_factors()
+
+
+def emptied(model: Any, _: Any) -> None:
+    """New memory for all of it."""
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+
+
+@pytest.mark.parametrize("change", [written, assigned, by_state_dict, drawn_again, emptied])
+def test_writing_under_a_bank(change: Callable[..., None], banked: Any, tmp_path: Path) -> None:
+    """What nothing could refuse is noticed before it is used, until it is put back."""
+    model, bank, alice, other = banked
+    y, before = alice(), state(model)
+    change(model, other)
+    uses = (
+        alice,
+        lambda: bank.add("bob", tmp_path / "alice"),
+        lambda: bank.add("bob"),
+        lambda: bank.save(tmp_path / "bank"),
+        lambda: export_lora(bank, tmp_path / "lora", name="alice"),
+    )
+    for use in uses:
+        with pytest.raises(RuntimeError, match=r"has another .*than the bank was made over"):
+            use()
+    assert bank.names == ["alice"]
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(before[name])
+    assert torch.equal(alice(), y)
+    bank.add("bob", tmp_path / "alice")
+
+
+def test_a_bank_under_another_dtype(banked: Any) -> None:
+    """A model that is rounded is still the one that the bank was made over."""
+    model, bank, alice, _ = banked
+    y = alice()
+    model.bfloat16().float()
+    torch.testing.assert_close(alice(), y, rtol=0.05, atol=0.05)
+    bank.add("new")
+
+
+# --- failures half way ---
+
+
+class OutOfMemoryError(RuntimeError):
+    """What a device would raise."""
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """Have the call number `at` of a method raise."""
+    real, left = getattr(owner, name), [at]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OutOfMemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """Modules, attributes, Parameters, their flags and values."""
+    modules = [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()]
+    hooks = [sorted(m._load_state_dict_pre_hooks) for m in model.modules()]
+    parameters = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    return [modules, hooks, parameters, [(n, v.tolist()) for n, v in model.state_dict().items()]]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("fused_lowrank.layers.base.LowRankLinear", "share_base"),
+        ("fused_lowrank.adapt", "keep"),
+        ("fused_lowrank.adapt", "replace_modules"),
+        ("fused_lowrank.adapt", "leave_fast_paths"),
+        ("fused_lowrank.layers.lora_xs.LoraXSLinear", "_init_factors"),
+    ],
+)
+def test_adapt_that_fails(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it does, the model is as it was, and can be adapted."""
+    module, _, attribute = owner.rpartition(".")
+    place: Any = __import__(owner if owner.endswith("adapt") else module, fromlist=["_"])
+    place = place if owner.endswith("adapt") else getattr(place, attribute)
+    model = tiny()
+    model.add_module("encoder", nn.TransformerEncoderLayer(D, 2, 24, batch_first=True))
+    before = everything(model)
+    targets = ["up", "down", "linear1"]
+    with monkeypatch.context() as patch:
+        failing(patch, place, name, 1 if name != "_init_factors" else 2)
+        with pytest.raises(OutOfMemoryError):
+            adapt(model, target_modules=targets, modules_to_save=["head"], r=4, **QUIET)
+    assert everything(model) == before
+    adapt(model, target_modules=targets, modules_to_save=["head"], r=4, **QUIET)
+
+
+@pytest.mark.parametrize("into", ["plain", "adapted"])
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_load_that_fails(
+    into: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is as it was, values too, where memory ends after some were copied."""
+    more = {"train": ("core", "bias"), "modules_to_save": ["head"]}
+    save_adapter(adapted(seed=2, **more), tmp_path / "a")
+    model = tiny() if into == "plain" else adapted(**more)
+    before = everything(model)
+    with monkeypatch.context() as patch:
+        failing(patch, torch.Tensor, "copy_", at)
+        with pytest.raises((OutOfMemoryError, RuntimeError)):
+            load_adapter(model, tmp_path / "a", **QUIET)
+    assert everything(model) == before
+    load_adapter(model, tmp_path / "a", **QUIET)
+    assert everything(model)[3] == everything(adapted(seed=2, **more))[3]
+
+
+def test_bank_that_fails(banked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """add, replace and load that run out of memory leave the bank's names, slots and logits."""
+    _, bank, alice, _ = banked
+    bank.save(tmp_path / "bank")
+    y = alice()
+    calls = (
+        lambda: bank.add("bob", tmp_path / "alice"),
+        lambda: bank.replace("alice", adapted("lora_mini")),
+        lambda: AdapterBank.load(bank, tmp_path / "bank", **QUIET),
+    )
+    for call in calls:
+        if call is calls[-1]:
+            bank.remove("alice")
+        names, free = bank.names, list(bank._free)
+        with monkeypatch.context() as patch:
+            failing(patch, torch.Tensor, "to", 3)
+            with pytest.raises(OutOfMemoryError):
+                call()
+        assert bank.names == names
+        assert sorted(bank._free) == sorted(free)
+        call()
+    assert torch.equal(alice(), y)
