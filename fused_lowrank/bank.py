@@ -34,6 +34,7 @@ from .bank_input import (
 from .bank_layers import attach, check_layers, index_of, new_shelf
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
+from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
 from .fingerprint import fingerprint_of
 from .layers.base import WEIGHT_DTYPES
@@ -89,6 +90,7 @@ class AdapterBank:
         self._assignments = Assignments(self.device)
         self._fingerprints: dict[str, Tensor] = {}
         self._lock = threading.RLock()
+        self._learned = Learned()
         self._hooks = attach(model, self)
 
     @classmethod
@@ -337,6 +339,7 @@ class AdapterBank:
             lines: Any = (names,) if names is None or isinstance(names, str) else tuple(names)
             handles, known = store.assigned(lines)
             routing = Routing(self.key, store, lines, handles, bare=names is None, known=known)
+        routing.learned = self._learned
         if weights is not None:
             routing.weights = check_weights(weights, routing.handles)
             routing.own = *routing.own, routing.weights

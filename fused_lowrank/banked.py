@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import config
+from .calls import call_of
 from .compute import autograd, choose, isolation
 from .compute.autograd import (
     chain,
@@ -33,6 +34,7 @@ from .compute.autograd import (
 from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
+from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
 from .routing import WRITTEN, Routing, current, remember_storage
@@ -74,7 +76,10 @@ class Place:
         elif routing.handles is None:
             core, scale = join(*routing.one(self.name)), 1.0
         else:
-            core, scale = routing.rows(self.name, x.shape[:-1]), 1.0
+            call = call_of(self.bank.key)
+            if call is not None and call.follower is not None and not call.follower.paused:
+                return self.followed(layer, x, call.follower)
+            core, scale = routing.rows(self.name, x.shape[:-1], call, x), 1.0
         weight, down, up, bias = layer.own_tensors()
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
         operands = Operands(x, weight, down, core, up, bias, scale, dropout)
@@ -84,6 +89,14 @@ class Place:
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
         return compute(prepared(operands), layer.impl, isolated)
+
+    def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
+        """The same, with a follower that is told where the sequences of the result are."""
+        state = follower.where(x)
+        with follower.pause():
+            y = self(layer, x)
+        follower.mark(y, state)
+        return y
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The same as library ops, whatever the routing will be."""
@@ -159,7 +172,7 @@ def resolve(
         raise RuntimeError(WRITTEN)
     if routing.handles is None:
         return Banked(join(*routing.one(name)), 1.0, "")
-    rows = routing.rows(name, lead)
+    rows = routing.rows(name, lead, call_of(routing.key))
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")
     if trained_a is None:

@@ -9,7 +9,6 @@ module on it again, and the routing is found by it.
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .calls import Call, Learned, Spread, begin, end, not_known, spread
 from .compute.reference import Rows
 
 
@@ -56,8 +56,10 @@ class Routing:
     served: bool = False  # whether a layer has asked for it, or for one inside it
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles, where they are known
     own: tuple[Tensor, ...] = ()  # what the caller may write to, of the handles and the weights
+    learned: Learned = field(default_factory=Learned)  # of the bank's model
     _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    _repeat: tuple[tuple[int, ...] | None, int] = (None, 0)  # of the last lead
+    spreads: dict[tuple[str, tuple[int, ...]], Spread | None] = field(default_factory=dict)
+    # By layer and x's dimensions, for what is computed again in the backward; None: of two calls.
 
     @property
     def version(self) -> int:
@@ -68,38 +70,53 @@ class Routing:
                 version += tensor._version
         return version
 
-    def rows(self, layer: str, lead: Sequence[int]) -> Rows:
-        """The cores for the rows of x, which is (*lead, K)."""
-        last, repeat = self._repeat
-        if last != lead:
-            repeat = self._repeated(layer, lead)
-            self._repeat = tuple(lead), repeat  # in one: a call on another thread may come between
+    def rows(
+        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None = None
+    ) -> Rows:
+        """The cores for the rows of x, which is (*lead, K); as `calls.spread` says whose they are.
+
+        Raises ValueError where that is not known.
+        """
+        assert self.handles is not None
+        outer, repeat = self._spread(layer, lead, call, x)
+        handles, weights, known = self.handles, self.weights, self.known
+        if outer > 1:  # the lines come again and again
+            handles = handles.repeat(outer, 1)
+            weights = None if weights is None else weights.repeat(outer, 1)
+            if known is not None:
+                slots, valid = known
+                known = slots.repeat(1, outer), None if valid is None else valid.repeat(1, outer)
         store = self.store
         table, right, scales = store.shelves[layer]
         return Rows(
             table,
             right,
-            self.handles,  # type: ignore[arg-type]
-            self.weights,
+            handles,
+            weights,
             scales,
             store.generations,
             store.refused,
             repeat,
             self,
-            self.known,
+            known,
         )
 
-    def _repeated(self, layer: str, lead: Sequence[int]) -> int:
-        """The rows to a line."""
+    def _spread(
+        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None
+    ) -> Spread:
         assert self.handles is not None
-        lines, count = self.handles.shape[0], math.prod(lead)
-        if count != lines and (not lead or lead[0] % lines):
-            raise ValueError(
-                f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but bank.use "
-                f"was given {lines} adapters: x must have a row for each, or its first dimension "
-                "must be the sequences, as many to each"
-            )
-        return count // lines
+        lines, key = self.handles.shape[0], (layer, tuple(lead))
+        if graph_task() >= 0:  # what is computed again, as it was
+            again = self.spreads.get(key)
+            if again is None:
+                raise RuntimeError(LOST)
+            return again
+        found = spread(layer, lead, lines, call, self.learned, x)
+        if isinstance(found, str):
+            raise not_known(layer, lead, lines, "bank.use", found)
+        if self.spreads.setdefault(key, found) != found:
+            self.spreads[key] = None
+        return found
 
     def one(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """The core of the one adapter, times its scale: copies, whatever becomes of its slot."""
@@ -249,6 +266,27 @@ def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return remember_storage(value)
+
+
+class Watch:
+    """Forward hooks of the modules that hold a bank's layers: the outermost is the model's call."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before it."""
+        if torch.compiler.is_compiling():
+            return
+        routing = find(ACTIVE.get(), self.key)
+        if routing is not None and routing.handles is not None and graph_task() < 0:
+            if (lines := routing.handles.shape[0]) > 1:
+                begin(self.key, lines, module, args, kwargs, routing.learned)
+
+    def end(self, module: nn.Module, args: Any, result: Any) -> None:
+        """After it, or after its error."""
+        if not torch.compiler.is_compiling():
+            end(self.key, module, result)
 
 
 def remember_storage(x: Tensor) -> None:
