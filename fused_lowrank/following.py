@@ -119,22 +119,17 @@ class Follower(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, given: list[Tensor], states: list[State], result: Any
     ) -> None:
         """Mark the results of an operation."""
-        name = func._schema.name.split("::")[1]
         storages = {address_of(x) for x in given}
-        writes = func._schema.is_mutable
-        op = Op(self, name, args, kwargs, dict(zip(map(id, given), states, strict=True)))
-        for position, out in enumerate(tensors_in(result)):
+        op = Op(self, func, args, kwargs, dict(zip(map(id, given), states, strict=True)))
+        for out in tensors_in(result):
             here = address_of(out) in storages
-            if here and not writes:
+            if here and not func._schema.is_mutable:
                 continue  # a view
-            state = op.state_of(out, position, func)
-            if here and state is NOBODY:
-                continue  # what is written is of nobody: the rest is as it was
-            self.mark(out, state)
-        if name == "arange" and isinstance(result, Tensor) and args[-1:] == (self.n,):
-            if args in ((self.n,), (0, self.n)):
-                self._counts[address_of(result)] = StorageWeakRef(result.untyped_storage())
-        elif name == "_to_copy" and isinstance(result, Tensor) and self.counts(args[0]):
+            state = op.state_of(out)
+            if not (here and state is NOBODY):  # what is written is of nobody: the rest is as it was
+                self.mark(out, state)
+        numbers = op.name == "arange" and args in ((self.n,), (0, self.n))
+        if numbers or (op.name == "_to_copy" and self.counts(args[0])):
             self._counts[address_of(result)] = StorageWeakRef(result.untyped_storage())
 
     def counts(self, x: Any) -> bool:
@@ -182,24 +177,27 @@ class Op:
     """An operation, for its rule."""
 
     def __init__(
-        self, follower: Follower, name: str, args: Any, kwargs: Any, states: dict[int, State]
+        self, follower: Follower, func: Any, args: Any, kwargs: Any, states: dict[int, State]
     ) -> None:
         self.follower, self.n = follower, follower.n
-        self.name = name[:-1] if name.endswith("_") else name
+        self.schema, self.tags = func._schema, func.tags
+        self.name = self.schema.name.split("::")[1].removesuffix("_")
         self.args, self.kwargs, self.states = args, kwargs, states
 
     def state(self, x: Any) -> State:
         """Where the sequences were in an argument."""
         return self.states.get(id(x), NOBODY)
 
-    def state_of(self, out: Tensor, position: int, func: Any) -> State:
+    def state_of(self, out: Tensor) -> State:
         """Where the sequences are in one of the results."""
         known = set(self.states.values())
+        if self.name.endswith("_like") or self.name.startswith(("new_", "empty")):
+            return LOST if "empty" in self.name else NOBODY
         if known <= {NOBODY}:
-            return LOST if self.name.startswith(("empty", "new_empty")) else NOBODY
+            return NOBODY
         rule = RULES.get(self.name)
         if rule is None:
-            if torch.Tag.pointwise in func.tags:
+            if torch.Tag.pointwise in self.tags:
                 rule = pointwise
             else:
                 rule = next((r for part, r in BY_PART if part in self.name), None)
@@ -214,9 +212,12 @@ class Op:
     def argument(self, name: str, position: int, default: Any = None) -> Any:
         return self.kwargs.get(name, self.args[position] if len(self.args) > position else default)
 
-    def dims(self, x: Tensor, position: int = 1) -> set[int]:
-        """The argument `dim`, as a set of numbers from 0; of all, where it is None."""
-        given = self.kwargs.get("dims", self.argument("dim", position))
+    def dims(self, x: Tensor) -> set[int]:
+        """The argument `dim` or `dims`, as a set of numbers from 0; of all, where it names none."""
+        given: Any = None
+        for position, argument in enumerate(self.schema.arguments):
+            if argument.name in ("dim", "dims"):
+                given = self.argument(argument.name, position, argument.default_value)
         if given is None or given == []:
             return set(range(x.dim()))
         return {d % max(x.dim(), 1) for d in ([given] if isinstance(given, int) else given)}
@@ -415,6 +416,8 @@ def ruled(rule: Rule, names: str) -> dict[str, Rule]:
 RULES: dict[str, Rule] = {
     **ruled(pointwise, "clone _to_copy copy where masked_fill native_dropout _fused_dropout bernoulli"),
     **ruled(pointwise, "nan_to_num lift_fresh_copy bucketize searchsorted add_relu addcmul addcdiv"),
+    **ruled(pointwise, "fill zero normal uniform exponential hardswish hardtanh hardsigmoid"),
+    **ruled(pointwise, "leaky_relu _prelu_kernel rrelu_with_noise log_sigmoid_forward threshold"),
     **ruled(along, "_softmax softmax _log_softmax log_softmax cumsum cumprod logcumsumexp cummax"),
     **ruled(along, "sort topk argsort flip roll index_select glu kthvalue unfold_copy _weight_norm"),
     **ruled(reduced, "sum mean amax amin max min var std var_mean argmax argmin any all prod"),
