@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .disabling import disabled
 from .layers import METHODS, LowRankLinear
 from .layers.base import fsdp_error, why_not_adaptable
 from .targets import (
@@ -365,17 +366,13 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the model is the one it was before `adapt`: the reference model of DPO, say."""
-    layers = require_adapted(model).values()
-    before = [layer.disabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.disabled = True
-        with originals_in_place(model):
-            yield model
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+    """Within it the model is the one it was before `adapt`: the reference model of DPO, say.
+
+    That holds for calls of the same thread or asyncio task. Modules that are trained whole, and
+    graphs of torch.compile outside a bank, are disabled for all of the process.
+    """
+    with disabled(list(require_adapted(model).values())), originals_in_place(model):
+        yield model
 
 
 def describe(model: nn.Module) -> str:

@@ -34,10 +34,11 @@ from .compute.autograd import (
 from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
+from .disabling import OFF
 from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, remember_storage
+from .routing import WRITTEN, Routing, current, graph_task, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -50,13 +51,16 @@ class Place:
 
     def __init__(self, bank: AdapterBank, name: str, layer: LowRankLinear) -> None:
         self.bank, self.name = bank, name
+        BANKS[bank.key] = bank
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
-        if layer.disabled:
-            return layer.own(x)
         if torch.compiler.is_compiling():
-            return self.compiled(layer, x)
+            return layer.own(x) if layer.disabled is True else self.compiled(layer, x)
+        if layer.disabled:
+            if graph_task() < 0:
+                current(self.bank.key)  # the bank's model was called
+            return layer.own(x)
         wants_grad = torch.is_grad_enabled()
         if wants_grad or layer.training:
             remember_storage(x)
@@ -121,8 +125,19 @@ class Place:
 # --- the ops of a compiled graph ---
 
 _tokens = itertools.count(1)
-ROUTINGS: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
-OUTSIDE = 0  # the token of a call outside `bank.use`
+TICKETS: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
+
+
+class Ticket:
+    """What a token stands for: the routing of a call, if any, and that of its disabled layers."""
+
+    def __init__(self, routing: Routing | None) -> None:
+        self.routing = routing
+        self.disabled: dict[str, Routing] = {}
+
+
+BANKS: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
 
 
 class Banked(NamedTuple):
@@ -139,12 +154,16 @@ def route(key: int) -> Tensor:
 
     It is the routing's number and its version.
     """
-    routing = current(key)
-    if routing is None:
+    ticket = Ticket(routing := current(key))
+    if OFF.get():
+        bank = BANKS[key]
+        bare = bank.use(None).routing()
+        ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
+    if routing is None and not ticket.disabled:
         return torch.tensor([OUTSIDE, 0])
-    number = next(_tokens)
-    ROUTINGS[number], token = routing, torch.tensor([number, routing.version])
-    token.routing = routing  # type: ignore[attr-defined]  # lives as long as the token
+    TICKETS[number := next(_tokens)] = ticket
+    token = torch.tensor([number, 0 if routing is None else routing.version])
+    token.ticket = ticket  # type: ignore[attr-defined]  # lives as long as the token
     return token
 
 
@@ -167,7 +186,12 @@ def resolve(
     number, version = token.tolist()
     if number == OUTSIDE:
         return Banked(join(a, b), scale, "own")
-    routing = ROUTINGS[number]
+    ticket = TICKETS[number]
+    routing = ticket.routing
+    if name in ticket.disabled:
+        return Banked(ticket.disabled[name].rows(name, lead, None), 1.0, "")
+    if routing is None:
+        return Banked(join(a, b), scale, "own")
     if routing.version != version:
         raise RuntimeError(WRITTEN)
     if routing.handles is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -52,6 +53,19 @@ class Learned:
     kinds: set[Any] = field(default_factory=set)  # of calls that have been followed
     layouts: dict[str, Layouts] = field(default_factory=dict)  # by layer
     varies: bool = False  # whether a layer is called in several ways: then every call is followed
+    fresh: bool = True  # whether no call has begun yet
+    eager: bool = False  # whether compiled models run as they were written meanwhile
+
+    def first_use(self) -> None:
+        """Before adapters by line are used first: a compiled model's call could not be followed."""
+        self.fresh, self.eager = False, True
+        eagerly(1)
+
+    def used(self) -> None:
+        """At the end of the first use."""
+        if self.eager:
+            self.eager = False
+            eagerly(-1)
 
 
 @dataclass(eq=False)
@@ -108,6 +122,7 @@ def begin(
             call.follower = Follower(n)
             for x, state in inputs_of(call, main, args, kwargs):
                 call.follower.mark(x, state)
+            eagerly(1)
             call.follower.__enter__()
     call.token = CALL.set(call)
 
@@ -122,8 +137,24 @@ def end(key: Any, module: nn.Module, result: Any) -> None:
         CALL.reset(call.token)
         if call.follower is not None:
             call.follower.__exit__(None, None, None)
+            eagerly(-1)
             if result is not None and len(call.learned.kinds) < KINDS:
                 call.learned.kinds.add(call.kind)
+
+
+_stance: list[Any] = [0, None]  # how many calls are followed, and torch's way of running then
+_lock = threading.Lock()
+
+
+def eagerly(more: int) -> None:
+    """While calls are followed, their compiled parts run as they were written."""
+    with _lock:
+        before, _stance[0] = _stance[0], _stance[0] + more
+        if before == 0:
+            compiling = "torch._dynamo" in sys.modules
+            _stance[1] = torch.compiler.set_stance("force_eager") if compiling else None
+        elif _stance[0] == 0 and _stance[1] is not None:
+            _stance[1].__exit__(None, None, None)
 
 
 # --- the inputs ---

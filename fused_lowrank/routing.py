@@ -168,10 +168,16 @@ class Use(ContextDecorator, AbstractContextManager[None]):
     def _recreate_cm(self) -> Use:  # a decorated function may be called within itself
         return Use(self._begin, *self._given)
 
+    def routing(self) -> Routing:
+        """What it would route by, not entered."""
+        return self._begin(*self._given)
+
     def __enter__(self) -> None:
         if self._entered is not None:
             raise RuntimeError("this use was entered already: make another by bank.use(names)")
-        routing = self._begin(*self._given)
+        routing = self.routing()
+        if routing.learned.fresh and routing.handles is not None and len(routing.handles) > 1:
+            routing.learned.first_use()
         routing.outer = ACTIVE.get()
         self._entered = routing, ACTIVE.set(routing)
 
@@ -179,6 +185,8 @@ class Use(ContextDecorator, AbstractContextManager[None]):
         assert self._entered is not None
         (routing, token), self._entered = self._entered, None  # whoever keeps this keeps no slot
         ACTIVE.reset(token)
+        if routing.learned.eager:
+            routing.learned.used()
         if kind is None and routing.names and not routing.served:
             raise RuntimeError(
                 "no layer of this bank's model was called inside bank.use: was it another model?"

@@ -17,6 +17,7 @@ from ..compute.autograd import chain
 from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
+from ..disabling import Switch
 from ..functional import compute, prepared
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class LowRankLinear(nn.Module):
             self.impl = impl
         self._check_settings()
         self.scale = self.alpha / r
-        self.disabled = False
+        self.disabled: bool | Switch = False  # in all contexts, or in some
         self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
 
         if linear is None:
