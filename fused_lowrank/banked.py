@@ -76,6 +76,8 @@ class Place:
                 return layer.own(x)
             core, scale = layer.core_factors, layer.scale
         elif routing.bare and not config.current().batch_invariance:
+            if routing.empty:
+                routing.require_rows(self.name, x.shape[:-1])
             return isolation.linear(x, layer.weight, layer.bias)
         elif routing.handles is None:
             core, scale = join(*routing.one(self.name)), 1.0

@@ -116,7 +116,13 @@ class Follower(TorchDispatchMode):
         return result
 
     def _note(
-        self, func: Any, args: Any, kwargs: Any, given: list[Tensor], states: list[State], result: Any
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        given: list[Tensor],
+        states: list[State],
+        result: Any,
     ) -> None:
         """Mark the results of an operation."""
         storages = {address_of(x) for x in given}
@@ -126,7 +132,9 @@ class Follower(TorchDispatchMode):
             if here and not func._schema.is_mutable:
                 continue  # a view
             state = op.state_of(out)
-            if not (here and state is NOBODY):  # what is written is of nobody: the rest is as it was
+            if not (
+                here and state is NOBODY
+            ):  # what is written is of nobody: the rest is as it was
                 self.mark(out, state)
         numbers = op.name == "arange" and args in ((self.n,), (0, self.n))
         if numbers or (op.name == "_to_copy" and self.counts(args[0])):
@@ -286,7 +294,7 @@ def normed(op: Op, out: Tensor) -> State:
 
 
 def product(op: Op, out: Tensor) -> State:
-    """mm, bmm and what adds to them: the last dimension of a and the one before it of b are gone."""
+    """mm, bmm and what adds to them: a's last dimension and b's last but one are gone."""
     added = op.name in ("addmm", "baddbmm", "addmv")
     a, b = op.args[1:3] if added else op.args[:2]
     own = [op.state(a), op.state(b)]
@@ -340,7 +348,9 @@ def stacked(op: Op, out: Tensor) -> State:
 
 def repeated(op: Op, out: Tensor) -> State:
     x, state = op.args[0], op.state(op.args[0])
-    return Where(state.dim + out.dim() - x.dim(), state.inner) if isinstance(state, Where) else state
+    return (
+        Where(state.dim + out.dim() - x.dim(), state.inner) if isinstance(state, Where) else state
+    )
 
 
 def interleaved(op: Op, out: Tensor) -> State:
@@ -385,10 +395,10 @@ def put(op: Op, out: Tensor) -> State:
         return state
     source = next((x for x in reversed(tensors_in(op.args)) if op.state(x) is not NOBODY), None)
     own = NOBODY if source is None else op.state(source)
-    fits = isinstance(own, Where) and source is not None and source.dim() == out.dim()
     dim = op.argument("dim", 1)
-    if fits and isinstance(dim, int) and dim % out.dim() != own.dim:
-        return own if source.shape[own.dim] == out.shape[own.dim] else LOST
+    if isinstance(own, Where) and source is not None and isinstance(dim, int):
+        alike = source.dim() == out.dim() and source.shape[own.dim] == out.shape[own.dim]
+        return own if alike and dim % out.dim() != own.dim else LOST
     return LOST
 
 
@@ -414,12 +424,14 @@ def ruled(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    **ruled(pointwise, "clone _to_copy copy where masked_fill native_dropout _fused_dropout bernoulli"),
-    **ruled(pointwise, "nan_to_num lift_fresh_copy bucketize searchsorted add_relu addcmul addcdiv"),
+    **ruled(pointwise, "clone _to_copy copy where masked_fill native_dropout _fused_dropout"),
+    **ruled(
+        pointwise, "bernoulli nan_to_num lift_fresh_copy bucketize searchsorted addcmul addcdiv"
+    ),
     **ruled(pointwise, "fill zero normal uniform exponential hardswish hardtanh hardsigmoid"),
     **ruled(pointwise, "leaky_relu _prelu_kernel rrelu_with_noise log_sigmoid_forward threshold"),
     **ruled(along, "_softmax softmax _log_softmax log_softmax cumsum cumprod logcumsumexp cummax"),
-    **ruled(along, "sort topk argsort flip roll index_select glu kthvalue unfold_copy _weight_norm"),
+    **ruled(along, "sort topk argsort flip roll index_select glu kthvalue"),
     **ruled(reduced, "sum mean amax amin max min var std var_mean argmax argmin any all prod"),
     **ruled(reduced, "linalg_vector_norm logsumexp median count_nonzero norm nansum aminmax"),
     **ruled(normed, "native_layer_norm _fused_rms_norm"),
@@ -433,8 +445,8 @@ RULES: dict[str, Rule] = {
     **ruled(repeated, "repeat expand_copy"),
     **ruled(interleaved, "repeat_interleave"),
     **ruled(indexed, "index _unsafe_index"),
-    **ruled(put, "index_put _unsafe_index_put _index_put_impl index_copy index_add index_fill scatter"),
-    **ruled(put, "scatter_add scatter_reduce masked_scatter slice_scatter select_scatter"),
+    **ruled(put, "index_put _unsafe_index_put _index_put_impl index_copy index_add index_fill"),
+    **ruled(put, "scatter scatter_add scatter_reduce masked_scatter slice_scatter select_scatter"),
     **ruled(looked_up, "gather"),
     **ruled(by_values, "nonzero masked_select unique _unique _unique2 unique_dim addbmm"),
 }

@@ -52,6 +52,7 @@ class Routing:
     weights: Tensor | None = None  # float32 (lines, k)
     slot: int = -1  # where there are no handles
     bare: bool = False  # all of the call is declared to be the base model's
+    empty: bool = False  # whether it is of an empty batch
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles, where they are known
@@ -106,17 +107,33 @@ class Routing:
     ) -> Spread:
         assert self.handles is not None
         lines, key = self.handles.shape[0], (layer, tuple(lead))
+        if self.empty:
+            self.require_rows(layer, lead)
         if graph_task() >= 0:  # what is computed again, as it was
-            again = self.spreads.get(key)
-            if again is None:
+            before = self.spreads.get(key)
+            if before is None:
                 raise RuntimeError(LOST)
-            return again
-        found = spread(layer, lead, lines, call, self.learned, x)
-        if isinstance(found, str):
-            raise not_known(layer, lead, lines, "bank.use", found)
+            return before
+        sizes, last = None, self.learned.found.get(layer)
+        if call is not None and call.follower is None and x is not None:
+            sizes = lead, lines, call.n, call.axis
+        if sizes is not None and last is not None and last[0] == sizes:
+            found = last[1]
+        else:
+            new = spread(layer, lead, lines, call, self.learned, x)
+            if isinstance(new, str):
+                raise not_known(layer, lead, lines, "bank.use", new)
+            found = new
+            if sizes is not None:
+                self.learned.found[layer] = sizes, found
         if self.spreads.setdefault(key, found) != found:
             self.spreads[key] = None
         return found
+
+    def require_rows(self, layer: str, lead: Sequence[int]) -> None:
+        """Raise ValueError if there are rows and no names."""
+        if self.empty and 0 not in lead:
+            raise not_known(layer, lead, 0, "bank.use", "no name was given")
 
     def one(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """The core of the one adapter, times its scale: copies, whatever becomes of its slot."""
@@ -189,7 +206,9 @@ class Use(ContextDecorator, AbstractContextManager[None]):
             routing.learned.used()
         if kind is None and routing.names and not routing.served:
             raise RuntimeError(
-                "no layer of this bank's model was called inside bank.use: was it another model?"
+                "no layer of this bank's model was called inside bank.use: was it another model? "
+                "Or on another thread, which has no part in it? "
+                "contextvars.copy_context().run(call) takes it there"
             )
 
 
@@ -287,9 +306,9 @@ class Watch:
         if torch.compiler.is_compiling():
             return
         routing = find(ACTIVE.get(), self.key)
-        if routing is not None and routing.handles is not None and graph_task() < 0:
-            if (lines := routing.handles.shape[0]) > 1:
-                begin(self.key, lines, module, args, kwargs, routing.learned)
+        lines = 0 if routing is None or routing.handles is None else routing.handles.shape[0]
+        if routing is not None and lines > 1 and graph_task() < 0:
+            begin(self.key, lines, module, args, kwargs, routing.learned)
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:
         """After it, or after its error."""

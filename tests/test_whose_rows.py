@@ -165,9 +165,9 @@ REFUSED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "shifted": lambda lin, x: lin(x.roll(1, 0)),
     "of all": lambda lin, x: lin(x.mean(0, keepdim=True).expand_as(x)),
     "some": lambda lin, x: lin(torch.cat([x[1:], x[:1]])),
-    "of the weights": lambda lin, x: lin(lin.base_layer.weight if hasattr(lin, "base_layer") else lin.weight)[
-        : x.shape[1]
-    ],
+    "of the weights": lambda lin, x: lin(
+        lin.base_layer.weight if hasattr(lin, "base_layer") else lin.weight
+    )[: x.shape[1]],
 }
 
 
@@ -191,7 +191,7 @@ def test_rows_that_are_of_no_one_sequence_are_an_error(case: str, way: Any) -> N
 
 @ways
 def test_a_batch_that_is_not_named_row_by_row(way: Any) -> None:
-    """Doubled, repeated, flattened or turned before the call: the caller knows whose rows they are."""
+    """Doubled, repeated, flattened or turned before it: the caller knows whose rows they are."""
     served = way(Model(lambda lin, x: lin(x)), ["first", "lin", "last"])
     x = torch.randn(2, 3, K, dtype=torch.float64)
     for given in (
@@ -201,7 +201,7 @@ def test_a_batch_that_is_not_named_row_by_row(way: Any) -> None:
         x.transpose(0, 1),
         x.repeat(3, 1, 1),
     ):
-        with pytest.raises(ValueError, match="first was called with x of .*2 adapters"):
+        with pytest.raises(ValueError, match=r"first was called with x of .*2 adapters"):
             served(["a", "b"], given)
         names = ["a", "b"] * len(given)
         y = served(names[: len(given)], given)

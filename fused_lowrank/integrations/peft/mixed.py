@@ -37,7 +37,10 @@ class Lines(list[str]):
         lead, lines = x.shape[:-1], len(self)
         call = None if torch.compiler.is_compiling() else self.call
         seen = x if call is not None or self.model is None else None
-        found = spread(layer, lead, lines, call, self.learned, seen) if lines else "no name is given"
+        if lines:
+            found = spread(layer, lead, lines, call, self.learned, seen)
+        else:  # an empty batch
+            found = Spread(1, 1) if x.numel() == 0 else "no name is given"
         if not isinstance(found, str):
             return found
         error = not_known(layer, lead, lines, "`adapter_names`", found)
@@ -111,6 +114,8 @@ class Hooks:
         """Before a layer's call: the adapter of each sequence."""
         if not torch.compiler.is_compiling() and not self.here:
             return None  # another thread's hook
+        if not self.lines and args and len(args[0]) == 0:
+            return None  # an empty batch: its adapter does not matter
         names: list[str] = self.lines
         if isinstance(module, AuxiliaryTrainingWrapper) and args:  # PEFT's own: a name for each row
             names = self.each(module, args[0])
