@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .following import MIXED, NOBODY, Follower, State, Where
+from .following import Follower
+from .following_rules import MIXED, NOBODY, State, Where
 
 # Parts of the names of inputs.
 MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

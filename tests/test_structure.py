@@ -23,7 +23,7 @@ FLOORS = (
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "targets"),
     ("layers", "init", "routing"),
-    ("functional", "testing", "calls", "following", "disabling"),
+    ("functional", "testing", "calls", "following", "following_rules", "disabling"),
     ("compute",),
     ("config",),
     ("kernels",),
