@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .called import refuse_passed_over, watch_gradients
+from .disabling import disabled
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
@@ -324,24 +325,19 @@ def unmerge(model: nn.Module) -> nn.Module:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model is the one it was before `adapt`: the reference model of DPO, say.
 
-    Of a vocabulary that was resized since, the new tokens have the mean of the others; a
-    UserWarning says so. Raises ValueError as `unload` does.
+    That holds for calls of the same thread or asyncio task. Modules that are trained whole, and
+    graphs of torch.compile outside a bank, are disabled for all of the process. Of a vocabulary
+    that was resized since, the new tokens have the mean of the others; a UserWarning says so.
+    Raises ValueError as `unload` does.
     """
-    by_name = require_adapted(model)
-    require_known_base(by_name, "disable adapters")
-    layers = by_name.values()
+    layers = require_adapted(model)
+    require_known_base(layers, "disable adapters")
     if saved_modules(model):
         require_not_fsdp(model, "disable modules trained whole")
-    before = [layer.disabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.disabled = True
-        # fully_shard has its own in the places of parameters; there the layers see to theirs.
-        with nullcontext() if is_fsdp(model) else base_in_place(model):
-            yield model
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+    # fully_shard has its own in the places of parameters; there the layers see to theirs.
+    base = nullcontext() if is_fsdp(model) else base_in_place(model)
+    with disabled(list(layers.values())), base:
+        yield model
 
 
 def describe(model: nn.Module) -> str:

@@ -30,10 +30,12 @@ from .bank_input import (
     check_handles,
     check_weights,
     flattened,
+    lines_of,
 )
 from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, versions
 from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
+from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
 from .fingerprint import differing, fingerprint_of
 from .layers.base import WEIGHT_DTYPES
@@ -92,6 +94,7 @@ class AdapterBank:
         self._stamps = {name: Stamp.of(layer) for name, layer in self.layers.items()}
         self._watch()
         self._lock = threading.RLock()
+        self._learned = Learned()
         self._hooks = attach(model, self)
 
     @classmethod
@@ -263,8 +266,9 @@ class AdapterBank:
         if len(self._free) < count:
             waiting = len(self._retired)
             still = f", and {waiting} are kept by calls under way" if waiting else ""
+            needed = "1 slot is" if count == 1 else f"{count} slots are"
             raise RuntimeError(
-                f"the bank is full: {count} slots are needed and {len(self._free)} of {self.slots} "
+                f"the bank is full: {needed} needed and {len(self._free)} of {self.slots} "
                 f"are free{still}. Make it with slots={self.slots - len(self._free) + count} or "
                 "more, or remove adapters"
             )
@@ -337,14 +341,19 @@ class AdapterBank:
             weights: (lines, k), float, without gradient: each row uses the weighted sum of its k
                 adapters.
 
-        A layer's input is understood as (lines, …, K) or (lines · positions, K), or with lines ·
-        n in place of lines, as beams have it, or as having one row for each line: the batch comes
-        first. With a model that puts positions first, name an adapter for each row.
+        The sequences are counted in the first dimension of the model's inputs, which must be as
+        many as the lines; or, within transformers' `generate`, as many times that as it makes of
+        each (beams, num_return_sequences); or the inputs are (1, lines, …), packed. Where they are
+        in what a layer gets is found by following them in the first call of each kind: in any
+        dimension, flattened with positions, repeated. A layer that is called by itself must get
+        (lines, …, K). The first use of a bank runs compiled models as they were written.
 
         Raises:
-            ValueError: an unknown name; handles or weights of another shape; an input that fits
-                none of the above.
-            TypeError: handles that are not int64; weights that require a gradient.
+            ValueError: an unknown name; handles or weights of another shape; inputs of another
+                number of sequences; a layer of whose rows it is not known whose they are, as of
+                experts or image patches. It names the layer.
+            TypeError: names that are no list; handles that are not int64; weights that require a
+                gradient.
             RuntimeError: the layers' down and up are not those that the bank was made over;
                 or, at the end, no layer of the model was called: it was another model.
         """
@@ -367,9 +376,12 @@ class AdapterBank:
             (slot,) = self._known([names])
             routing = Routing(self.key, store, (names,), slot=slot)
         else:
-            lines: Any = (names,) if names is None or isinstance(names, str) else tuple(names)
-            handles, known = store.assigned(lines)
-            routing = Routing(self.key, store, lines, handles, bare=names is None, known=known)
+            lines: Any = lines_of(names)
+            empty = lines == () and store is self
+            handles, known = store.assigned((None,) if empty else lines)
+            bare = names is None or empty
+            routing = Routing(self.key, store, lines, handles, bare=bare, empty=empty, known=known)
+        routing.learned = self._learned
         if weights is not None:
             routing.weights = check_weights(weights, routing.handles)
             routing.own = *routing.own, routing.weights

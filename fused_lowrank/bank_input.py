@@ -84,6 +84,19 @@ class Assignments:
         self._size = 0
 
 
+def lines_of(names: Any) -> Lines:
+    """What `use` is given, as a tuple with something for each line."""
+    if names is None or isinstance(names, str):
+        return (names,)
+    try:
+        return tuple(names)
+    except TypeError:
+        raise TypeError(
+            f"names is {names!r}: it must be a name, None, a list with one of them for each "
+            "sequence, or a tensor of bank.handles"
+        ) from None
+
+
 def flattened(names: Names) -> tuple[int, list[str | None]]:
     """(lines, the names of all lines in a row)."""
     given: Any = tuple(names or ())

@@ -15,7 +15,7 @@ from .banked import Place
 from .compute.choose import isolates
 from .layers import LowRankLinear
 from .layers.base import is_sharded
-from .routing import Shelf, remember
+from .routing import Shelf, Watch, remember
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -85,12 +85,16 @@ def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
     """Route the model's layers through the bank; the hooks to be removed at the end."""
     for name, layer in bank.layers.items():
         layer.routed = Place(bank, name, layer)
-    holders = [m for m in model.modules() if not isinstance(m, LowRankLinear)]
-    return [
-        module.register_forward_pre_hook(remember, with_kwargs=True)
-        for module in holders
-        if any(True for _ in adapted_layers(module))
-    ]
+    watch, hooks = Watch(bank.key), []
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) or not any(True for _ in adapted_layers(module)):
+            continue
+        hooks += [
+            module.register_forward_pre_hook(remember, with_kwargs=True),
+            module.register_forward_pre_hook(watch.begin, with_kwargs=True),
+            module.register_forward_hook(watch.end, always_call=True),
+        ]
+    return hooks
 
 
 def index_of(slots: list[int], device: torch.device) -> Any:

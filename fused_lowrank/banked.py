@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import config
 from .called import note_call
+from .calls import call_of
 from .compute import autograd, choose, isolation
 from .compute.autograd import (
     chain,
@@ -34,10 +35,12 @@ from .compute.autograd import (
 from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
+from .disabling import OFF
 from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
+from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, remember_storage
+from .routing import WRITTEN, Routing, current, graph_task, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -50,6 +53,7 @@ class Place:
 
     def __init__(self, bank: AdapterBank, name: str, layer: LowRankLinear) -> None:
         self.bank, self.name = bank, name
+        BANKS[bank.key] = bank
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
     def look_again(self) -> None:
@@ -74,10 +78,12 @@ class Place:
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         if layer.uncalled:
             note_call(layer)
-        if layer.disabled:
-            return layer.own(x)
         if torch.compiler.is_compiling():
-            return self.compiled(layer, x)
+            return layer.own(x) if layer.disabled is True else self.compiled(layer, x)
+        if layer.disabled:
+            if graph_task() < 0:
+                current(self.bank.key)  # the bank's model was called
+            return layer.own(x)
         wants_grad = torch.is_grad_enabled()
         if wants_grad or layer.training:
             remember_storage(x)
@@ -93,11 +99,16 @@ class Place:
                 return layer.own(x)
             core, scale = layer.core_factors, layer.scale
         elif routing.bare and not config.current().batch_invariance:
+            if routing.empty:
+                routing.require_rows(self.name, x.shape[:-1])
             return isolation.linear(x, layer.weight, layer.bias)
         elif routing.handles is None:
             core, scale = join(*routing.one(self.name)), 1.0
         else:
-            core, scale = routing.rows(self.name, x.shape[:-1]), 1.0
+            call = call_of(self.bank.key)
+            if call is not None and call.follower is not None and not call.follower.paused:
+                return self.followed(layer, x, call.follower)
+            core, scale = routing.rows(self.name, x.shape[:-1], call, x), 1.0
         weight, down, up, bias = layer.own_tensors()
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
         operands = Operands(x, weight, down, core, up, bias, scale, dropout)
@@ -107,6 +118,14 @@ class Place:
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
         return compute(prepared(operands), layer.impl, isolated)
+
+    def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
+        """The same, with a follower that is told where the sequences of the result are."""
+        state = follower.where(x)
+        with follower.pause():
+            y = self(layer, x)
+        follower.mark(y, state)
+        return y
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The same as library ops, whatever the routing will be."""
@@ -131,8 +150,19 @@ class Place:
 # --- the ops of a compiled graph ---
 
 _tokens = itertools.count(1)
-ROUTINGS: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
-OUTSIDE = 0  # the token of a call outside `bank.use`
+TICKETS: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
+
+
+class Ticket:
+    """What a token stands for: the routing of a call, if any, and that of its disabled layers."""
+
+    def __init__(self, routing: Routing | None) -> None:
+        self.routing = routing
+        self.disabled: dict[str, Routing] = {}
+
+
+BANKS: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
 
 
 class Banked(NamedTuple):
@@ -149,12 +179,16 @@ def route(key: int) -> Tensor:
 
     It is the routing's number and its version.
     """
-    routing = current(key)
-    if routing is None:
+    ticket = Ticket(routing := current(key))
+    if OFF.get():
+        bank = BANKS[key]
+        bare = bank.use(None).routing()
+        ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
+    if routing is None and not ticket.disabled:
         return torch.tensor([OUTSIDE, 0])
-    number = next(_tokens)
-    ROUTINGS[number], token = routing, torch.tensor([number, routing.version])
-    token.routing = routing  # type: ignore[attr-defined]  # lives as long as the token
+    TICKETS[number := next(_tokens)] = ticket
+    token = torch.tensor([number, 0 if routing is None else routing.version])
+    token.ticket = ticket  # type: ignore[attr-defined]  # lives as long as the token
     return token
 
 
@@ -177,12 +211,17 @@ def resolve(
     number, version = token.tolist()
     if number == OUTSIDE:
         return Banked(join(a, b), scale, "own")
-    routing = ROUTINGS[number]
+    ticket = TICKETS[number]
+    routing = ticket.routing
+    if name in ticket.disabled:
+        return Banked(ticket.disabled[name].rows(name, lead, None), 1.0, "")
+    if routing is None:
+        return Banked(join(a, b), scale, "own")
     if routing.version != version:
         raise RuntimeError(WRITTEN)
     if routing.handles is None:
         return Banked(join(*routing.one(name)), 1.0, "")
-    rows = routing.rows(name, lead)
+    rows = routing.rows(name, lead, call_of(routing.key))
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")
     if trained_a is None:

@@ -9,7 +9,6 @@ module on it again, and the routing is found by it.
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .calls import Call, Learned, Spread, begin, end, not_known, spread
 from .compute.reference import Rows
 
 
@@ -52,12 +52,15 @@ class Routing:
     weights: Tensor | None = None  # float32 (lines, k)
     slot: int = -1  # where there are no handles
     bare: bool = False  # all of the call is declared to be the base model's
+    empty: bool = False  # whether it is of an empty batch
     outer: Routing | None = None
     served: bool = False  # whether a layer has asked for it, or for one inside it
     known: tuple[Tensor, Tensor | None] | None = None  # the slots of handles, where they are known
     own: tuple[Tensor, ...] = ()  # what the caller may write to, of the handles and the weights
+    learned: Learned = field(default_factory=Learned)  # of the bank's model
     _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    _repeat: tuple[tuple[int, ...] | None, int] = (None, 0)  # of the last lead
+    spreads: dict[tuple[str, tuple[int, ...]], Spread | None] = field(default_factory=dict)
+    # By layer and x's dimensions, for what is computed again in the backward; None: of two calls.
 
     @property
     def version(self) -> int:
@@ -68,38 +71,69 @@ class Routing:
                 version += tensor._version
         return version
 
-    def rows(self, layer: str, lead: Sequence[int]) -> Rows:
-        """The cores for the rows of x, which is (*lead, K)."""
-        last, repeat = self._repeat
-        if last != lead:
-            repeat = self._repeated(layer, lead)
-            self._repeat = tuple(lead), repeat  # in one: a call on another thread may come between
+    def rows(
+        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None = None
+    ) -> Rows:
+        """The cores for the rows of x, which is (*lead, K); as `calls.spread` says whose they are.
+
+        Raises ValueError where that is not known.
+        """
+        assert self.handles is not None
+        outer, repeat = self._spread(layer, lead, call, x)
+        handles, weights, known = self.handles, self.weights, self.known
+        if outer > 1:  # the lines come again and again
+            handles = handles.repeat(outer, 1)
+            weights = None if weights is None else weights.repeat(outer, 1)
+            if known is not None:
+                slots, valid = known
+                known = slots.repeat(1, outer), None if valid is None else valid.repeat(1, outer)
         store = self.store
         table, right, scales = store.shelves[layer]
         return Rows(
             table,
             right,
-            self.handles,  # type: ignore[arg-type]
-            self.weights,
+            handles,
+            weights,
             scales,
             store.generations,
             store.refused,
             repeat,
             self,
-            self.known,
+            known,
         )
 
-    def _repeated(self, layer: str, lead: Sequence[int]) -> int:
-        """The rows to a line."""
+    def _spread(
+        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None
+    ) -> Spread:
         assert self.handles is not None
-        lines, count = self.handles.shape[0], math.prod(lead)
-        if count != lines and (not lead or lead[0] % lines):
-            raise ValueError(
-                f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but bank.use "
-                f"was given {lines} adapters: x must have a row for each, or its first dimension "
-                "must be the sequences, as many to each"
-            )
-        return count // lines
+        lines, key = self.handles.shape[0], (layer, tuple(lead))
+        if self.empty:
+            self.require_rows(layer, lead)
+        if graph_task() >= 0:  # what is computed again, as it was
+            before = self.spreads.get(key)
+            if before is None:
+                raise RuntimeError(LOST)
+            return before
+        sizes, last = None, self.learned.found.get(layer)
+        if call is not None and call.follower is None and x is not None:
+            sizes = lead, lines, call.n, call.axis
+        if sizes is not None and last is not None and last[0] == sizes:
+            found = last[1]
+        else:
+            new = spread(layer, lead, lines, call, self.learned, x)
+            if isinstance(new, str):
+                raise not_known(layer, lead, lines, "bank.use", new)
+            found = new
+            if sizes is not None:
+                self.learned.found[layer] = sizes, found
+        if self.spreads.setdefault(key, found) != found:
+            self.spreads[key] = None
+        return found
+
+    def require_rows(self, layer: str, lead: Sequence[int]) -> None:
+        """Raise ValueError if there are rows and no names."""
+        if self.empty and 0 not in lead:
+            raise not_known(layer, lead, 0, "bank.use", "no name was given")
 
     def one(self, layer: str) -> tuple[Tensor, Tensor | None]:
         """The core of the one adapter, times its scale: copies, whatever becomes of its slot."""
@@ -151,10 +185,16 @@ class Use(ContextDecorator, AbstractContextManager[None]):
     def _recreate_cm(self) -> Use:  # a decorated function may be called within itself
         return Use(self._begin, *self._given)
 
+    def routing(self) -> Routing:
+        """What it would route by, not entered."""
+        return self._begin(*self._given)
+
     def __enter__(self) -> None:
         if self._entered is not None:
             raise RuntimeError("this use was entered already: make another by bank.use(names)")
-        routing = self._begin(*self._given)
+        routing = self.routing()
+        if routing.learned.fresh and routing.handles is not None and len(routing.handles) > 1:
+            routing.learned.first_use()
         routing.outer = ACTIVE.get()
         self._entered = routing, ACTIVE.set(routing)
 
@@ -162,9 +202,13 @@ class Use(ContextDecorator, AbstractContextManager[None]):
         assert self._entered is not None
         (routing, token), self._entered = self._entered, None  # whoever keeps this keeps no slot
         ACTIVE.reset(token)
+        if routing.learned.eager:
+            routing.learned.used()
         if kind is None and routing.names and not routing.served:
             raise RuntimeError(
-                "no layer of this bank's model was called inside bank.use: was it another model?"
+                "no layer of this bank's model was called inside bank.use: was it another model? "
+                "Or on another thread, which has no part in it? "
+                "contextvars.copy_context().run(call) takes it there"
             )
 
 
@@ -249,6 +293,27 @@ def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return remember_storage(value)
+
+
+class Watch:
+    """Forward hooks of the modules that hold a bank's layers: the outermost is the model's call."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before it."""
+        if torch.compiler.is_compiling():
+            return
+        routing = find(ACTIVE.get(), self.key)
+        lines = 0 if routing is None or routing.handles is None else routing.handles.shape[0]
+        if routing is not None and lines > 1 and graph_task() < 0:
+            begin(self.key, lines, module, args, kwargs, routing.learned)
+
+    def end(self, module: nn.Module, args: Any, result: Any) -> None:
+        """After it, or after its error."""
+        if not torch.compiler.is_compiling():
+            end(self.key, module, result)
 
 
 def remember_storage(x: Tensor) -> None:

@@ -1,8 +1,10 @@
 """Names, slots and handles of an AdapterBank, and the calls that use them."""
 
+import contextvars
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ def test_names() -> None:
     for wrong in ("c", ["a", "c"], [["a", "c"]], [["a"], ["c"]]):
         with pytest.raises(ValueError, match="'c' is not in the bank"), bank.use(wrong):
             raise AssertionError
-    for wrong in ([], [[]], [["a"], ["a", "b"]], ["a", ["a", "b"]], ()):
+    for wrong in ([[]], [["a"], ["a", "b"]], ["a", ["a", "b"]]):
         with pytest.raises(ValueError, match="a list with a name or None"), bank.use(wrong):
             raise AssertionError
         with pytest.raises(ValueError, match="a list with a name or None"):
@@ -101,7 +103,7 @@ def test_full() -> None:
     """The error says how many slots would do, and what is kept by calls."""
     model, bank = bank_of("cores", 2, names="ab")
     before = picture(bank)
-    full = r"full: 1 slots are needed and 0 of 2 are free\. Make it with slots=3 or more, or remove"
+    full = r"full: 1 slot is needed and 0 of 2 are free\. Make it with slots=3 or more, or remove"
     with pytest.raises(RuntimeError, match=full):
         bank.add("c", model_of("cores", 3))
     with pytest.raises(RuntimeError, match=full):
@@ -275,18 +277,44 @@ def test_refused_weights(case: str) -> None:
 
 
 def test_lines() -> None:
-    """A line is a sequence, a row of packed input, or as many rows; else the error says where."""
+    """A line is a sequence, or a row of packed input; else the error says where."""
     model, bank = bank_of(names="ab")
-    for x in (x_of(2), x_of(2, 3), x_of(2, 3, 2), x_of(4), x_of(6, 2)):
+    for x in (x_of(2), x_of(2, 3), x_of(2, 3, 2), x_of(2, 2), x_of(2, 2, 2)):
         with bank.use(["a", "b"]):
             y = model(x)
         half = len(x) // 2
         expected = [model_of("cores", 1)(x[:half]), model_of("cores", 2)(x[half:])]
         close(y, torch.cat(expected))
     where = r"first was called with x of \(.*K\).*2 adapters"
-    for x in (x_of(3), x_of(1), x_of(3, 2), x_of(1, 3)):
+    for x in (x_of(3), x_of(1), x_of(3, 2), x_of(1, 3), x_of(4), x_of(6, 2)):
         with pytest.raises(ValueError, match=where), bank.use(["a", "b"]):
             model(x)
+
+
+def test_an_empty_batch() -> None:
+    """It has no names and no rows; rows without names are an error, and so is what is no list."""
+    model, bank = bank_of(names="ab")
+    for names in ([], ()):
+        with bank.use(names):
+            assert model(x_of(0)).shape == (0, 5)
+            assert model(x_of(0, 3)).shape == (0, 3, 5)
+            with pytest.raises(ValueError, match=r"first was called with x of .*0 adapters"):
+                model(x_of(2))
+    for wrong in (3, 2.5, object()):
+        with pytest.raises(TypeError, match=r"it must be a name, None, a list"), bank.use(wrong):
+            raise AssertionError
+
+
+def test_a_thread_without_the_context() -> None:
+    """The error says how to take it there, and that works."""
+    model, bank = bank_of(names="a")
+    x = x_of(1)
+    with ThreadPoolExecutor() as pool:
+        with pytest.raises(RuntimeError, match=r"contextvars\.copy_context"), bank.use("a"):
+            pool.submit(model, x).result()
+        with bank.use("a"):
+            y = pool.submit(contextvars.copy_context().run, model, x).result()
+    close(y, model_of("cores", 1)(x))
 
 
 def test_another_model() -> None:

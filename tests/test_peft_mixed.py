@@ -53,14 +53,12 @@ def test_mixed_batch(method: str) -> None:
 
 @methods
 def test_mixed_batch_of_sequences(method: str) -> None:
-    """Whole sequences go to their adapters, also where their rows come folded, as from experts."""
+    """Whole sequences go to their adapters."""
     model = peft.get_peft_model(mlp(), config(method))
     model.add_adapter("two", config(method))
     model.eval()
     x, names = inputs(24).view(4, 6, 12), ["two", "default", "__base__", "two"]
     mixed = model(x, adapter_names=names)
-    folded = model(x.view(24, 12), adapter_names=names)
-    torch.testing.assert_close(folded.view_as(mixed), mixed, **CLOSE)
     for i, name in ((0, "two"), (1, "default"), (3, "two")):
         model.set_adapter(name)
         torch.testing.assert_close(mixed[i], model(x[i]), **CLOSE)
@@ -165,6 +163,32 @@ def test_mixed_batch_errors() -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         model(x, adapter_names=["default"] * 6)
+
+
+def test_names_of_a_mixed_batch() -> None:
+    """None is told from PEFT's name for no adapter; an empty batch has no names."""
+    model = peft.get_peft_model(mlp(), config("lora_xs")).eval()
+    with pytest.raises(ValueError, match="None: '__base__' is the name of no adapter"):
+        model(inputs(2), adapter_names=["default", None])
+    assert model(inputs(0), adapter_names=[]).shape[0] == 0
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(inputs(2), adapter_names=[])
+
+
+def test_modules_trained_whole_in_a_mixed_batch() -> None:
+    """Each sequence has its own copy, and a doubled batch is an error."""
+    model = peft.get_peft_model(mlp(), config("lora_xs", modules_to_save=["head"]))
+    model.add_adapter("two", config("lora_xs", modules_to_save=["head"]))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["two"].weight.add_(1)
+    model.eval()
+    x, names = inputs(4), ["two", "default"] * 2
+    mixed = model(x, adapter_names=names)
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[i], model(x)[i], **CLOSE)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(x, adapter_names=["two", "default"])
 
 
 @methods

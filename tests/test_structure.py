@@ -23,7 +23,7 @@ FLOORS = (
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     ("layers", "init", "routing", "called", "readers", "unchanged"),
-    ("functional", "testing"),
+    ("functional", "testing", "calls", "following", "following_rules", "disabling"),
     ("compute",),
     ("config",),
     ("kernels",),

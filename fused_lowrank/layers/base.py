@@ -17,6 +17,7 @@ from ..compute.autograd import chain
 from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
+from ..disabling import Switch
 from ..functional import compute, prepared
 from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
 from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
@@ -75,7 +76,7 @@ class LowRankLinear(nn.Module):
             self.impl = impl
         self._check_settings()
         self.scale = self.alpha / r
-        self.disabled = False
+        self.disabled: bool | Switch = False  # in all contexts, or in some
         self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
 
         own_linear = linear is not None

@@ -332,19 +332,22 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
-        if len(names) == 0 or x.shape[0] % len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} names for x of {tuple(x.shape)}"
-            )
         lines = names if isinstance(names, Lines) else Lines(names)
+        call = lines.call if not torch.compiler.is_compiling() else None
+        if call is not None and call.follower is not None and not call.follower.paused:
+            state = call.follower.where(x)
+            with call.follower.pause():
+                y = self.mixed(x, lines)
+            call.follower.mark(y, state)
+            return y
+        place = lines.spread(self.key, x)
         there = [name for name in lines.different if name in self.scaling]
         if not there:
             return self.base_layer(x)
         sides = self.common_sides(there)
         (down, up), weight, base = self.bases(*sides), self.base_weight, self.base_layer
         table = self._table(there, *sides)
-        rows = lines.rows(there, table, x.shape[:-1].numel())
+        rows = lines.rows(there, table, place)
         if not self.is_plain(base) or torch.compiler.is_compiling():
             y = base(x)
             t = linear(like(x, down.dtype), down)

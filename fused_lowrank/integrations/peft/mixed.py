@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
+from ...calls import Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...compute.reference import NONE, Rows
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -15,21 +20,115 @@ BASE = "__base__"  # PEFT's name for no adapter
 class Lines(list[str]):
     """The name of each sequence's adapter; what layers make of it is made once for all of them."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], model: Any = None) -> None:
         super().__init__(names)
         self.different = list(dict.fromkeys(names))
+        self.model = model  # that is called with them; None: a layer is
+        self.learned: Learned = Learned() if model is None else model.learned
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def rows(self, adapters: Sequence[str], table: Tensor, count: int) -> Rows:
+    @property
+    def call(self) -> Call | None:
+        """The model's call that is running."""
+        return None if self.model is None else call_of(self.model)
+
+    def spread(self, layer: str, x: Tensor) -> Spread:
+        """Which rows of a layer's x are whose; raises ValueError where that is not known."""
+        lead, lines = x.shape[:-1], len(self)
+        call = None if torch.compiler.is_compiling() else self.call
+        seen = x if call is not None or self.model is None else None
+        if lines:
+            found = spread(layer, lead, lines, call, self.learned, seen)
+        else:  # an empty batch
+            found = Spread(1, 1) if x.numel() == 0 else "no name is given"
+        if not isinstance(found, str):
+            return found
+        error = not_known(layer, lead, lines, "`adapter_names`", found)
+        if lines == 0 or call is None or not call.fits:
+            error.args = (
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{lines} and x of {tuple(x.shape)}. {error}",
+            )
+        raise error
+
+    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread) -> Rows:
         """The rows of a layer that has these adapters, whose cores (adapters, P, Q) are `table`."""
-        key = (table.device, *adapters)
+        outer, repeat = place
+        key = (table.device, outer, *adapters)
         if key not in self._made:
             slot = {name: number for number, name in enumerate(adapters)}
+            lines = [[slot.get(name, NONE)] for name in self] * outer
             self._made[key] = (
-                torch.tensor([[slot.get(name, NONE)] for name in self], device=table.device),
+                torch.tensor(lines, device=table.device),
                 torch.ones(len(adapters), device=table.device),
                 torch.zeros(len(adapters), dtype=torch.int32, device=table.device),
                 torch.zeros(1, dtype=torch.int32, device=table.device),
             )
         handles, scales, generations, refused = self._made[key]
-        return Rows(table, None, handles, None, scales, generations, refused, count // len(self))
+        return Rows(table, None, handles, None, scales, generations, refused, repeat)
+
+
+# Of the calling thread or task: the lines of the models that are called with adapter_names.
+ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
+
+
+class Hooks:
+    """The hooks of one call of a model with adapter_names; in other contexts they do nothing."""
+
+    def __init__(self, lines: Lines) -> None:
+        self.model, self.lines = lines.model, lines
+
+    @contextmanager
+    def entered(self, roots: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Within it calls of `roots` are the model's, and `layers` get their names."""
+        token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.lines})
+        handles: list[Any] = []
+        try:
+            for module in roots:
+                handles.append(module.register_forward_pre_hook(self.begin, with_kwargs=True))
+                handles.append(module.register_forward_hook(self.end, always_call=True))
+            for module in layers:
+                handles.append(module.register_forward_pre_hook(self.give, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            ACTIVE.reset(token)
+
+    @property
+    def here(self) -> bool:
+        """Whether these are the names of the running context."""
+        return (ACTIVE.get() or {}).get(self.model) is self.lines
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a model's call."""
+        if not torch.compiler.is_compiling() and self.here and len(self.lines) > 1:
+            begin(self.model, len(self.lines), module, args, kwargs, self.lines.learned)
+
+    def end(self, module: nn.Module, args: Any, result: Any) -> None:
+        """After it."""
+        if not torch.compiler.is_compiling() and self.here:
+            end(self.model, module, result)
+
+    def give(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before a layer's call: the adapter of each sequence."""
+        if not torch.compiler.is_compiling() and not self.here:
+            return None  # another thread's hook
+        if not self.lines and args and len(args[0]) == 0:
+            return None  # an empty batch: its adapter does not matter
+        names: list[str] = self.lines
+        if isinstance(module, AuxiliaryTrainingWrapper) and args:  # PEFT's own: a name for each row
+            names = self.each(module, args[0])
+        return args, {**kwargs, "adapter_names": names}
+
+    def each(self, module: nn.Module, x: Tensor) -> list[str]:
+        """The name of each of x's first dimension."""
+        outer, _ = self.lines.spread(f"{type(module).__name__} {id(module):x}", x)
+        times, left = divmod(len(x), len(self.lines))
+        if outer > 1 or left:
+            raise ValueError(
+                f"a module of modules_to_save was called with x of {tuple(x.shape)}, whose first "
+                f"dimension is not that of the {len(self.lines)} sequences of `adapter_names`: "
+                "call the model with one adapter at a time"
+            )
+        return [name for name in self.lines for _ in range(times)]

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
 from ...called import refuse_passed_over, warn_of_passed_over, watch_gradients
+from ...calls import Learned
 from ...layers.accept import is_parametrized, why_no_weight
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
@@ -36,7 +37,7 @@ from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
-from .mixed import BASE, Lines
+from .mixed import BASE, Hooks, Lines
 from .whole import check_name
 
 LEAVE = (
@@ -50,6 +51,7 @@ class LowRankModel(BaseTuner):
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
     biases: Biases
+    learned: Learned  # of where the sequences of mixed batches are in the layers' inputs
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
 
@@ -135,6 +137,7 @@ class LowRankModel(BaseTuner):
         before = [p for layer in layers_of(model) for p in layer.others(adapter_name)]
         trained = [(parameter, parameter.requires_grad) for parameter in before]
         with unchanged_on_error(self):
+            self.learned = Learned()
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self.biases.keep(model, self.peft_config[adapter_name].bias)
@@ -204,29 +207,24 @@ class LowRankModel(BaseTuner):
                 f"adapter_names is a {type(names).__name__}: it must be a list of names"
             )
         there = {name for layer in layers_of(self) for name in layer.scaling}
-        if unknown := sorted(set(names) - there - {BASE}):
+        if None in names:
+            raise ValueError(f"adapter_names has a None: {BASE!r} is the name of no adapter")
+        if unknown := sorted({str(name) for name in names} - there - {BASE}):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(there))}, and {BASE} for none"
             )
-        beams = kwargs.get("num_beams")
-        names = repeated = Lines(names)
-        if isinstance(beams, int) and beams > 1:  # generate repeats each sequence for its beams
-            repeated = Lines([name for name in names for _ in range(beams)])
-        # An encoder sees the sequences before they are repeated.
+        layers = [
+            module
+            for module in self.modules()
+            if isinstance(module, PeftLowRankLinear | AuxiliaryTrainingWrapper)
+        ]
+        roots = [self, self.model]
         get_encoder = getattr(self.model, "get_encoder", None)
-        encoder = get_encoder() if get_encoder is not None and repeated is not names else None
-        inside = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        handles = []
-        for module in self.modules():
-            if isinstance(module, PeftLowRankLinear | AuxiliaryTrainingWrapper):
-                own = names if module in inside else repeated
-                handles.append(module.register_forward_pre_hook(passing(own), with_kwargs=True))
-        try:
+        if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
+            roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
+        with Hooks(Lines(names, self)).entered(list(dict.fromkeys(roots)), layers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # --- mixing adapters ---
 
@@ -453,16 +451,6 @@ def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
         )
         config.fan_in_fan_out = turned
     return turned
-
-
-def passing(names: Sequence[str]) -> Any:
-    """A forward pre-hook that gives a layer the adapter of each sequence."""
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs["adapter_names"] = names
-        return args, kwargs
-
-    return hook
 
 
 def check_merge(layers: Iterable[PeftLowRankLinear]) -> None:

@@ -1,0 +1,407 @@
+"""The model's call: how many sequences it has, and which rows of a layer's input are whose.
+
+Sequences are counted where they are known, in the inputs of the outermost module that is called
+with adapters by sequence. Where they are in what a layer of it gets is followed (`following`) in
+the first call of each kind and remembered by layer, so that later calls need look at sizes alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .following import Follower
+from .following_rules import MIXED, NOBODY, State, Where
+
+# Parts of the names of inputs.
+MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+ASIDE = (
+    "position",
+    "mask",
+    "past",
+    "grid",
+    "index",
+)  # in names of inputs that need not be followed
+MEDIA = (
+    "pixel",
+    "image",
+    "video",
+    "audio",
+    "feature",
+    "patch",
+)  # beside text: as many as there are
+KINDS = 256  # of calls that are remembered for one model
+
+
+class Spread(NamedTuple):
+    """Row m of a layer's input is of line (m // repeat) % lines."""
+
+    outer: int  # how often the lines come one after the other
+    repeat: int
+
+
+class Layout(NamedTuple):
+    """Which of the dimensions before K has the sequences."""
+
+    dim: int
+    inner: bool = False  # whether something lies within them in that dimension,
+    outer: bool = False  # or around them
+
+
+VARIES = Layout(-1)
+Layouts = dict[tuple[int, int], Layout]  # of one layer, by the call's axis and x's dimensions
+
+
+@dataclass
+class Learned:
+    """What is remembered of a model, for all of its layers."""
+
+    kinds: set[Any] = field(default_factory=set)  # of calls that have been followed
+    layouts: dict[str, Layouts] = field(default_factory=dict)  # by layer
+    seen: set[Any] = field(default_factory=set)  # calls of one tensor that were of these kinds
+    found: dict[str, tuple[Any, Spread]] = field(default_factory=dict)  # by layer, of the last call
+    varies: bool = False  # whether a layer is called in several ways: then every call is followed
+    fresh: bool = True  # whether no call has begun yet
+    eager: bool = False  # whether compiled models run as they were written meanwhile
+
+    def first_use(self) -> None:
+        """Before adapters by line are used first: a compiled model's call could not be followed."""
+        self.fresh, self.eager = False, True
+        eagerly(1)
+
+    def used(self) -> None:
+        """At the end of the first use."""
+        if self.eager:
+            self.eager = False
+            eagerly(-1)
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A call of a model, or of a part of it, with adapters by line."""
+
+    key: Any  # of whose adapters
+    module: nn.Module
+    lines: int
+    n: int  # sequences: lines, or as many times that as `generate` makes of each
+    axis: int  # of the inputs, along which they are; 1 where each row of packed input is named
+    given: str  # the input that said so
+    learned: Learned
+    kind: Any = None
+    media: tuple[str, ...] = ()  # inputs of images, sounds, … beside text
+    paired: bool = True  # whether there is one of them for each sequence
+    follower: Follower | None = None
+    outer: Call | None = None
+    token: Token[Call | None] | None = None
+    depth: int = 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sequences are as many as the adapters."""
+        return self.n > 0
+
+
+CALL: ContextVar[Call | None] = ContextVar("fused_lowrank_call", default=None)
+
+
+def call_of(key: Any) -> Call | None:
+    """The call that is running with the adapters of this bank or model."""
+    call = CALL.get()
+    while call is not None and call.key != key:
+        call = call.outer
+    return call
+
+
+def begin(
+    key: Any, lines: int, module: nn.Module, args: Any, kwargs: Any, learned: Learned
+) -> None:
+    """Note that a module is called; `end` must follow. Within another call it is a part of that."""
+    call = call_of(key)
+    if call is not None:
+        call.depth += call.module is module
+        return
+    first: Any = args[0] if args and not kwargs else None
+    if type(first) is Tensor and len(args) == 1:  # as one before it, mostly
+        seen: Any = id(module), module.training, lines, first.shape
+        if seen in learned.seen and not learned.varies:
+            call = Call(key, module, lines, lines, 0, "", learned, outer=CALL.get())
+            call.token = CALL.set(call)
+            return
+    n, axis, main, given = counted(lines, args, kwargs)
+    call = Call(key, module, lines, n, axis, given, learned, outer=CALL.get())
+    if call.fits and main is not None:
+        call.media = beside_text(main, kwargs)
+        call.paired = not call.media or paired(module, main)
+        call.kind = kind_of(call, main, args, kwargs)
+        if learned.varies or not call.paired or call.kind not in learned.kinds:
+            call.follower = Follower(n)
+            for x, state in inputs_of(call, main, args, kwargs):
+                call.follower.mark(x, state)
+            eagerly(1)
+            call.follower.__enter__()
+        elif main is first and (n, axis, len(args)) == (lines, 0, 1) and len(learned.seen) < KINDS:
+            learned.seen.add((id(module), module.training, lines, first.shape))
+    call.token = CALL.set(call)
+
+
+def end(key: Any, module: nn.Module, result: Any) -> None:
+    """Note that a module's call is over; without a result it has failed."""
+    call = call_of(key)
+    if call is None or call.module is not module:
+        return
+    call.depth -= 1
+    if call.depth == 0 and call.token is not None:
+        CALL.reset(call.token)
+        if call.follower is not None:
+            call.follower.__exit__(None, None, None)
+            eagerly(-1)
+            if result is not None and len(call.learned.kinds) < KINDS:
+                call.learned.kinds.add(call.kind)
+
+
+_stance: list[Any] = [0, None]  # how many calls are followed, and torch's way of running then
+_lock = threading.Lock()
+
+
+def eagerly(more: int) -> None:
+    """While calls are followed, their compiled parts run as they were written."""
+    with _lock:
+        before, _stance[0] = _stance[0], _stance[0] + more
+        if before == 0:
+            compiling = "torch._dynamo" in sys.modules
+            _stance[1] = torch.compiler.set_stance("force_eager") if compiling else None
+        elif _stance[0] == 0 and _stance[1] is not None:
+            _stance[1].__exit__(None, None, None)
+
+
+# --- the inputs ---
+
+
+def counted(lines: int, args: Any, kwargs: Any) -> tuple[int, int, Tensor | None, str]:
+    """(sequences, or 0 where they are not the lines'; axis; the input that says so; its name)."""
+    name, main = main_input(args, kwargs)
+    if main is None:
+        return lines, 0, None, ""
+    given = f"{name} is {tuple(main.shape)}" if name else f"its input is {tuple(main.shape)}"
+    count = main.shape[0]
+    if count == lines or (count % lines == 0 and count == lines * expansion()):
+        return count, 0, main, given
+    if count == 1 and main.dim() > 1 and main.shape[1] == lines:
+        return lines, 1, main, given
+    return 0, 0, main, given
+
+
+def main_input(args: Any, kwargs: Any) -> tuple[str, Tensor | None]:
+    """The input whose first dimension is the batch, and its name."""
+    for name in MAIN:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            return name, value
+    named = [("", value) for value in args]
+    named += [item for item in kwargs.items() if not any(part in item[0] for part in ASIDE)]
+    for rank in (2, 1):
+        for name, value in named:
+            if isinstance(value, Tensor) and value.dim() >= rank:
+                return name, value
+    for name, value in named:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.dim():
+                return name, leaf
+    return "", None
+
+
+def inputs_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, State]]:
+    """What is known of the inputs: those with a row for each sequence, and others."""
+    yield main, Where(call.axis)
+    lead = main.shape[: call.axis + 1]
+    for name, value in [("", value) for value in args] + list(kwargs.items()):
+        if any(part in name for part in ASIDE):
+            continue
+        for leaf in tree_leaves(value):
+            if not isinstance(leaf, Tensor) or leaf is main:
+                continue
+            alike = leaf.shape[: call.axis + 1] == lead
+            if name in call.media and not (alike and call.paired):
+                yield leaf, MIXED
+            elif alike and (leaf.is_floating_point() or "ids" in name):
+                yield leaf, Where(call.axis)
+
+
+def beside_text(main: Tensor, kwargs: Any) -> tuple[str, ...]:
+    """The names of inputs that are images, sounds, …, where the first one is text."""
+    if main.is_floating_point():
+        return ()
+    return tuple(
+        name
+        for name, value in kwargs.items()
+        if value is not None
+        and any(part in name for part in MEDIA)
+        and not any(part in name for part in ASIDE)
+    )
+
+
+def paired(module: nn.Module, text: Tensor) -> bool:
+    """Whether each sequence of text has as many places for images, sounds, … as the others.
+
+    A model whose configuration names no such places, as CLIP's, takes one of each.
+    """
+    config = getattr(module, "config", None)
+    for kind in ("image", "video", "audio"):
+        token = getattr(config, f"{kind}_token_id", getattr(config, f"{kind}_token_index", None))
+        if isinstance(token, int):
+            counts = (text == token).flatten(1).sum(1) if text.dim() > 1 else text[:1]
+            if bool((counts != counts[0]).any()):
+                return False
+    return True
+
+
+def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
+    """What calls have in common that run the same code, as far as can be seen.
+
+    Where positions are as many as sequences, sizes could not show that a layer is called in another
+    way than the one that is remembered; so such calls are of a kind of their own.
+    """
+    rest = main.shape[call.axis + 1 :]
+    like = tuple(main.shape) if call.n in rest else (main.dim(), 1 in rest)
+    names = tuple([name for name, value in kwargs.items() if value is not None])
+    return id(call.module), call.module.training, call.axis, len(args), names, like
+
+
+def expansion() -> int:
+    """What transformers' `generate` makes of each sequence, where it is what calls: beams, samples.
+
+    It repeats each one so often in its place.
+    """
+    generation: Any = sys.modules.get("transformers.generation.utils")
+    frame = sys._getframe(1) if generation is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "generate":
+            own = frame.f_locals
+            config = own.get("generation_config")
+            if config is not None and isinstance(own.get("self"), generation.GenerationMixin):
+                return max(config.num_beams or 1, config.num_return_sequences or 1)
+        frame = frame.f_back
+    return 1
+
+
+# --- the layers ---
+
+
+def spread(
+    layer: str,
+    lead: Sequence[int],
+    lines: int,
+    call: Call | None,
+    learned: Learned,
+    x: Tensor | None,
+) -> Spread | str:
+    """Which rows of a layer's x, (*lead, K), are whose; or why that is not known.
+
+    Args:
+        layer: its name.
+        lead: x's dimensions before K.
+        lines: the adapters that were named.
+        call: the model's; None: the layer is called by itself, or from a compiled graph.
+        learned: what is remembered of the model.
+        x: None in a compiled graph.
+    """
+    rows = math.prod(lead)
+    if lines == 1 or rows == 0:
+        return Spread(1, rows // lines)
+    layouts = learned.layouts.setdefault(layer, {})
+    if call is None:
+        return uncalled(lead, lines, layouts, x is not None)
+    if not call.fits:
+        return f"the model was called with another number of sequences: {call.given}"
+    key = call.axis, len(lead)
+    if call.follower is None or x is None:
+        layout = layouts.get(key)
+        if layout is None:
+            return by_size(lead, lines, call.n, call.axis)
+        return by_layout(layout, lead, lines, call.n)
+    state = call.follower.where(x)
+    if state == MIXED or (isinstance(state, Where) and state.dim == len(lead)):
+        return f"it {MIXED.why}"
+    if not isinstance(state, Where):
+        if state == NOBODY and len(lead) < 2:
+            return f"it {NOBODY.why}"
+        found = by_size(lead, lines, call.n, call.axis)
+        return f"it {state.why}, and {found}" if isinstance(found, str) else found
+    learn(layouts, key, lead, state, call)
+    repeat = state.inner * math.prod(lead[state.dim + 1 :]) * (call.n // lines)
+    return Spread(rows // (lines * repeat), repeat)
+
+
+def uncalled(lead: Sequence[int], lines: int, layouts: Layouts, own: bool) -> Spread | str:
+    """`spread` where no call of a model is known: x is the caller's, or in a compiled graph."""
+    if not lead:
+        return "it has one row"
+    n, rows = lines, math.prod(lead)
+    if lead[0] != lines and lead[0] % lines == 0:
+        n *= expansion()
+    axis = int(len(lead) > 1 and lead[0] == 1 and lead[1] == lines)
+    if own:
+        fits = lead[0] == n or rows == lines
+        return Spread(1, rows // lines) if fits else f"its first dimension is not {lines}"
+    layout = layouts.get((axis, len(lead)))
+    if layout is not None:
+        return by_layout(layout, lead, lines, n)
+    return by_size(lead, lines, n, axis)
+
+
+def learn(
+    layouts: Layouts, key: tuple[int, int], lead: Sequence[int], state: Where, call: Call
+) -> None:
+    """Remember where the sequences were."""
+    around = lead[state.dim] // (call.n * state.inner)
+    layout, before = Layout(state.dim, state.inner > 1, around > 1), layouts.get(key)
+    if before is not None and before != layout:
+        layout = Layout(layout.dim, layout.inner or before.inner, layout.outer or before.outer)
+        if before.dim != layout.dim:
+            layout = VARIES
+    if layout.inner and layout.outer:
+        layout = VARIES
+    layouts[key] = layout
+    call.learned.found.clear()
+    call.learned.varies |= layout is VARIES
+
+
+def by_layout(layout: Layout, lead: Sequence[int], lines: int, n: int) -> Spread | str:
+    """By where the sequences were before."""
+    if layout is VARIES:
+        return "it is called in several ways"
+    size = lead[layout.dim]
+    if size % n or (size != n and not (layout.inner or layout.outer)):
+        return f"dimension {layout.dim} of x, in which the sequences were before, is not {n}"
+    inner = size // n if layout.inner else 1
+    repeat = inner * math.prod(lead[layout.dim + 1 :]) * (n // lines)
+    return Spread(math.prod(lead) // (lines * repeat), repeat)
+
+
+def by_size(lead: Sequence[int], lines: int, n: int, axis: int) -> Spread | str:
+    """By sizes alone, where nothing else can be known: no other dimension may be as many."""
+    if len(lead) <= axis or lead[axis] != n or any(size != 1 for size in lead[:axis]):
+        return f"dimension {axis} of x is not {n}"
+    if n in lead[axis + 1 :]:
+        return f"two dimensions of x are {n}"
+    return Spread(1, math.prod(lead) // lines)
+
+
+def not_known(layer: str, lead: Sequence[int], lines: int, who: str, why: str) -> ValueError:
+    """The error of a layer of whose input it is not known which rows are whose."""
+    return ValueError(
+        f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but {who} was given "
+        f"{lines} adapters, and which rows are whose is not known: {why}. Name an adapter for each "
+        "row of the model's inputs, whose first dimension is the batch (also where a batch is "
+        "doubled); or leave this layer out (exclude_modules); or call the model with one adapter "
+        "at a time"
+    )
