@@ -2,7 +2,8 @@
 
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
-What is launched is in `relay_hopper`.
+What is launched is in `relay_hopper` or, by a tile with several makers of t, in
+`relay_slices_hopper`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def spec_of(
         padded(q),
         bulk=is_bulk(x, weight, *factors),
         n=weight.shape[0],
+        k=x.shape[1],
     )
 
 
@@ -105,8 +107,10 @@ def planned(
     config = choose(spec, m)
     if not (config.hopper and spec.bulk and has_flags(m, config)):
         raise ValueError(f"relay cannot compute {m} rows of {spec} with {config}")
-    from . import relay_hopper
-
-    return relay_hopper.planned(
+    if config.makers > 1:
+        from .relay_slices_hopper import planned as of_kernel
+    else:
+        from .relay_hopper import planned as of_kernel
+    return of_kernel(
         x, weight, down, core, up, bias, transposed, want_t, spec.wide, config
     )

@@ -56,6 +56,7 @@ class Case:
     stages: int = 3
     parts: int = 2
     group_m: int = 2
+    makers: int = 1  # relay: of t
     turned: bool = False  # W lies the other way round than it does in such a pass
 
 
@@ -113,7 +114,7 @@ class Executor:
         with contextlib.ExitStack() as stack:
             run = lambda *args, **given: self.run(*args, **given)  # noqa: E731
             stack.enter_context(mock.patch.object(JITFunction, "run", run))
-            for name in ("gemm_tail_hopper", "relay_hopper"):
+            for name in ("gemm_tail_hopper", "relay_hopper", "relay_slices_hopper"):
                 patched = mock.patch.object(module(name), "multiprocessors", self.at_once)
                 stack.enter_context(patched)
             yield
@@ -152,8 +153,8 @@ def module(name: str) -> Any:
 
 def tile(case: Case) -> Any:
     sides = 128, case.width, 64
-    make = module("tiles").TileConfig
-    return make(*sides, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts)
+    given = {"hopper": True, "parts": case.parts, "makers": case.makers}
+    return module("tiles").TileConfig(*sides, 4, case.stages, case.group_m, 168, **given)
 
 
 class Operands:
@@ -171,6 +172,7 @@ class Operands:
             self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
         elif case.core != "one":
             self.factors = (self.draw(case.p, case.q, kind=kind),)
+        self.results: dict[int, tuple[torch.Tensor | None, ...]] = {}  # by the seed of x
 
     def draw(self, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
         values = torch.randn(*shape, generator=self.generator)
@@ -179,8 +181,12 @@ class Operands:
     def turned(self, factor: torch.Tensor) -> torch.Tensor:
         return factor.t().contiguous() if self.case.transposed else factor
 
-    def launch(self, executor: Executor) -> float:
-        """Compute of a new x; the largest error, as a share of what it may be."""
+    def launch(self, executor: Executor, seed: int) -> float:
+        """Compute of the x of a seed; the largest error, as a share of what it may be.
+
+        Raises Fault beyond that, and where the same x has given other bits before.
+        """
+        self.generator.manual_seed(seed)
         case, chosen = self.case, tile(self.case)
         x = self.draw(self.sizes[0], self.sizes[2])
         weight = self.weight  # (N, K)
@@ -192,6 +198,7 @@ class Operands:
             u, up = (u, self.turned(self.up)) if case.q else (None, None)
             gemm_tail = module("gemm_tail").gemm_tail
             y = gemm_tail(x, weight, u, up, self.bias, case.transposed, None, lambda *_: chosen)
+            self.keep(seed, y)
             return self.error_of_y(x, u, y)
         core: Any = [self.turned(factor) for factor in self.factors]
         core = tuple(core[::-1] if case.transposed else core)
@@ -208,23 +215,41 @@ class Operands:
             case.want_t,
             lambda *_: chosen,
         )
-        u = executor.arguments["u_ptr"].view(len(x), -1)
-        if bool((u[:, case.q :] != 0).any()):
-            raise Fault("u is not zero beyond Q")
-        worst = max(self.error_of_u(x, t, u[:, : case.q]), self.error_of_y(x, u, y))
+        self.keep(seed, y, t)
+        worst = 0.0 if t is None else share("t", t, *self.t_of(x))
+        u, off = self.u_of(x, t)
+        if case.makers == 1:
+            made = executor.arguments["u_ptr"].view(len(x), -1)
+            if bool((made[:, case.q :] != 0).any()):
+                raise Fault("u is not zero beyond Q")
+            made = made[:, : case.q]
+            worst = max(worst, share("u", made, u, off), self.error_of_y(x, made, y))
+        else:  # u is in shared memory alone
+            worst = max(worst, self.error_of_y(x, u, y, off))
         if bool(executor.arguments["arrivals_ptr"].any()):
             raise Fault("flags are not zero again")
         return worst
 
-    def error_of_u(self, x: torch.Tensor, t: torch.Tensor | None, u: torch.Tensor) -> float:
-        """The larger of t's and u's; where t was stored, u is held to what that t gives."""
+    def keep(self, seed: int, *results: torch.Tensor | None) -> None:
+        """Remember results, or hold them to those of the same seed."""
+        before = self.results.setdefault(seed, results)
+        for found, first in zip(results, before, strict=True):
+            if found is not None and not torch.equal(found, first):
+                raise Fault("other bits than at the first time")
+
+    def t_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(t, how far it may be off), in float64."""
         exact = x.double() @ self.down.double().t()
         sums = x.double().abs() @ self.down.double().t().abs() * SUM
-        off, error = self.unit * exact.abs() + sums, 0.0
-        if t is not None:
-            error = share("t", t, exact, off)
+        return exact, self.unit * exact.abs() + sums
+
+    def u_of(
+        self, x: torch.Tensor, t: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(u, how far it may be off), in float64: of this t, where it was stored."""
+        exact, off = self.t_of(x)
         if not self.factors:  # u is made of t before it is rounded
-            return max(error, share("u", u, SCALE * exact, SCALE * off))
+            return SCALE * exact, SCALE * off
         if t is not None:
             exact, off = t.double(), torch.zeros_like(off)
         core, size = self.factors[0].double(), self.factors[0].double().abs()
@@ -234,17 +259,25 @@ class Operands:
             core_off = 2.0**-16  # it is multiplied as two bf16
         else:  # a pair's product is rounded
             core_off = self.unit if len(self.factors) == 2 else 0.0
-        u_exact = SCALE * (exact @ core)
+        u = SCALE * (exact @ core)
         u_off = SCALE * (off @ core.abs() + exact.abs() @ size * (core_off + SUM))
-        return max(error, share("u", u, u_exact, self.unit * u_exact.abs() + 2 * u_off))
+        return u, self.unit * u.abs() + 2 * u_off
 
-    def error_of_y(self, x: torch.Tensor, u: torch.Tensor | None, y: torch.Tensor) -> float:
-        """That of y, of the u that it was made of."""
+    def error_of_y(
+        self,
+        x: torch.Tensor,
+        u: torch.Tensor | None,
+        y: torch.Tensor,
+        off: torch.Tensor | None = None,
+    ) -> float:
+        """That of y, of the u that it was made of, or of one that may be so far off."""
         pairs = [(x, self.weight)]
         if u is not None:
             pairs.append((u[:, : self.case.q], self.up))
         exact = sum(a.double() @ b.double().t() for a, b in pairs)
         sums = sum(a.double().abs() @ b.double().t().abs() for a, b in pairs) * SUM
+        if off is not None:
+            sums = sums + off @ self.up.double().t().abs()
         if self.bias is not None:
             exact = exact + self.bias.double()
         return share("y", y, exact, self.unit * exact.abs() + 2 * sums)
@@ -269,10 +302,10 @@ def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tens
 
 
 def sizes_of(case: Case, chance: random.Random) -> tuple[int, int, int]:
-    """M, N and K of a run: a few tiles, most of them ragged."""
-    m = chance.choice((1, 77, 128, 200, 300))
+    """M, N and K of a run: a few tiles, most of them ragged, and enough for all makers."""
+    m, more = chance.choice((1, 77, 128, 200, 300)), case.makers - 1
     n = chance.choice((8, case.width, case.width + 8, 2 * case.width, 2 * case.width + 40))
-    return m, n, chance.choice((8, 64, 136, 200))
+    return m, n + more * case.width, chance.choice((8, 64, 136, 200)) + more * 64
 
 
 def execute_case(
@@ -280,7 +313,8 @@ def execute_case(
 ) -> tuple[int, float]:
     """(launches, the largest error as a share of what it may be) of so many runs of a case.
 
-    A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives.
+    A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives; the
+    last computes what the first has computed.
     """
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, or the largest integer
     executor, worst, launches = Executor(), 0.0, 0
@@ -290,11 +324,11 @@ def execute_case(
             module("common").arrivals(torch.device("cpu")).zero_()
             chosen = sizes or sizes_of(case, chance)
             operands = Operands(case, chosen, seed + run)
-            executor.programs = chance.randint(1, 5)
             for number in range(LAUNCHES):
+                executor.programs = chance.randint(case.makers, 5)
                 executor.seed = chance.getrandbits(32)
                 try:
-                    worst = max(worst, operands.launch(executor))
+                    worst = max(worst, operands.launch(executor, number % (LAUNCHES - 1)))
                 except Fault as fault:
                     what = f"M, N, K = {chosen}, {executor.programs} programs, launch {number}"
                     raise type(fault)(f"{what}: {fault}") from None
