@@ -234,13 +234,14 @@ def hand_out(
             while seen(flag_ptr) < MAKERS:
                 pass
             job_barrier()
-            sums_of_rows = sums_ptr + (GROUPS * pid_m + group) * (MAKERS * ROWS * PAD_P)
+            first = (GROUPS * pid_m + group) * (MAKERS * ROWS)
             for chunk in range(ROWS // rows * gl.num_programs(1)):
                 m = pid_m * BLOCK_M + group * ROWS + chunk * rows
+                at = here((first + chunk * rows) * PAD_P) + offs_m * PAD_P
                 u = gl.zeros([rows, PAD_Q], gl.float32, WARP)
                 for part in gl.static_range(TAKEN):
                     offs_p = part * COLUMNS + columns
-                    ptrs = sums_of_rows + (chunk * rows + offs_m)[:, None] * PAD_P + offs_p[None, :]
+                    ptrs = sums_ptr + (at[:, None] + offs_p[None, :])
                     low = gl.load(ptrs, cache_modifier=".cg")
                     for maker in gl.static_range(1, MAKERS):  # in this order, always
                         low += gl.load(ptrs + maker * (ROWS * PAD_P), cache_modifier=".cg")
@@ -430,7 +431,8 @@ def relay_slices_hopper_kernel(
     )  # fmt: skip
 
 
-REGISTERS = {"MAKER_REGISTERS": 208, "BRINGER_REGISTERS": 88}  # of a thread
+WIDEST = {"MAKER_REGISTERS": 208, "BRINGER_REGISTERS": 88}  # of a thread
+OTHERS = {"MAKER_REGISTERS": 192, "BRINGER_REGISTERS": 120}  # of tiles of fewer columns
 
 
 def planned(
@@ -481,7 +483,7 @@ def planned(
             "HAS_BIAS": bias is not None,
             "U_ROWS": 32 if max(pad_p, pad_q) == 16 else 16,
             **constants(config),
-            **REGISTERS,
+            **(WIDEST if config.block_n == 256 else OTHERS),
             **config.options(),
             "launch_cooperative_grid": True,  # all programs run at once, or none
         },

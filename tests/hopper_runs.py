@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
+import os
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from fused_lowrank import kernels as package
 SM_90 = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAUNCHES = 3  # in a row
+SECONDS = 600  # that a case may take, on a busy machine
 TRIES = 6  # runs in which a planted fault is to be seen
 SUM = 2.0**-20  # how far sums in fp32 may be off, of the sum of their terms' sizes
 SCALE = 1.5
@@ -50,6 +54,7 @@ class Case:
     p: int = 16  # relay
     q: int = 16  # 0: gemm_tail without a tail
     core: str = "bf16"  # relay: its dtype; "one": there is none; "pair" of bf16, or "pair fp32"
+    infinite: bool = False  # the core has an infinity
     bias: bool = False
     want_t: bool = True
     width: int = 128  # of a tile
@@ -172,6 +177,8 @@ class Operands:
             self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
         elif case.core != "one":
             self.factors = (self.draw(case.p, case.q, kind=kind),)
+        if case.infinite:
+            self.factors[0][0, 0] = torch.inf
         self.results: dict[int, tuple[torch.Tensor | None, ...]] = {}  # by the seed of x
 
     def draw(self, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
@@ -231,9 +238,9 @@ class Operands:
         return worst
 
     def keep(self, seed: int, *results: torch.Tensor | None) -> None:
-        """Remember results, or hold them to those of the same seed."""
-        before = self.results.setdefault(seed, results)
-        for found, first in zip(results, before, strict=True):
+        """Remember the bits of results, or hold them to those of the same seed."""
+        bits = tuple(result if result is None else result.view(torch.int16) for result in results)
+        for found, first in zip(bits, self.results.setdefault(seed, bits), strict=True):
             if found is not None and not torch.equal(found, first):
                 raise Fault("other bits than at the first time")
 
@@ -291,6 +298,7 @@ class Operands:
 def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
     """The largest error as a share of its bound; raises Fault beyond that."""
     errors = (found.double() - exact).abs() / (bound + 1e-6)  # fp16 is coarser near zero
+    errors = errors.where(found != exact, 0.0)  # as where both are infinite
     worst, at = errors.nan_to_num(nan=torch.inf).flatten().max(0)
     if worst > 1:
         row, column = divmod(int(at), found.shape[1])
@@ -364,6 +372,18 @@ def forget_modules() -> dict[str, Any]:
     for name in found:
         package.__dict__.pop(name.removeprefix(prefix), None)
     return found
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[ProcessPoolExecutor]:
+    """A process that does not interpret: what is compiled in it is what a GPU would get."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with mock.patch.dict(os.environ, threads):
+        os.environ.pop("TRITON_INTERPRET", None)
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result(SECONDS)  # it has started, in this environment
+    yield pool
+    pool.shutdown(cancel_futures=True)
 
 
 def execute_planted(fault: Planted, sizes: tuple[int, int, int]) -> None:

@@ -5,24 +5,20 @@ and y, t and u are held to float64. Faults planted in the kernels' sources must 
 What none of this shows is said in ttgir_run.py.
 """
 
-import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
 
 import pytest
 
 pytest.importorskip("triton")
 
 import hopper_runs
-from hopper_runs import Case, Planted
+from hopper_runs import SECONDS, Case, Planted
 from ttgir_memory import Fault
 
 pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
 
 RUNS = 24  # of a case, of three launches each
-SECONDS = 600  # that a case may take, on a busy machine
 
 GEMMS = (
     Case("gemm_tail"),
@@ -191,14 +187,8 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def beside() -> Iterator[ProcessPoolExecutor]:
-    """A process that does not interpret: what is compiled in it is what a GPU would get."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with mock.patch.dict(os.environ, threads):
-        os.environ.pop("TRITON_INTERPRET", None)
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(os.getpid).result(SECONDS)  # it has started, in this environment
-    yield pool
-    pool.shutdown(cancel_futures=True)
+    with hopper_runs.beside() as pool:
+        yield pool
 
 
 def name(case: Case) -> str:

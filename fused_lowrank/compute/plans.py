@@ -8,7 +8,7 @@
 | first | library products | u·upᵀ, then the base added to it |
 | split | our kernel | our kernel; `split:name` with another set of tiles |
 | mixed | our kernel | as `first` |
-| decode, relay | both in one launch of ours: for few rows, for many | |
+| decode, relay | both in one launch of ours: for few rows, for many; `relay:name` as above | |
 | isolated | `aten` with products in which no row reads another | |
 | alone | `isolated`, a row at a time: batch invariance | |
 | fixed | `split` with tiles that do not follow the rows: batch invariance | |
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tiles import VARIANTS
+from ..kernels.tiles import SLICES, VARIANTS
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work
@@ -91,6 +91,10 @@ ROWS = (
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
     Plan("relay", _our_shrink, whole=_relay, ours=True),
+    *(
+        Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
+        for name in SLICES
+    ),
     Plan("isolated", *_apart, automatic=False, promise="isolation"),
     Plan("alone", *_apart, automatic=False, alone=True, promise="batch invariance"),
     Plan(
