@@ -131,7 +131,7 @@ CORE = [
     *at(LLAMA, "q", 8192),
     *at(LLAMA, "q", 8192, "mini8x64"),
     *at(LLAMA, "q", 8192, "lora16"),
-    *at(LLAMA, "q", (1, 2048, 16, 16384, 128, 1024, 4096)),
+    *at(LLAMA, "q", (1, 2048, 16, 16384, 128, 1024, 512, 4096, 256)),
     *at(LLAMA, "gate", 8192),
     *at(LLAMA, "down", 8192),
     *at(LLAMA, "k", 8192),

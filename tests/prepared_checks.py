@@ -44,7 +44,7 @@ from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.prepared import Mark
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, select
+from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, select, variant
 
 HERE = Path(__file__).parent
 BYTES = sys.argv[1:] == ["bytes"]
@@ -251,6 +251,14 @@ def by_descriptors(spec: Spec, m: int) -> TileConfig:
     return select(TARGETS["sm_90"], replace(spec, bulk=False), m)
 
 
+def by_slices(spec: Spec, m: int) -> TileConfig:
+    """Several makers of t in a relay."""
+    tile = variant("slices4", TARGETS["sm_90"], spec, m)
+    if tile is None or tile.makers == 1:
+        raise ValueError(f"no tile of several makers for {spec}")
+    return tile
+
+
 class Rows:
     """A core for each row, as kernels know it."""
 
@@ -298,6 +306,12 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
     }
     for label, (function, *operands) in launches.items():
         yield label, partial(function, *operands, choose)
+    yield (
+        "relay, slices",
+        partial(relay, x, weight, *whole, bias, 0.5, False, True, by_slices),
+    )
+    slices = relay, x, turned, back[0], pair, back[1], None, 0.5, True, False, by_slices
+    yield "relay, slices, back", partial(*slices)
     low = x, down, core, 0.5, False, True, True, (seed, 0.1), choose
     yield "shrink, bits", partial(shrink, *low, want_bits=True)
     made = gemm_tail, x, weight, u, up, bias, False, None
@@ -411,6 +425,7 @@ def check_nothing_else_is_taken_for_it() -> None:
         (core_grad, {**grad, "want": (True, True), "choose": choose}),
         (decode, {"x": zeros(16, k), "want_t": False, **layer}),
         (relay, {"x": zeros(128, k), "want_t": False, **layer}),
+        (relay, {"x": zeros(128, k), "want_t": False, **layer, "choose": by_slices}),
     ]
     rng = random.Random(2)
     for function, made in kinds:
