@@ -155,7 +155,6 @@ CORE = [
     *at("llama-3-70b", "gate", 2048),
     *at("qwen3-4b", "gate", 8192),
     *at("roberta-large", "intermediate", 4096, "fp16"),
-    *at("roberta-large", "output", 4096, "fp16"),
     *at("llama-3-70b", "q", 1),
 ]
 
