@@ -111,6 +111,4 @@ def planned(
         from .relay_slices_hopper import planned as of_kernel
     else:
         from .relay_hopper import planned as of_kernel
-    return of_kernel(
-        x, weight, down, core, up, bias, transposed, want_t, spec.wide, config
-    )
+    return of_kernel(x, weight, down, core, up, bias, transposed, want_t, spec.wide, config)

@@ -250,9 +250,7 @@ class Operands:
         sums = x.double().abs() @ self.down.double().t().abs() * SUM
         return exact, self.unit * exact.abs() + sums
 
-    def u_of(
-        self, x: torch.Tensor, t: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def u_of(self, x: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(u, how far it may be off), in float64: of this t, where it was stored."""
         exact, off = self.t_of(x)
         if not self.factors:  # u is made of t before it is rounded

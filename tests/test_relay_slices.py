@@ -76,8 +76,8 @@ FAULTS = {
         "gl.where(making, pid_n * (steps + 1) // MAKERS, 0)", TWO, r"t\[.*\] is .*, not",
     ),
     "a step left out of the turn": Planted(
-        FILE, "first + turn < steps, first + turn, first", "first + turn <= steps, first + turn, first",
-        TWO, r"y\[.*\] is .*, not",
+        FILE, "first + turn < steps, first", "first + turn <= steps, first", TWO,
+        r"y\[.*\] is .*, not",
     ),
     "a turn that does not come round": Planted(
         FILE, "first + turn - steps)", "turn)", TWO, r"y\[.*\] is .*, not",
@@ -108,8 +108,8 @@ FAULTS = {
         TWO, f"{HANGS}(.|\n)*waits for 2x1xi64.* 1 of 1 arrivals missing",
     ),
     "an arrival too few for a stage": Planted(
-        FILE, "        mbarrier.arrive(empty.index(behind(index, STAGES)), count=1, pred=turn > done)\n",
-        "", TWO, f"{HANGS}(.|\n)*waits for 3x1xi64.* of 2 arrivals missing",
+        FILE, "count=1, pred=turn > done", "count=1, pred=turn < done", TWO,
+        f"{HANGS}(.|\n)*waits for 3x1xi64.* of 2 arrivals missing",
     ),
     "a stage freed twice": Planted(
         FILE, "pred=turn > done", "pred=turn >= done", TWO,
@@ -130,7 +130,8 @@ FAULTS = {
         TWO, f"more land than the barrier expects|{HANGS}|in flight",
     ),
     "a phase not turned": Planted(
-        FILE, "        u_phase = u_phase ^ 1\n", "", TWO, f"{HANGS}|{OVERWRITTEN}|was never written",
+        FILE, "        u_phase = u_phase ^ 1\n", "", TWO,
+        f"{HANGS}|{OVERWRITTEN}|was never written",
     ),
     "a fence left out": Planted(
         FILE, "            fence_async_shared()  # by every thread, for what it has stored\n", "",
@@ -145,8 +146,9 @@ FAULTS = {
         replace(TWO, want_t=False), "t_ptr is written, where another argument lies",
     ),
     "an infinity by nothing": Planted(
-        FILE, "mma_v2(finite(large), finite(core_small), sums)", "mma_v2(large, core_small, sums)",
-        replace(TWO, core="fp32", infinite=True), r"y\[.*\] is nan",
+        "warp_core_hopper.py", "mma_v2(finite(large), finite(core_small), sums)",
+        "mma_v2(large, core_small, sums)", replace(TWO, core="fp32", infinite=True),
+        r"y\[.*\] is nan",
     ),
 }  # fmt: skip
 
