@@ -30,6 +30,7 @@ from fused_lowrank.kernels.tiles import (
     TileConfig,
     hopper_tile,
     is_valid,
+    most_makers,
     select,
     variant,
 )
@@ -257,6 +258,7 @@ def test_what_cannot_have_makers() -> None:
     assert not is_valid(replace(TILE, makers=0), SM_90, made)
     for change in ({"n": 128}, {"k": 128}, {"by_row": True}, {"kernel": "gemm_tail"}):
         assert not is_valid(TILE, SM_90, replace(made, **change)), change
+        assert most_makers(TILE, replace(made, **change)) < 3, change
     many = replace(made, n=0, k=0)  # as many as one likes
     assert is_valid(replace(TILE, makers=8), SM_90, many)
     assert not is_valid(replace(TILE, makers=9), SM_90, many)
