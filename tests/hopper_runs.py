@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
-import os
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,6 @@ from fused_lowrank import kernels as package
 SM_90 = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAUNCHES = 3  # in a row
-SECONDS = 600  # that a case may take, on a busy machine
 TRIES = 6  # runs in which a planted fault is to be seen
 SUM = 2.0**-20  # how far sums in fp32 may be off, of the sum of their terms' sizes
 SCALE = 1.5
@@ -370,18 +366,6 @@ def forget_modules() -> dict[str, Any]:
     for name in found:
         package.__dict__.pop(name.removeprefix(prefix), None)
     return found
-
-
-@contextlib.contextmanager
-def beside() -> Iterator[ProcessPoolExecutor]:
-    """A process that does not interpret: what is compiled in it is what a GPU would get."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with mock.patch.dict(os.environ, threads):
-        os.environ.pop("TRITON_INTERPRET", None)
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(os.getpid).result(SECONDS)  # it has started, in this environment
-    yield pool
-    pool.shutdown(cancel_futures=True)
 
 
 def execute_planted(fault: Planted, sizes: tuple[int, int, int]) -> None:

@@ -5,7 +5,6 @@ and y, t and u are held to float64. Faults planted in the kernels' sources must 
 What none of this shows is said in ttgir_run.py.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -13,12 +12,13 @@ import pytest
 pytest.importorskip("triton")
 
 import hopper_runs
-from hopper_runs import SECONDS, Case, Planted
+from hopper_runs import Case, Planted
 from ttgir_memory import Fault
 
 pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
 
 RUNS = 24  # of a case, of three launches each
+SECONDS = 600  # that a case may take, on a busy machine
 
 GEMMS = (
     Case("gemm_tail"),
@@ -183,12 +183,6 @@ FAULTS = {
         GEMM, r"y\[.*\] is nan",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[ProcessPoolExecutor]:
-    with hopper_runs.beside() as pool:
-        yield pool
 
 
 def name(case: Case) -> str:

@@ -5,7 +5,6 @@ launches in a row, the last of which must give the bits of the first; y and t ar
 What none of this shows is said in ttgir_run.py.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ pytest.importorskip("triton")
 
 import hopper_runs
 import torch
-from hopper_runs import SECONDS, Case, Planted
+from hopper_runs import Case, Planted
 from ttgir_memory import Fault
 
 from fused_lowrank.compute import devices
@@ -39,6 +38,7 @@ pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, w
 
 SM_90 = TARGETS["sm_90"]
 RUNS = 6  # of a case, of three launches each
+SECONDS = 600  # that a case may take, on a busy machine
 
 CASES = (
     Case("relay", makers=2),
@@ -152,12 +152,6 @@ FAULTS = {
         r"y\[.*\] is nan",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[ProcessPoolExecutor]:
-    with hopper_runs.beside() as pool:
-        yield pool
 
 
 def name(case: Case) -> str:
