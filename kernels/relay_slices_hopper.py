@@ -18,9 +18,9 @@ multiply. In the tiles of the first column it stores t as well, where t is wante
 Nobody waits for ever. Tiles have numbers and are dealt out in turn: tile i comes after tile
 i - programs of the same program. A row's makers have numbers in a row, before all other tiles. So
 tile i waits for none beyond i + MAKERS - 1, and that one has published once the tile before it in
-its program is done. With MAKERS programs at least, that is a tile before i: whoever waits, waits
-for lower numbers, and the lowest that is not done waits for nobody. All programs run at the same
-time, or none: the launch is a cooperative one.
+its program is done. With MAKERS programs at least, that is a tile before i. So the lowest tile that
+is not done waits only for sums that do come. All programs run at the same time, or none: the launch
+is a cooperative one.
 
 The flags lie in `arrivals`, two for a row of tiles. MAKERS additions raise one; each tile that has
 seen them adds one more, and the last of them sets it to zero.
