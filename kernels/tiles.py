@@ -234,7 +234,7 @@ def has_hopper(target: Target, spec: Spec) -> bool:
         and (relay or spec.kernel == "gemm_tail")
         and spec.bulk
         and not spec.dropout
-        and not spec.by_row
+        and (relay or not spec.by_row)
     )
 
 
@@ -277,7 +277,8 @@ def hopper_bytes(config: TileConfig, spec: Spec) -> int:
     numbers += 2 * m * (n // config.parts)  # two buffers for parts of y
     if spec.kernel == "relay":
         numbers += config.num_stages * spec.pad_p * k  # down, beside x and W
-        numbers += m * spec.pad_q + (1 + spec.wide) * spec.pad_p * spec.pad_q  # u and the core
+        numbers += m * spec.pad_q  # u
+        numbers += 0 if spec.by_row else (1 + spec.wide) * spec.pad_p * spec.pad_q  # the core
     return 2 * numbers + BARRIERS
 
 

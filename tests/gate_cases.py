@@ -338,6 +338,14 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 16, 16, 0, "tbh", eight, ALIGNED[:1])
     yield from relay("bf16", "fp32", 64, 16, 8, "tbq", four, ALIGNED[1:])
     yield from relay("fp16", "fp32", 64, 64, 0, "tb", eight, ALIGNED[:1])
+    # A core for each row: two, weighted, are the most; each width of tiles, t wanted or not.
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbm")
+    yield from relay("bf16", "fp32", 64, 64, 0, "tbmw")
+    yield from relay("bf16", "bf16", 40, 24, 64, "mw")
+    yield from relay("bf16", "fp32", 64, 64, 160, "tmw")
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbmwh")
+    yield from relay("bf16", "fp32", 64, 32, 0, "tbmq")
+    yield from relay("fp16", "fp16", 64, 64, 8, "tbmw")
 
 
 def decode_cases() -> Iterator[Case]:

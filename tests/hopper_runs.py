@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import gate
+import hopper_banks
 import numpy as np
 import torch
 from triton._C.libtriton import ir
@@ -59,6 +60,10 @@ class Case:
     group_m: int = 2
     makers: int = 1  # relay: of t
     turned: bool = False  # W lies the other way round than it does in such a pass
+    mix: int = 0  # relay: cores to a row, each of a bank's; 0: one core for all
+    weighted: bool = False
+    repeat: int = 1  # rows to a line of the bank's
+    r: int = 8  # of a pair
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,12 @@ class Operands:
         self.down, self.up = self.draw(case.p, k), self.draw(n, case.q)
         kind = torch.float32 if "fp32" in case.core else DTYPES[case.dtype]
         self.factors: tuple[torch.Tensor, ...] = ()  # of the core
+        slots = (hopper_banks.SLOTS,) if case.mix else ()
         if case.core.startswith("pair"):
-            self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
+            sides = (case.p, case.r), (case.r, case.q)
+            self.factors = tuple(self.draw(*slots, *side, kind=kind) for side in sides)
         elif case.core != "one":
-            self.factors = (self.draw(case.p, case.q, kind=kind),)
+            self.factors = (self.draw(*slots, case.p, case.q, kind=kind),)
         if case.infinite:
             self.factors[0][0, 0] = torch.inf
         self.results: dict[int, tuple[torch.Tensor | None, ...]] = {}  # by the seed of x
@@ -182,7 +189,7 @@ class Operands:
         return values.to(kind or DTYPES[self.case.dtype])
 
     def turned(self, factor: torch.Tensor) -> torch.Tensor:
-        return factor.t().contiguous() if self.case.transposed else factor
+        return factor.mT.contiguous() if self.case.transposed else factor
 
     def launch(self, executor: Executor, seed: int) -> float:
         """Compute of the x of a seed; the largest error, as a share of what it may be.
@@ -190,34 +197,16 @@ class Operands:
         Raises Fault beyond that, and where the same x has given other bits before.
         """
         self.generator.manual_seed(seed)
-        case, chosen = self.case, tile(self.case)
-        x = self.draw(self.sizes[0], self.sizes[2])
-        weight = self.weight  # (N, K)
-        if case.transposed != case.turned:
-            weight = weight.t().contiguous().t()
+        case, x = self.case, self.draw(self.sizes[0], self.sizes[2])
         if case.kernel == "gemm_tail":
-            wide = module("tiles").padded(case.q)
-            u = torch.nn.functional.pad(self.draw(len(x), case.q), (0, wide - case.q))
-            u, up = (u, self.turned(self.up)) if case.q else (None, None)
-            gemm_tail = module("gemm_tail").gemm_tail
-            y = gemm_tail(x, weight, u, up, self.bias, case.transposed, None, lambda *_: chosen)
+            u = self.draw(len(x), case.q) if case.q else None
+            y = self.gemm_tail(x, u)
             self.keep(seed, y)
             return self.error_of_y(x, u, y)
-        core: Any = [self.turned(factor) for factor in self.factors]
-        core = tuple(core[::-1] if case.transposed else core)
-        core = core if len(core) == 2 else core[0] if core else None
-        y, t = module("relay").relay(
-            x,
-            weight,
-            self.turned(self.down),
-            core,
-            self.turned(self.up),
-            self.bias,
-            SCALE,
-            case.transposed,
-            case.want_t,
-            lambda *_: chosen,
-        )
+        if case.mix:
+            kind = case.mix, case.weighted, case.repeat
+            self.bank = hopper_banks.Bank(len(x), *kind, self.generator)
+        y, t = self.relay(x)
         self.keep(seed, y, t)
         worst = 0.0 if t is None else share("t", t, *self.t_of(x))
         u, off = self.u_of(x, t)
@@ -229,6 +218,8 @@ class Operands:
             worst = max(worst, share("u", made, u, off), self.error_of_y(x, made, y))
         else:  # u is in shared memory alone
             worst = max(worst, self.error_of_y(x, u, y, off))
+        if case.mix and bool(self.bank.refused) != self.bank.refuses:
+            raise Fault(f"refused is {int(self.bank.refused)}, not {self.bank.refuses}")
         if bool(executor.arguments["arrivals_ptr"].any()):
             raise Fault("flags are not zero again")
         return worst
@@ -240,6 +231,36 @@ class Operands:
             if found is not None and not torch.equal(found, first):
                 raise Fault("other bits than at the first time")
 
+    def turned_weight(self) -> torch.Tensor:
+        """(N, K), as the case has it lie."""
+        return (
+            self.weight
+            if self.case.transposed == self.case.turned
+            else (self.weight.t().contiguous().t())
+        )
+
+    def gemm_tail(self, x: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+        """y, of a u (M, Q), or without a tail."""
+        case, chosen, up = self.case, tile(self.case), None
+        if u is not None:
+            u = torch.nn.functional.pad(u, (0, module("tiles").padded(case.q) - case.q))
+            up = self.turned(self.up)
+        operands = x, self.turned_weight(), u, up, self.bias, case.transposed, None
+        return module("gemm_tail").gemm_tail(*operands, lambda *_: chosen)
+
+    def relay(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(y, t)."""
+        case, chosen = self.case, tile(self.case)
+        core: Any = [self.turned(factor) for factor in self.factors]
+        core = tuple(core[::-1] if case.transposed else core)
+        if case.mix:
+            core = self.bank.rows(core)
+        else:
+            core = core if len(core) == 2 else core[0] if core else None
+        factors = self.turned(self.down), core, self.turned(self.up)
+        flags = SCALE, case.transposed, case.want_t, lambda *_: chosen
+        return module("relay").relay(x, self.turned_weight(), *factors, self.bias, *flags)
+
     def t_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, how far it may be off), in float64."""
         exact = x.double() @ self.down.double().t()
@@ -248,21 +269,28 @@ class Operands:
 
     def u_of(self, x: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(u, how far it may be off), in float64: of this t, where it was stored."""
-        exact, off = self.t_of(x)
+        case, (exact, off) = self.case, self.t_of(x)
         if not self.factors:  # u is made of t before it is rounded
             return SCALE * exact, SCALE * off
         if t is not None:
             exact, off = t.double(), torch.zeros_like(off)
-        core, size = self.factors[0].double(), self.factors[0].double().abs()
-        for factor in self.factors[1:]:
-            core, size = core @ factor.double(), size @ factor.double().abs()
-        if self.factors[0].dtype != x.dtype:
+        core_off = 0.0
+        if case.mix:  # a pair's first product stays in float32
+            core_off = SUM
+        elif self.factors[0].dtype != x.dtype:
             core_off = 2.0**-16  # it is multiplied as two bf16
-        else:  # a pair's product is rounded
-            core_off = self.unit if len(self.factors) == 2 else 0.0
-        u = SCALE * (exact @ core)
-        u_off = SCALE * (off @ core.abs() + exact.abs() @ size * (core_off + SUM))
+        elif len(self.factors) == 2:  # its product is rounded
+            core_off = self.unit
+        u = self.through_core(exact, sizes=False)
+        u_off = self.through_core(off, sizes=True)
+        u_off += self.through_core(exact.abs(), sizes=True) * (core_off + SUM)
         return u, self.unit * u.abs() + 2 * u_off
+
+    def through_core(self, t: torch.Tensor, sizes: bool) -> torch.Tensor:
+        """SCALE · t · core in float64; with `sizes`, that of their sizes."""
+        factors = [factor.double().abs() if sizes else factor.double() for factor in self.factors]
+        core = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        return SCALE * (self.bank.through(t, core) if self.case.mix else t @ core)
 
     def error_of_y(
         self,
@@ -372,3 +400,23 @@ def execute_planted(fault: Planted, sizes: tuple[int, int, int]) -> None:
     """Some runs of a kernel with a fault in its source; raises what is seen."""
     with planted(fault.file, fault.text, fault.instead):
         execute_case(fault.case, TRIES, 0, sizes)
+
+
+def execute_apart(case: Case, seed: int) -> None:
+    """Whether a row of a bank's keeps its bits, whatever the others are; raises Fault if not."""
+    torch.use_deterministic_algorithms(True)
+    executor, chance = Executor(), random.Random(seed)
+    with executor.installed(), np.errstate(invalid="ignore"):
+        operands = Operands(case, (200, case.width + 40, 136), seed)
+
+        def launch(call: Any) -> Any:
+            executor.programs, executor.seed = chance.randint(1, 5), chance.getrandbits(32)
+            return call()
+
+        hopper_banks.check_apart(operands, launch)
+
+
+def execute_planted_apart(fault: Planted) -> None:
+    """`execute_apart` of a kernel with a fault in its source; raises what is seen."""
+    with planted(fault.file, fault.text, fault.instead):
+        execute_apart(fault.case, 0)

@@ -301,6 +301,7 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "decode, rows": (decode, some, weight, down, Rows(few, 3), up, None, 0.5, False, False),
         "relay": (relay, x, weight, *whole, bias, 0.5, False, True),
         "relay, back": (relay, x, turned, back[0], pair, back[1], None, 0.5, True, False),
+        "relay, rows": (relay, x, weight, down, Rows(m, 9, 2, True), up, bias, 0.5, False, False),
         "dropped": (dropped, x, torch.zeros(m, common.mask_width(k), dtype=torch.uint8)),
         "drawn": (drawn_bits, seed, 0.1, m, k),
     }
@@ -446,21 +447,23 @@ def check_nothing_else_is_taken_for_it() -> None:
 def check_rows_of_another_kind_are_another_launch() -> None:
     """Adapters to a row, their weights, and the rows to a line: no shape in the key tells them."""
     m, k = 48, 512
-    x, whole = (
+    some, whole = (
         zeros(m, k),
         {"down": zeros(P, k), "scale": 0.5, "transposed": False, "want_t": False},
     )
     more = {"weight": zeros(64, k), "up": zeros(64, P), "bias": None}
     kinds = list(itertools.product((1, 2), (1, 2), (False, True)))
+    many = zeros(2 * m, k)
     for _ in range(2):
         for repeat, mix, weighted in kinds:
-            rows = Rows(m // repeat, 3, mix, weighted)
-            rows.repeat = repeat
-            given = {"x": x, "core": rows, "choose": by_default, **whole}
-            for function, others in (
-                (shrink, {"want_u": True, "dropout": None}),
-                (decode, more),
+            for function, x, others in (
+                (shrink, some, {"want_u": True, "dropout": None}),
+                (decode, some, more),
+                (relay, many, more),
             ):
+                rows = Rows(len(x) // repeat, 3, mix, weighted)
+                rows.repeat = repeat
+                given = {"x": x, "core": rows, "choose": by_default, **whole}
                 call = partial(function, **given, **others)
                 assert ordinary(call) == taken(call), (function.__name__, repeat, mix, weighted)
 

@@ -97,6 +97,10 @@ FAULTS = {
     "a flag raised without a release": Planted(
         FILE, 'sem="release"', 'sem="relaxed"', TWO, r"[ty]\[.*\] is nan",
     ),
+    "a flag raised before the warps have met": Planted(
+        FILE, "            job_barrier()  # all of the group's sums are stored\n", "",
+        TWO, r"[ty]\[.*\] is nan",
+    ),
     "a maker that raises no flag": Planted(
         FILE, "        if pid_n < MAKERS:\n", "        if pid_n < MAKERS - 1:\n",
         FOUR, f"{HANGS}|{OVERWRITTEN}",

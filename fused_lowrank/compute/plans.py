@@ -38,6 +38,7 @@ class Plan:
     ours: bool = False  # its launches, core gradients and dropout's mask are this library's
     tiles: str = ""  # the set of tiles that its launches take
     automatic: bool = True  # may be chosen; others are taken where they are named
+    automatic_by_row: bool = True  # also where each row has a core of its own
     alone: bool = False  # a row at a time
     promise: str = ""  # for whose sake it is taken, whatever it costs
 
@@ -65,6 +66,11 @@ class Plan:
             return "it has no dropout"
         return kernels.why_not_tiles(problem, self.tiles) if self.tiles else None
 
+    def is_candidate(self, problem: Problem) -> bool:
+        """Whether it can compute the pass and may be chosen for it, without being named."""
+        known = self.automatic and (self.automatic_by_row or not problem.by_row)
+        return known and not self.why_not(problem)
+
     def work(self, problem: Problem) -> list[Work]:
         """What its steps do, on paper."""
         times = problem.m if self.alone else 1
@@ -90,7 +96,7 @@ ROWS = (
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
-    Plan("relay", _our_shrink, whole=_relay, ours=True),
+    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic_by_row=False),  # not run yet
     *(
         Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
         for name in SLICES

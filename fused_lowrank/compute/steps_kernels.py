@@ -114,8 +114,6 @@ class OneLaunch(Kernel):
         spec = spec_of(kernel, problem)
         if problem.dropout or problem.want_u:
             return "it has no dropout, and gives no u"
-        if problem.by_row and kernel == "relay":
-            return "it has no core for each row"
         if (problem.m <= SMALL_M) != (kernel == "decode"):
             return f"it is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
         if kernel == "decode":
