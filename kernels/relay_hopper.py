@@ -3,6 +3,7 @@
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
+    or a core for each row (`relay_rows_hopper`)
 
 The tiles of y's first column, which come before all others, multiply x by down as well, from the x
 that they have brought anyway. Each group of warps rounds its 64 rows of t, forms u of them, stores

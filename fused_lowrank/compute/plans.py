@@ -38,7 +38,7 @@ class Plan:
     ours: bool = False  # its launches, core gradients and dropout's mask are this library's
     tiles: str = ""  # the set of tiles that its launches take
     automatic: bool = True  # may be chosen; others are taken where they are named
-    automatic_by_row: bool = True  # also where each row has a core of its own
+    automatic_by_row: bool = True  # also with a core for each row; no GPU has run that relay
     alone: bool = False  # a row at a time
     promise: str = ""  # for whose sake it is taken, whatever it costs
 
@@ -96,7 +96,7 @@ ROWS = (
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
-    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic_by_row=False),  # not run yet
+    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic_by_row=False),
     *(
         Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
         for name in SLICES
