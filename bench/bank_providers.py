@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from fused_lowrank import use_batch_invariance
 from fused_lowrank.compute.operands import Problem, bucket
 from fused_lowrank.compute.plans import MEASURED, PLANS
+from fused_lowrank.kernels.tiles import SMALL_M
 from fused_lowrank.testing import pinned_plan
 
 from .bank_cases import RANK, SCALE, BankCase, Batch
@@ -200,7 +201,8 @@ def no_plan(name: str, case: BankCase, device: torch.device) -> str | None:
         return "needs a GPU"
     regular = device.type == "cuda" and case.k % 16 == 0
     kind, size = (device, case.torch_dtype, bucket(case.rows)), (case.k, case.k)
-    problem = Problem(*kind, *size, RANK, RANK, False, regular, False, False, by_row=True)
+    bulk = regular and case.rows > SMALL_M and case.torch_dtype.itemsize == 2
+    problem = Problem(*kind, *size, RANK, RANK, False, regular, False, False, True, bulk)
     return PLANS[name].why_not(problem)
 
 

@@ -131,7 +131,7 @@ CORE = [
     *at(LLAMA, "q", 8192),
     *at(LLAMA, "q", 8192, "mini8x64"),
     *at(LLAMA, "q", 8192, "lora16"),
-    *at(LLAMA, "q", (1, 2048, 16, 16384, 128, 1024, 4096)),
+    *at(LLAMA, "q", (1, 2048, 16, 16384, 128, 1024, 512, 4096, 256)),
     *at(LLAMA, "gate", 8192),
     *at(LLAMA, "down", 8192),
     *at(LLAMA, "k", 8192),
@@ -155,7 +155,6 @@ CORE = [
     *at("llama-3-70b", "gate", 2048),
     *at("qwen3-4b", "gate", 8192),
     *at("roberta-large", "intermediate", 4096, "fp16"),
-    *at("roberta-large", "output", 4096, "fp16"),
     *at("llama-3-70b", "q", 1),
 ]
 

@@ -2,7 +2,8 @@
 
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
-What is launched is in `relay_hopper`.
+What is launched is in `relay_hopper` or, by a tile with several makers of t, in
+`relay_slices_hopper`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 
 from .common import N_ARRIVALS, cdiv, gemm_aligned
 from .launch import LAUNCHES, Launch, key_of
-from .rows import kind
-from .shrink import Core, unpacked
+from .rows import is_rows, kind, pointers
+from .shrink import Core, sides, unpacked
 from .tiles import Choice, Spec, Target, TileConfig, has_hopper, is_bulk, padded, select
 
 FLAGS = 2  # in `arrivals`, for each row of tiles: one for each group of warps
@@ -39,14 +40,16 @@ def spec_of(
         gemm_aligned(x, weight, (*factors, bias)),
         padded(p),
         padded(q),
+        by_row=is_rows(core),
         bulk=is_bulk(x, weight, *factors),
         n=weight.shape[0],
+        k=x.shape[1],
     )
 
 
 def core_dtype(core: Core, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the core; of one that is 1, x's."""
-    if core is None:
+    """The dtype of the core; of one that is 1, or of each row's own, x's."""
+    if core is None or is_rows(core):
         return dtype
     left, right = core if isinstance(core, tuple) else (core, core)
     return torch.promote_types(left.dtype, right.dtype)
@@ -79,13 +82,15 @@ def relay(
     The operands are those of `shrink` and `gemm_tail`, as far as `is_possible`; the results are
     contiguous and in x's dtype; t is None unless it is wanted. Raises ValueError for others.
     """
-    left, right = core if isinstance(core, tuple) else (down if core is None else core,) * 2
-    tensors = x, weight, down, left, right, up, bias
-    key, addresses = key_of("relay", tensors, kind(core), transposed, want_t, choose)
+    # A pair that all rows have is multiplied as it lies.
+    left, right = sides(down, core, transposed and is_rows(core))
+    tensors, bank = (x, weight, down, left, right, up, bias), pointers(core)
+    flags = kind(core), transposed, want_t, choose
+    key, addresses = key_of("relay", tensors, *flags, plain=bank)
     launch = LAUNCHES.get(key) or planned(
         x, weight, down, core, up, bias, transposed, want_t, choose
     )
-    y, t = launch(key, tensors, addresses, float(scale))
+    y, t = launch(key, (*tensors, *bank), addresses, float(scale))
     return y, t
 
 
@@ -105,8 +110,8 @@ def planned(
     config = choose(spec, m)
     if not (config.hopper and spec.bulk and has_flags(m, config)):
         raise ValueError(f"relay cannot compute {m} rows of {spec} with {config}")
-    from . import relay_hopper
-
-    return relay_hopper.planned(
-        x, weight, down, core, up, bias, transposed, want_t, spec.wide, config
-    )
+    if config.makers > 1:
+        from .relay_slices_hopper import planned as of_kernel
+    else:
+        from .relay_hopper import planned as of_kernel
+    return of_kernel(x, weight, down, core, up, bias, transposed, want_t, spec.wide, config)

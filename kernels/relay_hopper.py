@@ -3,6 +3,7 @@
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
+    or a core for each row (`relay_rows_hopper`)
 
 The tiles of y's first column, which come before all others, multiply x by down as well, from the x
 that they have brought anyway. Each group of warps rounds its 64 rows of t, forms u of them, stores
@@ -59,10 +60,12 @@ from .hopper import (
     tile_order,
 )
 from .launch import Launch
+from .relay_rows_hopper import fetch_rows, store_u_of_rows
+from .rows import POINTERS, RUNTIME, mix, sizes
 from .shrink import unpacked
 from .tiles import TileConfig, padded
 
-Core = Any  # a matrix, a pair of them, or None
+Core = Any  # a matrix, a pair of them, or None; or rows as `rows` takes them
 
 
 @gluon.jit
@@ -191,13 +194,15 @@ def hand_out_core(
 
 @gluon.jit
 def hand_out(
-    left_ptr, right_ptr, u_ptr, flags_ptr, core_bufs, u_bufs, core_ready, u_ready, u_empty, M, N,
-    R: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    left_ptr, right_ptr, bank, u_ptr, flags_ptr, core_bufs, u_bufs, core_ready, u_ready, u_empty,
+    M, N, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr, MIX: gl.constexpr,
+    HEIGHT: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of one warp: the core, and then, for each tile of another column, u of its rows.
 
-    A tile of the first column needs none: there those who multiply have made it.
+    A tile of the first column needs none: there those who multiply have made it. Where each row has
+    a core of its own, this has them fetched.
     """
     M, N = here(M), here(N)
     first_tile, programs = here(gl.program_id(0)), here(gl.num_programs(0))
@@ -208,7 +213,7 @@ def hand_out(
     offs_m = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
     offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout))
     offs = offs_m[:, None] * PAD_Q + offs_q[None, :]
-    if R >= 0:  # noqa: SIM102 (known when compiled)
+    if R >= 0 and MIX == 0:  # noqa: SIM102 (known when compiled)
         if first_tile < tiles_m:  # others have no tile of the first column
             hand_out_core(
                 left_ptr, right_ptr, core_bufs, core_ready, R, HEIGHT, WIDTH, SPLIT, CHUNKS
@@ -234,6 +239,9 @@ def hand_out(
                 count_reader(flag_ptr, tiles_n - 1)
                 mbarrier.arrive(u_ready.index(group), count=1)
             phase = phase ^ 1
+        elif MIX > 0:
+            first_m = pid_m * BLOCK_M
+            fetch_rows(left_ptr, right_ptr, bank, first_m, M, programs, P, Q, R, MIX, BLOCK_M)
 
 
 @gluon.jit
@@ -309,13 +317,13 @@ def through_core(
 
 @gluon.jit
 def make(
-    up_desc, y_desc, bias_ptr, t_ptr, u_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, core_bufs,
-    u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale, M, N, K,
-    GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr, PAD_P: gl.constexpr,
-    PAD_Q: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr, W_ROWS_ARE_K: gl.constexpr,
-    TRANSPOSED: gl.constexpr, STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr, flags_ptr, x_bufs,
+    w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty,
+    scale, M, N, K, GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr,
+    PAD_P: gl.constexpr, PAD_Q: gl.constexpr, PAD_R: gl.constexpr, MIX: gl.constexpr,
+    SPLIT: gl.constexpr, CHUNKS: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile, and in the first column t and u."""
     M, N, K = here(M), here(N), here(K)
@@ -346,24 +354,34 @@ def make(
                 t_ptrs = t_ptr + first_m.to(gl.int64) * P + rows_t[:, None] * P + offs_p[None, :]
                 mask = (first_m + rows_t < M)[:, None] & (offs_p < P)[None, :]
                 gl.store(t_ptrs, t, mask=mask)
-            if R < 0:
-                u_wide = low * scale
-            else:
-                u_wide = scale * through_core(
-                    t, core_bufs, core_ready, PAD_Q, SPLIT, CHUNKS, TRANSPOSED
-                )
             rows_u = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_u))
             offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout_u))
-            if Q < PAD_Q:
-                u_wide = gl.where((offs_q < Q)[None, :], u_wide, 0.0)
-            u = u_wide.to(dtype)
             u_ptrs = (
                 u_ptr + first_m.to(gl.int64) * PAD_Q + rows_u[:, None] * PAD_Q + offs_q[None, :]
             )
-            gl.store(u_ptrs, u, mask=(first_m + rows_u < M)[:, None])
+            if MIX > 0:
+                job_barrier()  # t is stored: it is read again, some rows at a time
+                store_u_of_rows(
+                    t_ptr, v_ptr, u_ptr, left_ptr, right_ptr, bank, first_m, M, scale,
+                    P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, MIX,
+                )  # fmt: skip
+            else:
+                if R < 0:
+                    u_wide = low * scale
+                else:
+                    u_wide = scale * through_core(
+                        t, core_bufs, core_ready, PAD_Q, SPLIT, CHUNKS, TRANSPOSED
+                    )
+                if Q < PAD_Q:
+                    u_wide = gl.where((offs_q < Q)[None, :], u_wide, 0.0)
+                u = u_wide.to(dtype)
+                gl.store(u_ptrs, u, mask=(first_m + rows_u < M)[:, None])
+            job_barrier()  # all of the group's u is stored
             if tiles_n > 1:  # else nobody would set the flag back
-                job_barrier()  # all of the group's u is stored
                 gl.atomic_add(flags_ptr + GROUPS * pid_m + GROUP, 1, sem="release", scope="gpu")
+            if MIX > 0:
+                mask_u = (first_m + rows_u < M)[:, None]
+                u = gl.load(u_ptrs, mask=mask_u, other=0.0)  # as the tail takes it
             u_operand = gl.convert_layout(u, gl.DotOperandLayout(0, layout, 2))
             mbarrier.wait(ready.index(index), phase)
             up = right(in_place_of(w_bufs.index(index), up_desc), TRANSPOSED)
@@ -393,7 +411,7 @@ def make(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K"])
+@gluon.jit(do_not_specialize=["M", "N", "K", *RUNTIME])
 def relay_hopper_kernel(
     x_desc,
     w_desc,
@@ -406,6 +424,14 @@ def relay_hopper_kernel(
     u_ptr,
     y_desc,
     arrivals_ptr,
+    v_ptr,
+    handles_ptr,
+    weights_ptr,
+    scales_ptr,
+    generations_ptr,
+    refused_ptr,
+    repeat,
+    slots,
     scale,
     M,
     N,
@@ -415,6 +441,8 @@ def relay_hopper_kernel(
     R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
     PAD_P: gl.constexpr,
     PAD_Q: gl.constexpr,
+    PAD_R: gl.constexpr,
+    MIX: gl.constexpr,  # cores to a row, from the tables `left` and `right`; 0: one for all
     SPLIT: gl.constexpr,  # the core is multiplied as two bf16 matrices
     W_ROWS_ARE_K: gl.constexpr,  # W lies as (K, N): its rows are what is summed over
     TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
@@ -444,7 +472,7 @@ def relay_hopper_kernel(
     CHUNKS: gl.constexpr = (PAD_Q if TRANSPOSED else PAD_P) // CORE_ROWS
     COLUMNS: gl.constexpr = PAD_P if TRANSPOSED else PAD_Q
     core_dtype: gl.constexpr = gl.bfloat16 if SPLIT else dtype
-    if R < 0:
+    if R < 0 or MIX > 0:
         core_bufs = u_bufs
     else:
         core_bufs = gl.allocate_shared_memory(
@@ -453,28 +481,32 @@ def relay_hopper_kernel(
         )  # fmt: skip
     ready, empty, core_ready = barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, 1)
     u_ready, u_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
+    bank = handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots
     fence_async_shared()
     gl.warp_specialize(
         [
             (make, (
-                up_desc, y_desc, bias_ptr, t_ptr, u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale,
-                M, N, K, 0, P, Q, R, PAD_P, PAD_Q, SPLIT, CHUNKS, W_ROWS_ARE_K, TRANSPOSED,
-                STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
+                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
+                core_ready, u_ready, u_empty, scale,
+                M, N, K, 0, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
+                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
             )),
             (make, (
-                up_desc, y_desc, bias_ptr, t_ptr, u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty, scale,
-                M, N, K, 1, P, Q, R, PAD_P, PAD_Q, SPLIT, CHUNKS, W_ROWS_ARE_K, TRANSPOSED,
-                STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
+                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
+                core_ready, u_ready, u_empty, scale,
+                M, N, K, 1, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
+                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
                 N, K, W_ROWS_ARE_K, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             )),
             (hand_out, (
-                left_ptr, right_ptr, u_ptr, arrivals_ptr, core_bufs, u_bufs, core_ready, u_ready,
-                u_empty, M, N, R, HEIGHT, WIDTH, SPLIT, CHUNKS, BLOCK_M, BLOCK_N, GROUP_M,
+                left_ptr, right_ptr, bank, u_ptr, arrivals_ptr, core_bufs, u_bufs, core_ready,
+                u_ready, u_empty, M, N, P, Q, R, MIX, HEIGHT, WIDTH, SPLIT, CHUNKS, BLOCK_M,
+                BLOCK_N, GROUP_M,
             )),
         ],
         [4, 1, 1],
@@ -507,23 +539,31 @@ def planned(
     (m, k), n, way = x.shape, weight.shape[0], -1 if transposed else 1
     _, _, p, q, r = unpacked(down, core, transposed)
     rows, pad_p, pad_q = ROWS.value, padded(p), padded(q)
+    by_row, new_t = mix(core), ((m, p), x.dtype)
+    pair_by_row = by_row > 0 and r > 0
     return Launch(
         relay_hopper_kernel,
         (min(cdiv(m, config.block_m) * cdiv(n, config.block_n), multiprocessors(x.device)),),
-        INPUTS,
-        results={"y_desc": ((m, n), x.dtype), "t_ptr": ((m, p), x.dtype) if want_t else None},
-        scratch={"u_ptr": ((m, pad_q), x.dtype)},
-        numbers={"M": m, "N": n, "K": k},
+        (*INPUTS, *POINTERS) if by_row else INPUTS,
+        results={"y_desc": ((m, n), x.dtype), "t_ptr": new_t if want_t else None},
+        scratch={
+            **({"t_ptr": new_t} if by_row and not want_t else {}),
+            **({"v_ptr": ((m, by_row, padded(r)), torch.float32)} if pair_by_row else {}),
+            "u_ptr": ((m, pad_q), x.dtype),
+        },
+        numbers={**({} if pair_by_row else {"v_ptr": None}), **sizes(core), "M": m, "N": n, "K": k},
         constants={
             "P": p,
             "Q": q,
             "R": r,
             "PAD_P": pad_p,
             "PAD_Q": pad_q,
+            "PAD_R": padded(max(r, 1)),
+            "MIX": by_row,
             "SPLIT": split,
             "W_ROWS_ARE_K": weight.stride(1) != 1,
             "TRANSPOSED": transposed,
-            "STORE_T": want_t,
+            "STORE_T": want_t or by_row > 0,
             "HAS_BIAS": bias is not None,
             "U_ROWS": rows_at_a_time(pad_q, rows),
             "CORE_ROWS": rows_at_a_time(*((pad_p, pad_q) if transposed else (pad_q, pad_p))),

@@ -14,6 +14,7 @@ from typing import Any
 KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped")
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
+MAKERS = 8  # of t at most, in a relay
 RELAY_RANK = 64  # padded(P) and padded(Q) at most: relay holds t and the core beside its tiles
 FEW_M = 32  # up to here one of decode does, which has at most SMALL_M
 FULL = 96  # tiles that about fill an sm_90, which has 114 to 132 multiprocessors
@@ -71,6 +72,7 @@ class TileConfig:
     max_registers: int | None = None  # of a thread; CUDA only
     persistent: bool = False  # by tensor descriptors, one program per multiprocessor
     hopper: bool = False  # by warps with jobs of their own, one program per multiprocessor
+    makers: int = 1  # of t in such a relay: columns of tiles, of which each sums a slice of K
     parts: int = 2  # in which such a tile is stored, of equal columns
     whole_k: bool = False  # shrink does not split K: the partial sums would spill
     tf32x3: bool = False  # fp32 is multiplied by tensor cores, in three products of TF32
@@ -79,6 +81,7 @@ class TileConfig:
     def __str__(self) -> str:
         sides = f"{self.block_m}x{self.block_n}x{self.block_k}"
         kinds = [name for name in ("persistent", "hopper", "tf32x3") if getattr(self, name)]
+        kinds += [f"m{self.makers}"] if self.makers > 1 else []
         return " ".join([sides, f"w{self.num_warps}", f"s{self.num_stages}", *kinds])
 
     def options(self) -> dict[str, int]:
@@ -101,6 +104,7 @@ class Spec:
     by_row: bool = False  # a core for each row
     n: int = 0  # columns of y, where tiles depend on them; 0: many
     bulk: bool = False  # bulk copies can move all big operands, and down and up: `is_bulk`
+    k: int = 0  # columns of x, where tiles depend on them; 0: many
 
     @property
     def wide(self) -> bool:
@@ -230,7 +234,7 @@ def has_hopper(target: Target, spec: Spec) -> bool:
         and (relay or spec.kernel == "gemm_tail")
         and spec.bulk
         and not spec.dropout
-        and not spec.by_row
+        and (relay or not spec.by_row)
     )
 
 
@@ -244,8 +248,17 @@ def is_valid_hopper(config: TileConfig, target: Target, spec: Spec) -> bool:
         and config.parts in (2, 4, 8)  # one alone would always go through the same buffer
         and config.block_n // config.parts in (32, 64, 128)
         and config.num_stages >= 2
+        and 1 <= config.makers <= most_makers(config, spec)
         and shared_bytes(config, target, spec) <= target.shared
     )
+
+
+def most_makers(config: TileConfig, spec: Spec) -> int:
+    """How many columns of such tiles may make t: each has a slice of K, of one step at least."""
+    if spec.kernel != "relay" or spec.by_row:
+        return 1
+    columns, steps = -(-(spec.n or MANY) // config.block_n), -(-(spec.k or MANY) // config.block_k)
+    return min(MAKERS, columns, steps)
 
 
 def widths(spec: Spec) -> tuple[int, ...]:
@@ -264,7 +277,8 @@ def hopper_bytes(config: TileConfig, spec: Spec) -> int:
     numbers += 2 * m * (n // config.parts)  # two buffers for parts of y
     if spec.kernel == "relay":
         numbers += config.num_stages * spec.pad_p * k  # down, beside x and W
-        numbers += m * spec.pad_q + (1 + spec.wide) * spec.pad_p * spec.pad_q  # u and the core
+        numbers += m * spec.pad_q  # u
+        numbers += 0 if spec.by_row else (1 + spec.wide) * spec.pad_p * spec.pad_q  # the core
     return 2 * numbers + BARRIERS
 
 
@@ -380,6 +394,10 @@ VARIANTS: dict[str, dict[str, TileConfig]] = {
     },
 }
 
+# Further sets: those in which so many columns of tiles make t, or as many as there can be, where
+# `relay` otherwise has one.
+SLICES = {"slices4": 4, "slices8": MAKERS}
+
 # The tile for Hopper, and what of the matrix rate it reaches where it is so wide: on an H200 the
 # middle one took 1.06 of the time of the widest where both filled the device. The last is a guess.
 RING = TileConfig(128, 256, 64, 4, 4, max_registers=168, hopper=True, parts=4)
@@ -408,6 +426,19 @@ def hopper_tile(spec: Spec, m: int) -> TileConfig:
     tile = replace(RING, block_n=width, num_stages=stages, group_m=group_m)
     tiles_of_parts = (replace(tile, parts=parts) for parts in (2, 4, 8))
     return next(t for t in tiles_of_parts if hopper_bytes(t, spec) <= HOPPER_SHARED)
+
+
+def variant(name: str, target: Target, spec: Spec, m: int) -> TileConfig | None:
+    """The tile for this launch in the set of that name, None where it has none for the kernel.
+
+    It need not be valid, and is the default one where `relay` can have but one maker of t.
+    """
+    if name not in SLICES:
+        return VARIANTS.get(name, {}).get(spec.kernel)
+    if spec.kernel != "relay" or not has_hopper(target, spec):
+        return None
+    tile = hopper_tile(spec, m)
+    return replace(tile, makers=min(SLICES[name], most_makers(tile, spec)))
 
 
 def _default(target: Target, spec: Spec, m: int) -> TileConfig:

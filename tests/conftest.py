@@ -6,6 +6,7 @@ ONEDNN_MAX_CPU_ISA says otherwise (DEFAULT: all that the CPU has). On AMX they r
 their operands (`fused_lowrank.compute.isolation`), and a reference that does is no measure of
 anything. test_isolation.py has the test of the CPU as it is."""
 
+import multiprocessing
 import os
 import platform
 import re
@@ -13,8 +14,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 DEVICE = os.environ.get("FUSED_LOWRANK_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -113,6 +116,18 @@ def _seed():
 def device() -> torch.device:
     """The device under test."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def beside() -> Iterator[ProcessPoolExecutor]:
+    """A process that does not interpret: what is compiled in it is what a GPU would get."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with mock.patch.dict(os.environ, threads):
+        os.environ.pop("TRITON_INTERPRET", None)
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result(600)  # it has started, in this environment
+    yield pool
+    pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -39,13 +39,13 @@ from fused_lowrank.kernels import decode
 from fused_lowrank.kernels.tiles import (
     TARGETS,
     TENSOR,
-    VARIANTS,
     Spec,
     Target,
     TileConfig,
     is_valid,
     padded,
     select,
+    variant,
 )
 
 TABLE = Path(__file__).with_name("gate.csv")
@@ -306,8 +306,9 @@ def tile_of(case: Case, target: Target) -> tuple[TileConfig, Spec]:
     chosen: list[tuple[TileConfig, Spec]] = []
 
     def choose(spec: Spec, m: int) -> TileConfig:
-        pinned = VARIANTS[case.variant][case.kernel] if case.variant else None
-        chosen.append((pinned or select(target, spec, m), spec))
+        tile = variant(case.variant, target, spec, m) if case.variant else select(target, spec, m)
+        assert tile is not None, f"{case.variant} has no tile for {case.kernel}"
+        chosen.append((tile, spec))
         return chosen[0][0]
 
     captured(lambda: launch(case, choose))

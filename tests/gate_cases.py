@@ -26,6 +26,7 @@ from fused_lowrank.kernels.shrink import shrink
 from fused_lowrank.kernels.tiles import (
     FEW_M,
     RELAY_RANK,
+    SLICES,
     SMALL_M,
     VARIANTS,
     Spec,
@@ -295,16 +296,26 @@ def core_grad_cases() -> Iterator[Case]:
 def hopper_cases() -> Iterator[Case]:
     """For sm_90 alone, in place of other launches of `gemm_tail` and of all of `relay`.
 
-    Each way, every kind of core, and each width of tiles.
+    Each way, every kind of core, and each width of tiles; with several makers of t, whose K-loops
+    are alike both ways, each way for the smallest ranks and the largest.
     """
 
     def gemm(x: str, q: int, flags: str) -> Iterator[Case]:
         for layout, aligned in ALIGNED:
             yield Case("gemm_tail", x, x, "", layout, aligned, 0, q, 0, flags, True, False)
 
-    def relay(x: str, core: str, p: int, q: int, r: int, flags: str = "tb") -> Iterator[Case]:
-        for layout, aligned in ALIGNED:
-            yield Case("relay", x, x, core, layout, aligned, p, q, r, flags, True, False)
+    def relay(
+        x: str,
+        core: str,
+        p: int,
+        q: int,
+        r: int,
+        flags: str = "tb",
+        tiles: str = "",
+        layouts: Layouts = ALIGNED,
+    ) -> Iterator[Case]:
+        for layout, aligned in layouts:
+            yield Case("relay", x, x, core, layout, aligned, p, q, r, flags, True, False, tiles)
 
     yield from gemm("bf16", 0, "v")
     yield from gemm("bf16", 64, "bv")
@@ -319,6 +330,22 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 64, 16, 0, "tbq")
     yield from relay("fp16", "fp32", 64, 64, 0)
     yield from relay("fp16", "fp16", 32, 64, 32)
+    four, eight = SLICES
+    yield from relay("bf16", "fp32", 16, 16, 0, "tb", four)
+    yield from relay("bf16", "fp32", 64, 64, 0, "tb", eight)
+    yield from relay("bf16", "bf16", 40, 24, 64, "b", four, ALIGNED[1:])
+    yield from relay("bf16", "", 64, 64, -1, "tb", eight, ALIGNED[:1])
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbh", eight, ALIGNED[:1])
+    yield from relay("bf16", "fp32", 64, 16, 8, "tbq", four, ALIGNED[1:])
+    yield from relay("fp16", "fp32", 64, 64, 0, "tb", eight, ALIGNED[:1])
+    # A core for each row: two, weighted, are the most; each width of tiles, t wanted or not.
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbm")
+    yield from relay("bf16", "fp32", 64, 64, 0, "tbmw")
+    yield from relay("bf16", "bf16", 40, 24, 64, "mw")
+    yield from relay("bf16", "fp32", 64, 64, 160, "tmw")
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbmwh")
+    yield from relay("bf16", "fp32", 64, 32, 0, "tbmq")
+    yield from relay("fp16", "fp16", 64, 64, 8, "tbmw")
 
 
 def decode_cases() -> Iterator[Case]:
@@ -415,8 +442,8 @@ def sampled(count: int, seed: int) -> list[Case]:
             most = RELAY_RANK // 2 if x == "fp16" and r > 0 else RELAY_RANK
             p, r = min(p, most), min(r, most)
             p, q, r = (-rank // 8 * -8 if rank > 0 else rank for rank in (p, q, r))
-            q = p if r < 0 else q
-            return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False)
+            q, tiles = p if r < 0 else q, rng.choice(("", *SLICES))
+            return Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, False, tiles)
         if kernel == "decode":
             p = min(p, 32)  # what every target holds, for any dtype
             flags, q = rng.choice(("b", "t", "tb")) + rng.choice(("", "s")), p if r < 0 else q

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import gate
+import hopper_banks
 import numpy as np
 import torch
 from triton._C.libtriton import ir
@@ -50,13 +51,19 @@ class Case:
     p: int = 16  # relay
     q: int = 16  # 0: gemm_tail without a tail
     core: str = "bf16"  # relay: its dtype; "one": there is none; "pair" of bf16, or "pair fp32"
+    infinite: bool = False  # the core has an infinity
     bias: bool = False
     want_t: bool = True
     width: int = 128  # of a tile
     stages: int = 3
     parts: int = 2
     group_m: int = 2
+    makers: int = 1  # relay: of t
     turned: bool = False  # W lies the other way round than it does in such a pass
+    mix: int = 0  # relay: cores to a row, each of a bank's; 0: one core for all
+    weighted: bool = False
+    repeat: int = 1  # rows to a line of the bank's
+    r: int = 8  # of a pair
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Executor:
         with contextlib.ExitStack() as stack:
             run = lambda *args, **given: self.run(*args, **given)  # noqa: E731
             stack.enter_context(mock.patch.object(JITFunction, "run", run))
-            for name in ("gemm_tail_hopper", "relay_hopper"):
+            for name in ("gemm_tail_hopper", "relay_hopper", "relay_slices_hopper"):
                 patched = mock.patch.object(module(name), "multiprocessors", self.at_once)
                 stack.enter_context(patched)
             yield
@@ -152,8 +159,8 @@ def module(name: str) -> Any:
 
 def tile(case: Case) -> Any:
     sides = 128, case.width, 64
-    make = module("tiles").TileConfig
-    return make(*sides, 4, case.stages, case.group_m, 168, hopper=True, parts=case.parts)
+    given = {"hopper": True, "parts": case.parts, "makers": case.makers}
+    return module("tiles").TileConfig(*sides, 4, case.stages, case.group_m, 168, **given)
 
 
 class Operands:
@@ -167,84 +174,139 @@ class Operands:
         self.down, self.up = self.draw(case.p, k), self.draw(n, case.q)
         kind = torch.float32 if "fp32" in case.core else DTYPES[case.dtype]
         self.factors: tuple[torch.Tensor, ...] = ()  # of the core
+        slots = (hopper_banks.SLOTS,) if case.mix else ()
         if case.core.startswith("pair"):
-            self.factors = self.draw(case.p, 8, kind=kind), self.draw(8, case.q, kind=kind)
+            sides = (case.p, case.r), (case.r, case.q)
+            self.factors = tuple(self.draw(*slots, *side, kind=kind) for side in sides)
         elif case.core != "one":
-            self.factors = (self.draw(case.p, case.q, kind=kind),)
+            self.factors = (self.draw(*slots, case.p, case.q, kind=kind),)
+        if case.infinite:
+            self.factors[0][0, 0] = torch.inf
+        self.results: dict[int, tuple[torch.Tensor | None, ...]] = {}  # by the seed of x
 
     def draw(self, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
         values = torch.randn(*shape, generator=self.generator)
         return values.to(kind or DTYPES[self.case.dtype])
 
     def turned(self, factor: torch.Tensor) -> torch.Tensor:
-        return factor.t().contiguous() if self.case.transposed else factor
+        return factor.mT.contiguous() if self.case.transposed else factor
 
-    def launch(self, executor: Executor) -> float:
-        """Compute of a new x; the largest error, as a share of what it may be."""
-        case, chosen = self.case, tile(self.case)
-        x = self.draw(self.sizes[0], self.sizes[2])
-        weight = self.weight  # (N, K)
-        if case.transposed != case.turned:
-            weight = weight.t().contiguous().t()
+    def launch(self, executor: Executor, seed: int) -> float:
+        """Compute of the x of a seed; the largest error, as a share of what it may be.
+
+        Raises Fault beyond that, and where the same x has given other bits before.
+        """
+        self.generator.manual_seed(seed)
+        case, x = self.case, self.draw(self.sizes[0], self.sizes[2])
         if case.kernel == "gemm_tail":
-            wide = module("tiles").padded(case.q)
-            u = torch.nn.functional.pad(self.draw(len(x), case.q), (0, wide - case.q))
-            u, up = (u, self.turned(self.up)) if case.q else (None, None)
-            gemm_tail = module("gemm_tail").gemm_tail
-            y = gemm_tail(x, weight, u, up, self.bias, case.transposed, None, lambda *_: chosen)
+            u = self.draw(len(x), case.q) if case.q else None
+            y = self.gemm_tail(x, u)
+            self.keep(seed, y)
             return self.error_of_y(x, u, y)
-        core: Any = [self.turned(factor) for factor in self.factors]
-        core = tuple(core[::-1] if case.transposed else core)
-        core = core if len(core) == 2 else core[0] if core else None
-        y, t = module("relay").relay(
-            x,
-            weight,
-            self.turned(self.down),
-            core,
-            self.turned(self.up),
-            self.bias,
-            SCALE,
-            case.transposed,
-            case.want_t,
-            lambda *_: chosen,
-        )
-        u = executor.arguments["u_ptr"].view(len(x), -1)
-        if bool((u[:, case.q :] != 0).any()):
-            raise Fault("u is not zero beyond Q")
-        worst = max(self.error_of_u(x, t, u[:, : case.q]), self.error_of_y(x, u, y))
+        if case.mix:
+            kind = case.mix, case.weighted, case.repeat
+            self.bank = hopper_banks.Bank(len(x), *kind, self.generator)
+        y, t = self.relay(x)
+        self.keep(seed, y, t)
+        worst = 0.0 if t is None else share("t", t, *self.t_of(x))
+        u, off = self.u_of(x, t)
+        if case.makers == 1:
+            made = executor.arguments["u_ptr"].view(len(x), -1)
+            if bool((made[:, case.q :] != 0).any()):
+                raise Fault("u is not zero beyond Q")
+            made = made[:, : case.q]
+            worst = max(worst, share("u", made, u, off), self.error_of_y(x, made, y))
+        else:  # u is in shared memory alone
+            worst = max(worst, self.error_of_y(x, u, y, off))
+        if case.mix and bool(self.bank.refused) != self.bank.refuses:
+            raise Fault(f"refused is {int(self.bank.refused)}, not {self.bank.refuses}")
         if bool(executor.arguments["arrivals_ptr"].any()):
             raise Fault("flags are not zero again")
         return worst
 
-    def error_of_u(self, x: torch.Tensor, t: torch.Tensor | None, u: torch.Tensor) -> float:
-        """The larger of t's and u's; where t was stored, u is held to what that t gives."""
+    def keep(self, seed: int, *results: torch.Tensor | None) -> None:
+        """Remember the bits of results, or hold them to those of the same seed."""
+        bits = tuple(result if result is None else result.view(torch.int16) for result in results)
+        for found, first in zip(bits, self.results.setdefault(seed, bits), strict=True):
+            if found is not None and not torch.equal(found, first):
+                raise Fault("other bits than at the first time")
+
+    def turned_weight(self) -> torch.Tensor:
+        """(N, K), as the case has it lie."""
+        return (
+            self.weight
+            if self.case.transposed == self.case.turned
+            else (self.weight.t().contiguous().t())
+        )
+
+    def gemm_tail(self, x: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+        """y, of a u (M, Q), or without a tail."""
+        case, chosen, up = self.case, tile(self.case), None
+        if u is not None:
+            u = torch.nn.functional.pad(u, (0, module("tiles").padded(case.q) - case.q))
+            up = self.turned(self.up)
+        operands = x, self.turned_weight(), u, up, self.bias, case.transposed, None
+        return module("gemm_tail").gemm_tail(*operands, lambda *_: chosen)
+
+    def relay(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(y, t)."""
+        case, chosen = self.case, tile(self.case)
+        core: Any = [self.turned(factor) for factor in self.factors]
+        core = tuple(core[::-1] if case.transposed else core)
+        if case.mix:
+            core = self.bank.rows(core)
+        else:
+            core = core if len(core) == 2 else core[0] if core else None
+        factors = self.turned(self.down), core, self.turned(self.up)
+        flags = SCALE, case.transposed, case.want_t, lambda *_: chosen
+        return module("relay").relay(x, self.turned_weight(), *factors, self.bias, *flags)
+
+    def t_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(t, how far it may be off), in float64."""
         exact = x.double() @ self.down.double().t()
         sums = x.double().abs() @ self.down.double().t().abs() * SUM
-        off, error = self.unit * exact.abs() + sums, 0.0
-        if t is not None:
-            error = share("t", t, exact, off)
+        return exact, self.unit * exact.abs() + sums
+
+    def u_of(self, x: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(u, how far it may be off), in float64: of this t, where it was stored."""
+        case, (exact, off) = self.case, self.t_of(x)
         if not self.factors:  # u is made of t before it is rounded
-            return max(error, share("u", u, SCALE * exact, SCALE * off))
+            return SCALE * exact, SCALE * off
         if t is not None:
             exact, off = t.double(), torch.zeros_like(off)
-        core, size = self.factors[0].double(), self.factors[0].double().abs()
-        for factor in self.factors[1:]:
-            core, size = core @ factor.double(), size @ factor.double().abs()
-        if self.factors[0].dtype != x.dtype:
+        core_off = 0.0
+        if case.mix:  # a pair's first product stays in float32
+            core_off = SUM
+        elif self.factors[0].dtype != x.dtype:
             core_off = 2.0**-16  # it is multiplied as two bf16
-        else:  # a pair's product is rounded
-            core_off = self.unit if len(self.factors) == 2 else 0.0
-        u_exact = SCALE * (exact @ core)
-        u_off = SCALE * (off @ core.abs() + exact.abs() @ size * (core_off + SUM))
-        return max(error, share("u", u, u_exact, self.unit * u_exact.abs() + 2 * u_off))
+        elif len(self.factors) == 2:  # its product is rounded
+            core_off = self.unit
+        u = self.through_core(exact, sizes=False)
+        u_off = self.through_core(off, sizes=True)
+        u_off += self.through_core(exact.abs(), sizes=True) * (core_off + SUM)
+        return u, self.unit * u.abs() + 2 * u_off
 
-    def error_of_y(self, x: torch.Tensor, u: torch.Tensor | None, y: torch.Tensor) -> float:
-        """That of y, of the u that it was made of."""
+    def through_core(self, t: torch.Tensor, sizes: bool) -> torch.Tensor:
+        """SCALE · t · core in float64; with `sizes`, that of their sizes."""
+        factors = [factor.double().abs() if sizes else factor.double() for factor in self.factors]
+        core = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        return SCALE * (self.bank.through(t, core) if self.case.mix else t @ core)
+
+    def error_of_y(
+        self,
+        x: torch.Tensor,
+        u: torch.Tensor | None,
+        y: torch.Tensor,
+        off: torch.Tensor | None = None,
+    ) -> float:
+        """That of y, of the u that it was made of, or of one that may be so far off."""
         pairs = [(x, self.weight)]
         if u is not None:
             pairs.append((u[:, : self.case.q], self.up))
         exact = sum(a.double() @ b.double().t() for a, b in pairs)
         sums = sum(a.double().abs() @ b.double().t().abs() for a, b in pairs) * SUM
+        if off is not None:
+            sums = sums + off @ self.up.double().t().abs()
         if self.bias is not None:
             exact = exact + self.bias.double()
         return share("y", y, exact, self.unit * exact.abs() + 2 * sums)
@@ -258,6 +320,7 @@ class Operands:
 def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
     """The largest error as a share of its bound; raises Fault beyond that."""
     errors = (found.double() - exact).abs() / (bound + 1e-6)  # fp16 is coarser near zero
+    errors = errors.where(found != exact, 0.0)  # as where both are infinite
     worst, at = errors.nan_to_num(nan=torch.inf).flatten().max(0)
     if worst > 1:
         row, column = divmod(int(at), found.shape[1])
@@ -269,10 +332,10 @@ def share(name: str, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tens
 
 
 def sizes_of(case: Case, chance: random.Random) -> tuple[int, int, int]:
-    """M, N and K of a run: a few tiles, most of them ragged."""
-    m = chance.choice((1, 77, 128, 200, 300))
+    """M, N and K of a run: a few tiles, most of them ragged, and enough for all makers."""
+    m, more = chance.choice((1, 77, 128, 200, 300)), case.makers - 1
     n = chance.choice((8, case.width, case.width + 8, 2 * case.width, 2 * case.width + 40))
-    return m, n, chance.choice((8, 64, 136, 200))
+    return m, n + more * case.width, chance.choice((8, 64, 136, 200)) + more * 64
 
 
 def execute_case(
@@ -280,7 +343,8 @@ def execute_case(
 ) -> tuple[int, float]:
     """(launches, the largest error as a share of what it may be) of so many runs of a case.
 
-    A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives.
+    A run is LAUNCHES launches in a row, of sizes, programs and schedules that the seed gives; the
+    last computes what the first has computed.
     """
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, or the largest integer
     executor, worst, launches = Executor(), 0.0, 0
@@ -290,11 +354,11 @@ def execute_case(
             module("common").arrivals(torch.device("cpu")).zero_()
             chosen = sizes or sizes_of(case, chance)
             operands = Operands(case, chosen, seed + run)
-            executor.programs = chance.randint(1, 5)
             for number in range(LAUNCHES):
+                executor.programs = chance.randint(case.makers, 5)
                 executor.seed = chance.getrandbits(32)
                 try:
-                    worst = max(worst, operands.launch(executor))
+                    worst = max(worst, operands.launch(executor, number % (LAUNCHES - 1)))
                 except Fault as fault:
                     what = f"M, N, K = {chosen}, {executor.programs} programs, launch {number}"
                     raise type(fault)(f"{what}: {fault}") from None
@@ -336,3 +400,23 @@ def execute_planted(fault: Planted, sizes: tuple[int, int, int]) -> None:
     """Some runs of a kernel with a fault in its source; raises what is seen."""
     with planted(fault.file, fault.text, fault.instead):
         execute_case(fault.case, TRIES, 0, sizes)
+
+
+def execute_apart(case: Case, seed: int) -> None:
+    """Whether a row of a bank's keeps its bits, whatever the others are; raises Fault if not."""
+    torch.use_deterministic_algorithms(True)
+    executor, chance = Executor(), random.Random(seed)
+    with executor.installed(), np.errstate(invalid="ignore"):
+        operands = Operands(case, (200, case.width + 40, 136), seed)
+
+        def launch(call: Any) -> Any:
+            executor.programs, executor.seed = chance.randint(1, 5), chance.getrandbits(32)
+            return call()
+
+        hopper_banks.check_apart(operands, launch)
+
+
+def execute_planted_apart(fault: Planted) -> None:
+    """`execute_apart` of a kernel with a fault in its source; raises what is seen."""
+    with planted(fault.file, fault.text, fault.instead):
+        execute_apart(fault.case, 0)

@@ -44,7 +44,7 @@ from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.prepared import Mark
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, select
+from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, select, variant
 
 HERE = Path(__file__).parent
 BYTES = sys.argv[1:] == ["bytes"]
@@ -251,6 +251,14 @@ def by_descriptors(spec: Spec, m: int) -> TileConfig:
     return select(TARGETS["sm_90"], replace(spec, bulk=False), m)
 
 
+def by_slices(spec: Spec, m: int) -> TileConfig:
+    """Several makers of t in a relay."""
+    tile = variant("slices4", TARGETS["sm_90"], spec, m)
+    if tile is None or tile.makers == 1:
+        raise ValueError(f"no tile of several makers for {spec}")
+    return tile
+
+
 class Rows:
     """A core for each row, as kernels know it."""
 
@@ -293,11 +301,18 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "decode, rows": (decode, some, weight, down, Rows(few, 3), up, None, 0.5, False, False),
         "relay": (relay, x, weight, *whole, bias, 0.5, False, True),
         "relay, back": (relay, x, turned, back[0], pair, back[1], None, 0.5, True, False),
+        "relay, rows": (relay, x, weight, down, Rows(m, 9, 2, True), up, bias, 0.5, False, False),
         "dropped": (dropped, x, torch.zeros(m, common.mask_width(k), dtype=torch.uint8)),
         "drawn": (drawn_bits, seed, 0.1, m, k),
     }
     for label, (function, *operands) in launches.items():
         yield label, partial(function, *operands, choose)
+    yield (
+        "relay, slices",
+        partial(relay, x, weight, *whole, bias, 0.5, False, True, by_slices),
+    )
+    slices = relay, x, turned, back[0], pair, back[1], None, 0.5, True, False, by_slices
+    yield "relay, slices, back", partial(*slices)
     low = x, down, core, 0.5, False, True, True, (seed, 0.1), choose
     yield "shrink, bits", partial(shrink, *low, want_bits=True)
     made = gemm_tail, x, weight, u, up, bias, False, None
@@ -411,6 +426,7 @@ def check_nothing_else_is_taken_for_it() -> None:
         (core_grad, {**grad, "want": (True, True), "choose": choose}),
         (decode, {"x": zeros(16, k), "want_t": False, **layer}),
         (relay, {"x": zeros(128, k), "want_t": False, **layer}),
+        (relay, {"x": zeros(128, k), "want_t": False, **layer, "choose": by_slices}),
     ]
     rng = random.Random(2)
     for function, made in kinds:
@@ -431,21 +447,23 @@ def check_nothing_else_is_taken_for_it() -> None:
 def check_rows_of_another_kind_are_another_launch() -> None:
     """Adapters to a row, their weights, and the rows to a line: no shape in the key tells them."""
     m, k = 48, 512
-    x, whole = (
+    some, whole = (
         zeros(m, k),
         {"down": zeros(P, k), "scale": 0.5, "transposed": False, "want_t": False},
     )
     more = {"weight": zeros(64, k), "up": zeros(64, P), "bias": None}
     kinds = list(itertools.product((1, 2), (1, 2), (False, True)))
+    many = zeros(2 * m, k)
     for _ in range(2):
         for repeat, mix, weighted in kinds:
-            rows = Rows(m // repeat, 3, mix, weighted)
-            rows.repeat = repeat
-            given = {"x": x, "core": rows, "choose": by_default, **whole}
-            for function, others in (
-                (shrink, {"want_u": True, "dropout": None}),
-                (decode, more),
+            for function, x, others in (
+                (shrink, some, {"want_u": True, "dropout": None}),
+                (decode, some, more),
+                (relay, many, more),
             ):
+                rows = Rows(len(x) // repeat, 3, mix, weighted)
+                rows.repeat = repeat
+                given = {"x": x, "core": rows, "choose": by_default, **whole}
                 call = partial(function, **given, **others)
                 assert ordinary(call) == taken(call), (function.__name__, repeat, mix, weighted)
 

@@ -5,11 +5,7 @@ and y, t and u are held to float64. Faults planted in the kernels' sources must 
 What none of this shows is said in ttgir_run.py.
 """
 
-import multiprocessing
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
 
 import pytest
 
@@ -187,18 +183,6 @@ FAULTS = {
         GEMM, r"y\[.*\] is nan",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[ProcessPoolExecutor]:
-    """A process that does not interpret: what is compiled in it is what a GPU would get."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with mock.patch.dict(os.environ, threads):
-        os.environ.pop("TRITON_INTERPRET", None)
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(os.getpid).result(SECONDS)  # it has started, in this environment
-    yield pool
-    pool.shutdown(cancel_futures=True)
 
 
 def name(case: Case) -> str:

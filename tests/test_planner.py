@@ -691,7 +691,7 @@ def test_a_core_for_each_row_is_for_some_plans_only(monkeypatch) -> None:
     assert choose.candidates(rows, "aten") == ["aten"]
     assert choose.candidates(rows, "auto") == ["aten"]
     assert choose.candidates(one, "auto") == ["aten", "first"]
-    assert all(PLANS[name].why_not(rows) for name in ("first", "mixed", "relay"))
+    assert all(PLANS[name].why_not(rows) for name in ("first", "mixed"))
     monkeypatch.setattr(devices, "target", lambda device: TARGETS["gfx942"])
     assert choose.candidates(rows, "triton") == ["split"]
     assert choose.candidates(one, "triton") == ["split", "decode"]
@@ -714,11 +714,41 @@ def test_the_relay_is_chosen_by_itself_where_it_can_be_had(monkeypatch) -> None:
     assert not offered(hopper, m=64)
     assert not offered(hopper, m=1 << 20)  # more rows than flags
     assert not offered(hopper, rank=100)
-    for other in ("dropout", "want_u", "by_row"):
+    for other in ("dropout", "want_u"):
         assert not offered(hopper, **{other: True})
     assert not offered(hopper, bulk=False)
     assert not offered(replace(hopper, gluon=False))
     assert not offered(TARGETS["sm_100"])
+
+
+def test_the_relay_of_a_bank_is_taken_by_its_name(monkeypatch) -> None:
+    """With a core for each row it has not run yet: `split` is chosen until it has."""
+    from fused_lowrank.kernels.tiles import TARGETS
+
+    hopper = TARGETS["sm_90"]
+    monkeypatch.setattr(devices, "target", lambda device: hopper)
+    rows = at(m=8192, dtype=torch.bfloat16, bulk=True, by_row=True)
+    for problem in (rows, rows._replace(m=128, transposed=True)):
+        assert choose.candidates(problem, "triton") == ["split"]
+        assert choose.named("relay", problem, "triton").plans == ("relay",)
+    for change in ({"p": 100}, {"m": 64}, {"bulk": False}, {"dropout": True}):
+        with pytest.raises(RuntimeError, match="the pinned plan relay cannot compute this"):
+            choose.named("relay", rows._replace(**change), "triton")
+
+
+def test_what_cores_of_their_own_cost_a_relay_on_paper(hopper: torch.device) -> None:
+    """What the first column's tiles read between their K-loop and the flag, once in each turn."""
+
+    def seconds(m: int, p: int, name: str, by_row: bool) -> float:
+        problem = at(m, 4096, 4096, device=hopper, dtype=torch.bfloat16, bulk=True, by_row=by_row)
+        return choose.predict(PLANS[name], problem._replace(p=p, q=p)).seconds
+
+    def added(m: int, p: int) -> float:
+        return seconds(m, p, "relay", True) - seconds(m, p, "relay", False)
+
+    assert added(8192, 16) == pytest.approx(added(256, 16))
+    assert added(32768, 16) == pytest.approx(2 * added(8192, 16))
+    assert added(8192, 64) > 10 * added(8192, 16)
 
 
 def test_bulk_is_of_all_operands() -> None:

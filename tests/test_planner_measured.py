@@ -60,7 +60,7 @@ def device_of(prefix: str = "") -> Device:
 
 def able(problem: Problem) -> list[str]:
     """The plans that can compute a pass, whether it is left to them or not."""
-    return [name for name, plan in PLANS.items() if plan.automatic and not plan.why_not(problem)]
+    return [name for name, plan in PLANS.items() if plan.is_candidate(problem)]
 
 
 def passes(device: Device) -> list[Measured]:

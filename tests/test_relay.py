@@ -1,9 +1,10 @@
 """The relay's launch, as far as it can be looked at without a GPU: who may have it, and how.
 
-Triton's interpreter does not run Gluon. The compile gate compiles the kernel.
+Triton's interpreter does not run Gluon. The compile gate compiles the kernel. One test is of a GPU.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ pytest.importorskip("triton")
 
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute import devices
+from fused_lowrank.compute.plans import PLANS
+from fused_lowrank.compute.reference import Rows
 from fused_lowrank.kernels import gemm_tail_hopper, relay_hopper
 from fused_lowrank.kernels import relay as module
 from fused_lowrank.kernels.common import N_ARRIVALS, multiprocessors
 from fused_lowrank.kernels.relay import has_flags, is_possible, relay, spec_of
+from fused_lowrank.kernels.rows import POINTERS
 from fused_lowrank.kernels.tiles import TARGETS, TileConfig, is_valid, select
-from fused_lowrank.testing import pinned_plan
+from fused_lowrank.testing import measure, pinned_plan, results
 
 SM_90 = TARGETS["sm_90"]
 TILE = TileConfig(128, 64, 64, 4, 2, hopper=True)
@@ -130,6 +134,48 @@ def test_a_single_row_may_have_any_stride(transposed: bool) -> None:
             assert found.shape == list(made[name].shape)
 
 
+def own(p: int, q: int, r: int = 0, core: torch.dtype = F32) -> Rows:
+    """A core for each of the M rows, of two slots; a pair if there is an r."""
+    table = torch.zeros(2, p, r or q, dtype=core)
+    right = torch.zeros(2, r, q, dtype=core) if r else None
+    handles = torch.zeros(M, 3, dtype=torch.int64)
+    generations, refused = (torch.zeros(n, dtype=torch.int32) for n in (2, 1))
+    return Rows(table, right, handles, None, torch.ones(2), generations, refused, 1)
+
+
+def test_a_core_for_each_row_takes_no_shared_memory() -> None:
+    """Whatever its dtype: y is stored in larger parts than beside one in float32 for all."""
+    made, parts = operands(p=64, q=64), {}
+    for core in (made["core"], own(64, 64), own(64, 64, core=BF16)):
+        spec = replace(spec_of(**{**made, "core": core}, transposed=False), n=4096)
+        assert is_possible(SM_90, spec, M)
+        parts[spec.by_row, spec.wide] = select(SM_90, spec, 8192).parts
+    assert parts == {(False, True): 8, (True, False): 4}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_core_for_each_row_is_made_of_t_in_memory(transposed: bool) -> None:
+    """So t is stored where it is not wanted, too, and a pair's first product with it."""
+    p, q, r = 24, 16, 40
+    made = operands(p=p, q=q)
+    if transposed:
+        made = {**made, "down": torch.zeros(K, p, dtype=BF16), "up": torch.zeros(q, N, dtype=BF16)}
+    sides = (q, p) if transposed else (p, q)
+    for size in (0, r):
+        core = own(*sides, size)
+        for want_t in (True, False):
+            launch = planned({**made, "core": core}, transposed, want_t)
+            assert launch.constants["STORE_T"]
+            assert launch.constants["MIX"] == 3
+            assert launch.constants["R"] == size
+            assert (launch.results["t_ptr"] is not None) == want_t
+            assert ("t_ptr" in launch.scratch) == (not want_t)
+            assert launch.scratch.get("v_ptr") == (((M, 3, 64), F32) if size else None)
+            assert ("v_ptr" in launch.numbers) == (not size)
+            assert launch.numbers["slots"] == 2
+            assert launch.inputs[-5:] == POINTERS
+
+
 def test_a_core_of_another_dtype_is_multiplied_as_two() -> None:
     """And takes the room of two: y is then stored in smaller parts."""
     parts = {}
@@ -139,3 +185,32 @@ def test_a_core_of_another_dtype_is_multiplied_as_two() -> None:
         spec = replace(spec_of(**made, transposed=False), n=4096)
         parts[core] = select(SM_90, spec, 8192).parts
     assert parts == {BF16: 4, F32: 8}
+
+
+@pytest.mark.parametrize("sizes", [(77, 1024, 1032), (300, 4096, 1024), (2500, 1160, 2056)])
+@pytest.mark.parametrize("plan", [name for name in PLANS if name.startswith("relay")])
+def test_on_a_gpu_it_is_right_and_reproducible(
+    plan: str, sizes: tuple[int, int, int], device: torch.device
+) -> None:
+    """Both ways, whoever makes t: within the error budget, and the same bits again and again."""
+    where = devices.target(device)
+    if where is None or not where.gluon:
+        pytest.skip("there are no kernels for Hopper here")
+    m, k, n = sizes
+    shapes = {"x": (m, k), "weight": (n, k), "down": (16, k), "up": (n, 16), "bias": (n,)}
+    made = {
+        name: (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(BF16)
+        for name, shape in shapes.items()
+    }
+    made["core"] = torch.randn(16, 16, device=device).requires_grad_()
+    made["x"].requires_grad_()
+    dy = torch.randn(m, n, device=device).to(BF16)
+    ours = partial(lowrank_linear, scale=0.5, impl="triton")
+    with pinned_plan(plan):
+        reference = partial(lowrank_linear, scale=0.5, impl="reference")
+        errors = measure(ours, reference, made, dy)
+        assert all(error.within for error in errors), errors
+        first = results(ours, made, dy)
+        for _ in range(20):
+            again = results(ours, made, dy)
+            assert all(torch.equal(again[name], first[name]) for name in ("y", "dx"))

@@ -146,7 +146,7 @@ HOPPER = TileConfig(128, 256, 64, 4, 3, hopper=True)
         (replace(HOPPER, parts=16), BULK),
         (HOPPER, GEMM),  # what bulk copies cannot move
         (HOPPER, replace(BULK, dropout=True)),
-        (HOPPER, replace(RELAY, by_row=True)),
+        (HOPPER, replace(BULK, by_row=True)),
         (HOPPER, replace(RELAY, pad_p=2 * RELAY_RANK)),
         (HOPPER, replace(RELAY, pad_q=2 * RELAY_RANK)),
         (HOPPER, replace(RELAY, pad_p=64, pad_q=64)),  # shared memory, in parts of 128 columns

@@ -28,14 +28,17 @@ def load(op: Operation, build) -> Step:
 
     def step(e):
         array, offset = e[a].array, e[a].offset
-        e[0].publish(array)  # it sees its own
         if not kind.shape:
             array.check(np.asarray(offset))
+            e[0].check_met(array, offset)
+            e[0].publish(array)  # it sees its own
             e[d] = array.flat[offset].item()
             return TURN
         mask = e[others[0]] if others else np.True_
         mask = np.broadcast_to(mask, kind.shape)
         array.check(offset[mask])
+        e[0].check_met(array, offset[mask])
+        e[0].publish(array)
         if len(others) == 2:
             instead = np.broadcast_to(np.asarray(e[others[1]], array.flat.dtype), kind.shape)
         else:  # what a masked load gives is anything
@@ -61,7 +64,7 @@ def store(op: Operation, build) -> Step:
             array.flat[places] = values
             array.version += 1
 
-        e[0].start(f"a store to {array.name}", land, array)
+        e[0].store(land, array, places)
         return TURN
 
     return step
@@ -104,7 +107,7 @@ def atomic(op: Operation, build) -> Step:
             return POLLED
         array.check(np.asarray(offset))
         if order in ("release", "acq_rel"):
-            e[0].publish()
+            e[0].publish(met=True)
         e[d] = array.flat[offset].item()
         array.flat[offset] = change(e[d], value)
         array.version += 1
@@ -143,6 +146,20 @@ def assembly(op: Operation, build) -> Step:
 
         def step(e):
             e[d] = e[inputs[0]]
+
+        return step
+    if re.search(r"mov\.s32 one, %nctaid\.y; mul\.lo\.s32 \$0, one, \$1;", text):
+
+        def step(e):
+            e[d] = e[inputs[0]]  # a grid has one side
+
+        return step
+    if "@p prefetch.global.L2 [$1];" in text:  # it changes nothing
+
+        def step(e):
+            pointer, there = e[inputs[0]], np.asarray(e[inputs[1]], bool)
+            pointer.array.check(np.asarray(pointer.offset)[there])
+            e[d] = np.zeros(there.shape, np.int32)
 
         return step
     if text.startswith("griddepcontrol."):  # the kernel before is over

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 LOCATION = re.compile(r"\s*\bloc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
 RESULTS = re.compile(r"^(%[\w$.-]+(?::\d+)?(?:, %[\w$.-]+(?::\d+)?)*) = ")
 VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
-ATTRIBUTES = re.compile(r"(?:^|\s)\{([^{}]*)\}")
+ATTRIBUTES = re.compile(r"(?:^|\s)<?\{([^{}]*)\}>?")
 ASSEMBLY = re.compile(r'"((?:[^"\\]|\\.)*)"')
 SHAPED = re.compile(r"(tensor|memdesc|tensordesc)<((?:\d+x)*)(!tt\.ptr<\w+>|\w+)(?:, (.*))?>$")
 
@@ -162,7 +162,7 @@ def operation_of(text: str, line: int, location: str) -> Operation:
     name, _, rest = text.partition(" ")
     if "(" in name:  # without a space: ttg.warp_specialize(%a) and scf.while (%a) alike
         name, bracket, more = text.partition("(")
-        rest = bracket + more
+        name, rest = name.strip('"'), bracket + more
     assembly = ""
     if name == "tt.elementwise_inline_asm":
         found = ASSEMBLY.search(rest)
@@ -225,6 +225,8 @@ class Reader:
                 inner = Region(title, [])
                 operation.regions.append(inner)
                 end = self.region(inner)
+            if end.startswith("}) : "):  # the types of an operation whose region is an operand
+                operation.types = end.removeprefix("}) : ")
 
 
 def parse(text: str) -> Function:

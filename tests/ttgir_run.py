@@ -10,13 +10,14 @@ matter. `Fault` is raised where the hardware would go on with wrong bytes, or st
 - shared memory overwritten while a product or a bulk store reads it, or before a copy has landed;
 - more arrivals or more bytes than a barrier counts;
 - sums read before their products were waited for, and bulk copies in flight at a program's end;
+- what a partition has stored to global memory read by itself before its warps have met;
 - an address outside of its tensor;
 - nothing moves: then it is a `Deadlock`, which says where everybody waits, and for what.
 
 Not modelled: what a multiprocessor sees of another's writes without acquiring them, and in general
 the order of memory between them (a release here makes all that its partition has stored seen by
-everyone); the warps of a partition, which go in step here, so that a missing barrier among them is
-not seen; registers; time.
+everyone that its warps have met after); the warps of a partition, which go in step here, so that a
+missing barrier among them is seen of what they store to global memory alone; registers; time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from ttgir_kernel import Kernel
 from ttgir_memory import Array, Barrier, Deadlock, Fault, Pointer
 from ttgir_values import BLOCKED, END, TURN, Product
@@ -41,6 +43,8 @@ class Flight:
     what: str
     land: Callable[[], None]
     array: Array | None = None  # of a store to global memory
+    places: Any = None  # in it
+    met: bool = True  # whether the warps of its partition have met since
 
 
 class Agent:
@@ -63,6 +67,7 @@ class Agent:
         self.stores: list[int] = []  # the numbers of its bulk stores that are in flight
         self.unfenced: list = []  # what it has stored to shared memory since its last fence
         self.unordered: list[Flight] = []  # its stores to global memory, since its last release
+        self.unmet: list[Flight] = []  # and those since its warps last met
         self.pace = program.launch.random.choice((1.0, 1.0, 0.3, 0.05))
         self.ended = False
 
@@ -99,18 +104,37 @@ class Agent:
                 ) from error
             raise RuntimeError(f"{self.where(kernel, at)}: {op.name}: {error!r}") from error
 
-    def start(self, what: str, land: Callable[[], None], array: Array | None = None) -> None:
-        """Let something land at any time; a store to `array` by the next release."""
-        flight = Flight(self.program, what, land, array)
-        self.program.launch.flying.append(flight)
-        if array is not None:
-            self.unordered.append(flight)
+    def start(self, what: str, land: Callable[[], None]) -> None:
+        """Let something land at any time."""
+        self.program.launch.flying.append(Flight(self.program, what, land))
 
-    def publish(self, array: Array | None = None) -> None:
-        """What this has stored to global memory, or to one array, is there for all: a release."""
+    def store(self, land: Callable[[], None], array: Array, places: np.ndarray) -> None:
+        """Let a store to these places land by the next release after the warps have met."""
+        flight = Flight(self.program, f"a store to {array.name}", land, array, places, met=False)
+        self.program.launch.flying.append(flight)
+        self.unordered.append(flight)
+        self.unmet.append(flight)
+
+    def meet(self) -> None:
+        """All warps have come here."""
+        for flight in self.unmet:
+            flight.met = True
+        self.unmet = []
+
+    def check_met(self, array: Array, places: np.ndarray) -> None:
+        """No warp reads what another may have stored since they met."""
+        for flight in self.unmet:
+            if flight.array is array and np.isin(places, flight.places).any():
+                raise Fault(f"{array.name} is read before the warps that stored it have met")
+
+    def publish(self, array: Array | None = None, met: bool = False) -> None:
+        """What this has stored to global memory, or to one array, is there for all: a release.
+
+        One of a single warp's, as an atomic is, is of what was stored before the warps `met`.
+        """
         flying, left = self.program.launch.flying, []
         for flight in self.unordered:
-            if array is not None and flight.array is not array:
+            if (array is not None and flight.array is not array) or (met and not flight.met):
                 left.append(flight)
             elif flight in flying:
                 flying.remove(flight)

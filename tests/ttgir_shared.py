@@ -91,7 +91,12 @@ def fence(op: Operation, build) -> Step:
     return step
 
 
-@operation("gpu.barrier", "ttg.barrier", "ttg.local_dealloc", "ttng.inval_barrier")
+@operation("gpu.barrier", "ttg.barrier")
+def meeting(op: Operation, build) -> Step:
+    return lambda e: e[0].meet()
+
+
+@operation("ttg.local_dealloc", "ttng.inval_barrier")
 def nothing(op: Operation, build) -> Step:
     return lambda e: None
 

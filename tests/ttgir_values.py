@@ -264,6 +264,19 @@ def transpose(op: Operation, build) -> Step:
     return shaping(op, build, lambda value: value.transpose(order))
 
 
+@operation("tt.reduce")
+def reduction(op: Operation, build) -> Step:
+    (a,), d, axis = build.inputs(op), build.output(op), op.number("axis")
+    (region,) = op.regions
+    if [inner.name for inner in region.operations] != ["arith.addf", "tt.reduce.return"]:
+        raise build.unknown(op)
+
+    def step(e):
+        e[d] = np.add.reduce(e[a], axis, e[a].dtype)
+
+    return step
+
+
 @operation("tt.make_range")
 def make_range(op: Operation, build) -> Step:
     values, d = np.arange(op.number("start"), op.number("end"), dtype=np.int32), build.output(op)

@@ -160,7 +160,7 @@ def candidates(problem: Problem, impl: str) -> list[str]:
         names = ["aten"] if is_aten_best(problem) else list(PLANS)
     else:
         names = [name for name in PLANS if name not in ours]
-    names = [name for name in names if PLANS[name].automatic and not PLANS[name].why_not(problem)]
+    names = [name for name in names if PLANS[name].is_candidate(problem)]
     # Those whose own mask it is (`takes_kernels`): for others it has to be made.
     masked = [name for name in names if name in ours] if problem.dropout else []
     return masked or names

@@ -96,6 +96,9 @@ TAIL, STORED = 2, 100
 # The tiles of a relay's first column make t as well, and all others wait for them: this share of a
 # tile's time, and as much again for so many columns of t.
 RELAY, RELAY_COLUMNS = 0.2, 128
+# Where each row has a core of its own, they read them before others have u: so many bytes are on
+# their way at a time, from the second-level cache in so many seconds. Reckoned, not measured.
+CORES_IN_FLIGHT, CORES_TURN = 32 << 10, 0.4e-6
 OWN_CORE = 0.2e-6  # seconds for a row's u, where one program makes those of all rows by their cores
 DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
 
@@ -254,6 +257,10 @@ def relay(problem: Problem, tile: TileConfig | None) -> Work:
         return Work(operations, moved, 1.0, MEETING)
     sides = tile.block_m, tile.block_n
     waits = RELAY * (1.0 + p / RELAY_COLUMNS) * of_tile(problem, sides, problem.k)
+    if problem.by_row:  # of float32
+        first = math.ceil(math.ceil(problem.m / sides[0]) / peaks(problem.device).processors)
+        turns = 1 + 4 * sides[0] * p * problem.q / CORES_IN_FLIGHT
+        waits += first * turns * CORES_TURN
     return Work(operations, moved, UNHIDDEN, waits, waves(problem, sides, problem.k + tail) / GLUON)
 
 

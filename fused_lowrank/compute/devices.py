@@ -15,13 +15,13 @@ from ..kernels.tiles import (
     MANY,
     MAX_RANK,
     TARGETS,
-    VARIANTS,
     Choice,
     Spec,
     Target,
     TileConfig,
     is_valid,
     select,
+    variant,
 )
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -104,14 +104,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> 
 def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
     """How launches on `device` choose their tiles: by a set of that name, and by pins before that.
 
-    One object for the same device, name and pins. The names are those of `VARIANTS` in
-    kernels/tiles.py, "" for the defaults and "fixed" for tiles that do not follow the rows.
+    One object for the same device, name and pins. The names are those of `VARIANTS` and `SLICES`
+    in kernels/tiles.py, "" for the defaults and "fixed" for tiles that do not follow the rows.
 
     Raises ValueError, when a launch chooses, for a pinned tile that is not valid for it.
     """
     where = target(device)
     assert where is not None, "whoever plans a launch has asked why_not_triton"
-    instead, pinned_tiles = VARIANTS.get(name, {}), dict(pins)
+    pinned_tiles = dict(pins)
 
     def choose(spec: Spec, m: int) -> TileConfig:
         pinned = pinned_tiles.get(spec.kernel)
@@ -119,7 +119,7 @@ def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
             many = select(where, replace(spec, n=MANY), MANY)
             return replace(many, whole_k=True) if spec.kernel == "shrink" else many
         if pinned is None:
-            other = instead.get(spec.kernel)
+            other = variant(name, where, spec, m)
             return other if other and is_valid(other, where, spec) else select(where, spec, m)
         if not is_valid(pinned, where, spec):
             raise ValueError(f"the pinned {pinned} is not valid for {spec}")

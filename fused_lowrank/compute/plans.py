@@ -8,7 +8,7 @@
 | first | library products | u·upᵀ, then the base added to it |
 | split | our kernel | our kernel; `split:name` with another set of tiles |
 | mixed | our kernel | as `first` |
-| decode, relay | both in one launch of ours: for few rows, for many | |
+| decode, relay | both in one launch of ours: for few rows, for many; `relay:name` as above | |
 | isolated | `aten` with products in which no row reads another | |
 | alone | `isolated`, a row at a time: batch invariance | |
 | fixed | `split` with tiles that do not follow the rows: batch invariance | |
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tiles import VARIANTS
+from ..kernels.tiles import SLICES, VARIANTS
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work
@@ -38,6 +38,7 @@ class Plan:
     ours: bool = False  # its launches, core gradients and dropout's mask are this library's
     tiles: str = ""  # the set of tiles that its launches take
     automatic: bool = True  # may be chosen; others are taken where they are named
+    automatic_by_row: bool = True  # also with a core for each row; no GPU has run that relay
     alone: bool = False  # a row at a time
     promise: str = ""  # for whose sake it is taken, whatever it costs
 
@@ -65,6 +66,11 @@ class Plan:
             return "it has no dropout"
         return kernels.why_not_tiles(problem, self.tiles) if self.tiles else None
 
+    def is_candidate(self, problem: Problem) -> bool:
+        """Whether it can compute the pass and may be chosen for it, without being named."""
+        known = self.automatic and (self.automatic_by_row or not problem.by_row)
+        return known and not self.why_not(problem)
+
     def work(self, problem: Problem) -> list[Work]:
         """What its steps do, on paper."""
         times = problem.m if self.alone else 1
@@ -90,7 +96,11 @@ ROWS = (
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
-    Plan("relay", _our_shrink, whole=_relay, ours=True),
+    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic_by_row=False),
+    *(
+        Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
+        for name in SLICES
+    ),
     Plan("isolated", *_apart, automatic=False, promise="isolation"),
     Plan("alone", *_apart, automatic=False, alone=True, promise="batch invariance"),
     Plan(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.tiles import (
     RELAY_RANK,
+    SLICES,
     SMALL_M,
     VARIANTS,
     Spec,
@@ -24,6 +25,7 @@ from ..kernels.tiles import (
     is_valid,
     padded,
     select,
+    variant,
 )
 from . import costs, devices
 from .costs import Work
@@ -120,8 +122,6 @@ class OneLaunch(Kernel):
         spec = spec_of(kernel, problem)
         if problem.dropout or problem.want_u:
             return "it has no dropout, and gives no u"
-        if problem.by_row and kernel == "relay":
-            return "it has no core for each row"
         if (problem.m <= SMALL_M) != (kernel == "decode"):
             return f"it is for {'at most' if kernel == 'decode' else 'more than'} {SMALL_M} rows"
         if kernel == "decode":
@@ -185,8 +185,9 @@ def spec_of(kernel: str, problem: Problem) -> Spec:
     masked = problem.dropout and problem.transposed == (kernel == "gemm_tail")
     by_row = problem.by_row and kernel != "gemm_tail"
     n = problem.n if kernel in ("gemm_tail", "relay") else 0
+    k = problem.k if kernel == "relay" else 0
     sizes = size, size, problem.regular, p, padded(problem.q)
-    return Spec(kernel, *sizes, masked, by_row, n, problem.bulk)
+    return Spec(kernel, *sizes, masked, by_row, n, problem.bulk, k)
 
 
 def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
@@ -197,9 +198,14 @@ def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
 
 def why_not_tiles(problem: Problem, name: str) -> str | None:
     """Why a pass cannot take the set of tiles of that name, or None if it can."""
-    if name not in VARIANTS:
+    where, tiles = devices.target(problem.device), VARIANTS.get(name)
+    if name in SLICES:
+        tile = where and variant(name, where, spec_of("relay", problem), problem.m)
+        if tile and tile.makers > 1:
+            return None
+        return f"{name!r} is for one core, more than one column of tiles and one step of K"
+    if tiles is None:
         return None
-    where, tiles = devices.target(problem.device), VARIANTS[name]
     fits = where is not None and all(
         is_valid(tile, where, spec_of(kernel, problem)) for kernel, tile in tiles.items()
     )
