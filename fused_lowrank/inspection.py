@@ -38,7 +38,7 @@ def kind_of(path: Path) -> str:
         for kind, module in (("adapter", adapter_file), ("bank", bank_file)):
             if form == module.FORMAT:
                 return kind
-    method = peft_folder.config_of(file).get("peft_type")
+    method = str(peft_folder.config_of(file).get("peft_type"))
     if method in peft_folder.TYPES:
         return "peft"
     if method != "LORA":

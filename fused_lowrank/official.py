@@ -24,7 +24,16 @@ from .adapt import adapted_layers
 from .adapter_file import install
 from .fingerprint import WEIGHT_TOLERANCE, alike
 from .layers import LowRankLinear
-from .peft_folder import config_of, file_of, json_of, refuse, scaling, tensors_of, whole_modules
+from .peft_folder import (
+    config_of,
+    file_of,
+    json_of,
+    reading,
+    refuse,
+    scaling,
+    tensors_of,
+    whole_modules,
+)
 
 MADE = "reconstr_config.json"
 LATENT = "_lora_latent_mapping.weight"
@@ -95,7 +104,8 @@ def read(
         base = {k.replace(".base_layer.", "."): t for k, t in others.items() if WHOLE not in k}
         others = {key: tensor for key, tensor in others.items() if WHOLE in key}
     saved, trained = whole_modules(others, settings, path)
-    dropout = float(settings.get("lora_dropout") or 0.0)
+    with reading(path):
+        dropout = float(settings.get("lora_dropout") or 0.0)
     layers = {}
     for name in factors:
         r, alpha = scaling(settings, name, path)

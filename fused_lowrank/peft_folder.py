@@ -21,7 +21,8 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,26 @@ def refuse(config: dict[str, Any], names: Iterable[str], path: Any) -> None:
             raise ValueError(f"{path}: {name} is {config[name]!r}, which cannot be read here")
 
 
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Within it, whatever a config of other types than PEFT's leads to is a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+        if str(path) in str(error):  # it says already what is wrong
+            raise
+        raise ValueError(f"{path}: its {CONFIG} cannot be read ({error!r})") from error
+
+
 def scaling(config: dict[str, Any], name: str, path: Any) -> tuple[int, float]:
     """(r, alpha) of a layer, as the config has them; alpha is such that the scale is alpha / r."""
-    try:
+    with reading(path):
         r = int(pattern_of(config.get("rank_pattern"), name, config["r"]))
         alpha = pattern_of(config.get("alpha_pattern"), name, config["lora_alpha"])
         alpha = float(r if alpha is None else alpha)
+        if r < 1:
+            raise ValueError(f"{path}: r is {r} for {name}: its {CONFIG} cannot be read")
         return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        raise ValueError(f"{path}: its {CONFIG} cannot be read ({error!r})") from error
 
 
 def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
@@ -172,7 +184,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     is truncated.
     """
     file = file_of(path)
-    return parsed(config_of(file), tensors_of(file), path)
+    with reading(path):
+        return parsed(config_of(file), tensors_of(file), path)
 
 
 def is_model(model: Any) -> bool:
