@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .called import refuse_passed_over, watch_gradients
 from .disabling import disabled
+from .elsewhere import brings_blocks, sharder_in
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
@@ -213,15 +214,14 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
 
 
 def require_not_fsdp(model: nn.Module, what: str) -> None:
-    """Raise if `fully_shard` manages parameters of the model: it would put back its own."""
-    if is_fsdp(model):
-        raise fsdp_error(what)
-
-
-def is_fsdp(model: nn.Module) -> bool:
-    """Whether `fully_shard` manages parameters of the model."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return bool(fsdp) and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    """Raise if FSDP, ZeRO-3 or a hook on a block would put back parameters of their own."""
+    if brings_blocks(model):
+        raise RuntimeError(
+            f"cannot {what} while accelerate brings whole blocks (preload_module_classes) with the "
+            "weights it knows: accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+    if sharder := sharder_in(model):
+        raise fsdp_error(what, sharder)
 
 
 def require_known_base(layers: dict[str, LowRankLinear], what: str) -> None:
@@ -334,8 +334,8 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     require_known_base(layers, "disable adapters")
     if saved_modules(model):
         require_not_fsdp(model, "disable modules trained whole")
-    # fully_shard has its own in the places of parameters; there the layers see to theirs.
-    base = nullcontext() if is_fsdp(model) else base_in_place(model)
+    # FSDP has its own in the places of parameters; there the layers see to theirs.
+    base = nullcontext() if sharder_in(model) else base_in_place(model)
     with disabled(list(layers.values())), base:
         yield model
 

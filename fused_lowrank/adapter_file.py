@@ -34,6 +34,16 @@ from .adapt import (
     require_adapted,
 )
 from .called import warn_of_passed_over
+from .elsewhere import (
+    ZERO,
+    each_here,
+    fill_in,
+    here,
+    is_known,
+    load_state,
+    require_matrices,
+    sharder_in,
+)
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .layers import METHODS, LowRankLinear
 from .layers.accept import why_no_weight
@@ -77,13 +87,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     warn_of_forgotten(model, 3)
     originals = base_of(model).values  # a weight may be trained, by a tie
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in each_here(model, layers):
+        require_whole(name, layer)
         for part, tensor in parts(layer, layer.train_names, bases).items():
-            tensors[f"{name}.{part}"] = tensor
+            tensors[f"{name}.{part}"] = own_copy(tensor)
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer, originals)
     saved = saved_modules(model)
-    for name, module in saved.items():
-        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+    for name, module in each_here(model, saved):
+        for key, value in module.state_dict().items():
+            tensors[f"{name}.{key}"] = own_copy(value)
     tied = ties_of(model, trained_names(saved, layers))
     config = {
         "layers": {
@@ -97,19 +109,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
     with replacing(path) as unfinished:
-        save_file(
-            {key: own_copy(value) for key, value in tensors.items()},
-            unfinished,
-            metadata,
-        )
+        save_file(tensors, unfinished, metadata)
 
 
 def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The adapted layers by name; ValueError if there are none, or one cannot be saved as it is."""
     layers = require_adapted(model)
     for name, layer in layers.items():
-        if layer.bases_pending or layer.weight.is_meta:
+        if layer.bases_pending:
             raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
+        if not is_known(layer):
+            raise ValueError(
+                f"{name}.weight is on the meta device: load the weights, or, if accelerate brings "
+                "whole blocks, accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
         if layer.disabled:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
         if reason := why_no_weight(layer.base_weight):
@@ -117,6 +130,12 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     pairs = {name: (layer, layer.trained_factors) for name, layer in layers.items()}
     warn_of_passed_over(pairs, stacklevel=4)
     return layers
+
+
+def require_whole(name: str, layer: LowRankLinear) -> None:
+    """Raise ValueError where this process has but a part of a layer's values."""
+    factors = (getattr(layer, factor) for factor in layer.factors)
+    require_matrices(name, layer.base_weight, *factors)
 
 
 def own_copy(tensor: Tensor) -> Tensor:
@@ -195,12 +214,16 @@ def install(
 
     `check` raises for a layer, not yet in the model, whose weight is not the one it was made for.
     """
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "the model is sharded: load an adapter before fully_shard or parallelize_module"
-        )
     saved = config["modules_to_save"]
     present = dict(adapted_layers(model))
+    sharder = sharder_in(model)
+    if sharder == ZERO and not present:
+        sharder = None  # `build` looks at the weights that it needs
+    if sharder or any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model is sharded: load an adapter before "
+            f"{sharder or 'fully_shard or parallelize_module'}"
+        )
     if present:
         layers = present
         check_same_layers(layers, config, path)
@@ -219,13 +242,15 @@ def install(
         if present:
             changes.refuse(path)
         for name, layer in layers.items():
-            if layer.weight.is_meta:
+            if not is_known(layer):
                 raise ValueError(f"{name}.weight is on the meta device: load the weights first")
-            check(name, layer)
-            if layer.routed is not None:
-                layer.routed.refuse_other({f: tensors.get(f"{name}.{f}") for f in ("down", "up")})
-            if layer.bases_pending:  # its weight and bias are the base model's
-                layer.keep_base()
+            with here(layer):
+                check(name, layer)
+                if layer.routed is not None:
+                    own = {factor: tensors.get(f"{name}.{factor}") for factor in ("down", "up")}
+                    layer.routed.refuse_other(own)
+                if layer.bases_pending:  # its weight and bias are the base model's
+                    layer.keep_base()
         if not present:
             place(model, layers, saved)
             apply(model, changes, trained_names(saved_modules(model), layers))
@@ -289,7 +314,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         if config["bases"] not in (True, False):
             raise TypeError("bases is neither true nor false")
         config["modules_to_save"] = [str(name) for name in config["modules_to_save"]]
-        for name, source in (config.get("tied") or {}).items():
+        tied = config.get("tied")  # of files before there were ties: none
+        for name, source in ({} if tied is None else tied).items():
             if not isinstance(source, str) or source not in tensors or name == source:
                 raise TypeError(f"{name} is tied to {source}, which is not there")
     except (KeyError, TypeError, AttributeError) as error:
@@ -439,17 +465,17 @@ def fill(
         frozen = () if layer.routed is None else ("down", "up")  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
             if (key := f"{name}.{part}") in tensors and part not in frozen:
-                changed.append((getattr(layer, part), tensors[key]))
+                changed.append((layer, part, tensors[key]))
     modules = modules_by_name(model)
-    before = [own for own, _ in changed]
+    before = [getattr(layer, part) for layer, part, _ in changed]
     for name in saved:
         before += modules[name].state_dict(keep_vars=True).values()
     with values_unchanged_on_error(before):
-        for own, value in changed:
-            own.copy_(value)
+        for layer, part, value in changed:
+            fill_in(layer, part, value)
         for name in saved:
             prefix = name + "."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            unwrapped(modules[name]).load_state_dict(state)
+            load_state(unwrapped(modules[name]), state)
     for layer in layers.values():
         layer.bases_pending = False

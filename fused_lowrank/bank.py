@@ -37,6 +37,7 @@ from .bank_source import Cores, cores_of, fresh_cores
 from .banked import Place
 from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
+from .elsewhere import device_of
 from .fingerprint import differing, fingerprint_of
 from .layers.base import WEIGHT_DTYPES
 from .routing import Routing, Shelf, Use, checkpoint_context, purge
@@ -74,7 +75,7 @@ class AdapterBank:
         if dtype not in (None, *WEIGHT_DTYPES):
             raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
         self.slots, self.key = slots, next(_keys)
-        self.device = next(iter(self.layers.values())).weight.device
+        self.device = device_of(next(iter(self.layers.values())))
         self.shelves = {
             name: new_shelf(layer, slots, dtype or layer.weight.dtype)
             for name, layer in self.layers.items()

@@ -13,6 +13,7 @@ from .adapt import adapted_layers
 from .bank_source import SHARED
 from .banked import Place
 from .compute.choose import isolates
+from .elsewhere import device_of, here, is_known, sharder_of
 from .layers import LowRankLinear
 from .layers.base import is_sharded
 from .routing import Shelf, Watch, remember
@@ -25,12 +26,14 @@ VERSION = operator.attrgetter("_version")
 
 def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
     """Raise unless the layers' adapters are their cores, and they are in no bank."""
-    devices = {layer.weight.device for layer in layers.values()}
+    devices = {device_of(layer) for layer in layers.values()}
     if len(devices) > 1:
         raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
     for name, layer in layers.items():
         if is_sharded(layer.weight):
             raise ValueError(f"{name} is sharded: a bank's layers are whole, one copy on each rank")
+        if sharder := sharder_of(layer.weight):
+            raise ValueError(f"{name} is sharded by {sharder}: a bank's layers are whole")
         shared = SHARED & set(layer.train_names)
         if layer.core_factors is None or shared:
             what = ", ".join(sorted(shared)) or "down and up"
@@ -43,14 +46,16 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
             raise ValueError(f"{name} {state} first")
         if layer.routed is not None:
             raise ValueError(f"{name} is in a bank already: close() that first")
-        # Probes the library, where this is a CPU.
-        isolates(layer.impl, layer.weight, layer.down, layer.up)
+        if not is_known(layer):
+            raise ValueError(f"{name}.weight is on the meta device: load the weights first")
+        with here(layer):  # probes the library, where this is a CPU
+            isolates(layer.impl, layer.weight, layer.down, layer.up)
 
 
 def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
     """Tables of zeros; of pairs where those are smaller than cores."""
     p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
-    device = layer.weight.device
+    device = device_of(layer)
     scales = torch.zeros(slots, device=device)
     if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
         left = torch.zeros(slots, p, r, dtype=dtype, device=device)

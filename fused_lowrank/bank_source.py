@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import peft_folder
 from .adapt import adapted_layers
 from .adapter_file import read
-from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike
+from .elsewhere import here, is_known, tensors_of
+from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
 from .layers import LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .saved import saved_modules
@@ -72,7 +73,8 @@ def checked(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """A layer's cores as the bank stores them and the scales; ValueError if they do not fit it."""
     left, right = fitted(bank, name, part, what)
-    check_bases(bank, name, part, what)
+    with here(bank.layers[name]):
+        check_bases(bank, name, part, what)
     cores = left, right, part.scales
     for ours, values in zip(bank.shelves[name], cores, strict=True):
         if ours is not None and values is not None and not holds(ours.dtype, values):
@@ -198,10 +200,14 @@ def of_model(bank: AdapterBank, model: nn.Module) -> dict[str, Found]:
     check_trained({n: layer.train_names for n, layer in there.items()}, saved_modules(model), what)
     found = {}
     for name, layer in there.items():
-        if layer.bases_pending or layer.weight.is_meta:
+        if layer.bases_pending or not is_known(layer):
             raise ValueError(f"{what}: {name} is not initialised: load its weights and init_bases")
         core, scales = single(layer.core_factors), torch.tensor([layer.scale])
-        found[name] = Found(core, scales, layer.down, layer.up, layer.base_weight)
+        found[name] = Found(core, scales)
+        if any(own.is_meta for own in tensors_of(layer)):  # they stay there: one layer at a time
+            found[name].fingerprint = fingerprint_of(layer)
+        else:
+            found[name] = Found(core, scales, layer.down, layer.up, layer.base_weight)
     return found
 
 

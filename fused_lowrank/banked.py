@@ -36,6 +36,7 @@ from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
 from .disabling import OFF
+from .elsewhere import here
 from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
@@ -65,11 +66,13 @@ class Place:
         layer = self.bank.layers[self.name]
         tolerances = {"down": BASES_TOLERANCE, "up": BASES_TOLERANCE, "weight": WEIGHT_TOLERANCE}
         for name, tolerance in tolerances.items():
-            value, own = (
-                values.get(name),
-                layer.base_weight if name == "weight" else getattr(layer, name),
-            )
-            if value is not None and value is not own and not alike(own, value, tolerance):
+            value = values.get(name)
+            if value is None:
+                continue
+            with here(layer):
+                own = layer.base_weight if name == "weight" else getattr(layer, name)
+                same = value is own or alike(own, value, tolerance)
+            if not same:
                 raise ValueError(
                     f"{self.name} is in a bank, whose adapters share its weight, down and up, and "
                     f"{name} is to be another: close() the bank first"

@@ -13,6 +13,7 @@ from .compute import choose, costs, devices, measured
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
+from .elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
 from .layers.base import LowRankLinear
 
@@ -95,8 +96,10 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         raise TypeError(f"rows is a {type(rows).__name__}: it must be an int, how many x has")
     if rows < 1:
         raise ValueError(f"rows is {rows}: it must be at least 1")
+    if sharder := sharder_of(layer.weight):
+        raise ValueError(f"the layer is sharded by {sharder}: explain it before that")
     (n, k), p, q = layer.weight.shape, layer.down.shape[0], layer.up.shape[1]
-    device, dtype = layer.weight.device, layer.weight.dtype
+    device, dtype = device_of(layer), layer.weight.dtype
     banked = ", in a bank: each row has an adapter of its own" if layer.routed is not None else ""
     name = (
         f"{type(layer).__name__} {k} → {n}, P = {p}, Q = {q}, {str(dtype).removeprefix('torch.')} "

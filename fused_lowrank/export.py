@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ from .adapter_file import (
     pop_fingerprints,
     read,
     replacing,
+    require_whole,
     shapes_of,
 )
 from .bank import AdapterBank
 from .bank_source import holds
+from .compute.autograd import places
 from .compute.reference import Core
+from .elsewhere import each_here, value_of
 from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
@@ -122,11 +125,21 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
     return Part(layer.down, core, layer.up, layer.alpha, layer.r, layer.dropout, bias)
 
 
+def own_part(part: Part) -> Part:
+    """The part with copies of its own, of what is here for now only."""
+    a, b, bias = (t if t is None else own_copy(t) for t in (*places(part.core), part.bias))
+    core = a if a is None or b is None else (a, b)
+    return replace(part, down=own_copy(part.down), core=core, up=own_copy(part.up), bias=bias)
+
+
 def of_model(model: nn.Module) -> Adapter:
     """The adapter that a model carries."""
     layers = complete_layers(model)
     warn_of_forgotten(model, 4)
-    parts = {name: of_layer(name, layer) for name, layer in layers.items()}
+    parts = {}
+    for name, layer in each_here(model, layers):
+        require_whole(name, layer)
+        parts[name] = own_part(of_layer(name, layer))
     return Adapter(parts, whole_modules(model, layers, parts), unwrapped(model))
 
 
@@ -137,15 +150,19 @@ def whole_modules(
     whole = saved_modules(model)
     tied = ties_of(model, trained_names(whole, layers))
     saved = tuple(with_tied(whole, parts, tied))
-    for holder in {name.rpartition(".")[0] for name in tied} & parts.keys():
-        parts[holder].bias = layers[holder].bias
-    modules: dict[str, Mapping[str, Tensor]] = {}
+    holders = {name.rpartition(".")[0] for name in tied} & parts.keys()
+    for name, layer in each_here(model, {name: layers[name] for name in sorted(holders)}):
+        parts[name].bias = None if layer.bias is None else own_copy(layer.bias)
+    modules: dict[str, nn.Module] = {}
     for name, module in named_modules(model, every=True):
         if saved and name.endswith(saved):  # so PEFT matches them, without a dot before
             if any(True for _ in adapted_layers(module)):
                 raise ValueError(f"modules_to_save are {saved}: PEFT would take {name} for one")
-            modules[name] = module.state_dict()
-    return modules
+            modules[name] = module
+    return {
+        name: {key: own_copy(value) for key, value in module.state_dict().items()}
+        for name, module in each_here(model, modules)
+    }
 
 
 def of_bank(bank: AdapterBank, name: str) -> Adapter:
@@ -162,7 +179,8 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
                 left[slot].clone() if right is None else (left[slot].clone(), right[slot].clone())
             )
             alpha = float(scales[slot])
-            parts[layer_name] = Part(layer.down, core, layer.up, alpha, 1, layer.dropout)
+            down, up = (value_of(layer, part) for part in ("down", "up"))
+            parts[layer_name] = Part(down, core, up, alpha, 1, layer.dropout)
     return Adapter(parts, whole_modules(bank.model, bank.layers, parts))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .elsewhere import here
 from .layers import LowRankLinear
 from .layers.base import whole
 
@@ -40,8 +41,9 @@ def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 def fingerprint_of(layer: LowRankLinear, originals: Mapping[Tensor, Tensor] = {}) -> Tensor:
     """The fingerprint of an adapted layer, with the weight it had before, where that is trained."""
-    weight = originals.get(layer.base_weight, layer.base_weight)
-    return fingerprint(weight, layer.down, layer.up)
+    with here(layer):
+        weight = originals.get(layer.base_weight, layer.base_weight)
+        return fingerprint(weight, layer.down, layer.up)
 
 
 def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .elsewhere import settle_within
 from .layers import LowRankLinear
 from .targets import modules_by_name, named_modules, unwrapped
 
@@ -64,6 +65,7 @@ def keep(model: nn.Module, names: list[str], copies: dict[Tensor, Tensor]) -> No
     modules = modules_by_name(model)
     kept = {}
     for name in names:
+        settle_within(model, modules[name])
         tensors = state_of(modules[name])
         for tensor in tensors.values():
             if tensor not in copies:

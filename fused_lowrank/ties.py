@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .elsewhere import hold
 from .layers import LowRankLinear
 from .saved import CONFIG, SLOTS, base_of, state_of
 from .targets import modules_by_name, named_modules
@@ -171,6 +172,7 @@ def apply(model: nn.Module, changes: Changes, trained: Iterable[str]) -> None:
 
     def put(name: str, new: Any) -> None:
         holder, part = there[name]
+        hold(holder)  # what brings it would bring another
         vars(holder).setdefault(SLOTS, {}).setdefault(part, holder._parameters[part])
         holder._parameters[part] = new
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import distributed_fsdp1
 import distributed_layers as layers
 import distributed_training as training
 import torch
@@ -38,6 +39,8 @@ SCENARIOS: list[Callable[[DeviceMesh, Path], Any]] = [
     layers.copies,
     layers.errors,
     training.example,
+    distributed_fsdp1.fsdp1,
+    distributed_fsdp1.fsdp1_peft,
 ]
 
 

@@ -231,7 +231,7 @@ def test_replaced_forward_is_refused() -> None:
 
 
 def test_accelerate_hooks_are_carried() -> None:
-    """The hook acts while adapted and after; those that move or cast weights are refused."""
+    """The hook acts while adapted and after, beside one that offloads; a cast is refused."""
     hooks = pytest.importorskip("accelerate.hooks")
 
     class Doubles(hooks.ModelHook):
@@ -254,10 +254,18 @@ def test_accelerate_hooks_are_carried() -> None:
     hooks.add_hook_to_module(model[1], casting)
     with pytest.raises(TypeError, match="1 is cast at each call by accelerate"):
         adapt(model, target_modules=["1"], r=3)
+    model[1] = nn.Linear(D, D)
+    for hook in (Doubles(), hooks.AlignDevicesHook("cpu", offload=True)):
+        hooks.add_hook_to_module(model[1], hook, append=True)
+    y = model(x)
+    adapt(model, "lora", target_modules=["1"], r=3)
+    assert model[1].weight.is_meta
+    torch.testing.assert_close(model(x), y)
+    unload(model)
+    assert model[1].weight.is_meta
+    torch.testing.assert_close(model(x), y)
     hooks.remove_hook_from_module(model[1])
-    hooks.add_hook_to_module(model[1], hooks.AlignDevicesHook("cpu", offload=True))
-    with pytest.raises((TypeError, ValueError), match="1 is offloaded by accelerate"):
-        adapt(model, target_modules=["1"], r=3)
+    torch.testing.assert_close(2 * model(x), y)
 
 
 def test_hooks_of_all_kinds() -> None:

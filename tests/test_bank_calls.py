@@ -383,3 +383,6 @@ def test_a_layer_that_is_changed_after_the_bank_was_made(way: str) -> None:
     for names in (["a"] * 6, "a", None):
         with bank.use(names):
             torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+    if way == "pruned":
+        prune.remove(layer, "weight")
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)

@@ -325,3 +325,50 @@ def test_dropout(results, kind, fused):
 )
 def test_errors(results, case, message):
     assert message in results("errors")[case]
+
+
+# --- FullyShardedDataParallel ---
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp1_peft"])
+def test_fsdp1(results, name):
+    """The curve of one process, and files that give the same logits."""
+    got = results(name)
+    assert_same_curve(*got["losses"])
+    assert_pairs(got["pairs"], rtol=1e-9, atol=1e-9)
+
+
+def test_fsdp1_of_pefts_policy(results):
+    assert_same_curve(*results("fsdp1_peft")["losses, their policy"])
+
+
+def test_fsdp1_files_of_peft_have_fingerprints(results):
+    """With which a file without its frozen factors can be loaded; one for each of four layers."""
+    assert results("fsdp1_peft")["prints"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "message"),
+    [
+        ("fsdp1", "merge", "RuntimeError: cannot merge under FullyShardedDataParallel"),
+        ("fsdp1", "merge, summoned", "RuntimeError: cannot merge under FullyShardedDataParallel"),
+        ("fsdp1", "unload", "RuntimeError: cannot unload under FullyShardedDataParallel"),
+        ("fsdp1", "layer.merge", "RuntimeError: cannot merge under FullyShardedDataParallel"),
+        ("fsdp1", "bank", "is sharded by FullyShardedDataParallel: a bank's layers are whole"),
+        ("fsdp1", "load", "load an adapter before FullyShardedDataParallel"),
+        ("fsdp1", "load, plain", "load an adapter before FullyShardedDataParallel"),
+        ("fsdp1", "adapt", "sharded by FullyShardedDataParallel: adapt before"),
+        ("fsdp1", "disable", "cannot disable modules trained whole under FullyShardedDataParallel"),
+        ("fsdp1", "explain", "sharded by FullyShardedDataParallel: explain it before"),
+        ("fsdp1", "flat", "use_orig_params=False"),
+        ("fsdp1_peft", "save, not gathered", "give save_pretrained the gathered state_dict"),
+        ("fsdp1_peft", "merge", "RuntimeError: cannot merge under FullyShardedDataParallel"),
+        ("fsdp1_peft", "unload", "cannot merge or unload under FullyShardedDataParallel"),
+        ("fsdp1_peft", "load", "cannot add or load an adapter under FullyShardedDataParallel"),
+        ("fsdp1_peft", "add", "has its weight sharded by FullyShardedDataParallel: adapt before"),
+        ("fsdp1_peft", "flat", "use_orig_params=False"),
+        ("fsdp1_peft", "leaves", "cannot be put into a FullyShardedDataParallel"),
+    ],
+)
+def test_fsdp1_errors(results, name, case, message):
+    assert message in results(name)["errors"][case]

@@ -49,7 +49,8 @@ def whole(model: Any) -> list[Any]:
 
 @methods
 @pytest.mark.parametrize(
-    "name", ["v1.0", "train", "type", "keys", "pop", "training", "", "/a", "..", "__base__"]
+    "name",
+    ["v1.0", "train", "type", "keys", "pop", "stays", "training", "", "/a", "..", "__base__"],
 )
 def test_bad_names(method: str, name: Any, tmp_path: Path) -> None:
     """They are refused in every way in, and everything goes on as before."""
@@ -148,7 +149,8 @@ def test_modules_to_save_that_end_as_a_factor(tmp_path: Path) -> None:
     given = config("lora_xs", target_modules=["q_proj"], modules_to_save=["core"])
     model = peft.get_peft_model(nested(), given).eval()
     assert type(model.base_model.model.attention.core).__name__ == "ModulesToSaveWrapper"
-    assert type(model.base_model.model.attention.q_proj.lora_xs_core) is nn.ParameterDict
+    core = model.base_model.model.attention.q_proj.lora_xs_core
+    assert isinstance(core, nn.ParameterDict)
     names = [name for name, _ in model.named_modules()]
     assert any(name.endswith("q_proj.base_layer") for name in names)
 

@@ -135,6 +135,8 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
     x, weight, down, core, up, bias, scale, _, _ = operands
+    if weight.is_meta or down.is_meta or up.is_meta or on_meta(core):
+        raise RuntimeError("an operand is on the meta device")  # a product would not say so
     rows = fold(x)
     t = linear(rows if low is None else fold(low), like(down, x.dtype))
     if isinstance(core, Rows):
@@ -144,6 +146,13 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
         u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
     y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def on_meta(core: AnyCore) -> bool:
+    """Whether a core has no values."""
+    if isinstance(core, Tensor):
+        return core.is_meta
+    return any(factor is not None and factor.is_meta for factor in places(core))
 
 
 # --- eager ---

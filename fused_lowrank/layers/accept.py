@@ -106,11 +106,6 @@ def why_not_carried(linear: nn.Linear) -> str | None:
             "lose: take that back first, or make it a forward hook"
         )
     for each in getattr(hook, "hooks", (hook,)):
-        if getattr(each, "offload", False):
-            return (
-                "is offloaded by accelerate: adapt before offloading, or "
-                "accelerate.hooks.remove_hook_from_submodules(model) first"
-            )
         if hasattr(each, "storage_dtype"):
             return (
                 "is cast at each call by accelerate, which would cast what is trained, too: adapt "
@@ -156,7 +151,11 @@ def give_back(layer: nn.Module, linear: nn.Linear) -> None:
 
 
 def move(old: nn.Module, new: nn.Module, found: dict[str, list[str]]) -> None:
-    """Give `new` the hooks of `old`, and the attributes and the like that are named."""
+    """Give `new` the hooks of `old`, and the attributes and the like that are named.
+
+    Of accelerate's hooks those that offload are left out: they have tensors of `old`, and
+    `elsewhere.hand_over` makes others of them.
+    """
     for name, value in vars(old).items():
         if HOOKS.fullmatch(name) and value:
             vars(new)[name] = value
@@ -172,4 +171,6 @@ def move(old: nn.Module, new: nn.Module, found: dict[str, list[str]]) -> None:
     if is_replaced(old) and (hook := vars(old).get("_hf_hook")) is not None:
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(new, hook)
+        for each in getattr(hook, "hooks", (hook,)):
+            if not getattr(each, "offload", False):
+                add_hook_to_module(new, each, append=True)

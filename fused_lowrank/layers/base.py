@@ -18,6 +18,7 @@ from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
 from ..disabling import Switch
+from ..elsewhere import FSDP1, ZERO, HookSlot, hand_over, here, hook_of, kept, replace, sharder_of
 from ..functional import compute, prepared
 from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
 from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
@@ -42,6 +43,7 @@ class LowRankLinear(nn.Module):
     by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
     routed: Any = None  # a layer's `Place` in a bank, which is called for it; where there is one
     sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
+    _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
@@ -223,16 +225,23 @@ class LowRankLinear(nn.Module):
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
-        if reason := clashes(linear, layer):
-            raise TypeError(f"linear {reason}")
-        carry(linear, layer)
+        with here(linear):
+            layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
+            if reason := clashes(linear, layer):
+                raise TypeError(f"linear {reason}")
+            carry(linear, layer)
+        hand_over(linear, layer)
         return layer
+
+    def stays(self) -> tuple[str, ...]:
+        """The names of what no hook may take away between calls: what is trained."""
+        return self.train_names
 
     def to_linear(self) -> nn.Linear:
         """The plain layer with the present weight (merged or not) and bias Parameters.
 
-        Hooks and attributes that the layer took over are on it again.
+        Hooks and attributes that the layer took over are on it again; offloaded Parameters are
+        brought to it as they were to this layer.
         """
         self._require_own_weight("unload")
         linear = nn.Linear(
@@ -241,6 +250,7 @@ class LowRankLinear(nn.Module):
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
         give_back(self, linear)
+        hand_over(self, linear)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,6 +281,11 @@ class LowRankLinear(nn.Module):
         """A tensor that is no Parameter, as pruning and functional calls put it there."""
         vars(self)["weight"] = value
 
+    @weight.deleter
+    def weight(self) -> None:
+        """Such a tensor, as FSDP1 and the end of pruning take it away."""
+        vars(self).pop("weight", None)
+
     def own_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(weight, down, up, bias), by the way that costs the host least."""
         if not self.by_attributes:
@@ -286,9 +301,10 @@ class LowRankLinear(nn.Module):
         if self.uncalled:
             note_call(self)
         if self.disabled:
-            return dense(x, *self.base())
+            weight, bias = self.base()
+            return dense(x, present(self, weight).to(x.device), bias)
         if self.merged:
-            return dense(x, self.weight, self.bias)
+            return dense(x, present(self, self.weight), self.bias)
         if self.bases_pending:
             self._require_factors()
         if self.sharded is not None:
@@ -314,7 +330,12 @@ class LowRankLinear(nn.Module):
                     return chain(operands)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
-        return compute(prepared(operands), self.impl)
+        try:
+            return compute(prepared(operands), self.impl)
+        except ValueError:
+            for own in self.parameters():
+                present(self, own)
+            raise
 
     def _require_factors(self) -> None:
         if self.bases_pending:
@@ -324,10 +345,12 @@ class LowRankLinear(nn.Module):
             )
 
     def _require_own_weight(self, what: str) -> None:
-        """Raise where fully_shard has the weight: it puts back the one it knows."""
+        """Raise where FSDP or ZeRO-3 has the weight: they put back the one they know."""
         weight: Any = self.weight
         if is_sharded(weight) and (self.sharded is None or weight.device_mesh.ndim > 1):
             raise fsdp_error(what)
+        if sharder := sharder_of(weight):
+            raise fsdp_error(what, sharder)
 
     def _require_plain_weight(self, what: str) -> None:
         if reason := why_no_weight(self.weight):
@@ -338,7 +361,9 @@ class LowRankLinear(nn.Module):
         """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
         self._require_factors()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
+        with here(self):
+            present(self, self.up)
+            return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -362,23 +387,25 @@ class LowRankLinear(nn.Module):
             return 0.0
         self._require_own_weight("merge")
         self._require_plain_weight("merge into")
-        delta, lost = self.delta_weight(), 0.0
-        weight = (self.weight + delta).to(self.weight.dtype)
-        if self.weight.itemsize < 4:
-            lost = lost_to_rounding(delta, self.weight, weight)
-            if lost:
-                warnings.warn(
-                    f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
-                    stacklevel=2,
-                )
-        self._original = (self.weight,)
-        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        with here(self):
+            delta, lost = self.delta_weight(), 0.0
+            weight = (self.weight + delta).to(self.weight.dtype)
+            if self.weight.itemsize < 4:
+                lost = lost_to_rounding(delta, self.weight, weight)
+                if lost:
+                    warnings.warn(
+                        f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
+                        stacklevel=2,
+                    )
+            self._original = (kept(self, "weight"),)
+            replace(self, "weight", nn.Parameter(weight, requires_grad=self.weight.requires_grad))
         return lost
 
     def unmerge(self) -> None:
         """Put back the weight as it was before `merge`, the same Parameter."""
         if self._original is not None:
-            (self.weight,), self._original = self._original, None
+            (original,), self._original = self._original, None
+            replace(self, "weight", original)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the layer is in no bank."""
@@ -444,12 +471,24 @@ def is_other(value: Any, own: Any) -> bool:
     return value is not None and (not own.numel() or value.data_ptr() != own.data_ptr())
 
 
-def fsdp_error(what: str) -> RuntimeError:
-    """The error of what `fully_shard` would silently undo."""
+def fsdp_error(what: str, sharder: str = "fully_shard") -> RuntimeError:
+    """The error of what FSDP or ZeRO-3 would silently undo."""
     return RuntimeError(
-        f"cannot {what} under fully_shard, which puts back the parameters it knows: "
+        f"cannot {what} under {sharder}, which puts back the parameters it knows: "
         f"save the adapter, load it into the plain model, and {what} there"
     )
+
+
+def present(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor that is about to be computed with; RuntimeError, which says of which layer it is,
+    where it is on the meta device: beside others PyTorch would take memory that nobody has written.
+    """
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"weights of the layer {layer!r} are on the meta device: load them; or, if they are "
+            "offloaded, call the whole model, whose hooks bring them"
+        )
+    return tensor
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -460,6 +499,15 @@ def is_sharded(tensor: Any) -> bool:
 def whole(tensor: Any) -> Tensor:
     """The tensor; all of it where it is a DTensor, and then every rank must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+ADAPT_FIRST = {
+    FSDP1: "adapt before FullyShardedDataParallel",
+    ZERO: (
+        "adapt within deepspeed.zero.GatheredParameters(list(model.parameters())), or load the "
+        "model without zero.Init and adapt before deepspeed.initialize"
+    ),
+}
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:
@@ -478,7 +526,9 @@ def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | Non
         return reason
     if is_sharded(module.weight):
         return "has its weight sharded: adapt before fully_shard or parallelize_module"
-    if module.weight.is_meta and not defer_bases:
+    if sharder := sharder_of(module.weight):
+        return f"has its weight sharded by {sharder}: {ADAPT_FIRST[sharder]}"
+    if module.weight.is_meta and not defer_bases and hook_of(module) is None:
         return (
             "has its weight on the meta device: load the weights first, or pass "
             "defer_bases=True and call init_bases(model) once they are loaded"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...elsewhere import hold
 from .layer import PeftLowRankLinear
 
 Slot = tuple[dict[str, Any], nn.Parameter]  # of a module's Parameters, and the trained bias in it
@@ -20,13 +21,19 @@ class Biases:
         self.away: list[Slot] = []  # the trained ones, while the others are in their places
 
     def keep(self, model: nn.Module, kind: str) -> None:
-        """Copy the biases that an adapter with this `bias` trains, unless that was done."""
+        """Copy the biases that an adapter with this `bias` trains, unless that was done.
+
+        Those that are offloaded stay where the model computes from now on.
+        """
         for module in model.modules():
             if isinstance(module, PeftLowRankLinear):
                 module = module.get_base_layer()
             elif kind != "all":
                 continue
             bias = module._parameters.get("bias")
+            if kind != "none" and bias is not None and bias.is_meta:
+                hold(module, "bias")
+                bias = module._parameters["bias"]
             if kind != "none" and bias is not None and bias not in self.kept and not bias.is_meta:
                 self.kept[bias] = bias.detach().clone()
 

@@ -6,6 +6,7 @@ PEFT's own functions of these names approximate ΔW by a singular value decompos
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from peft import LoraConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...export import Adapter, Part, as_lora, write
+from ...adapter_file import own_copy
+from ...elsewhere import each_here, require_matrices
+from ...export import Adapter, Part, as_lora, own_part, write
+from ...targets import named_modules
 from .layer import PeftLowRankLinear
 
 
@@ -49,7 +53,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {
         key: layer
-        for key, layer in base.named_modules()
+        for key, layer in named_modules(base)
         if isinstance(layer, PeftLowRankLinear) and name in layer.scaling
     }
     if not layers:
@@ -61,14 +65,21 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     if bias == "all":
         raise ValueError("the adapter trains all biases: LoRA holds those of its layers alone")
     parts = {}
-    for key, layer in layers.items():
+    for key, layer in each_here(base, layers):
+        factors = (getattr(layer, part)[name] for part in layer.adapter_layer_names)
+        require_matrices(key, layer.unmerged_weight, layer.basis_down, layer.basis_up, *factors)
         down, core, up, scale = layer.joined([name])
         own_bias = None if bias == "none" else layer.get_base_layer().bias
-        parts[key] = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)
-    modules = {
-        key: module.modules_to_save[name].state_dict()
-        for key, module in base.named_modules()
+        part = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)
+        parts[key] = own_part(part)
+    whole = {
+        key: module.modules_to_save[name]
+        for key, module in named_modules(base)
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    }
+    modules: dict[str, Mapping[str, Tensor]] = {
+        key: {part: own_copy(value) for part, value in module.state_dict().items()}
+        for key, module in each_here(base, whole)
     }
     turned = all(layer.fan_in_fan_out for layer in layers.values())
     return Adapter(parts, modules, base, turned)

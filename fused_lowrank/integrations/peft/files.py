@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ...elsewhere import FSDP1, ZERO, here, sharder_in, value_of
 from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
 from ...layers.accept import special_tensor
 from ...saved import warn_of_names
+from ...targets import named_modules
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"
@@ -26,14 +28,43 @@ FINGERPRINT = "basis_fingerprint"
 
 def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowRankLinear]]:
     """The layers that have an adapter, by the name that their tensors have in a state_dict."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, PeftLowRankLinear) and adapter in module.scaling:
-            yield name.removeprefix("_fsdp_wrapped_module."), module
+            yield name, module
 
 
-def is_here(tensor: Tensor) -> bool:
-    """Whether this process has all of its values."""
-    return not (isinstance(tensor, DTensor) or tensor.is_meta)
+def is_here(tensor: Tensor, shape: tuple[int, int] | None = None) -> bool:
+    """Whether this process has all of its values; of a tensor of this shape."""
+    if isinstance(tensor, DTensor) or tensor.is_meta:
+        return False
+    return shape is None or tuple(tensor.shape) == shape
+
+
+def require_whole(key: str, tensors: dict[str, Tensor], layer: PeftLowRankLinear) -> None:
+    """Raise ValueError where a factor of a layer is but a part of it, by FSDP or ZeRO-3."""
+    tensor = tensors.get(key)
+    if tensor is None or tensor.dim() == 2:
+        return
+    sharder, how = FSDP1, "FullyShardedDataParallel.summon_full_params(model)"
+    if sharder_in(layer) == ZERO:
+        sharder, how = ZERO, "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+    raise ValueError(
+        f"{key} is sharded by {sharder}: give save_pretrained the gathered state_dict, of frozen "
+        f"factors too (as accelerator.get_state_dict gives it), or call it within {how}"
+    )
+
+
+def own_tensors(
+    model: nn.Module, adapter: str, state: dict[str, Tensor], bias: str
+) -> dict[str, Tensor]:
+    """Those of a state_dict that are an adapter's: trained and frozen factors, trained biases."""
+    found = {}
+    for name, layer in named_layers(model, adapter):
+        own = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        own += [f"{name}.{base}" for base in layer.base_names]
+        own += [f"{name}.base_layer.bias"] if bias.endswith("_only") else []
+        found.update({key: state[key] for key in own if key in state})
+    return found
 
 
 def dropped(model: nn.Module, tensors: dict[str, Tensor], others: list[str]) -> dict[str, Tensor]:
@@ -65,16 +96,33 @@ def dropped(model: nn.Module, tensors: dict[str, Tensor], others: list[str]) -> 
 
 
 def to_save(
-    model: nn.Module, adapter: str, tensors: dict[str, Tensor], bases: bool
+    model: nn.Module,
+    adapter: str,
+    tensors: dict[str, Tensor],
+    state: dict[str, Tensor],
+    bases: bool,
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, from those of its layers; the frozen ones where asked."""
+    """The tensors of an adapter's file, from those of its layers; the frozen ones where asked.
+
+    `state` is the whole model's, gathered where its parameters are sharded.
+
+    Raises:
+        ValueError: tensors of which this process has but a part.
+    """
     for name, layer in named_layers(model, adapter):
-        down_key, up_key = (f"{name}.{base}" for base in layer.base_names)
-        if down_key not in tensors:  # the state_dict is of trained parameters alone
+        keys = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        frozen = down_key, up_key = [f"{name}.{base}" for base in layer.base_names]
+        if not any(key in tensors for key in (*keys, *frozen)):
             continue
+        if down_key not in tensors:  # the state_dict is of trained parameters alone
+            if layer.pending_seed is not None:
+                layer.bases(0, 0)  # which makes them
+            tensors.update({key: value_of(layer, key.rpartition(".")[2]) for key in frozen})
+        for key in (*keys, *frozen):
+            require_whole(key, tensors, layer)
         p, q = layer.sides[adapter]
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
-        with onload_layer(layer):
+        with here(layer.get_base_layer()):
             weight = layer.unmerged_weight
             kind = special_tensor(weight)
             if kind and not bases:
@@ -82,7 +130,11 @@ def to_save(
                     f"the weight of {name} has become a {kind}, which has no fingerprint to check "
                     "the frozen factors by: save with save_projection=True"
                 )
-            if not kind and all(map(is_here, (weight, down, up))):
+            shape = layer.out_features, layer.in_features
+            if not kind and not is_here(weight, shape):
+                weight = state.get(f"{name}.base_layer.weight", weight)
+                weight = weight.t() if layer.fan_in_fan_out else weight
+            if not kind and is_here(weight, shape) and is_here(down):
                 key = f"{name}.{FINGERPRINT}"
                 tensors[key] = fingerprint(weight.to(down.device), down, up)
         if bases:
@@ -145,7 +197,7 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
                     f"{tuple(tensors[part].shape)} there and {tuple(wanted)} here"
                 )
         own = tuple(tensors.pop(key, None) for key in keys)
-        with onload_layer(layer):
+        with here(layer, layer.get_base_layer()):
             new = bases_to_load(name, layer, adapter, own, known)
         tensors.update(dict(zip(keys, new, strict=True)) if new else {})
     return tensors

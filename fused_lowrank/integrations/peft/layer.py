@@ -24,14 +24,28 @@ from transformers.pytorch_utils import Conv1D
 from ...called import Reader, note_call, note_reading
 from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
+from ...elsewhere import HookSlot, fill_in, here, kept, replace, sharder_of
 from ...functional import compute, lowrank_linear, prepared
-from ...layers.base import fsdp_error, is_sharded, lost_to_rounding
+from ...layers.base import fsdp_error, is_sharded, lost_to_rounding, present
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines
 from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
+
+
+class Factors(nn.ParameterDict):
+    """The trained factors of one kind, by adapter; no hook takes them away between calls.
+
+    A ParameterDict is never called, so nothing would bring them back.
+    """
+
+    _hf_hook = HookSlot()
+
+    def stays(self) -> frozenset[str]:
+        """The names of what is not to be taken away: all."""
+        return frozenset(self._parameters)
 
 
 class PeftLowRankLinear(nn.Module, BaseTunerLayer):
@@ -60,7 +74,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.key, self.fan_in_fan_out = key, fan_in_fan_out
         self.out_features, self.in_features = self.base_weight.shape
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, Factors())
         for name in self.base_names:
             super().register_parameter(name, None)
         self.r: dict[str, int] = {}  # which may be less than an adapter asked for
@@ -76,13 +90,25 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.closed = False  # whether `named_modules` hides what is in it
         self.checked = False  # whether the frozen factors that come are known to be right
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        wraps = isinstance(value, nn.Module) and not isinstance(value, nn.ParameterDict)
+        if wraps and name in self.adapter_layer_names:
+            raise TypeError(
+                f"{name} of {self.key} cannot be put into a {type(value).__name__}: it is never "
+                "called, so nothing would gather what it holds; wrap the block around the layer"
+            )
+        super().__setattr__(name, value)
+
     # --- the parts of the equation ---
 
     def bases(self, p: int, q: int) -> tuple[Tensor, Tensor]:
         """down (p, in) and up (out, q): what adapters of these sides use."""
         if self.pending_seed is not None:
             self._make_bases()
-        down, up = (self._parameters[name] for name in self.base_names)
+        try:
+            down, up = (self._parameters[name] for name in self.base_names)
+        except KeyError:  # FSDP may put plain tensors in their places
+            down, up = self.basis_down, self.basis_up
         assert down is not None
         assert up is not None
         return down if p == down.shape[0] else down[:p], up if q == up.shape[1] else up[:, :q]
@@ -137,6 +163,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: str, config: LowRankConfig) -> None:
         """Add an adapter: bases where there are none, or not enough, and a new core."""
+        self.require_whole("add or load an adapter")
         r = own(config.rank_pattern, self.key, config.r)
         alpha = own(config.alpha_pattern, self.key, config.lora_alpha)
         alpha = r if alpha is None else alpha
@@ -158,6 +185,11 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def trained_factors(self, adapter: str) -> list[nn.Parameter]:
         """The trained factors of an adapter."""
         return [getattr(self, name)[adapter] for name in self.adapter_layer_names]
+
+    def require_whole(self, what: str) -> None:
+        """Raise RuntimeError where this process has but a part of the weight."""
+        if sharder := sharder_of(self.unmerged_weight):
+            raise fsdp_error(what, sharder)
 
     def fits(self, adapter: str, config: LowRankConfig) -> bool:
         """Whether the layer has room for the ranks that an adapter asked for."""
@@ -204,7 +236,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if (p, q) != (down.shape[0], up.shape[1]):
             self.bases(0, 0)  # if they are to be made, now
             for name, value in zip(self.base_names, self.more_bases(p, q, seed), strict=True):
-                self._parameters[name] = nn.Parameter(value, requires_grad=False)
+                replace(self, name, nn.Parameter(value, requires_grad=False))
 
     def _first_bases(self, p: int, q: int, seed: int, later: bool) -> None:
         weight = self.base_weight
@@ -228,10 +260,11 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def _make_bases(self) -> None:
         assert self.pending_seed is not None
         (down, up), seed = (self.basis_down, self.basis_up), self.pending_seed
-        for factor, value in zip(
-            (down, up), self.new_bases(len(down), up.shape[1], seed), strict=True
-        ):
-            factor.copy_(value)
+        with here(self.get_base_layer()):
+            present(self, self.base_weight)
+            new = self.new_bases(len(down), up.shape[1], seed)
+        for name, value in zip(self.base_names, new, strict=True):
+            fill_in(self, name, value)
         self.pending_seed = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -321,6 +354,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def term(self, x: Tensor, adapter: str) -> Tensor:
         """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""
         down, core, up, scale = self.joined([adapter])
+        present(self, down)
         x = dropout(like(x, down.dtype), self.lora_dropout[adapter], self.training)
         u = through_core(linear(x, down), core, scale)
         return linear(u, up)
@@ -384,8 +418,9 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         """ΔW = scaling · up·coreᵀ·down, stored as the base weight is, in float32 or wider."""
         dtype = wide(self.base_weight.dtype)
         sides = self.sides[adapter]
-        (down, up), core = self.bases(*sides), self.scaled(adapter, *sides).to(dtype)
-        delta = up.to(dtype) @ core.t() @ down.to(dtype)
+        with here(self):
+            (down, up), core = self.bases(*sides), self.scaled(adapter, *sides).to(dtype)
+            delta = up.to(dtype) @ core.t() @ present(self, down).to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -403,21 +438,24 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if is_sharded(base.weight):
             raise fsdp_error("merge")
+        self.require_whole("merge")
         if parametrize.is_parametrized(base):
             raise ValueError(f"{self.key} is parametrised: remove that before merging into it")
-        delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
-        new = (base.weight + delta).to(base.weight.dtype)
-        if safe_merge and not new.isfinite().all():
-            raise ValueError(
-                "NaNs detected in the merged weights. The adapter "
-                f"{', '.join(adapters)} seems to be broken (in {self.key})"
-            )
-        self.lost = 0.0
-        if new.itemsize < 4:
-            self.lost = lost_to_rounding(delta, base.weight, new)
-        if self._original is None:
-            self._original = (base.weight,)
-        base.weight = nn.Parameter(new, requires_grad=base.weight.requires_grad)
+        with here(base):
+            delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
+            new = (present(self, base.weight) + delta).to(base.weight.dtype)
+            if safe_merge and not new.isfinite().all():
+                raise ValueError(
+                    "NaNs detected in the merged weights. The adapter "
+                    f"{', '.join(adapters)} seems to be broken (in {self.key})"
+                )
+            self.lost = 0.0
+            if new.itemsize < 4:
+                self.lost = lost_to_rounding(delta, base.weight, new)
+            if self._original is None:
+                self._original = (kept(base, "weight"),)
+            new = nn.Parameter(new, requires_grad=base.weight.requires_grad)
+            replace(base, "weight", new)
         self.merged_adapters.extend(adapters)
 
     @property
@@ -430,7 +468,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put back the weight as it was before all merges, bit for bit."""
         if self._original is not None:
-            (self.get_base_layer().weight,), self._original = self._original, None
+            (original,), self._original = self._original, None
+            replace(self.get_base_layer(), "weight", original)
             self.merged_adapters.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> PeftLowRankLinear:

@@ -22,7 +22,7 @@ class Lines(list[str]):
 
     def __init__(self, names: Sequence[str], model: Any = None) -> None:
         super().__init__(names)
-        self.different = list(dict.fromkeys(names))
+        self.different = list(dict.fromkeys(self))  # names may be read once only
         self.model = model  # that is called with them; None: a layer is
         self.learned: Learned = Learned() if model is None else model.learned
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}

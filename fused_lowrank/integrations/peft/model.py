@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,7 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from ...adapt import require_not_fsdp
 from ...called import refuse_passed_over, warn_of_passed_over, watch_gradients
 from ...calls import Learned
+from ...elsewhere import here, sharder_of, valued
 from ...layers.accept import is_parametrized, why_no_weight
+from ...layers.base import ADAPT_FIRST
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
@@ -74,6 +75,7 @@ class LowRankModel(BaseTuner):
     def _check_target(self, target: nn.Module, key: str) -> None:
         """Raise ValueError, naming the module, unless it can have an adapter, or one more."""
         if isinstance(target, PeftLowRankLinear):
+            target.require_whole("add or load an adapter")
             check_weight(target.get_base_layer(), key)
         else:
             check_target(self.model, target, key, self.read)
@@ -109,11 +111,11 @@ class LowRankModel(BaseTuner):
     ) -> None:
         self._check_target(target, current_key)
         if isinstance(target, PeftLowRankLinear):
-            with onload_layer(target):
+            with here(target, target.get_base_layer()):
                 target.update_layer(adapter_name, peft_config)
             return
         layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
-        with onload_layer(layer):
+        with here(layer.get_base_layer()):
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
 
@@ -316,14 +318,19 @@ class LowRankModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # In place: PEFT takes modules_to_save from it afterwards.
         state_dict.update(files.dropped(model, state_dict, rest["unwanted_adapter_names"]))
+        whole = {key: value for key, value in state_dict.items() if ".modules_to_save." in key}
+        state_dict.update(valued(model, whole))
         tensors = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **rest
         )
+        # Within a model PEFT does not know FSDP's part of a module's name.
+        tensors.update(files.own_tensors(model, adapter_name, state_dict, config.bias))
+        tensors = valued(model, tensors)
         layers = layers_of(model, adapter_name)
         pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
         warn_of_passed_over(pairs, stacklevel=5)
         files.warn_of_forgotten(model, tensors)
-        return files.to_save(model, adapter_name, tensors, config.save_projection)
+        return files.to_save(model, adapter_name, tensors, state_dict, config.save_projection)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -361,6 +368,8 @@ class LowRankModel(BaseTuner):
     ) -> nn.Module:
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
+        for layer in layers:
+            layer.require_whole("merge or unload")
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
         kept = tied and getattr(config, "is_encoder_decoder", False)
@@ -411,6 +420,10 @@ def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, 
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind = type(base).__name__
+    weight = getattr(base, "weight", None)
+    plain = isinstance(base, nn.Linear | Conv1D) and why_no_weight(weight) is None
+    if plain and (by := sharder_of(weight)):
+        raise ValueError(f"Target module {key} has its weight sharded by {by}: {ADAPT_FIRST[by]}")
     if not isinstance(base, nn.Linear | Conv1D):
         reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
     else:

@@ -21,7 +21,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ...unchanged import Snapshot, values_unchanged_on_error
 from .config import LowRankConfig
 from .files import to_load
-from .layer import PeftLowRankLinear
+from .layer import Factors, PeftLowRankLinear
 from .mixed import BASE
 
 HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
@@ -37,8 +37,8 @@ def check_name(name: Any) -> None:
         reason = "it must be no absolute path, for it is a folder among files that are saved"
     elif name == BASE:
         reason = "it means no adapter, in adapter_names"
-    elif hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
-        reason = "PyTorch has an attribute of that name where adapters are kept"
+    elif hasattr(Factors(), name) or hasattr(nn.ModuleDict(), name):
+        reason = "there is an attribute of that name where adapters are kept"
     else:
         return
     raise ValueError(f"adapter_name is {name!r}: {reason}; choose another name")

@@ -1,0 +1,465 @@
+"""Models whose weights are elsewhere between calls: accelerate's offloading to RAM and to disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_cases import config, inputs, integration, methods, mlp, peft, state
+from safetensors.torch import save_file
+
+import fused_lowrank
+from fused_lowrank import AdapterBank, adapt, load_adapter, save_adapter
+from fused_lowrank.adapter_file import complete_layers
+from fused_lowrank.layers import LowRankLinear
+
+accelerate = pytest.importorskip("accelerate")
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+Q: dict[str, Any] = {"progress": False}
+NATIVE: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 5, "b": 4},
+}
+Offload = Callable[[torch.nn.Module], torch.nn.Module]
+
+
+def to_ram(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def to_disk(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    return accelerate.disk_offload(model, folder, execution_device="cpu")
+
+
+def dispatched(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The first layer is on disk, the others are not."""
+    prefix = "base_model.model." if hasattr(model, "peft_config") else ""
+    places = {"lin0": "disk", "lin1": "cpu", "conv": "cpu", "head": "cpu"}
+    return accelerate.dispatch_model(
+        model, {prefix + k: v for k, v in places.items()}, main_device="cpu", offload_dir=folder
+    )
+
+
+@pytest.fixture(params=[to_ram, to_disk, dispatched], ids=lambda way: way.__name__)
+def offload(request, tmp_path) -> Offload:
+    """A way to offload a model, in place."""
+    return lambda model: request.param(model, tmp_path / "offloaded")
+
+
+native = pytest.mark.parametrize("method", NATIVE)
+
+
+def adapted(method: str, **settings: Any) -> torch.nn.Module:
+    """An `Mlp` with random trained factors in its first two layers."""
+    keywords = {**NATIVE[method], "target_modules": ["lin0", "lin1"], **settings}
+    model = adapt(mlp(), method, **keywords, **Q)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def saved(model: torch.nn.Module, path: Path) -> Path:
+    save_adapter(model, path)
+    return path
+
+
+def losses(model: torch.nn.Module, x: torch.Tensor) -> list[float]:
+    """Of three steps by an optimiser that is made now."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, found = torch.optim.SGD(trained, 1e-3), []
+    for _ in range(3):
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def assert_trains_alike(model: torch.nn.Module, other: torch.nn.Module, x: torch.Tensor) -> None:
+    got, wanted = losses(model, x), losses(other, x)
+    assert wanted[0] - wanted[-1] > 1e-6 * wanted[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=0)
+
+
+# --- layers of adapt ---
+
+
+@native
+def test_offloaded_after_adapt(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Merged, unmerged, disabled, saved, exported: each is what it is without offloading."""
+    model, x, base = adapted(method), inputs(), mlp()
+    y = model(x)
+    model = offload(model)
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    fused_lowrank.merge(model)
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    with fused_lowrank.disable_adapters(model):
+        torch.testing.assert_close(model(x), base(x), **CLOSE)
+    fused_lowrank.unmerge(model)
+    assert model.lin0.weight.is_meta
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    loaded = load_adapter(mlp(), saved(model, tmp_path / "file"), **Q)
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+    fused_lowrank.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(mlp(), tmp_path / "lora")
+    torch.testing.assert_close(lora(x), y, **CLOSE)
+    assert "CPU" in (said := str(fused_lowrank.explain(model.lin0, 8))).upper() or "x86" in said
+
+
+@native
+@pytest.mark.parametrize("merged", [True, False])
+def test_unloaded_while_offloaded(method: str, merged: bool, offload: Offload) -> None:
+    """The plain layers are offloaded as those of the model were."""
+    model, x = adapted(method), inputs()
+    wanted = model(x) if merged else mlp()(x)
+    fused_lowrank.unload(offload(model), merge=merged)
+    assert type(model.lin0) is torch.nn.Linear
+    assert model.lin0.weight.is_meta
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert not model.lin0.weight.is_meta
+    torch.testing.assert_close(model(x), wanted, **CLOSE)
+
+
+@native
+def test_hooks_taken_off(method: str, offload: Offload) -> None:
+    """Weights come back as they are: merged, and then as they were before."""
+    model, x = adapted(method), inputs()
+    y = model(x)
+    fused_lowrank.merge(offload(model))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    fused_lowrank.unmerge(model)
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    fused_lowrank.unload(model)
+    torch.testing.assert_close(model(x), mlp()(x), **CLOSE)
+
+
+@native
+def test_offloaded_before_adapt(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Adapted, or given an adapter, it computes, trains, merges and unloads."""
+    model, x = adapted(method), inputs()
+    file, y = saved(model, tmp_path / "file"), model(x)
+    fresh = offload(mlp())
+    adapt(fresh, method, **NATIVE[method], target_modules=["lin0", "lin1"], **Q)
+    assert fresh.lin0.weight.is_meta
+    torch.testing.assert_close(fresh(x), mlp()(x), rtol=1e-3, atol=1e-3)
+    fused_lowrank.unload(fresh)
+    torch.testing.assert_close(fresh(x), mlp()(x), **CLOSE)
+    loaded = load_adapter(fresh, file, **Q)
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+    assert_trains_alike(loaded, model, x)
+    y = model(x)
+    fused_lowrank.merge(loaded)
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+    fused_lowrank.unload(loaded, merge=True)
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+
+
+@native
+@pytest.mark.parametrize("extra", [(), ("bias",), ("weight", "bias")])
+def test_training(method: str, extra: tuple[str, ...], offload: Offload, tmp_path: Path) -> None:
+    """What is trained is not taken away: an optimiser has what the next call computes with."""
+    trained = {"lora": ("down", "up"), "lora_xs": ("core",), "lora_mini": ("a_train", "b_train")}
+    model = adapted(method, train=(*trained[method], *extra))
+    other, x = copy.deepcopy(model), inputs()
+    assert_trains_alike(offload(model), other, x)
+    loaded = load_adapter(mlp(), saved(model, tmp_path / "file"), **Q)
+    torch.testing.assert_close(loaded(x), other(x), **CLOSE)
+
+
+@native
+def test_another_adapter_is_loaded(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Its frozen factors too go where those of the model are."""
+    other = adapted(method)
+    with torch.no_grad():
+        for layer in (other.lin0, other.lin1):
+            for name in layer.factors:
+                getattr(layer, name).mul_(2)
+    model, x = offload(adapted(method)), inputs()
+    load_adapter(model, saved(other, tmp_path / "file"), **Q)
+    torch.testing.assert_close(model(x), other(x), **CLOSE)
+
+
+@methods
+def test_bank(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Of an offloaded model; from files, and from such a model."""
+    other, x = adapted(method), inputs()
+    model = offload(copy.deepcopy(other))
+    bank = AdapterBank.from_model(model, slots=3)
+    bank.add("file", saved(other, tmp_path / "file"))
+    bank.add("model", other)
+    wanted = torch.where(torch.arange(6)[:, None] % 3 == 1, mlp()(x), other(x))
+    with bank.use(["file", None, "model"] * 2):
+        torch.testing.assert_close(model(x), wanted, **CLOSE)
+    plain = AdapterBank.from_model(copy.deepcopy(other), slots=1)
+    plain.add("offloaded", model)
+    fused_lowrank.export_lora(bank, tmp_path / "lora", name="file")
+
+
+def test_modules_trained_whole(offload: Offload, tmp_path: Path) -> None:
+    """Of a model that is offloaded, before or after: they are in the file, and trained before."""
+    model, x = adapted("lora_xs", modules_to_save=["head"]), inputs()
+    before = offload(mlp())
+    keywords = {**NATIVE["lora_xs"], "target_modules": ["lin0", "lin1"]}
+    adapt(before, "lora_xs", **keywords, modules_to_save=["head"], **Q)
+    load_adapter(before, saved(model, tmp_path / "file"), **Q)
+    torch.testing.assert_close(before(x), model(x), **CLOSE)
+    assert_trains_alike(before, model, x)
+    loaded = load_adapter(mlp(), saved(before, tmp_path / "again"), **Q)
+    torch.testing.assert_close(loaded(x), model(x), **CLOSE)
+    fused_lowrank.unload(before)
+    torch.testing.assert_close(before(x), mlp()(x), **CLOSE)
+
+
+class Tied(torch.nn.Module):
+    """A head that is tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin = torch.nn.Embedding(11, 12), torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.lin(self.embed(tokens)).tanh())
+        return out
+
+
+def test_tied_module_trained_whole(tmp_path: Path) -> None:
+    """What it is tied to is trained with it, if it was offloaded to RAM; the base is left alone."""
+    tokens, keywords = torch.arange(8), {"target_modules": ["lin"], "modules_to_save": ["embed"]}
+    base = Tied().double()
+    before, state = base(tokens), copy.deepcopy(base.state_dict())
+    model = accelerate.cpu_offload(copy.deepcopy(base), "cpu", state_dict=base.state_dict())
+    adapt(model, "lora_xs", r=3, **keywords, **Q)
+    other = copy.deepcopy(base)
+    load_adapter(other, saved(model, tmp_path / "start"), **Q)
+    assert_trains_alike(model, other, tokens)
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(base.state_dict(), state, rtol=0, atol=0)
+    loaded = load_adapter(copy.deepcopy(base), saved(model, tmp_path / "file"), **Q)
+    torch.testing.assert_close(loaded(tokens), model(tokens), **CLOSE)
+    again = accelerate.cpu_offload(copy.deepcopy(base), "cpu")
+    load_adapter(again, tmp_path / "file", **Q)
+    torch.testing.assert_close(again(tokens), model(tokens), **CLOSE)
+    for each in (model, again):
+        fused_lowrank.unload(each)
+        torch.testing.assert_close(each(tokens), before, **CLOSE)
+
+
+def test_model_brought_whole() -> None:
+    """By cpu_offload_with_hook: on the CPU between calls, where it is merged and unloaded."""
+    model, x = adapted("lora_xs"), inputs()
+    y = model(x)
+    device = torch.device("cpu")
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device=device)
+    fused_lowrank.merge(model)
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    hook.offload()
+    fused_lowrank.unload(model)
+    torch.testing.assert_close(model(x), mlp()(x), **CLOSE)
+
+
+def test_blocks_brought_whole() -> None:
+    """By a hook on the block: its layers' weights are nobody else's to bring, or to replace."""
+    model, other, x = adapted("lora_xs"), peft_model("lora_xs"), inputs()
+    for each in (model, other):
+        y = each(x)
+        accelerate.cpu_offload(each, execution_device="cpu", preload_module_classes=["Mlp"])
+        torch.testing.assert_close(each(x), y, **CLOSE)
+    refused = [lambda: fused_lowrank.merge(model), lambda: fused_lowrank.unload(model)]
+    refused += [other.merge_adapter, other.unload, other.merge_and_unload]
+    for call in refused:
+        with pytest.raises(RuntimeError, match=r"brings whole blocks.*remove_hook_from_submodules"):
+            call()
+    for call in (complete_layers, lambda m: AdapterBank.from_model(m, slots=1)):
+        with pytest.raises(ValueError, match=r"lin0\.weight is on the meta device"):
+            call(model)
+
+
+def test_checkpoint_dispatched(tmp_path: Path) -> None:
+    """A model that was never whole in memory takes an adapter, merges and unloads it."""
+    model, x = adapted("lora_xs"), inputs()
+    file = saved(model, tmp_path / "file")
+    save_file(mlp().state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    with accelerate.init_empty_weights():
+        base = mlp()
+    places = {"lin0": "disk", "lin1": "cpu", "conv": "cpu", "head": "disk"}
+    base = accelerate.load_checkpoint_and_dispatch(
+        base.double(), str(tmp_path / "model.safetensors"), places, offload_folder=tmp_path / "disk"
+    )
+    load_adapter(base, file, **Q)
+    torch.testing.assert_close(base(x), model(x), **CLOSE)
+    fused_lowrank.unload(base, merge=True)
+    torch.testing.assert_close(base(x), model(x), **CLOSE)
+
+
+def test_meta_weights_are_refused() -> None:
+    """PyTorch would multiply x on a CPU by memory that nobody has written."""
+    for kind in ("weight", "down", "core", "up"):
+        model = adapted("lora_xs")
+        own = getattr(model.lin0, kind)
+        setattr(model.lin0, kind, torch.nn.Parameter(own.to("meta")))
+        said = r"FusedLoraXSLinear\(in_features=12.* meta device"
+        with pytest.raises(RuntimeError, match=said):
+            model(inputs())
+    model = adapted("lora_xs").to("meta")
+    for call in (lambda: fused_lowrank.merge(model), lambda: model.lin0.delta_weight()):
+        with pytest.raises((RuntimeError, ValueError), match="meta device"):
+            call()
+    assert not model.lin0.merged
+
+
+def test_weights_that_were_not_offloaded_are_named(tmp_path: Path) -> None:
+    """A folder of the base's weights has no trained factors, and accelerate drops the model's."""
+    to_disk(mlp(), tmp_path)
+    with pytest.raises(ValueError, match="core of a FusedLoraXSLinear is not among the weights"):
+        to_disk(adapted("lora_xs"), tmp_path)
+
+
+# --- layers of PEFT ---
+
+
+def peft_model(method: str, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    return peft.get_peft_model(mlp(), config(method, **settings)).eval()
+
+
+@methods
+def test_peft_offloaded_after(method: str, offload: Offload, tmp_path: Path) -> None:
+    """The whole life of a model of PEFT that is offloaded with its adapter in it."""
+    model, x = peft_model(method), inputs()
+    y = model(x)
+    model = offload(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), y, **CLOSE)
+    rows = model(x, adapter_names=["default", "__base__"] * 3)
+    torch.testing.assert_close(rows[::2], y[::2], **CLOSE)
+    torch.testing.assert_close(rows[1::2], mlp()(x)[1::2], **CLOSE)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), mlp()(x), **CLOSE)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    model.save_pretrained(tmp_path / "again")
+    integration.save_as_lora(tmp_path / "lora", model)
+    for folder in ("again", "lora"):
+        loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path / folder)
+        torch.testing.assert_close(loaded(x), y, **CLOSE)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), y, **CLOSE)
+
+
+@methods
+def test_peft_trained_offloaded(method: str, offload: Offload) -> None:
+    """As without offloading: the trained factors stay where they are."""
+    model, other, x = peft_model(method), peft_model(method), inputs()
+    assert_trains_alike(offload(model), other, x)
+
+
+@methods
+def test_peft_unloaded_while_offloaded(method: str, offload: Offload) -> None:
+    model, x = peft_model(method), inputs()
+    torch.testing.assert_close(offload(model).unload()(x), mlp()(x), **CLOSE)
+
+
+@methods
+def test_peft_more_adapters(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Of other files, of higher rank, and mixed of those there are."""
+    larger = {"r": 3, "a": 8, "b": 7} if method == "lora_mini" else {"r": 6}
+    second = peft_model(method)
+    for key, value in state(second).items():
+        if "_core." in key or "_train." in key:
+            second.get_parameter(key).data = 2 * value
+    second.save_pretrained(tmp_path / "second")
+    model, x = peft_model(method), inputs()
+    y = model(x)
+    model = offload(model)
+    model.load_adapter(tmp_path / "second", "second")
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x), second(x), **CLOSE)
+    model.add_adapter("larger", config(method, **larger))
+    model.set_adapter("larger")
+    assert (model(x) - y).abs().max() > 1e-3
+    model.base_model.add_weighted_adapter(["default", "larger"], [1.0, 0.0], "mixed")
+    for name in ("mixed", "default"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x), y, **CLOSE)
+
+
+@methods
+def test_peft_offloaded_before(method: str, offload: Offload, tmp_path: Path) -> None:
+    """Training, merging, saving, of a base that was offloaded first."""
+    other, x = peft_model(method), inputs()
+    other.save_pretrained(tmp_path / "adapter")
+    base = mlp()
+    base._no_split_modules = []  # which PEFT asks a dispatched model for
+    model = peft.PeftModel.from_pretrained(
+        offload(base), tmp_path / "adapter", is_trainable=True, offload_dir=tmp_path / "peft"
+    ).eval()
+    assert_trains_alike(model, other, x)
+    y = other(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, **CLOSE)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "again")
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path / "again")
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, **CLOSE)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_peft_biases_of_an_offloaded_base(bias: str, offload: Offload, tmp_path: Path) -> None:
+    """They are trained, saved, disabled and restored as those of a model that is not offloaded."""
+    other, x = peft_model("lora_xs", bias=bias), inputs()
+    torch.manual_seed(3)
+    model = peft.get_peft_model(offload(mlp()), config("lora_xs", bias=bias)).eval()
+    assert_trains_alike(model, other, x)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), mlp()(x), **CLOSE)
+    model.save_pretrained(tmp_path / "again")
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path / "again")
+    torch.testing.assert_close(loaded(x), other(x), **CLOSE)
+    torch.testing.assert_close(model.unload()(x), mlp()(x), **CLOSE)
+
+
+def test_peft_modules_to_save(offload: Offload, tmp_path: Path) -> None:
+    """They and biases are in the file of a model that was offloaded with them."""
+    model, x = peft_model("lora_xs", modules_to_save=["head"], bias="lora_only"), inputs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    y = model(x)
+    model = to_ram(model, tmp_path)
+    model.save_pretrained(tmp_path / "again")
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path / "again")
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+    integration.save_as_lora(tmp_path / "lora", model)
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path / "lora")
+    torch.testing.assert_close(loaded(x), y, **CLOSE)
+
+
+def test_a_layer_of_peft_names_itself() -> None:
+    """Where its frozen factors are on the meta device."""
+    model = peft_model("lora_xs", lora_dropout=0.5)
+    layer = model.base_model.model.lin0
+    layer.register_parameter("basis_down", torch.nn.Parameter(layer.basis_down.to("meta")))
+    layer.base_layer.register_forward_hook(lambda *_: None)  # so that it has to be called
+    with pytest.raises(RuntimeError, match="meta device"):
+        model(inputs())
+    assert isinstance(layer.lora_xs_core, torch.nn.ParameterDict)
+    assert not isinstance(layer, LowRankLinear)
