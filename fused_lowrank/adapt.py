@@ -18,6 +18,7 @@ from .elsewhere import brings_blocks, sharder_in
 from .layers import METHODS, LowRankLinear
 from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
+from .layers.keywords import check_keywords, integer
 from .layers.state import refuse_wrong
 from .readers import leave_fast_paths, restore_fast_paths
 from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
@@ -88,6 +89,9 @@ def adapt(
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model is adapted already: unload(model) first")
     cls = METHODS[method][fused]
+    check_keywords(cls, method_keywords)
+    for rank in {"r", "a", "b"} & method_keywords.keys():
+        method_keywords[rank] = integer(rank, method_keywords[rank])
     check_patterns("target_modules", target_modules)
     check_patterns("exclude_modules", exclude_modules or ())
     if isinstance(modules_to_save, str):

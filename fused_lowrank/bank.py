@@ -40,6 +40,7 @@ from .compute.reference import NONE, SLOT_BITS
 from .elsewhere import device_of
 from .fingerprint import differing, fingerprint_of
 from .layers.base import WEIGHT_DTYPES
+from .layers.keywords import integer
 from .routing import Routing, Shelf, Use, checkpoint_context, purge
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class AdapterBank:
     def __init__(self, model: nn.Module, slots: int, dtype: torch.dtype | None = None) -> None:
         self.model, self.layers = model, require_adapted(model)
         check_layers(self.layers)
-        if not isinstance(slots, int) or not 1 <= slots < 1 << 31:
+        slots = integer("slots", slots)
+        if not 1 <= slots < 1 << 31:
             raise ValueError(f"slots is {slots!r}: it must be at least 1 and below 2³¹")
         if dtype not in (None, *WEIGHT_DTYPES):
             raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")

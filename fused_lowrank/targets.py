@@ -244,8 +244,6 @@ def fitted(
     modules, plan, reduced = modules_by_name(model), {}, []
     defaults = inspect.signature(cls.__init__).parameters
     ranks = {n: keywords.get(n, defaults[n].default) for n in ("r", "a", "b") if n in defaults}
-    if not all(isinstance(rank, int) for rank in ranks.values()):
-        return dict.fromkeys(targets, keywords)  # the layers say what is wrong
     for name in targets:
         linear = modules[name]
         room = {"a": linear.in_features, "b": linear.out_features}

@@ -150,7 +150,7 @@ SETTINGS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     (EVERY, {"r": 0}, ValueError, "r is 0: it must be at least 1"),
     (EVERY, {"r": -2}, ValueError, "r is -2: it must be at least 1"),
     (EVERY, {"r": 2.0}, ValueError, r"r is 2\.0"),
-    (EVERY, {"r": "2"}, ValueError, "r is 2"),
+    (EVERY, {"r": "2"}, ValueError, "r is '2': it must be an integer"),
     (EVERY, {"r": None}, ValueError, "r is None"),
     (("lora", "lora_xs"), {"r": 7}, ValueError, "r is 7: .*at most 6"),
     (("lora_mini",), {"r": 4}, ValueError, "r is 4: .*at most 3"),

@@ -22,6 +22,7 @@ from ..elsewhere import FSDP1, ZERO, HookSlot, hand_over, here, hook_of, kept, r
 from ..functional import compute, prepared
 from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
 from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
+from .keywords import check_keywords, integer
 from .state import MERGED, product_of, refuse_wrong, unmerged
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class LowRankLinear(nn.Module):
             raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
+        check_keywords(cls, keywords)
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         with here(linear):
             layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
@@ -536,7 +538,9 @@ def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | Non
     return None
 
 
-def check_rank(name: str, value: int, limit: int, of: str) -> None:
-    """Raise unless 1 ≤ value ≤ limit."""
-    if not isinstance(value, int) or not 1 <= value <= limit:
+def check_rank(name: str, value: Any, limit: int, of: str) -> int:
+    """The value as an int; ValueError unless it is an integer and 1 ≤ value ≤ limit."""
+    value = integer(name, value)
+    if not 1 <= value <= limit:
         raise ValueError(f"{name} is {value}: it must be at least 1 and at most {limit}, {of}")
+    return value

@@ -40,7 +40,7 @@ class LoraLinear(LowRankLinear):
         _linear: nn.Linear | None = None,
         _defer: bool = False,
     ) -> None:
-        check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
+        r = check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
         self._check_learns(train, "up")
         super().__init__(
             in_features,

@@ -56,9 +56,9 @@ class LoraMiniLinear(LowRankLinear):
         _linear: nn.Linear | None = None,
         _defer: bool = False,
     ) -> None:
-        check_rank("a", a, in_features, "the layer's in_features")
-        check_rank("b", b, out_features, "the layer's out_features")
-        check_rank("r", r, min(a, b), "the smaller of a and b")
+        a = check_rank("a", a, in_features, "the layer's in_features")
+        b = check_rank("b", b, out_features, "the layer's out_features")
+        r = check_rank("r", r, min(a, b), "the smaller of a and b")
         if init not in ("identity", "paper"):
             raise ValueError(
                 f"init is {init!r}: it must be 'identity' or 'paper' (with both trained factors "

@@ -52,7 +52,7 @@ class LoraXSLinear(LowRankLinear):
         _linear: nn.Linear | None = None,
         _defer: bool = False,
     ) -> None:
-        check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
+        r = check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
         if svd not in ("randomized", "exact"):
             raise ValueError(f"svd is {svd!r}: it must be 'randomized' or 'exact'")
         super().__init__(

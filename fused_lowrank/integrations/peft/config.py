@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
 
+from ...layers.keywords import integer
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
 
@@ -75,9 +77,16 @@ class LowRankConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         for name in self.ranks:
-            check_rank(name, getattr(self, name))
-        for pattern, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{pattern!r}]", rank)
+            setattr(self, name, check_rank(name, getattr(self, name)))
+        self.rank_pattern = {
+            key: check_rank(f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items()
+        }
+        if self.lora_alpha is not None:
+            self.lora_alpha = check_alpha("lora_alpha", self.lora_alpha)
+        self.alpha_pattern = {
+            key: check_alpha(f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern.items()
+        }
+        self.projection_seed = integer("projection_seed", self.projection_seed)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
@@ -131,7 +140,20 @@ class LoraMiniConfig(LowRankConfig):
     ranks: ClassVar[tuple[str, ...]] = ("r", "a", "b")
 
 
-def check_rank(name: str, value: int) -> None:
-    """Raise unless it is a rank."""
-    if not isinstance(value, int) or value < 1:
+def check_rank(name: str, value: Any) -> int:
+    """A rank as Python's integer; ValueError if it is none."""
+    value = integer(name, value)
+    if value < 1:
         raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
+    return value
+
+
+def check_alpha(name: str, value: Any) -> float:
+    """A finite number as one of Python's, which a config's file can hold; ValueError otherwise."""
+    try:
+        number = value if isinstance(value, int) else float(value)
+        if isinstance(value, str | bool) or not math.isfinite(number):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number") from None
+    return number

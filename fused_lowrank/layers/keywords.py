@@ -1,0 +1,64 @@
+"""The keywords of layers: which a method has, which are known by other names, and what ranks are."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+PEFT = "the configurations of fused_lowrank.integrations.peft have it"
+ELSEWHERE = {  # what users of other libraries call things, and what they are here
+    "lora_alpha": "it is called alpha",
+    "lora_dropout": "it is called dropout",
+    "lora_r": "it is called r",
+    "rank": "it is called r",
+    "use_rslora": f"it is alpha = lora_alpha·√r here; {PEFT}",
+    "rank_pattern": f"all layers of an adapt have one r, where they have room for it; {PEFT}",
+    "alpha_pattern": f"all layers of an adapt have one alpha; {PEFT}",
+    "bias": 'biases are trained if train names them, as train=("core", "bias") does',
+    "layers_to_transform": f"target_modules takes a regular expression instead; {PEFT}",
+    "layers_pattern": f"target_modules takes a regular expression instead; {PEFT}",
+    "init_lora_weights": "how factors start is init, which LoRA-Mini has",
+    "init_weights": "how factors start is init, which LoRA-Mini has",
+    "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
+    "save_projection": "it is bases, of save_adapter",
+    "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
+    "use_dora": "DoRA is not one of the methods",
+    "task_type": f"adapt takes any model and asks for no task; {PEFT}",
+    "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
+    "device": "a layer stays where its weight is",
+}
+HIDDEN = {"self", "in_features", "out_features", "bias", "device", "_linear", "_defer"}
+
+
+def known_keywords(cls: type) -> list[str]:
+    """The keywords of a layer that is made around a linear one, in their order."""
+    return [name for name in inspect.signature(cls).parameters if name not in HIDDEN]
+
+
+def check_keywords(cls: Any, given: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that this method's layers do not have."""
+    known = known_keywords(cls)
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        hint = ELSEWHERE.get(name) or (f"did you mean {close[0]}?" if close else "")
+        raise TypeError(
+            f"{cls.method} has no keyword {name!r}{': ' if hint else ''}{hint}"
+            f"{'' if hint.endswith('?') else '.'} It has {', '.join(known)}"
+        )
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any kind, numpy's as well, as Python's; ValueError for what is none, as bool."""
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}: it must be an integer") from None
