@@ -20,6 +20,7 @@ from .layers.accept import clashes, why_no_weight
 from .layers.base import fsdp_error, why_not_adaptable
 from .layers.keywords import check_keywords, integer
 from .layers.state import refuse_wrong
+from .learns import warn_of_narrow, warn_of_nothing_learned
 from .readers import leave_fast_paths, restore_fast_paths
 from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
 from .targets import (
@@ -77,12 +78,14 @@ def adapt(
 
     Raises:
         ValueError: an unknown method; a pattern that matches nothing; a rank that does not fit a
-            layer; a weight on the meta device; a module whose replacement would never be called;
-            a tensor that would be trained and is a view of another.
+            layer; a weight on the meta device, or with NaN or Inf under LoRA-XS; a module whose
+            replacement would never be called; a tensor that would be trained and is a view of
+            another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
             patterns that are no strings.
 
-    Whatever is raised, the model is as it was.
+    Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
+    would be learned, and what is trained in 16 bits.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
@@ -108,6 +111,10 @@ def adapt(
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
         refuse_views(model, saved, layers)
         place(model, layers, saved)
+    warn_of_nothing_learned(layers, stacklevel=3)
+    factors = {id(factor) for layer in layers.values() for factor in layer.trained_factors}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    warn_of_narrow(((name, p) for name, p in trained if id(p) not in factors), stacklevel=3)
     if progress:
         print(describe(model), file=sys.stderr)
     return model
@@ -130,10 +137,13 @@ def build(
         if reason := clashes(linear, trial):
             raise TypeError(f"{name} {reason}")
     method = next(iter(plan.values()))[0].method
-    return {
-        name: cls.from_linear(modules[name], defer_bases=defer_bases, **keywords)
-        for name, (cls, keywords) in tqdm(plan.items(), method, disable=not progress, unit="layer")
-    }
+    layers = {}
+    for name, (cls, keywords) in tqdm(plan.items(), method, disable=not progress, unit="layer"):
+        try:
+            layers[name] = cls._around(modules[name], defer_bases, keywords)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}{hint}") from None
+    return layers
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -204,16 +214,21 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
 
     For models built on the meta device: build, `adapt(..., defer_bases=True)` if it is not built of
     adapted layers, `to_empty`, load the weights, then this. Layers that are initialised are left as
-    they are. Raises ValueError if a weight is still on the meta device.
+    they are. Raises ValueError if a weight is still on the meta device, or if LoRA-XS is to take
+    its factors from one with NaN or Inf.
     """
     pending = {name: m for name, m in require_adapted(model).items() if m.bases_pending}
     for name, layer in pending.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
-    for layer in tqdm(pending.values(), "init_bases", disable=not progress, unit="layer"):
-        layer.init_factors()
+    for name, layer in tqdm(pending.items(), "init_bases", disable=not progress, unit="layer"):
+        try:
+            layer.init_factors()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         layer.keep_base()
     keep_loaded(model)
+    warn_of_nothing_learned(pending, stacklevel=3)
     return model
 
 

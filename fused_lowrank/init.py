@@ -58,8 +58,12 @@ def svd_bases(
     float64) by torch.svd_lowrank with this seed ("randomized") or torch.linalg.svd ("exact").
     The sign of each triple is fixed: the largest entry of each column of S is positive. Ranks that
     share a multiple of 64 share their triples, as exact ones do.
+
+    Raises ValueError for a weight that holds NaN or Inf, or factors that its dtype cannot hold.
     """
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not matrix.isfinite().all():
+        raise ValueError("the weight holds NaN or Inf: LoRA-XS cannot take its factors from it")
     if method == "randomized":
         rank = min(-r // SVD_RANKS * -SVD_RANKS + SVD_OVERSAMPLING, *matrix.shape)
         devices = [matrix.device] if matrix.device.type == "cuda" else []
@@ -74,5 +78,7 @@ def svd_bases(
     left, sigma, right = left[:, :r], sigma[:r], right[:r]
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     sign[sign == 0] = 1
-    down = sigma[:, None] * right * sign.t()
-    return down.to(weight.dtype), (left * sign).contiguous().to(weight.dtype)
+    down = (sigma[:, None] * right * sign.t()).to(weight.dtype)
+    if not down.isfinite().all():
+        raise ValueError(f"the weight's singular values are more than {weight.dtype} can hold")
+    return down, (left * sign).contiguous().to(weight.dtype)

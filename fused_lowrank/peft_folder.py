@@ -264,7 +264,10 @@ def frozen_factors(layer: LowRankLinear, name: str, seed: int) -> tuple[Tensor, 
     """(down, up) of a layer as the PEFT integration makes them, in the weight's dtype."""
     weight, p, q = layer.base_weight, layer.down.shape[0], layer.up.shape[1]
     if layer.method == "lora_xs":
-        return svd_bases(weight, p, seed=seed)
+        try:
+            return svd_bases(weight, p, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     down, up = seeded_bases(p, layer.in_features, layer.out_features, q, name, seed)
     return down.to(weight), up.to(weight)
 

@@ -121,12 +121,12 @@ def test_ranks_of_peft_configs(tmp_path) -> None:
         {"0": 1.5},
     )
     for rank in (True, 4.0, "4", None):
-        with pytest.raises(ValueError, match="r is .*: it must be an integer"):
+        with pytest.raises(ValueError, match=r"r is .*: it must be an integer"):
             LoraXSConfig(r=rank)
         with pytest.raises(ValueError, match=r"rank_pattern\['0'\] is .*: it must be an integer"):
             LoraXSConfig(r=4, rank_pattern={"0": rank})
     for alpha in (float("nan"), float("inf"), "16", True, [1]):
-        with pytest.raises(ValueError, match="lora_alpha is .*: it must be a finite number"):
+        with pytest.raises(ValueError, match=r"lora_alpha is .*: it must be a finite number"):
             LoraXSConfig(r=4, lora_alpha=alpha)
         with pytest.raises(ValueError, match=r"alpha_pattern\['0'\] is .*: it must be a finite"):
             LoraXSConfig(r=4, alpha_pattern={"0": alpha})

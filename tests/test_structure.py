@@ -22,7 +22,10 @@ FLOORS = (
     ("inspection", "official", "export", "parallel", "explain"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
-    ("layers", "init", "routing", "called", "readers", "unchanged", "elsewhere", "offload_hook"),
+    (
+        *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
+        "offload_hook",
+    ),
     ("functional", "testing", "calls", "following", "following_rules", "disabling"),
     ("compute",),
     ("config",),

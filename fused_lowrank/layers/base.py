@@ -20,6 +20,7 @@ from ..compute.reference import Core
 from ..disabling import Switch
 from ..elsewhere import FSDP1, ZERO, HookSlot, hand_over, here, hook_of, kept, replace, sharder_of
 from ..functional import compute, prepared
+from ..learns import warn_of_nothing_learned, warn_of_scales
 from .accept import WEIGHT_DTYPES as WEIGHT_DTYPES
 from .accept import carry, clashes, give_back, why_no_weight, why_not_plain
 from .keywords import check_keywords, integer
@@ -86,6 +87,8 @@ class LowRankLinear(nn.Module):
         if linear is None:
             linear = nn.Linear(in_features, out_features, bias, device, dtype)
             trained_dtype = linear.weight.dtype
+            if not linear.weight.is_meta and not set(train).isdisjoint(self.factors):
+                warn_of_scales({"": self.scale}, stacklevel=4)
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
@@ -147,7 +150,7 @@ class LowRankLinear(nn.Module):
 
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
         linear.weight = nn.Parameter(whole(self.weight), requires_grad=False)
-        layer = self.from_linear(linear, **self.settings())
+        layer = self._around(linear, False, self.settings())
         for name in self.factors:
             own: Any = getattr(self, name)
             value = getattr(layer, name).detach().to(own.dtype)
@@ -219,8 +222,18 @@ class LowRankLinear(nn.Module):
         Raises:
             TypeError: `linear` is not a plain nn.Linear: quantised, adapted already, parametrised,
                 with a forward that was replaced, or attributes that layers have for themselves.
-            ValueError: its weight is on the meta device; a rank, alpha, … out of range.
+            ValueError: its weight is on the meta device, or for LoRA-XS holds NaN or Inf; a rank,
+                alpha, … out of range.
+
+        A UserWarning says that nothing would be learned: alpha is 0, or LoRA-XS's weight is.
         """
+        layer = cls._around(linear, defer_bases, keywords)
+        warn_of_nothing_learned({"": layer}, stacklevel=3)
+        return layer
+
+    @classmethod
+    def _around(cls, linear: nn.Linear, defer_bases: bool, keywords: dict[str, Any]) -> Self:
+        """`from_linear`, which leaves its warnings to the caller."""
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
         if "device" in keywords:

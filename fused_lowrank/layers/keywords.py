@@ -1,4 +1,4 @@
-"""The keywords of layers: which a method has, which are known by other names, and what ranks are."""
+"""The keywords of layers: which a method has, what others call them, and what ranks are."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_keywords(cls: Any, given: Iterable[str]) -> None:
 
 
 def integer(name: str, value: Any) -> int:
-    """An integer of any kind, numpy's as well, as Python's; ValueError for what is none, as bool."""
+    """An integer of any kind, numpy's too, as Python's; ValueError for what is none, or bool."""
     if type(value) is int:
         return value
     try:

@@ -37,7 +37,14 @@ class PeftLoraXSLinear(PeftLowRankLinear):
 
     def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Σ·Dᵀ and S of the weight's leading triples."""
-        return svd_bases(self.unmerged_weight, p, seed=seed)
+        return self.triples(self.unmerged_weight, p, seed)
+
+    def triples(self, weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """`svd_bases` of a weight, whose errors name the layer."""
+        try:
+            return svd_bases(weight, rank, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
         """Those there are, and the leading triples of what they leave of the weight."""
@@ -45,7 +52,7 @@ class PeftLoraXSLinear(PeftLowRankLinear):
         basis, _ = torch.linalg.qr(up.to(wide(up.dtype)))
         weight = self.unmerged_weight.to(basis.dtype)
         rest = weight - basis @ (basis.t() @ weight)
-        more_down, more_up = (new.to(up.dtype) for new in svd_bases(rest, p - len(down), seed=seed))
+        more_down, more_up = (new.to(up.dtype) for new in self.triples(rest, p - len(down), seed))
         return torch.cat([down, more_down]), torch.cat([up, more_up], 1)
 
 

@@ -28,6 +28,7 @@ from ...calls import Learned
 from ...elsewhere import here, sharder_of, valued
 from ...layers.accept import is_parametrized, why_no_weight
 from ...layers.base import ADAPT_FIRST
+from ...learns import warn_of_narrow, warn_of_scales, warn_of_zeros
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
@@ -152,6 +153,8 @@ class LowRankModel(BaseTuner):
         for layer in layers_of(model, adapter_name):
             watch_gradients(layer.trained_factors(adapter_name))
         config = self.peft_config[adapter_name]
+        if not config.inference_mode:
+            warn_of_training(model, adapter_name)
         reduced = [
             layer.key
             for layer in layers_of(model, adapter_name)
@@ -450,6 +453,22 @@ def warn_of_unmatched(config: LowRankConfig, names: Collection[str]) -> None:
         warnings.warn(
             f"exclude_modules: {', '.join(map(repr, missing))} matches no module", stacklevel=6
         )
+
+
+def warn_of_training(model: nn.Module, adapter: str) -> None:
+    """Say in which layers a new adapter would learn nothing, and what is trained in 16 bits."""
+    layers = {layer.key: layer for layer in layers_of(model, adapter)}
+    scales = {key: layer.scaling[adapter] for key, layer in layers.items()}
+    warn_of_scales(scales, stacklevel=7, word="lora_alpha")
+    there = {key: layer for key, layer in layers.items() if layer.pending_seed is None}
+    warn_of_zeros({key: layer.bases(*layer.sides[adapter]) for key, layer in there.items()}, 7)
+    factors = {
+        id(own) for m in layers_of(model) for name in m.scaling for own in m.trained_factors(name)
+    }
+    others = (pair for pair in model.named_parameters() if id(pair[1]) not in factors)
+    inside = re.compile(rf"\.base_layer|\.modules_to_save\.{re.escape(adapter)}")
+    trained = ((inside.sub("", name), own) for name, own in others if own.requires_grad)
+    warn_of_narrow(trained, stacklevel=7)
 
 
 def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
