@@ -111,10 +111,10 @@ def adapt(
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
         refuse_views(model, saved, layers)
         place(model, layers, saved)
-    warn_of_nothing_learned(layers, stacklevel=3)
-    factors = {id(factor) for layer in layers.values() for factor in layer.trained_factors}
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    warn_of_narrow(((name, p) for name, p in trained if id(p) not in factors), stacklevel=3)
+        warn_of_nothing_learned(layers, stacklevel=3)
+        factors = {id(factor) for layer in layers.values() for factor in layer.trained_factors}
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        warn_of_narrow(((name, p) for name, p in trained if id(p) not in factors), stacklevel=3)
     if progress:
         print(describe(model), file=sys.stderr)
     return model
@@ -290,7 +290,9 @@ def merge(model: nn.Module) -> nn.Module:
     and another which weights were tied to others: those others keep W.
 
     Raises ValueError if the weight of a layer that is not called is read instead, for merged it
-    would act where it did not; one that is merged by its own `merge` before is left as it is.
+    would act where it did not; one that is merged by its own `merge` before is left as it is. Also
+    if an adapter holds NaN or Inf, or a sum is more than its dtype can hold. The model is then as
+    it was.
     """
     merge_layers(require_adapted(model), model)
     return model
@@ -317,7 +319,7 @@ def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     tied = tied_layers(layers, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        lost = {name: layer.merge() for name, layer in layers.items()}
+        lost = merged_whole(layers)
     if tied:
         warnings.warn(
             f"the weights of {', '.join(tied)} were tied to others, which keep their values: "
@@ -331,6 +333,22 @@ def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
             "float32 weights would keep it",
             stacklevel=3,
         )
+
+
+def merged_whole(layers: dict[str, LowRankLinear]) -> dict[str, float]:
+    """Merge all layers or, if one cannot be, none: what each lost to rounding."""
+    lost, fresh = {}, [layer for layer in layers.values() if not layer.merged]
+    try:
+        for name, layer in layers.items():
+            try:
+                lost[name] = layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    except BaseException:
+        for layer in fresh:
+            layer.unmerge()
+        raise
+    return lost
 
 
 def unmerge(model: nn.Module) -> nn.Module:

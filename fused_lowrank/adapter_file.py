@@ -48,6 +48,7 @@ from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fin
 from .layers import METHODS, LowRankLinear
 from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
+from .learns import warn_of_broken
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
 from .targets import modules_by_name, unwrapped
 from .ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
@@ -108,6 +109,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
         "bases": bases,
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
+    warn_of_broken(tensors, stacklevel=3)
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata)
 

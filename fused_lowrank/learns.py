@@ -71,6 +71,18 @@ def warn_of_narrow(parameters: Iterable[tuple[str, Tensor]], stacklevel: int) ->
     )
 
 
+def warn_of_broken(tensors: Mapping[str, Tensor], stacklevel: int) -> None:
+    """One UserWarning that names the modules whose tensors, to be saved, hold NaN or Inf."""
+    there = (key for key, value in tensors.items() if value.is_floating_point())
+    bad = [key.rpartition(".")[0] for key in there if not tensors[key].isfinite().all()]
+    if bad := list(dict.fromkeys(bad)):
+        warnings.warn(
+            f"what is saved of {named(bad)} holds NaN or Inf, as the model does; merges, exports "
+            "and banks refuse it: go back to a checkpoint from before, with a lower learning rate",
+            stacklevel=stacklevel,
+        )
+
+
 def named(names: list[str]) -> str:
     """Layers, or the only one, which may have no name."""
     return shown(names) if any(names) else "this layer"

@@ -175,9 +175,9 @@ def heard(action) -> list[str]:
 
 
 def test_peft_scales_of_0(tmp_path) -> None:
-    (one,) = said(lambda: through_peft(two(), lora_alpha=0))
+    (one,) = heard(lambda: through_peft(two(), lora_alpha=0))
     assert one.startswith("lora_alpha is 0 in 0, 2: ")
-    (one,) = said(lambda: through_peft(two(), alpha_pattern={"2": 0}))
+    (one,) = heard(lambda: through_peft(two(), alpha_pattern={"2": 0}))
     assert one.startswith("lora_alpha is 0 in 2: ")
     with pytest.warns(UserWarning, match="lora_alpha is 0"):
         through_peft(two(), lora_alpha=0).save_pretrained(tmp_path)
@@ -187,7 +187,7 @@ def test_peft_scales_of_0(tmp_path) -> None:
 
 
 def test_peft_weights_of_zeros_and_of_no_numbers() -> None:
-    (one,) = said(lambda: through_peft(zeroed("2")))
+    (one,) = heard(lambda: through_peft(zeroed("2")))
     assert one.startswith("the frozen factors of 2 are zero")
     model = two()
     with torch.no_grad():
@@ -199,8 +199,8 @@ def test_peft_weights_of_zeros_and_of_no_numbers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_peft_what_is_trained_in_16_bits(dtype) -> None:
     for bias in ("all", "lora_only", "lora_xs_only"):
-        (one,) = said(lambda bias=bias: through_peft(two(dtype), bias=bias))
+        (one,) = heard(lambda bias=bias: through_peft(two(dtype), bias=bias))
         assert "0.bias, 2.bias are trained in" in one
-    (one,) = said(lambda: through_peft(two(dtype), target_modules=["0"], modules_to_save=["2"]))
+    (one,) = heard(lambda: through_peft(two(dtype), target_modules=["0"], modules_to_save=["2"]))
     assert one.startswith("2.weight, 2.bias are trained in")
-    assert not said(lambda: through_peft(two(dtype)))
+    assert not heard(lambda: through_peft(two(dtype)))

@@ -396,7 +396,8 @@ class LowRankLinear(nn.Module):
 
         That is ‖lost‖/‖ΔW‖, 0.0 for float32 and wider; a UserWarning says it where it is not 0.
         The weight as it was is kept for `unmerge`, untouched, whoever shares it. Does nothing to a
-        layer that is merged.
+        layer that is merged. Raises ValueError, the layer as it was, if ΔW holds NaN or Inf, or the
+        sum is more than the weight's dtype can hold.
         """
         if self.merged:
             return 0.0
@@ -405,6 +406,8 @@ class LowRankLinear(nn.Module):
         with here(self):
             delta, lost = self.delta_weight(), 0.0
             weight = (self.weight + delta).to(self.weight.dtype)
+            if reason := why_not_finite(delta, self.weight, weight):
+                raise ValueError(f"cannot merge: {reason}")
             if self.weight.itemsize < 4:
                 lost = lost_to_rounding(delta, self.weight, weight)
                 if lost:
@@ -473,9 +476,31 @@ class LowRankLinear(nn.Module):
 
 
 def lost_to_rounding(delta: Tensor, before: Tensor, after: Tensor) -> float:
-    """‖lost‖/‖ΔW‖ of a sum `after` = `before` + ΔW that was rounded; 0 where ΔW is."""
-    lost = float((delta - (after.to(delta.dtype) - before)).norm() / delta.norm())
-    return 0.0 if math.isnan(lost) else lost
+    """‖lost‖/‖ΔW‖ of a sum `after` = `before` + ΔW that was rounded; 0 where ΔW is.
+
+    Where `before` is not finite nothing is lost.
+    """
+    if not (norm := float(delta.norm())):
+        return 0.0
+    lost = delta - (after.to(delta.dtype) - before)
+    size = float(lost.norm())
+    return (size if math.isfinite(size) else float(lost.nan_to_num(0.0, 0.0, 0.0).norm())) / norm
+
+
+def why_not_finite(delta: Tensor, before: Tensor, after: Tensor) -> str | None:
+    """Why a sum `after` = `before` + ΔW holds NaN or Inf where `before` does not, or None."""
+    if is_finite(after):
+        return None
+    if not is_finite(delta):
+        return "the adapter holds NaN or Inf"
+    if is_finite(after.where(before.isfinite(), 0.0)):
+        return None
+    return f"W + ΔW is more than {after.dtype} can hold; float32 weights would hold it"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; of a DTensor every rank must ask."""
+    return float(whole((tensor.detach() * 0).sum())) == 0.0
 
 
 def is_other(value: Any, own: Any) -> bool:

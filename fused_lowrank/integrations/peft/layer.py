@@ -26,7 +26,14 @@ from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
 from ...elsewhere import HookSlot, fill_in, here, kept, replace, sharder_of
 from ...functional import compute, lowrank_linear, prepared
-from ...layers.base import fsdp_error, is_sharded, lost_to_rounding, present
+from ...layers.base import (
+    fsdp_error,
+    is_finite,
+    is_sharded,
+    lost_to_rounding,
+    present,
+    why_not_finite,
+)
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines
@@ -423,6 +430,29 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             delta = up.to(dtype) @ core.t() @ present(self, down).to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
+    def sum_with(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        """ΔW of adapters, and W + ΔW rounded as W is; stored as the base weight is."""
+        with here(base := self.get_base_layer()):
+            weight = present(self, base.weight)
+            delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
+            return delta, (weight + delta).to(weight.dtype)
+
+    def check_sum(self, adapters: list[str], new: Tensor) -> None:
+        """Raise ValueError if W + ΔW is not finite."""
+        if not is_finite(new):
+            raise ValueError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{', '.join(adapters)} seems to be broken (in {self.key})"
+            )
+
+    @torch.no_grad()
+    def check_safe(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError if a merge of these adapters, or of the active ones, is not finite."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        new = [n for n in names if n in self.scaling and n not in self.merged_adapters]
+        if new:
+            self.check_sum(new, self.sum_with(new)[1])
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make the base layer's weight W + ΔW of these adapters, or of the active ones.
@@ -442,20 +472,18 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         if parametrize.is_parametrized(base):
             raise ValueError(f"{self.key} is parametrised: remove that before merging into it")
         with here(base):
-            delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
-            new = (present(self, base.weight) + delta).to(base.weight.dtype)
-            if safe_merge and not new.isfinite().all():
-                raise ValueError(
-                    "NaNs detected in the merged weights. The adapter "
-                    f"{', '.join(adapters)} seems to be broken (in {self.key})"
-                )
+            delta, new = self.sum_with(adapters)
+            if safe_merge:
+                self.check_sum(adapters, new)
             self.lost = 0.0
-            if new.itemsize < 4:
+            if why_not_finite(delta, base.weight, new):
+                self.lost = math.inf
+            elif new.itemsize < 4:
                 self.lost = lost_to_rounding(delta, base.weight, new)
             if self._original is None:
                 self._original = (kept(base, "weight"),)
-            new = nn.Parameter(new, requires_grad=base.weight.requires_grad)
-            replace(base, "weight", new)
+            new_weight = nn.Parameter(new, requires_grad=base.weight.requires_grad)
+            replace(base, "weight", new_weight)
         self.merged_adapters.extend(adapters)
 
     @property

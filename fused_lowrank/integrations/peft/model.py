@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -23,12 +24,12 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
-from ...called import refuse_passed_over, warn_of_passed_over, watch_gradients
+from ...called import refuse_passed_over, shown, warn_of_passed_over, watch_gradients
 from ...calls import Learned
 from ...elsewhere import here, sharder_of, valued
 from ...layers.accept import is_parametrized, why_no_weight
 from ...layers.base import ADAPT_FIRST
-from ...learns import warn_of_narrow, warn_of_scales, warn_of_zeros
+from ...learns import warn_of_broken, warn_of_narrow, warn_of_scales, warn_of_zeros
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
@@ -333,7 +334,11 @@ class LowRankModel(BaseTuner):
         pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
         warn_of_passed_over(pairs, stacklevel=5)
         files.warn_of_forgotten(model, tensors)
-        return files.to_save(model, adapter_name, tensors, state_dict, config.save_projection)
+        save = config.save_projection
+        tensors = files.to_save(model, adapter_name, tensors, state_dict, save)
+        there = {key: value for key, value in tensors.items() if files.is_here(value)}
+        warn_of_broken(there, stacklevel=5)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -359,15 +364,21 @@ class LowRankModel(BaseTuner):
     ) -> None:
         """PEFT's; one warning says how much of ΔW was lost to rounding, below float32.
 
-        Raises RuntimeError under fully_shard, which would put back the weights that it knows.
+        Another says if merged weights are not finite; with `safe_merge` that is a ValueError, and
+        the model as it was. Raises RuntimeError under fully_shard, which would put back the weights
+        that it knows.
         """
         require_not_fsdp(self.model, "merge")
-        check_merge(layers_of(self.model))
+        check_merge(layers_of(self.model), adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
     def _unload_and_optionally_merge(
-        self, merge: bool = True, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
@@ -377,14 +388,16 @@ class LowRankModel(BaseTuner):
         tied = getattr(config, "tie_word_embeddings", False)
         kept = tied and getattr(config, "is_encoder_decoder", False)
         if merge:
-            check_merge(layers)
+            check_merge(layers, adapter_names, safe_merge)
             self.biases.enable()
         else:
             self.biases.restore()
         with warnings.catch_warnings():
             if kept:
                 warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            model = super()._unload_and_optionally_merge(
+                merge, progressbar, safe_merge, adapter_names
+            )
         restore_fast_paths(self.model)
         if merge:
             warn_of_loss(layers)
@@ -459,16 +472,16 @@ def warn_of_training(model: nn.Module, adapter: str) -> None:
     """Say in which layers a new adapter would learn nothing, and what is trained in 16 bits."""
     layers = {layer.key: layer for layer in layers_of(model, adapter)}
     scales = {key: layer.scaling[adapter] for key, layer in layers.items()}
-    warn_of_scales(scales, stacklevel=7, word="lora_alpha")
+    warn_of_scales(scales, stacklevel=8, word="lora_alpha")
     there = {key: layer for key, layer in layers.items() if layer.pending_seed is None}
-    warn_of_zeros({key: layer.bases(*layer.sides[adapter]) for key, layer in there.items()}, 7)
+    warn_of_zeros({key: layer.bases(*layer.sides[adapter]) for key, layer in there.items()}, 8)
     factors = {
         id(own) for m in layers_of(model) for name in m.scaling for own in m.trained_factors(name)
     }
     others = (pair for pair in model.named_parameters() if id(pair[1]) not in factors)
     inside = re.compile(rf"\.base_layer|\.modules_to_save\.{re.escape(adapter)}")
     trained = ((inside.sub("", name), own) for name, own in others if own.requires_grad)
-    warn_of_narrow(trained, stacklevel=7)
+    warn_of_narrow(trained, stacklevel=8)
 
 
 def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
@@ -485,18 +498,35 @@ def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
     return turned
 
 
-def check_merge(layers: Iterable[PeftLowRankLinear]) -> None:
-    """Raise ValueError, naming it, if one of the layers cannot be merged into."""
+def check_merge(
+    layers: Iterable[PeftLowRankLinear], adapters: list[str] | None, safe: bool
+) -> None:
+    """Raise ValueError, naming it, if one of the layers cannot be merged into.
+
+    Where it is to be `safe`, also if a merged weight would not be finite.
+    """
     layers = list(layers)
     refuse_passed_over({layer.key: layer for layer in layers})
     for layer in layers:
         if reason := why_no_weight(layer.get_base_layer().weight):
             raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
+        if safe:
+            with onload_layer(layer):
+                layer.check_safe(adapters)
 
 
 def warn_of_loss(layers: Any) -> None:
-    """One UserWarning for all layers, of the one that lost most of its ΔW to rounding."""
-    found = layers_of(layers) if isinstance(layers, nn.Module) else layers
+    """One UserWarning for all layers, of the one that lost most of its ΔW to rounding; or of those
+    whose merged weights are not finite.
+    """
+    found = list(layers_of(layers) if isinstance(layers, nn.Module) else layers)
+    if broken := [layer.key for layer in found if layer.lost == math.inf]:
+        warnings.warn(
+            f"the merged weights of {shown(broken)} hold NaN or Inf, by a broken adapter or as "
+            "the sum is more than their dtype can hold: unmerge; safe_merge=True refuses such",
+            stacklevel=3,
+        )
+        return
     worst = max(found, key=lambda layer: layer.lost, default=None)
     if worst is not None and worst.lost:
         warnings.warn(
