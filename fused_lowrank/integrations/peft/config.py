@@ -12,6 +12,16 @@ from peft import PeftConfig, PeftType
 from ...layers.keywords import integer
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
+NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused
+    "trainable_token_indices": (
+        'train the whole embedding by modules_to_save=["embed_tokens"], or take PEFT\'s LoraConfig'
+    ),
+    "target_parameters": (
+        "only nn.Linear and transformers' Conv1D have adapters, not Parameters such as experts "
+        "of a mixture; name linear layers in target_modules, or take PEFT's LoraConfig"
+    ),
+}
+
 
 @dataclass
 class LowRankConfig(PeftConfig):
@@ -36,6 +46,7 @@ class LowRankConfig(PeftConfig):
         modules_to_save: modules to train whole and to save with the adapter.
         ensure_weight_tying: whether embeddings in modules_to_save and what is tied to them stay
             tied; without, PEFT trains copies of those named alone.
+        trainable_token_indices, target_parameters: not supported; None, or an error says so.
         init_weights: True and "identity": the adapted model starts as the base model, and learns
             at once; "paper": as published; False: random, and far from both.
         save_projection: whether files carry the frozen factors. Without, these are made again from
@@ -60,6 +71,8 @@ class LowRankConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
     init_weights: bool | Literal["identity", "paper"] = True
     save_projection: bool = True
@@ -87,6 +100,9 @@ class LowRankConfig(PeftConfig):
             key: check_alpha(f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern.items()
         }
         self.projection_seed = integer("projection_seed", self.projection_seed)
+        for name, instead in NOT_SUPPORTED.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not supported by {self.method}: {instead}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"

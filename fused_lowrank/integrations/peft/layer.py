@@ -73,7 +73,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     prefix: ClassVar[str]
     adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
     base_names = ("basis_down", "basis_up")  # the frozen factors, which PEFT must not cast or train
-    other_param_names = ("r", "sides", "scaling", "lora_dropout", "projection_seed")
+    other_param_names = ("r", "sides", "scaling", "own_scaling", "lora_dropout", "projection_seed")
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__()
@@ -87,6 +87,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}  # which may be less than an adapter asked for
         self.sides: dict[str, Sides] = {}  # P and Q
         self.scaling: dict[str, float] = {}
+        self.own_scaling: dict[str, float] = {}  # what it is by the adapter's config
         self.lora_dropout: dict[str, float] = {}
         self.projection_seed: dict[str, int] = {}
         self.merged_adapters: list[str] = []
@@ -176,7 +177,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         alpha = r if alpha is None else alpha
         shapes, sides = self.shapes(r, config)
         self.r[adapter], self.sides[adapter] = min(min(shape) for shape in shapes), sides
-        self.scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.own_scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.scaling[adapter] = self.own_scaling[adapter]
         self.lora_dropout[adapter] = config.lora_dropout
         self.projection_seed[adapter] = config.projection_seed
         # Offloaded weights are here now, and on the meta device when the bases are asked for.
@@ -188,6 +190,23 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
         self.init_core(adapter, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scaling `scale` times what its config says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; by None or 0: make it what the config says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.scaling[name] / scale if scale else self.own_scaling[name]
 
     def trained_factors(self, adapter: str) -> list[nn.Parameter]:
         """The trained factors of an adapter."""

@@ -117,6 +117,7 @@ class LowRankModel(BaseTuner):
                 target.update_layer(adapter_name, peft_config)
             return
         layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
+        layer.train(target.training)
         with here(layer.get_base_layer()):
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
