@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +49,8 @@ from .layers import METHODS, LowRankLinear
 from .layers.accept import why_no_weight
 from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .learns import warn_of_broken
+from .other_base import on_other_base as asked
+from .other_base import refuse_other_base
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
 from .targets import modules_by_name, unwrapped
 from .ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
@@ -159,7 +161,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, fused: bool = True, progress: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    fused: bool = True,
+    progress: bool = True,
+    on_other_base: Literal["refuse", "warn"] = "refuse",
 ) -> nn.Module:
     """Load what `save_adapter` wrote, or a folder of PEFT's with LoRA-XS or LoRA-Mini, in place.
 
@@ -171,9 +178,13 @@ def load_adapter(
     Raises:
         ValueError: a file that is truncated or none of ours, or that belongs to another model:
             other module names, sizes, ranks, weights or frozen factors. The model is as it was.
+
+    With on_other_base="warn" other weights are no error but a UserWarning, for a base that was
+    trained further or merged since, if the adapter comes with its frozen factors.
     """
     config, tensors = read(path)
-    return load_contents(model, config, tensors, path, fused=fused, progress=progress)
+    with asked(on_other_base, path):
+        return load_contents(model, config, tensors, path, fused=fused, progress=progress)
 
 
 def load_contents(
@@ -441,9 +452,11 @@ def check_fingerprint(
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
     found = differing(ours, there, *sides)
     if "weight" in found and f"{name}.weight" not in tensors:
-        raise ValueError(
+        refuse_other_base(
+            name,
             f"{path} was made for another base model: the weight of {name} differs from the one it "
-            "was trained on"
+            "was trained on",
+            all(f"{name}.{factor}" in tensors for factor in ("down", "up")),
         )
     option = "save_projection" if peft_folder.is_folder(path) else "bases"
     for factor in ("down", "up"):

@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .bank_input import (
     lines_of,
 )
 from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, versions
-from .bank_source import Cores, cores_of, fresh_cores
+from .bank_source import Cores, cores_of, fresh_cores, source_name
 from .banked import Place
 from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
@@ -41,6 +41,7 @@ from .elsewhere import device_of
 from .fingerprint import differing, fingerprint_of
 from .layers.base import WEIGHT_DTYPES
 from .layers.keywords import integer
+from .other_base import on_other_base as asked
 from .routing import Routing, Shelf, Use, checkpoint_context, purge
 
 if TYPE_CHECKING:
@@ -149,7 +150,13 @@ class AdapterBank:
 
     # --- changing it ---
 
-    def add(self, name: str, source: Any = None) -> None:
+    def add(
+        self,
+        name: str,
+        source: Any = None,
+        *,
+        on_other_base: Literal["refuse", "warn"] = "refuse",
+    ) -> None:
         """Put an adapter in, under a new name.
 
         `source` is a file of `save_adapter`, a folder of PEFT's, a state_dict ({layer}.core, or
@@ -157,21 +164,32 @@ class AdapterBank:
         one active adapter, or None for a fresh adapter as the method starts one. Its frozen
         factors, or their fingerprint, must be those of the bank; a state_dict without them is taken
         at its word, at the model's own alpha. Ranks below the bank's fit where its factors are the
-        first ones of the bank's.
+        first ones of the bank's. With on_other_base="warn" a source for other weights, of the same
+        frozen factors, is no error but a UserWarning.
 
         Raises:
             ValueError: a name that is there, or is no string; a source that does not fit, holds
                 NaN or Inf, or was made for another base. The bank is as it was.
             RuntimeError: the bank is full.
         """
-        self.put([name], self._cores(source))
+        with asked(on_other_base, source_name(source)):
+            cores = self._cores(source)
+        self.put([name], cores)
 
-    def replace(self, name: str, source: Any = None) -> None:
+    def replace(
+        self,
+        name: str,
+        source: Any = None,
+        *,
+        on_other_base: Literal["refuse", "warn"] = "refuse",
+    ) -> None:
         """Give a name another adapter. Calls under way keep the old one; needs one free slot.
 
         Raises as `add`, and ValueError for a name that is not there.
         """
-        self.put([name], self._cores(source), new=False)
+        with asked(on_other_base, source_name(source)):
+            cores = self._cores(source)
+        self.put([name], cores, new=False)
 
     def remove(self, name: str) -> None:
         """Take an adapter out. Calls under way keep it; its slot is free after them."""
@@ -464,12 +482,19 @@ class AdapterBank:
 
         save(self, path, names)
 
-    def load(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: bool = True,
+        on_other_base: Literal["refuse", "warn"] = "refuse",
+    ) -> None:
         """Put in all adapters of a file that `save` wrote, or none of them.
 
         Raises ValueError for a file that is truncated, from another base, holds NaN or a name that
-        is there already, and RuntimeError where there are too few slots.
+        is there already, and RuntimeError where there are too few slots. on_other_base: as `add`.
         """
         from .bank_file import load
 
-        load(self, path, progress)
+        with asked(on_other_base, path):
+            load(self, path, progress)

@@ -17,6 +17,7 @@ from .elsewhere import here, is_known, tensors_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
 from .layers import LowRankLinear
 from .layers.base import WEIGHT_DTYPES
+from .other_base import refuse_other_base
 from .saved import saved_modules
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def cores_of(bank: AdapterBank, source: Any) -> Cores:
             f"source is a {type(source).__name__}: it must be a path, a state_dict or a model"
         )
     return {name: checked(bank, name, part, what) for name, part in found.items()}
+
+
+def source_name(source: Any) -> str:
+    """A source in a message."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    return "the state_dict" if isinstance(source, Mapping) else "the model"
 
 
 def fresh_cores(bank: AdapterBank) -> Cores:
@@ -157,7 +165,7 @@ def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
         if theirs is not None and not alike(ours, theirs):
             raise ValueError(f"{another}{label} of {name} is not the bank's, nor the first of it")
     if part.weight is not None and not alike(layer.base_weight, part.weight, WEIGHT_TOLERANCE):
-        raise ValueError(f"{another}the weight of {name} differs")
+        refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
         return
     ours = bank.fingerprint(name)
@@ -166,7 +174,7 @@ def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
         raise ValueError(f"{what} is damaged: the fingerprint of {name} is not of its ranks")
     their_down, their_up, their_weight = part.fingerprint.split([p, q, 1 + WEIGHT_PROBES])
     if not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]:
-        raise ValueError(f"{another}the weight of {name} differs")
+        refuse_other_base(name, f"{another}the weight of {name} differs")
     pairs = (down[:p], their_down), (up[:q], their_up)
     if not all(alike(mine, other) for mine, other in pairs):
         raise ValueError(f"{another}down and up of {name} are not the bank's, nor the first of it")

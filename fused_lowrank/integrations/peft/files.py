@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from ...elsewhere import FSDP1, ZERO, here, sharder_in, value_of
 from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
 from ...layers.accept import special_tensor
+from ...other_base import refuse_other_base
 from ...saved import warn_of_names
 from ...targets import named_modules
 from .layer import PeftLowRankLinear
@@ -219,7 +220,8 @@ def bases_to_load(
             f"the file has basis_{'up' if own[0] is None else 'down'} of {name} and not "
             f"basis_{'down' if own[0] is None else 'up'}: it is damaged"
         )
-    if own[0] is None:
+    carries = own[0] is not None
+    if not carries:
         if known is None:
             raise ValueError(
                 f"the file has neither the frozen factors of {name} nor their fingerprint: it is "
@@ -244,10 +246,12 @@ def bases_to_load(
         weight_device = [factor.to(weight.device) for factor in own]
         found = differing(fingerprint(weight, *weight_device), known.cpu(), p, q)
         if "weight" in found:
-            raise ValueError(
-                f"the adapter was trained on another base model: the weight of {name} differs"
+            refuse_other_base(
+                name,
+                f"the adapter was trained on another base model: the weight of {name} differs",
+                carries,
             )
-        if found:
+        if found and found != ["weight"]:
             raise ValueError(
                 f"the frozen factors of {name} are not those that the adapter was trained with; "
                 "save it with save_projection=True"

@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ...other_base import on_other_base
 from ...unchanged import Snapshot, values_unchanged_on_error
 from .config import LowRankConfig
 from .files import to_load
@@ -61,15 +62,20 @@ def values_of(model: nn.Module, adapter: str) -> Iterator[Tensor]:
 
 
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a model that adds or loads an adapter, and leaves nothing behind if it fails."""
+    """A method of a model that adds or loads an adapter, and leaves nothing behind if it fails.
+
+    It also takes on_other_base, "refuse" or "warn", as `load_adapter` does.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        way = kwargs.pop("on_other_base", None)
         given = signature.bind(model, *args, **kwargs).arguments
         name, before = given.get("adapter_name") or "default", Snapshot(model)
         try:
-            with values_unchanged_on_error(values_of(model, name)):
+            unchanged = values_unchanged_on_error(values_of(model, name))
+            with on_other_base(way, "the adapter"), unchanged:
                 result = function(model, *args, **kwargs)
                 if not isinstance(model, PeftModel):
                     check_loaded(model, name, given)
@@ -104,13 +110,17 @@ def check_loaded(model: Any, adapter: str, given: Mapping[str, Any]) -> None:
 
 
 def whole_model(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.from_pretrained` that gives the base model back if it fails."""
+    """`PeftModel.from_pretrained` that gives the base model back if it fails.
+
+    It also takes on_other_base, "refuse" or "warn", as `load_adapter` does.
+    """
 
     @functools.wraps(from_pretrained)
     def call(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = Snapshot(model)
+        before, way = Snapshot(model), kwargs.pop("on_other_base", None)
         try:
-            return from_pretrained(cls, model, *args, **kwargs)
+            with on_other_base(way, "the adapter"):
+                return from_pretrained(cls, model, *args, **kwargs)
         except BaseException:
             if is_ours(model):
                 before.restore()
