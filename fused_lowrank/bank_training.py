@@ -8,6 +8,7 @@ training step, the mean over the batch, clipping and the optimiser, is here by a
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank_input import Assigned, Assignments
+from .called import shown
 from .compute.reference import NONE
 from .routing import Shelf, Use, purge
 
@@ -53,6 +55,7 @@ class Trainable:
     def __init__(self, bank: AdapterBank, names: Sequence[str]) -> None:
         self.bank, self.names = bank, list(names)
         self.closed = False
+        self._committed: set[str] = set()
         self.present: set[int] = set()  # the adapters whose gradient the next step will take
         self._index = {name: i for i, name in enumerate(self.names)}
         self._lines: Lines | str | None = ()  # of the last `use`
@@ -196,7 +199,8 @@ class Trainable:
         """Give the bank the trained values, of all adapters or of those named; training may go on.
 
         Calls of the bank under way keep the adapters as they were. While there are such calls it
-        needs a free slot for each adapter, otherwise one.
+        needs a free slot for each adapter, otherwise one. A UserWarning names the adapters of which
+        most is lost to rounding, in a bank of 16 bits, when they are first committed.
 
         Raises:
             ValueError: an adapter that is NaN or Inf, or is in the bank no more. Nothing has been
@@ -212,7 +216,8 @@ class Trainable:
         }
         self._check_finite(names, cores)
         with self.bank._lock:  # no call starts meanwhile
-            self.bank._known(names)
+            slots = self.bank._known(names)
+            lost = self._lost(names, slots, cores)
             self.bank._release()
             purge()
             count, free = len(names), len(self.bank._free)
@@ -224,6 +229,37 @@ class Trainable:
                     for layer, sides in cores.items()
                 }
                 self.bank.put(names[part], values, new=False)
+        self._committed.update(names)
+        if lost:
+            dtypes = ", ".join(
+                dict.fromkeys(str(s.table.dtype) for s in self.bank.shelves.values())
+            )
+            warnings.warn(
+                f"more than half of what {shown(lost)} learned is lost to rounding in the bank's "
+                f"{dtypes}: make the bank with dtype=torch.float32, or train further, by larger "
+                "steps; the Parameters here have kept it",
+                stacklevel=3,  # above is torch's decorator
+            )
+
+    def _lost(self, names: Sequence[str], slots: Sequence[int], cores: Any) -> list[str]:
+        """Those whose first update is mostly lost to rounding in the bank's tables."""
+        where = torch.tensor(slots, dtype=torch.int64, device=self.bank.device)
+        moved = torch.zeros(len(names), dtype=torch.float64, device=self.bank.device)
+        lost = moved.clone()
+        for layer, sides in cores.items():
+            for table, side in zip(self.bank.shelves[layer][:2], sides[:2], strict=True):
+                if table is None or table.itemsize >= 4:
+                    continue
+                old = table[where].to(side.dtype)
+                update, stored = side - old, side.to(table.dtype).to(side.dtype) - old
+                moved += update.double().square().sum((1, 2))
+                lost += (update - stored).double().square().sum((1, 2))
+        mostly = (lost > 0.25 * moved).tolist()  # of the norm, a half
+        return [
+            name
+            for name, most in zip(names, mostly, strict=True)
+            if most and name not in self._committed
+        ]
 
     def _check_finite(self, names: Sequence[str], cores: Any) -> None:
         finite = torch.ones(len(names), dtype=torch.bool, device=self.bank.device)

@@ -69,7 +69,7 @@ def test_refused_model(case: str) -> None:
 @pytest.mark.parametrize("slots", [0, -1, 1 << 31, 2.0])
 def test_refused_slots(slots: Any) -> None:
     """A number of slots that is none."""
-    with pytest.raises(ValueError, match=r"slots is .* at least 1"):
+    with pytest.raises(ValueError, match=r"slots is .*(at least 1|an integer)"):
         AdapterBank.from_model(model_of("cores"), slots=slots)
 
 
