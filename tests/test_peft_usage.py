@@ -111,3 +111,29 @@ def test_fields_of_lora_that_are_refused(config, field, value, said, tmp_path) -
         config(r=2, **{field: value})
     config(r=2).save_pretrained(tmp_path)
     assert getattr(config.from_pretrained(tmp_path), field) is None
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.filterwarnings("ignore:save_projection", "ignore::DeprecationWarning")
+def test_a_base_that_is_quantised_afterwards(method, tmp_path) -> None:
+    """It computes and is saved; what cannot be done says why."""
+    for whole in (True, False):
+        config = CONFIGS[method](init_weights=False, save_projection=whole)
+        model = peft.get_peft_model(plain(), config).eval()
+        y = model(X)
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        torch.testing.assert_close(quantised(X), y, rtol=0.1, atol=0.3)
+        for act in (
+            quantised.merge_adapter,
+            quantised.merge_and_unload,
+            lambda quantised=quantised: quantised.merge_adapter(safe_merge=True),
+        ):
+            with pytest.raises(ValueError, match=r"cannot merge into 0, .*quantised"):
+                act()
+        if not whole:
+            with pytest.raises(ValueError, match=r"weight of .*0 .*save_projection=True"):
+                quantised.save_pretrained(tmp_path)
+            continue
+        quantised.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(plain(), tmp_path).eval()
+        torch.testing.assert_close(again(X), y)

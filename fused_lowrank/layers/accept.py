@@ -36,7 +36,7 @@ def special_tensor(weight: Any) -> str | None:
     if kind in TENSORS:
         return None
     if not isinstance(weight, Tensor):
-        return kind.__name__
+        return f"{kind.__name__} in place of a tensor"
     if kind.__module__.startswith(TORCH):
         local = getattr(weight, "_local_tensor", None)
         return None if local is None else special_tensor(local)
