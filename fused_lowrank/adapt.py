@@ -23,6 +23,7 @@ from .layers.state import refuse_wrong
 from .learns import warn_of_narrow, warn_of_nothing_learned
 from .readers import leave_fast_paths, restore_fast_paths
 from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
+from .saving import forget_saving, watch_saving
 from .targets import (
     Patterns,
     check_patterns,
@@ -171,6 +172,7 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     keep(model, saved, copies)
     leave_fast_paths(model, LowRankLinear)
     model.register_load_state_dict_pre_hook(refuse_wrong_within)
+    watch_saving(model)
 
 
 def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
@@ -276,6 +278,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         note_untied(model)
     forget(model)
     restore_fast_paths(model)
+    forget_saving(model)
     for module in model.modules():
         hooks: dict[int, Any] = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if hook.hook is refuse_wrong_within]:

@@ -286,7 +286,8 @@ def copies(ptx: str, loads: str) -> list[int]:
 def problems_of_decode(kernel: Any, case: Case, tile: TileConfig) -> list[str]:
     """What is wrong with an aligned launch of decode: W, and x, come by copies of 16 bytes.
 
-    There is one set of them in the loop, and one for each stage that is brought before it.
+    There is one set of them in the loop, and one for each stage that is brought before it; where
+    the loop is unrolled there are more.
     """
     found = []
     for name, rows in (("w", tile.block_n), ("x", tile.block_m)):
@@ -296,7 +297,7 @@ def problems_of_decode(kernel: Any, case: Case, tile: TileConfig) -> list[str]:
         loops = 1 if name == "w" else 2  # x is read for x·downᵀ too
         if name == "x" and not each:  # so few rows that each thread has less of them
             continue
-        if Counter(there) != {16: max(1, each) * tile.num_stages * loops}:
+        if set(there) != {16} or len(there) < max(1, each) * tile.num_stages * loops:
             found.append(f"{name} comes by {dict(Counter(there))}, bytes: copies, not by 16 each")
     return found
 

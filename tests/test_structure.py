@@ -24,7 +24,7 @@ FLOORS = (
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     (
         *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
-        *("offload_hook", "other_base"),
+        *("offload_hook", "other_base", "saving"),
     ),
     ("functional", "testing", "calls", "following", "following_rules", "disabling"),
     ("compute",),

@@ -512,8 +512,7 @@ def check_merge(
         if reason := why_no_weight(layer.get_base_layer().weight):
             raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
         if safe:
-            with onload_layer(layer):
-                layer.check_safe(adapters)
+            layer.check_safe(adapters)
 
 
 def warn_of_loss(layers: Any) -> None:
