@@ -62,9 +62,10 @@ def warn_of_narrow(parameters: Iterable[tuple[str, Tensor]], stacklevel: int) ->
     if not narrow:
         return
     dtypes = ", ".join(dict.fromkeys(str(dtype) for _, dtype in narrow))
+    are = "is" if len(narrow) == 1 else "are"
     scaler = "" if narrow[0][1] != torch.float16 else " and GradScaler refuses them"
     warnings.warn(
-        f"{shown([name for name, _ in narrow])} are trained in {dtypes}, where small steps are "
+        f"{shown([name for name, _ in narrow])} {are} trained in {dtypes}, where small steps are "
         f"lost{scaler}: load the model in float32 and train it under autocast, or do not train "
         "them (the factors of adapters are in float32 as they are)",
         stacklevel=stacklevel,
