@@ -5,6 +5,7 @@
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate, all tests
 #   make test-peft  PEFT's own tests, from its source distribution, with our methods as rows of them
+#   make sweep   every small language model of transformers, adapted in both ways; long
 #   make gate    the compile gate alone
 #   make bench   every provider over the CPU cases, a small block, mixed batches, and the report of
 #                all results
@@ -39,7 +40,7 @@ BANK_MINUTES ?= 1
 # Where test-peft puts PEFT's source distribution.
 PEFT_FOLDER ?= $(or $(TMPDIR),/tmp)/fused-lowrank-peft
 
-.PHONY: demo train-many test test-peft lint gate bench test-gpu bench-gpu
+.PHONY: demo train-many test test-peft sweep lint gate bench test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
@@ -51,6 +52,9 @@ test: lint gate
 	$(RUN) bench/report.py --check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+sweep: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) tests/sweep.py
 
 test-peft: $(READY)
 ifneq ($(ENV),current)

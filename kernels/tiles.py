@@ -370,6 +370,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 64, 8, 2), CUDA, 2, True, rank=128),
     Default("decode", TileConfig(64, 64, 16, 8, 2), CDNA, 2, True, True),
     Default("decode", replace(FP32, num_stages=6), CUDA, 4, True, rank=64, small=True),
+    Default("decode", FP32, ("sm_89",), 4, True, rank=32, by_row=False),  # else it spills
     Default("decode", replace(FP32, max_registers=128), CUDA, 4, True, rank=32, by_row=False),
     Default("decode", FP32, CUDA, 4, True),
     Default("decode", TileConfig(64, 32, 32, 8, 2), CDNA, 2, False),
