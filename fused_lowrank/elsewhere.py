@@ -159,7 +159,7 @@ def sharder_of(matrix: Any) -> str | None:
 
     None if it is whole; a DTensor says itself that it is not.
     """
-    if matrix.dim() == 2:
+    if not isinstance(matrix, Tensor) or matrix.dim() == 2:
         return None
     return ZERO if hasattr(matrix, "ds_id") else FSDP1
 

@@ -423,11 +423,12 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             return torch.stack([self.scaled(name, p, q) for name in adapters])
         scalings = [self.scaling[name] for name in adapters]
         stamp = [(id(f), f.data_ptr(), f._version) for f in factors], scalings
-        if self._kept is None or self._kept[0] != stamp:
+        last = self._kept  # read once: a call on another thread may put another there
+        if last is None or last[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():
                 table = torch.stack([self.scaled(name, p, q) for name in adapters])
-            self._kept = stamp, table, factors  # which keeps their ids taken
-        return self._kept[1]
+            self._kept = last = stamp, table, factors  # which keeps their ids taken
+        return last[1]
 
     def _factors(self, name: str, adapters: list[str]) -> list[nn.Parameter]:
         parameters = self._modules[name]
