@@ -1,6 +1,6 @@
 """Files damaged at random: an error that says so, or an adapter that works; no half of one.
 
-    python tests/test_damaged_files.py 10000      so many of each kind, and what came of them
+python tests/test_damaged_files.py 10000      so many of each kind, and what came of them
 """
 
 import collections
