@@ -20,7 +20,7 @@ MODEL ?=
 
 ifeq ($(ENV),current)
 READY :=
-RUN := PYTHONPATH=. $(PYTHON)
+RUN := env PYTHONPATH=. $(PYTHON)
 else
 READY := $(ENV)/ready
 RUN := $(ENV)/bin/python
