@@ -135,9 +135,10 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
     x, weight, down, core, up, bias, scale, _, _ = operands
-    if weight.is_meta or down.is_meta or up.is_meta or on_meta(core):
-        raise RuntimeError("an operand is on the meta device")  # a product would not say so
-    rows = fold(x)
+    # A product of a tensor that is here and one on the meta device gives memory of no meaning.
+    if weight.is_meta or down.is_meta or up.is_meta or (core is not None and on_meta(core)):
+        raise RuntimeError("an operand is on the meta device")
+    rows = x if x.dim() == 2 else fold(x)
     t = linear(rows if low is None else fold(low), like(down, x.dtype))
     if isinstance(core, Rows):
         u = through_rows(t, core, 1.0)
@@ -148,11 +149,12 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def on_meta(core: AnyCore) -> bool:
+def on_meta(core: Tensor | tuple[Tensor, Tensor] | Rows) -> bool:
     """Whether a core has no values."""
     if isinstance(core, Tensor):
         return core.is_meta
-    return any(factor is not None and factor.is_meta for factor in places(core))
+    a, b = core[:2]  # the pair, or the tables of rows
+    return a.is_meta or (b is not None and b.is_meta)
 
 
 # --- eager ---

@@ -78,7 +78,7 @@ TORCH = Products(linear, torch.matmul, torch.Tensor.addmm_)
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in this dtype. `.to` costs the host, also where there is nothing to convert."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def product(core: Core) -> torch.Tensor | None:
