@@ -212,8 +212,8 @@ def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:
         what = "adapt(model, …) first"
         if hasattr(model, "peft_config"):
             what = (
-                "it is a model of PEFT, which saves, merges and unloads itself; for a bank of LoRA-XS "
-                "or LoRA-Mini save_pretrained(folder), then load_adapter(plain_model, folder)"
+                "it is a model of PEFT, which saves, merges and unloads itself; for a bank of "
+                "LoRA-XS or LoRA-Mini save_pretrained(folder), load_adapter(plain_model, folder)"
             )
         raise ValueError(f"the model has no adapted layers: {what}")
     return layers
