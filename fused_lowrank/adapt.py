@@ -83,11 +83,16 @@ def adapt(
             replacement would never be called; a tensor that would be trained and is a view of
             another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
-            patterns that are no strings.
+            a method or patterns that are no strings.
 
     Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
     would be learned, and what is trained in 16 bits.
     """
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method is a {type(method).__name__}: it must be a name, one of {', '.join(METHODS)}; "
+            "a config of PEFT's goes to peft.get_peft_model"
+        )
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if any(True for _ in adapted_layers(model)):
@@ -206,7 +211,10 @@ def require_adapted(model: nn.Module) -> dict[str, LowRankLinear]:
     if not layers:
         what = "adapt(model, …) first"
         if hasattr(model, "peft_config"):
-            what = "it is a model of PEFT, which saves, merges and unloads itself"
+            what = (
+                "it is a model of PEFT, which saves, merges and unloads itself; for a bank of "
+                "LoRA-XS or LoRA-Mini save_pretrained(folder), load_adapter(plain_model, folder)"
+            )
         raise ValueError(f"the model has no adapted layers: {what}")
     return layers
 

@@ -79,7 +79,10 @@ def config_of(file: Path) -> dict[str, Any]:
     """What adapter_config.json beside a file says."""
     place = file.parent / CONFIG
     if not place.is_file():
-        raise ValueError(f"{file} has no {CONFIG} beside it: r and alpha are in there")
+        raise ValueError(
+            f"{file} has no {CONFIG} beside it: r and alpha are in there. A model's own "
+            "weights, merged or not, are no adapter"
+        )
     return json_of(place)
 
 

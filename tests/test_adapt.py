@@ -212,6 +212,11 @@ REFUSALS = {
         ValueError,
         "method is 'dora'",
     ),
+    "a config for a method": (
+        {"method": {"r": 8}, "target_modules": ["up"]},
+        TypeError,
+        "method is a dict: it must be a name.*peft.get_peft_model",
+    ),
     "no match": ({"target_modules": ["up", "q_proj"]}, ValueError, "'q_proj'.*called down, head"),
     "regex without match": ({"target_modules": "q_proj"}, ValueError, "'q_proj'.*down, head, up"),
     "bad regex": ({"target_modules": "("}, ValueError, "target_modules.*'\\('"),

@@ -411,7 +411,7 @@ def test_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
         (("inspect", tmp_path / "nothing"), "there is no such file or folder"),
         (("inspect", tmp_path / "cut"), "is truncated"),
         (("inspect", tmp_path / "empty"), "has none of adapter_model.safetensors"),
-        (("inspect", folder), "has no adapter_config.json beside it"),
+        (("inspect", folder), "A model's own weights, merged or not, are no adapter"),
         (("inspect", folder / "model.safetensors"), "has no adapter_config.json beside it"),
         (("convert", file, file, *to), "exists already"),
         (("convert", tmp_path / "lora", out, *to), "is plain LoRA already"),

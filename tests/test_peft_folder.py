@@ -213,8 +213,10 @@ def test_models_of_peft_are_named(tmp_path: Path) -> None:
         lambda: AdapterBank.from_model(theirs, slots=1),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="it is a model of PEFT"):
+        with pytest.raises(ValueError, match=r"it is a model of PEFT.*load_adapter\(plain_model"):
             call()
+    native = load_adapter(base(), tmp_path / "peft", progress=False)
+    assert len(AdapterBank.from_model(native, slots=1).layers)
 
 
 def test_patterns_match_ends_of_names() -> None:
