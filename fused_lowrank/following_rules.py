@@ -264,8 +264,10 @@ def written_to(op: Op, state: State, source: Tensor, out: Tensor) -> State:
     if not by or any(i.dtype in (torch.bool, torch.uint8) for i in by.values()):
         return LOST  # by a mask, which takes what is there in its order
     if own is MIXED:  # as an expert's rows, back in their places; but whole sequences elsewhere
-        whole = isinstance(state, Where) and out.shape[state.dim] == op.n and len(by) == 1
-        return MIXED if whole and state.dim in {d % out.dim() for d in by} else LOST
+        through = {d % out.dim() for d in by}
+        if isinstance(state, Where) and through == {state.dim} and out.shape[state.dim] == op.n:
+            return MIXED
+        return LOST
     if not isinstance(own, Where):
         return LOST
     if isinstance(index, dict):
