@@ -264,8 +264,8 @@ def written_to(op: Op, state: State, source: Tensor, out: Tensor) -> State:
     if not by or any(i.dtype in (torch.bool, torch.uint8) for i in by.values()):
         return LOST  # by a mask, which takes what is there in its order
     if own is MIXED:  # as an expert's rows, back in their places; but whole sequences elsewhere
-        through = {d % out.dim() for d in by}
-        if isinstance(state, Where) and through == {state.dim} and out.shape[state.dim] == op.n:
+        dims = {d % out.dim() for d in by}
+        if isinstance(state, Where) and dims == {state.dim} and out.shape[state.dim] == op.n:
             return MIXED
         return LOST
     if not isinstance(own, Where):
