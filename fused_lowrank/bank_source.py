@@ -19,6 +19,7 @@ from .layers import LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .other_base import refuse_other_base
 from .saved import saved_modules
+from .targets import check_places
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -227,6 +228,8 @@ def of_contents(
     check_names(bank, methods, path)
     trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
     check_trained(trained, config["modules_to_save"], path)
+    if "partial" in config:  # of PEFT's
+        check_places(list(bank.layers), bank.model)
     found = {}
     for name, layer in bank.layers.items():
         settings = config["layers"][name]["settings"]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ MEDIA = (
     "feature",
     "patch",
 )  # beside text: as many as there are
+CHOICES = 8  # integers up to this may choose what a model does; larger ones are amounts
 KINDS = 256  # of calls that are remembered for one model
 
 
@@ -272,8 +274,16 @@ def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
     """
     rest = main.shape[call.axis + 1 :]
     like = tuple(main.shape) if call.n in rest else (main.dim(), 1 in rest)
-    names = tuple([name for name, value in kwargs.items() if value is not None])
-    return id(call.module), call.module.training, call.axis, len(args), names, like
+    given = tuple([(name, choice(v)) for name, v in kwargs.items() if v is not None])
+    places = tuple([choice(value) for value in args])
+    return id(call.module), call.module.training, call.axis, places, given, like
+
+
+def choice(value: Any) -> Any:
+    """An argument that may choose what a model does; of one that gives an amount, nothing."""
+    if isinstance(value, bool | str | Enum):
+        return value
+    return value if isinstance(value, int) and abs(value) <= CHOICES else None
 
 
 def expansion() -> int:
@@ -327,7 +337,11 @@ def spread(
         layout = layouts.get(key)
         if layout is None:
             return by_size(lead, lines, call.n, call.axis)
-        return by_layout(layout, lead, lines, call.n)
+        found = by_layout(layout, lead, lines, call.n)
+        if isinstance(found, str):  # it is called in another way now: so be it followed
+            learned.varies = True
+            return f"{found}; from the next call on every call is followed, so call it again"
+        return found
     state = call.follower.where(x)
     if state == MIXED or (isinstance(state, Where) and state.dim == len(lead)):
         return f"it {MIXED.why}"

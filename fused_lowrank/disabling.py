@@ -23,6 +23,15 @@ class Switch:
     def __bool__(self) -> bool:
         return torch.compiler.is_compiling() or self in OFF.get()
 
+    def __reduce__(self) -> Any:
+        """Copies are on, for no context knows them; so none is made where this one is off."""
+        if self in OFF.get():
+            raise RuntimeError(
+                "a copy of the model, made within disable_adapters, would not be disabled: copy or "
+                "pickle it outside, and unload(copy) gives its base model"
+            )
+        return Switch, ()
+
 
 OFF: ContextVar[frozenset[Switch]] = ContextVar("fused_lowrank_disabled", default=frozenset())
 _lock = threading.Lock()

@@ -43,7 +43,7 @@ from .layers import METHODS, LowRankLinear
 from .layers.base import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 from .saved import saved_modules, warn_of_forgotten
-from .targets import matches, modules_by_name, named_modules, unwrapped
+from .targets import check_places, matches, named_modules, unwrapped
 from .ties import ties_of, trained_names
 
 
@@ -343,7 +343,7 @@ def config_of(adapter: Adapter, ranks: dict[str, int], scale: Fraction) -> dict[
         "rank_pattern": others,
         "alpha_pattern": {key: number(scale * rank) for key, rank in others.items()},
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
-        "target_modules": targets(list(ranks), adapter.model),
+        "target_modules": targets(list(ranks), adapter),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -366,31 +366,17 @@ def base_name(model: nn.Module | None) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
-def targets(names: list[str], model: nn.Module | None) -> list[str] | str:
+def targets(names: list[str], adapter: Adapter) -> list[str] | str:
     """target_modules that mean these layers and no others of the model.
 
     That is the last parts of their names, or these whole, or a regular expression.
     """
+    model = adapter.model
     if model is None:
         return sorted(names)
-    check_places(names, model)
+    check_places([*names, *adapter.modules], model)
     others = [name for name, _ in named_modules(model) if name not in names]
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if not any(matches(name, list(entries)) for name in others):
             return sorted(entries)
     return "|".join(re.escape(name) for name in names)
-
-
-def check_places(names: list[str], model: nn.Module) -> None:
-    """Raise for a layer that PEFT would adapt in one of its places only."""
-    modules = modules_by_name(model)
-    layers = {id(modules[name]): name for name in names}
-    places = [
-        name
-        for module in model.modules()
-        for child in module._modules.values()
-        if (name := layers.get(id(child))) is not None
-    ]
-    for name in names:
-        if places.count(name) > 1:
-            raise ValueError(f"{name} stands in {places.count(name)} places: PEFT adapts only one")

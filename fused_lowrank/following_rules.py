@@ -246,17 +246,48 @@ def indexed(op: Op, out: Tensor) -> State:
 
 
 def put(op: Op, out: Tensor) -> State:
-    """What is written into x here and there goes where it belongs, if anything does."""
+    """What is written into x here and there: x stays as it is if that goes where it belongs."""
     state = op.state(op.args[0])
-    if isinstance(state, Where):
-        return state
-    source = next((x for x in reversed(tensors_in(op.args)) if op.state(x) is not NOBODY), None)
-    own = NOBODY if source is None else op.state(source)
-    dim = op.argument("dim", 1)
-    if isinstance(own, Where) and source is not None and isinstance(dim, int):
-        alike = source.dim() == out.dim() and source.shape[own.dim] == out.shape[own.dim]
-        return own if alike and dim % out.dim() != own.dim else LOST
-    return LOST
+    written = [x for x in tensors_in(op.args[1:]) if op.state(x) is not NOBODY]
+    place = LOST if not written or state is MIXED else written_to(op, state, written[-1], out)
+    if place is LOST:
+        return state if state is not NOBODY else LOST
+    return MIXED if isinstance(state, Where) and place != state else place
+
+
+def written_to(op: Op, state: State, source: Tensor, out: Tensor) -> State:
+    """Where the sequences of what is written are in the result; LOST where nothing says so."""
+    own, dim = op.state(source), op.argument("dim", 1)
+    index = op.args[1] if isinstance(op.args[1], list | tuple) else {dim: op.argument("index", 2)}
+    indices = dict(enumerate(index)) if not isinstance(index, dict) else index
+    by = {d: i for d, i in indices.items() if isinstance(i, Tensor) and isinstance(d, int)}
+    if not by or any(i.dtype in (torch.bool, torch.uint8) for i in by.values()):
+        return LOST  # by a mask, which takes what is there in its order
+    if own is MIXED:  # as an expert's rows, back in their places; but whole sequences elsewhere
+        dims = {d % out.dim() for d in by}
+        if isinstance(state, Where) and dims == {state.dim} and out.shape[state.dim] == op.n:
+            return MIXED
+        return LOST
+    if not isinstance(own, Where):
+        return LOST
+    if isinstance(index, dict):
+        if source.dim() != out.dim() or source.shape[own.dim] > out.shape[own.dim]:
+            return LOST
+        through = own.dim if own.dim in {d % out.dim() for d in by} else None
+    else:
+        block = max(i.dim() for i in by.values())
+        start = min(by) if max(by) - min(by) + 1 == len(by) else 0
+        rest = [d for d in range(out.dim()) if d not in by]
+        places: list[int | None] = [*rest[:start], *[None] * block, *rest[start:]]
+        there = own.dim + len(places) - source.dim()
+        if places[there] is not None:
+            return Where(places[there] or 0, own.inner)
+        axes = {d: there - start + i.dim() - block for d, i in by.items()}
+        through = next((d for d, axis in axes.items() if axis >= 0 and by[d].shape[axis] > 1), None)
+    if through is None:
+        return own
+    counts = own.inner == 1 and out.shape[through] == op.n and op.follower.counts(by[through])
+    return Where(through) if counts else MIXED
 
 
 def looked_up(op: Op, out: Tensor) -> State:

@@ -35,7 +35,8 @@ from .adapt import adapted_layers
 from .fingerprint import FINGERPRINT
 from .init import seeded_bases, svd_bases
 from .layers import METHODS, LowRankLinear
-from .targets import modules_by_name
+from .targets import check_places, modules_by_name
+from .ties import ties_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
@@ -253,8 +254,19 @@ def parsed(
 
 
 def complete(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Add to the tensors what a folder leaves to the base model, of modules that it has in part."""
+    """Add what a folder leaves to the base model: ties, and of modules in part the other tensors.
+
+    PEFT trains copies of modules, tied to nothing; biases of adapted layers it trains where they
+    are, and so in all that share them. Raises ValueError for what stands in several places, of
+    which PEFT changes one.
+    """
     modules = modules_by_name(model)
+    if "partial" in config:
+        whole = config["modules_to_save"]
+        check_places([name for name in (*config["layers"], *whole) if name in modules], model)
+        biases = [f"{name}.bias" for name in config["layers"] if f"{name}.bias" in tensors]
+        tied = ties_of(model, biases).items()
+        config["tied"] = {name: source for name, source in tied if name not in tensors}
     for name in config.get("partial", ()):
         module = modules.get(name)
         if module is None or any(True for _ in adapted_layers(module)):

@@ -215,7 +215,10 @@ def fitted(value: Tensor, present: Any, rows: set[int], otherwise: Any = None) -
 
 @contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within it the modules trained whole, and whatever is tied to them, are what they were."""
+    """Within it the modules trained whole, and whatever is tied to them, are what they were.
+
+    So a state_dict would not hold what they have learned; taking one is an error.
+    """
     base = base_of(model)
     base.check(6)
     if not (base.values or base.places):
@@ -233,10 +236,12 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         else value.clone()
         for tensor, value in base.values.items()
     }
+    refused = [model.register_state_dict_pre_hook(refuse_state)]
     try:
         for slot, name, old in base.places:
             put(slot, name, old)
         for module in model.modules():
+            before = len(undo)
             for slot in (module._parameters, module._buffers):
                 for name, tensor in slot.items():
                     if tensor is not None and tensor in exchange:
@@ -244,10 +249,24 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             if isinstance(module, LowRankLinear) and module.merged:
                 original = module.base_weight
                 put(vars(module), "_original", (exchange.get(original, original),))
+            if len(undo) > before and module is not model:
+                refused.append(module.register_state_dict_pre_hook(refuse_state))
         yield
     finally:
+        for hook in refused:
+            hook.remove()
         for slot, name, old in reversed(undo):
             slot[name] = old
+
+
+def refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A `state_dict` pre-hook while the base model's values are in the trained ones' places."""
+    if keep_vars:  # the tensors themselves, as `state_of` wants them
+        return
+    raise RuntimeError(
+        "within disable_adapters a state_dict would hold the base model's values in place of those "
+        "that were trained: take it outside"
+    )
 
 
 @torch.no_grad()

@@ -334,3 +334,20 @@ def warn_of_experts(model: nn.Module, found: list[str]) -> None:
             f"frozen, {experts[0]} the first",
             stacklevel=4,
         )
+
+
+def check_places(names: list[str], model: nn.Module) -> None:
+    """Raise ValueError for a module that stands in several places: PEFT changes one of them."""
+    modules = modules_by_name(model)
+    layers = {id(modules[name]): name for name in names}
+    places = [
+        name
+        for module in model.modules()
+        for child in module._modules.values()
+        if (name := layers.get(id(child))) is not None
+    ]
+    for name in names:
+        if places.count(name) > 1:
+            raise ValueError(
+                f"{name} stands in {places.count(name)} places, and PEFT trains only one of them"
+            )

@@ -111,6 +111,8 @@ def test_ranks_of_peft_configs(tmp_path) -> None:
         rank_pattern={"0": np.int64(2)},
         alpha_pattern={"0": np.float32(1.5)},
         projection_seed=np.int64(7),
+        lora_dropout=np.float32(0.5),
+        layers_to_transform=[np.int64(1)],
     )
     config.save_pretrained(tmp_path)
     kept = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -120,6 +122,10 @@ def test_ranks_of_peft_configs(tmp_path) -> None:
         {"0": 2},
         {"0": 1.5},
     )
+    assert (kept["lora_dropout"], kept["layers_to_transform"]) == (0.5, [1])
+    assert LoraXSConfig(layers_to_transform=np.int64(1)).layers_to_transform == 1
+    with pytest.raises(ValueError, match=r"lora_dropout is '0\.1': it must be a finite number"):
+        LoraXSConfig(lora_dropout="0.1")
     for rank in (True, 4.0, "4", None):
         with pytest.raises(ValueError, match=r"r is .*: it must be an integer"):
             LoraXSConfig(r=rank)

@@ -1,6 +1,7 @@
 """Modules trained whole that are resized or replaced after the model was adapted."""
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,26 @@ def test_made_on_the_meta_device(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="1 is trained whole, and what it was"):
                 unload(model)
             torch.testing.assert_close(unload(model, merge=True)(x), other(x))
+
+
+@pytest.mark.parametrize(
+    "more", [{"modules_to_save": ["lm_head"]}, {"train": ("core", "weight")}, {}]
+)
+def test_nothing_is_copied_while_it_is_disabled(more: dict[str, Any]) -> None:
+    """A state_dict would have the base model's values, and a copy adapters that are not off."""
+    model = adapt(llama(), r=4, target_modules=["q_proj"], progress=False, **more).eval()
+    train(model)
+    y = model(ids()).logits
+    with disable_adapters(model):
+        with disable_adapters(model):
+            pass
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match=r"made within disable_adapters.* outside"):
+                copied(model)
+        for module in (model, model.get_submodule("lm_head")) if "modules_to_save" in more else ():
+            with pytest.raises(RuntimeError, match=r"the base model's values.* take it outside"):
+                module.state_dict()
+    other = adapt(llama(), r=4, target_modules=["q_proj"], progress=False, **more).eval()
+    other.load_state_dict(model.state_dict())
+    for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(ids()).logits, y)

@@ -454,3 +454,62 @@ def test_trained_and_not_saved_by_peft(bias: str, tmp_path: Path) -> None:
         names = r"^base_model\.model\.classifier\.weight can be trained, and would not be in"
     with pytest.warns(UserWarning, match=names):
         model.save_pretrained(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_peft_keep_their_ties(bias: str, tmp_path: Path) -> None:
+    """PEFT trains them where they are, and so in the norm that shares one."""
+    x = torch.randn(5, 16)
+    config = LoraXSConfig(r=4, target_modules=["first"], bias=bias)
+    model = peft.get_peft_model(Shared(), config).eval()
+    train(model)
+    y = model(x)
+    model.save_pretrained(str(tmp_path))
+    other = load_adapter(Shared(), tmp_path, progress=False).eval()
+    torch.testing.assert_close(other(x), y)
+    assert other.norm.bias is other.first.bias
+    torch.testing.assert_close(unload(other)(x), Shared().eval()(x))
+
+
+class Repeated(nn.Module):
+    """A layer that stands in three places, and is called in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.heads = nn.ModuleList([self.head, self.head])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for head in self.heads:
+            x = head(self.other(x)).relu()
+        return self.head(x)
+
+
+CASES = [(["head"], None), (["other"], ["head"]), (["head", "other"], None)]
+
+
+@pytest.mark.parametrize(("targets", "saved"), CASES)
+def test_modules_in_several_places(
+    targets: list[str], saved: list[str] | None, tmp_path: Path
+) -> None:
+    """Here they are trained in all of them, in PEFT in one: neither is taken for the other."""
+    words = r"head stands in 3 places, and PEFT trains only one of them"
+    model = adapt(Repeated(), r=4, target_modules=targets, modules_to_save=saved, progress=False)
+    train(model)
+    with pytest.raises(ValueError, match=words):
+        export_lora(model, tmp_path / "lora")
+    config = LoraXSConfig(r=4, target_modules=targets, modules_to_save=saved)
+    theirs = peft.get_peft_model(Repeated(), config)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    plain = Repeated()
+    with pytest.raises(ValueError, match=words):
+        load_adapter(plain, tmp_path / "peft", progress=False)
+    assert type(plain.head) is nn.Linear
+    if saved is None:
+        bank = AdapterBank.from_model(
+            adapt(Repeated(), r=4, target_modules=targets, progress=False), slots=2
+        )
+        for source in (tmp_path / "peft", theirs):
+            with pytest.raises(ValueError, match=words):
+                bank.add("a", source)

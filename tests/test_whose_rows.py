@@ -111,6 +111,19 @@ def attended(lin: nn.Module, x: Tensor) -> Tensor:
     return lin(nn.functional.layer_norm(out, (K,))).transpose(0, 1)
 
 
+def written(out: Tensor, x: Tensor) -> Tensor:
+    """x, copied into `out` one sequence after the other, each to its own place."""
+    return out.index_put((torch.arange(len(x)),), x)
+
+
+def last_replaced(lin: nn.Module, x: Tensor) -> Tensor:
+    rows, column = torch.arange(len(x)), torch.tensor([x.shape[1] - 1])
+    out = x.clone()
+    out[rows, column] = lin(x[:, -1])
+    out[:, column] = lin(out[:, column])
+    return lin(out.index_copy(1, column, -x[:, -1:]))
+
+
 RIGHT: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "batch first": lambda lin, x: lin(x),
     "time first": lambda lin, x: lin(x.transpose(0, 1)).transpose(0, 1),
@@ -128,6 +141,9 @@ RIGHT: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "buffered": buffered,
     "windows": windows,
     "by numbers": by_numbers,
+    "written by numbers": lambda lin, x: lin(written(torch.zeros_like(x), x)),
+    "overwritten by numbers": lambda lin, x: lin(written(x.clone(), -x)),
+    "last replaced": last_replaced,
     "in two ways": in_two_ways,
     "attended": attended,
 }
@@ -157,11 +173,29 @@ def experts(lin: nn.Module, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
+def turned(x: Tensor) -> Tensor:
+    return torch.arange(len(x) - 1, -1, -1)
+
+
+def swapped(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[[0, 1]] = x[[1, 0]]
+    return x
+
+
 REFUSED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "experts": experts,
     "in another order": lambda lin, x: lin(x[torch.randperm(len(x))]),
     "sorted": lambda lin, x: lin(x.sort(0).values),
     "the other way round": lambda lin, x: lin(x.flip(0)),
+    "written in another order": lambda lin, x: lin(torch.zeros_like(x).index_copy(0, turned(x), x)),
+    "put in another order": lambda lin, x: lin(torch.empty_like(x).index_put((turned(x),), x)),
+    "overwritten in another order": lambda lin, x: lin(x.clone().index_put((turned(x),), x)),
+    "added in another order": lambda lin, x: lin(torch.zeros_like(x).index_add(0, turned(x), x)),
+    "scattered in another order": lambda lin, x: lin(
+        x.clone().scatter_(0, turned(x).view(-1, 1, 1).expand_as(x), x)
+    ),
+    "swapped": lambda lin, x: lin(swapped(x)),
     "shifted": lambda lin, x: lin(x.roll(1, 0)),
     "of all": lambda lin, x: lin(x.mean(0, keepdim=True).expand_as(x)),
     "some": lambda lin, x: lin(torch.cat([x[1:], x[:1]])),
@@ -206,3 +240,41 @@ def test_a_batch_that_is_not_named_row_by_row(way: Any) -> None:
         names = ["a", "b"] * len(given)
         y = served(names[: len(given)], given)
         torch.testing.assert_close(y, expected(served, names[: len(given)], given))
+
+
+class Chosen(Model):
+    """A model whose layer has the sequences in another dimension if the caller says so."""
+
+    def forward(self, x: Tensor, way: Any = None) -> Tensor:
+        call = RIGHT[{True: "time first", 2: "flat, time first"}.get(way, way) or "flat"]
+        return self.last(self.first(x) + call(self.lin, x))
+
+
+@ways
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_an_argument_chooses_is_followed_anew(by_name: bool, way: Any) -> None:
+    """Sizes would not show that the layer is called in another way now."""
+    served = way(Chosen(), ["first", "lin", "last"])
+    for choice in (False, True, 2, "batch first", "flat, time first", "flat", True, False):
+        for sequences, positions in ((2, 2), (2, 4)):
+            x = torch.randn(sequences, positions, K, dtype=torch.float64)
+            args, kwargs = ((x,), {"way": choice}) if by_name else ((x, choice), {})
+            y = served(["a", "b"], *args, **kwargs)
+            for i, name in enumerate("ab"):
+                torch.testing.assert_close(y[i], served.alone(name, *args, **kwargs)[i])
+
+
+@ways
+def test_windows_that_were_one_in_the_first_call(way: Any) -> None:
+    """It is an error once; from then on every call is followed."""
+
+    def windowed(lin: nn.Module, x: Tensor) -> Tensor:
+        return lin(x.reshape(-1, 3, K)).view_as(x)
+
+    served = way(Model(windowed), ["first", "lin", "last"])
+    x = torch.randn(2, 6, K, dtype=torch.float64)
+    served(["a", "b"], x[:, :3])
+    with pytest.raises(ValueError, match="every call is followed, so call it again"):
+        served(["a", "b"], x)
+    for given in (x, x[:, :3], x):
+        torch.testing.assert_close(served(["a", "b"], given), expected(served, ["a", "b"], given))

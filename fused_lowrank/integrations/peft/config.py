@@ -95,14 +95,20 @@ class LowRankConfig(PeftConfig):
             key: check_rank(f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items()
         }
         if self.lora_alpha is not None:
-            self.lora_alpha = check_alpha("lora_alpha", self.lora_alpha)
+            self.lora_alpha = check_number("lora_alpha", self.lora_alpha)
         self.alpha_pattern = {
-            key: check_alpha(f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern.items()
+            key: check_number(f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern.items()
         }
+        if isinstance(self.layers_to_transform, list | tuple):
+            own = [integer("layers_to_transform", layer) for layer in self.layers_to_transform]
+            self.layers_to_transform = own
+        elif self.layers_to_transform is not None:
+            self.layers_to_transform = integer("layers_to_transform", self.layers_to_transform)
         self.projection_seed = integer("projection_seed", self.projection_seed)
         for name, instead in NOT_SUPPORTED.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is not supported by {self.method}: {instead}")
+        self.lora_dropout = float(check_number("lora_dropout", self.lora_dropout))
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1"
@@ -164,7 +170,7 @@ def check_rank(name: str, value: Any) -> int:
     return value
 
 
-def check_alpha(name: str, value: Any) -> float:
+def check_number(name: str, value: Any) -> float:
     """A finite number as one of Python's, which a config's file can hold; ValueError otherwise."""
     try:
         number = value if isinstance(value, int) else float(value)
