@@ -114,7 +114,7 @@ _lock = threading.Lock()
 REASON = "declare_rows is of the call, not of the graph: enter it around the compiled model"
 
 
-class declare_rows(AbstractContextManager[None]):  # noqa: N801 - used as a function is
+class declare_rows(AbstractContextManager[None]):
     """Say which sequence each row of a module's input is of, for calls within it.
 
         with bank.use(["alice", "bob"]), declare_rows(model.visual, [0, 0, 0, 1, 1]):
@@ -123,14 +123,14 @@ class declare_rows(AbstractContextManager[None]):  # noqa: N801 - used as a func
     Where the sequences are in a layer's input is found by following them from the model's inputs.
     Of some layers nobody can find it: experts, patches of several images, batches that a model
     makes by itself, custom kernels. These are errors until it is said. It holds for `bank.use` and
-    for PEFT's `adapter_names`, in this thread or asyncio task; what was said last of a layer counts.
-    A model's own code may say it too, in its forward.
+    for PEFT's `adapter_names`, in this thread or asyncio task; what was said last of a layer
+    counts. A model's own code may say it too, in its forward.
 
     Args:
         module: whose input it is said of; it holds for every adapted layer in it.
-        rows: a dimension of x in which the sequences are, as many as there are. Or for each row of x
-            the number of its sequence, from 0, as the names are ordered: integers of the shape of
-            x's first dimensions, (rows,) of a flattened x; they are copied to the host. Or a
+        rows: a dimension of x in which the sequences are, as many as there are. Or for each row
+            of x the number of its sequence, from 0, as the names are ordered: integers of the shape
+            of x's first dimensions, (rows,) of a flattened x; they are copied to the host. Or a
             function that a layer calls with its x, (…, K), and that returns either.
 
     Under `torch.compile` enter it around the compiled model: within one it breaks the graph, and
