@@ -219,8 +219,10 @@ def said_of(module: nn.Module, layer: str, x: Tensor) -> Said | None:
 
 def said_in(entry: Entry | None, layer: str, x: Tensor | None) -> Said | None:
     """What an entry says of a layer's x."""
-    if entry is None or isinstance(entry.rows, int | Numbers):
-        return None if entry is None else entry.rows
+    if entry is None:
+        return None
+    if isinstance(entry.rows, int | Numbers):
+        return entry.rows
     assert x is not None
     try:
         return said_by(entry.rows(x))
@@ -247,6 +249,7 @@ def place_of(
     rows = math.prod(lead)
     if lines == 1:
         return Spread(1, rows)
+    found: Spread | Owners | str
     if isinstance(said, int):
         found = by_dimension(said, lead, lines, call)
     else:

@@ -1,4 +1,4 @@
-"""Whose rows a layer's input has, said by the caller: as each alone, or an error by the layer's name.
+"""Whose rows a layer's input has, as the caller says it: what each alone gets, or an error.
 
 Of two and of three tenants, in a bank and by PEFT's adapter_names.
 """
