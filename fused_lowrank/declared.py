@@ -29,7 +29,10 @@ class Numbers:
 
     def __init__(self, given: Any) -> None:
         if not isinstance(given, Tensor):
-            given = torch.tensor(list(given))
+            try:
+                given = torch.tensor(list(given))
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{OTHER}, not {given!r}") from None
         if given.numel() == 0:
             given = given.long()
         if given.dim() == 0 or given.dtype not in INTEGERS:
@@ -63,18 +66,12 @@ def said_by(rows: Any) -> Said:
     """What was said, checked."""
     if isinstance(rows, Tensor | list | tuple | range):
         return Numbers(rows)
+    if isinstance(rows, bool):
+        raise TypeError(f"{OTHER}, not {rows!r}")
     try:
-        if isinstance(rows, bool):
-            raise TypeError
         return operator.index(rows)
     except TypeError:
-        pass
-    try:
         return Numbers(rows)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ValueError):
-            raise
-        raise TypeError(f"{OTHER}, not {rows!r}") from None
 
 
 class Owners:
@@ -135,7 +132,8 @@ class declare_rows(AbstractContextManager[None]):
 
     Under `torch.compile` enter it around the compiled model: within one it breaks the graph, and
     with PEFT it does so at each layer that has names. With activation checkpointing, calls of one
-    `use` that have x of the same shape and other rows need `bank.checkpoint_context`.
+    `use` that have x of the same shape and other rows need `bank.checkpoint_context`. For a CUDA
+    graph enter it before the calls that warm up, and capture within it.
 
     Raises:
         TypeError, ValueError: when it is entered: rows of another kind, or negative ones. When a

@@ -161,6 +161,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "one number": (torch.tensor(1), TypeError, r"integers .*not torch.int64 of \(\)"),
     "a truth": (True, TypeError, "integers .*not True"),
     "a word": ("rows", TypeError, "integers .*not 'rows'"),
+    "names": (["a", "b"] * 3, TypeError, "integers .*not .*'a', 'b'"),
     "nothing": (None, TypeError, "integers .*not None"),
     "no dimension": (1, ValueError, r"lin, .*dimensions 0 to 0 before K, and it names 1"),
     "the last dimension": (-1, ValueError, r"lin, .*it names -1"),
