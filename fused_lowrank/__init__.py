@@ -9,6 +9,7 @@ from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .adapter_file import load_adapter, save_adapter
 from .bank import AdapterBank
 from .config import use_batch_invariance
+from .declared import declare_rows
 from .explain import Explanation, explain
 from .export import export_lora
 from .functional import lowrank_linear
@@ -33,6 +34,7 @@ __all__ = [
     "LoraMiniLinear",
     "LoraXSLinear",
     "adapt",
+    "declare_rows",
     "disable_adapters",
     "explain",
     "export_lora",

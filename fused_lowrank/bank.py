@@ -375,7 +375,7 @@ class AdapterBank:
         Raises:
             ValueError: an unknown name; handles or weights of another shape; inputs of another
                 number of sequences; a layer of whose rows it is not known whose they are, as of
-                experts or image patches. It names the layer.
+                experts or image patches, until `declare_rows` says it. It names the layer.
             TypeError: names that are no list; handles that are not int64; weights that require a
                 gradient.
             RuntimeError: the layers' down and up are not those that the bank was made over;

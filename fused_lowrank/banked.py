@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import config
 from .called import note_call
-from .calls import call_of
+from .calls import SAID, call_of
 from .compute import autograd, choose, isolation
 from .compute.autograd import (
     chain,
@@ -35,6 +35,7 @@ from .compute.autograd import (
 from .compute.dropout import Dropout
 from .compute.operands import Operands
 from .compute.reference import AnyCore
+from .declared import entry_of, said_in, said_of, stated
 from .disabling import OFF
 from .elsewhere import here
 from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
@@ -111,7 +112,8 @@ class Place:
             call = call_of(self.bank.key)
             if call is not None and call.follower is not None and not call.follower.paused:
                 return self.followed(layer, x, call.follower)
-            core, scale = routing.rows(self.name, x.shape[:-1], call, x), 1.0
+            said = None if SAID.get() is None else said_of(layer, self.name, x)
+            core, scale = routing.rows(self.name, x.shape[:-1], call, x, said), 1.0
         weight, down, up, bias = layer.own_tensors()
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
         operands = Operands(x, weight, down, core, up, bias, scale, dropout)
@@ -124,7 +126,7 @@ class Place:
 
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
         """The same, with a follower that is told where the sequences of the result are."""
-        state = follower.where(x)
+        state = stated(layer) or follower.where(x)
         with follower.pause():
             y = self(layer, x)
         follower.mark(y, state)
@@ -158,10 +160,13 @@ OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
 
 
 class Ticket:
-    """What a token stands for: the routing of a call, if any, and that of its disabled layers."""
+    """What a token stands for: the routing of a call, if any, and that of its disabled layers.
+
+    And what has been said of whose its rows are.
+    """
 
     def __init__(self, routing: Routing | None) -> None:
-        self.routing = routing
+        self.routing, self.said = routing, SAID.get()
         self.disabled: dict[str, Routing] = {}
 
 
@@ -204,6 +209,7 @@ def resolve(
     token: Tensor,
     name: str,
     lead: Sequence[int],
+    x: OptTensor,
     a: OptTensor,
     b: OptTensor,
     trained_a: OptTensor,
@@ -224,7 +230,12 @@ def resolve(
         raise RuntimeError(WRITTEN)
     if routing.handles is None:
         return Banked(join(*routing.one(name)), 1.0, "")
-    rows = routing.rows(name, lead, call_of(routing.key))
+    said = None
+    if ticket.said is not None:
+        entry = entry_of(ticket.said, BANKS[routing.key].layers[name])
+        if graph_task() < 0 or not callable(entry and entry.rows):  # else what the forward found
+            said = said_in(entry, name, None if x is None else x.view(*lead, x.shape[-1]))
+    rows = routing.rows(name, lead, call_of(routing.key), None, said)
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")
     if trained_a is None:
@@ -253,7 +264,7 @@ def banked(
     want_t: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, t), as `fused_lowrank::forward` gives them, by the routing that the token stands for."""
-    what = resolve(token, name, lead, a, b, trained_a, trained_b, scale)
+    what = resolve(token, name, lead, x, a, b, trained_a, trained_b, scale)
     factors = down, what.core, up, bias, what.scale, dropout_of(seed, dropout_p)
     if choose.isolates(impl, x, down, up):
         impl = "isolated"
@@ -302,7 +313,7 @@ def banked_backward(
 ) -> list[Tensor]:
     """The gradients that are needed; those of factors that the call did not use are zero."""
     need = Needs(*needs)
-    what = resolve(token, name, lead, a, b, trained_a, trained_b, scale)
+    what = resolve(token, name, lead, x, a, b, trained_a, trained_b, scale)
     pairs = {"own": (need.a, need.b), "trained": (need.trained_a, need.trained_b)}
     wanted = pairs.get(what.factors, (False, False))
     inner = autograd.Needs(need.x, need.weight, need.down, *wanted, need.up, need.bias)

@@ -50,6 +50,10 @@ class Spread(NamedTuple):
     outer: int  # how often the lines come one after the other
     repeat: int
 
+    def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
+        """What there is of each line, again and again."""
+        return torch.cat([lines] * self.outer, dim)
+
 
 class Layout(NamedTuple):
     """Which of the dimensions before K has the sequences."""
@@ -60,7 +64,8 @@ class Layout(NamedTuple):
 
 
 VARIES = Layout(-1)
-Layouts = dict[tuple[int, int], Layout]  # of one layer, by the call's axis and x's dimensions
+# Of one layer, by the call's axis and x's dimensions; or why there is none.
+Layouts = dict[tuple[int, int], Layout | str]
 
 
 @dataclass
@@ -113,6 +118,8 @@ class Call:
 
 
 CALL: ContextVar[Call | None] = ContextVar("fused_lowrank_call", default=None)
+# What `declared` is told; a call with such is of another kind than one without.
+SAID: ContextVar[Any] = ContextVar("fused_lowrank_said", default=None)
 
 
 def call_of(key: Any) -> Call | None:
@@ -133,7 +140,7 @@ def begin(
         return
     first: Any = args[0] if args and not kwargs else None
     if type(first) is Tensor and len(args) == 1:  # as one before it, mostly
-        seen: Any = id(module), module.training, lines, first.shape
+        seen: Any = id(module), module.training, lines, first.shape, SAID.get() is None
         if seen in learned.seen and not learned.varies:
             call = Call(key, module, lines, lines, 0, "", learned, outer=CALL.get())
             call.token = CALL.set(call)
@@ -151,7 +158,7 @@ def begin(
             eagerly(1)
             call.follower.__enter__()
         elif main is first and (n, axis, len(args)) == (lines, 0, 1) and len(learned.seen) < KINDS:
-            learned.seen.add((id(module), module.training, lines, first.shape))
+            learned.seen.add((id(module), module.training, lines, first.shape, SAID.get() is None))
     call.token = CALL.set(call)
 
 
@@ -276,7 +283,8 @@ def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
     like = tuple(main.shape) if call.n in rest else (main.dim(), 1 in rest)
     given = tuple([(name, choice(v)) for name, v in kwargs.items() if v is not None])
     places = tuple([choice(value) for value in args])
-    return id(call.module), call.module.training, call.axis, places, given, like
+    own = id(call.module), call.module.training, SAID.get() is None
+    return own, call.axis, places, given, like
 
 
 def choice(value: Any) -> Any:
@@ -343,16 +351,57 @@ def spread(
             return f"{found}; from the next call on every call is followed, so call it again"
         return found
     state = call.follower.where(x)
-    if state == MIXED or (isinstance(state, Where) and state.dim == len(lead)):
-        return f"it {MIXED.why}"
+    if why := nowhere(state, lead):
+        return why
     if not isinstance(state, Where):
-        if state == NOBODY and len(lead) < 2:
-            return f"it {NOBODY.why}"
         found = by_size(lead, lines, call.n, call.axis)
         return f"it {state.why}, and {found}" if isinstance(found, str) else found
     learn(layouts, key, lead, state, call)
-    repeat = state.inner * math.prod(lead[state.dim + 1 :]) * (call.n // lines)
-    return Spread(rows // (lines * repeat), repeat)
+    return by_state(state, lead, lines, call.n)
+
+
+def followed(
+    layer: str,
+    lead: Sequence[int],
+    lines: int,
+    call: Call | None,
+    learned: Learned,
+    x: Tensor | None,
+) -> Spread | None:
+    """What following has found of a layer's x, now or before; arguments as `spread`'s.
+
+    That it has found nothing there is remembered as well: later calls may not go by sizes.
+    """
+    if x is not None and (call is None or not call.fits):
+        return None
+    axis, n = (0, lines) if call is None else (call.axis, call.n)
+    layouts, key = learned.layouts.setdefault(layer, {}), (axis, len(lead))
+    if call is not None and call.follower is not None and x is not None:
+        state = call.follower.where(x)
+        if why := nowhere(state, lead):
+            layouts[key] = why if isinstance(layouts.get(key, why), str) else VARIES
+            learned.varies |= layouts[key] is VARIES
+            learned.found.clear()
+        elif isinstance(state, Where):
+            learn(layouts, key, lead, state, call)
+            return by_state(state, lead, lines, n)
+        return None
+    layout = layouts.get(key)
+    found = "" if layout is None or n == 0 else by_layout(layout, lead, lines, n)
+    return found if isinstance(found, Spread) else None
+
+
+def nowhere(state: State, lead: Sequence[int]) -> str:
+    """Why a layer's rows are of no one sequence, where that is known."""
+    if state == MIXED or (isinstance(state, Where) and state.dim == len(lead)):
+        return f"it {MIXED.why}"
+    return f"it {NOBODY.why}" if state == NOBODY and len(lead) < 2 else ""
+
+
+def by_state(state: Where, lead: Sequence[int], lines: int, n: int) -> Spread:
+    """By where the sequences were found."""
+    repeat = state.inner * math.prod(lead[state.dim + 1 :]) * (n // lines)
+    return Spread(math.prod(lead) // (lines * repeat), repeat)
 
 
 def uncalled(lead: Sequence[int], lines: int, layouts: Layouts, own: bool) -> Spread | str:
@@ -378,7 +427,9 @@ def learn(
     """Remember where the sequences were."""
     around = lead[state.dim] // (call.n * state.inner)
     layout, before = Layout(state.dim, state.inner > 1, around > 1), layouts.get(key)
-    if before is not None and before != layout:
+    if isinstance(before, str):
+        layout = VARIES
+    elif before is not None and before != layout:
         layout = Layout(layout.dim, layout.inner or before.inner, layout.outer or before.outer)
         if before.dim != layout.dim:
             layout = VARIES
@@ -389,8 +440,10 @@ def learn(
     call.learned.varies |= layout is VARIES
 
 
-def by_layout(layout: Layout, lead: Sequence[int], lines: int, n: int) -> Spread | str:
+def by_layout(layout: Layout | str, lead: Sequence[int], lines: int, n: int) -> Spread | str:
     """By where the sequences were before."""
+    if isinstance(layout, str):
+        return layout
     if layout is VARIES:
         return "it is called in several ways"
     size = lead[layout.dim]
@@ -413,9 +466,14 @@ def by_size(lead: Sequence[int], lines: int, n: int, axis: int) -> Spread | str:
 def not_known(layer: str, lead: Sequence[int], lines: int, who: str, why: str) -> ValueError:
     """The error of a layer of whose input it is not known which rows are whose."""
     return ValueError(
-        f"{layer} was called with x of ({', '.join(map(str, (*lead, 'K')))}), but {who} was given "
-        f"{lines} adapters, and which rows are whose is not known: {why}. Name an adapter for each "
-        "row of the model's inputs, whose first dimension is the batch (also where a batch is "
-        "doubled); or leave this layer out (exclude_modules); or call the model with one adapter "
-        "at a time"
+        f"{layer} was called with x of {shown(lead)}, but {who} was given {lines} adapters, and "
+        f"which rows are whose is not known: {why}. Name an adapter for each row of the model's "
+        "inputs, whose first dimension is the batch (also where a batch is doubled); or say whose "
+        "the rows of this layer are: declare_rows(layer, rows); or leave it out (exclude_modules); "
+        "or call the model with one adapter at a time"
     )
+
+
+def shown(lead: Sequence[int]) -> str:
+    """The shape of a layer's x."""
+    return f"({', '.join(map(str, (*lead, 'K')))})"

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .calls import Call, Learned, Spread, begin, end, not_known, spread
+from .calls import SAID, Call, Learned, Spread, begin, end, not_known, spread
 from .compute.reference import Rows
+from .declared import Owners, Said, place_of, said_again
 
 
 class Shelf(NamedTuple):
@@ -59,7 +60,7 @@ class Routing:
     own: tuple[Tensor, ...] = ()  # what the caller may write to, of the handles and the weights
     learned: Learned = field(default_factory=Learned)  # of the bank's model
     _ones: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    spreads: dict[tuple[str, tuple[int, ...]], Spread | None] = field(default_factory=dict)
+    spreads: dict[tuple[str, tuple[int, ...]], Spread | Owners | None] = field(default_factory=dict)
     # By layer and x's dimensions, for what is computed again in the backward; None: of two calls.
 
     @property
@@ -72,21 +73,26 @@ class Routing:
         return version
 
     def rows(
-        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None = None
+        self,
+        layer: str,
+        lead: Sequence[int],
+        call: Call | None,
+        x: Tensor | None = None,
+        said: Said | None = None,
     ) -> Rows:
         """The cores for the rows of x, which is (*lead, K); as `calls.spread` says whose they are.
 
-        Raises ValueError where that is not known.
+        Or as is `said`. Raises ValueError where that is not known.
         """
         assert self.handles is not None
-        outer, repeat = self._spread(layer, lead, call, x)
+        place = self._spread(layer, lead, call, x, said)
         handles, weights, known = self.handles, self.weights, self.known
-        if outer > 1:  # the lines come again and again
-            handles = handles.repeat(outer, 1)
-            weights = None if weights is None else weights.repeat(outer, 1)
+        if place.outer != 1:  # the lines come again and again, or in another order
+            handles = place.laid(handles)
+            weights = None if weights is None else place.laid(weights)
             if known is not None:
                 slots, valid = known
-                known = slots.repeat(1, outer), None if valid is None else valid.repeat(1, outer)
+                known = place.laid(slots, 1), None if valid is None else place.laid(valid, 1)
         store = self.store
         table, right, scales = store.shelves[layer]
         return Rows(
@@ -97,19 +103,24 @@ class Routing:
             scales,
             store.generations,
             store.refused,
-            repeat,
+            place.repeat,
             self,
             known,
         )
 
     def _spread(
-        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None
-    ) -> Spread:
+        self,
+        layer: str,
+        lead: Sequence[int],
+        call: Call | None,
+        x: Tensor | None,
+        said: Said | None,
+    ) -> Spread | Owners:
         assert self.handles is not None
         lines, key = self.handles.shape[0], (layer, tuple(lead))
         if self.empty:
             self.require_rows(layer, lead)
-        if graph_task() >= 0:  # what is computed again, as it was
+        if said is None and graph_task() >= 0:  # what is computed again, as it was
             before = self.spreads.get(key)
             if before is None:
                 raise RuntimeError(LOST)
@@ -117,7 +128,10 @@ class Routing:
         sizes, last = None, self.learned.found.get(layer)
         if call is not None and call.follower is None and x is not None:
             sizes = lead, lines, call.n, call.axis
-        if sizes is not None and last is not None and last[0] == sizes:
+        found: Spread | Owners
+        if said is not None:
+            found = place_of(said, layer, lead, lines, call, self.learned, x)
+        elif sizes is not None and last is not None and last[0] == sizes:
             found = last[1]
         else:
             new = spread(layer, lead, lines, call, self.learned, x)
@@ -378,7 +392,7 @@ def recalled(task: int, key: int) -> Routing | None:
 
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For torch.utils.checkpoint's `context_fn`: the recomputation has this call's routing."""
-    head = ACTIVE.get()
+    head, said = ACTIVE.get(), SAID.get()
     version = 0 if head is None else head.version
 
     @contextmanager
@@ -387,7 +401,8 @@ def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextM
             raise RuntimeError(WRITTEN)
         before, _thread.context = getattr(_thread, "context", None), (head,)
         try:
-            yield
+            with said_again(said):
+                yield
         finally:
             _thread.context = before
 

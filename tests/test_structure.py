@@ -26,7 +26,10 @@ FLOORS = (
         *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
         *("offload_hook", "other_base", "saving"),
     ),
-    ("functional", "testing", "calls", "following", "following_rules", "disabling"),
+    (
+        *("functional", "testing", "calls", "following", "following_rules", "disabling"),
+        "declared",
+    ),
     ("compute",),
     ("config",),
     ("kernels",),

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ...called import Reader, note_call, note_reading
 from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
+from ...declared import ANYWHERE, stated
 from ...elsewhere import HookSlot, fill_in, here, kept, replace, sharder_of
 from ...functional import compute, lowrank_linear, prepared
 from ...layers.base import (
@@ -36,7 +37,7 @@ from ...layers.base import (
 )
 from .config import LowRankConfig
 from .hooks import is_hooked
-from .mixed import Lines
+from .mixed import Lines, uncompiled
 from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
@@ -393,14 +394,16 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
                 "`unmerge_adapter` first."
             )
         lines = names if isinstance(names, Lines) else Lines(names)
+        if torch.compiler.is_compiling() and ANYWHERE[0]:
+            return uncompiled(self.mixed, x, lines)
         call = lines.call if not torch.compiler.is_compiling() else None
         if call is not None and call.follower is not None and not call.follower.paused:
-            state = call.follower.where(x)
+            state = stated(self) or call.follower.where(x)
             with call.follower.pause():
                 y = self.mixed(x, lines)
             call.follower.mark(y, state)
             return y
-        place = lines.spread(self.key, x)
+        place = lines.spread(self, self.key, x)
         there = [name for name in lines.different if name in self.scaling]
         if not there:
             return self.base_layer(x)

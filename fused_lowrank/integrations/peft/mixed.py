@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...calls import Call, Learned, Spread, begin, call_of, end, not_known, spread
+from ...calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...compute.reference import NONE, Rows
+from ...declared import ANYWHERE, REASON, Owners, place_of, said_of
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -32,11 +33,16 @@ class Lines(list[str]):
         """The model's call that is running."""
         return None if self.model is None else call_of(self.model)
 
-    def spread(self, layer: str, x: Tensor) -> Spread:
+    def spread(self, module: nn.Module, layer: str, x: Tensor) -> Spread | Owners:
         """Which rows of a layer's x are whose; raises ValueError where that is not known."""
         lead, lines = x.shape[:-1], len(self)
         call = None if torch.compiler.is_compiling() else self.call
         seen = x if call is not None or self.model is None else None
+        found: Spread | Owners | str
+        if not torch.compiler.is_compiling() and SAID.get() is not None:
+            said = said_of(module, layer, x)
+            if said is not None and lines:
+                return place_of(said, layer, lead, lines, call, self.learned, seen)
         if lines:
             found = spread(layer, lead, lines, call, self.learned, seen)
         else:  # an empty batch
@@ -51,13 +57,13 @@ class Lines(list[str]):
             )
         raise error
 
-    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread) -> Rows:
+    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread | Owners) -> Rows:
         """The rows of a layer that has these adapters, whose cores (adapters, P, Q) are `table`."""
-        outer, repeat = place
+        outer = place.outer
         key = (table.device, outer, *adapters)
         if key not in self._made:
             slot = {name: number for number, name in enumerate(adapters)}
-            lines = [[slot.get(name, NONE)] for name in self] * outer
+            lines = [[slot.get(name, NONE)] for name in self] * max(outer, 1)
             self._made[key] = (
                 torch.tensor(lines, device=table.device),
                 torch.ones(len(adapters), device=table.device),
@@ -65,11 +71,19 @@ class Lines(list[str]):
                 torch.zeros(1, dtype=torch.int32, device=table.device),
             )
         handles, scales, generations, refused = self._made[key]
-        return Rows(table, None, handles, None, scales, generations, refused, repeat)
+        if outer == 0:
+            handles = place.laid(handles)
+        return Rows(table, None, handles, None, scales, generations, refused, place.repeat)
 
 
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
+
+
+@torch.compiler.disable(reason=REASON)
+def uncompiled(call: Callable[..., Any], *args: Any) -> Any:
+    """The same, as it is written: what is said of a call's rows is not to become a graph's."""
+    return call(*args)
 
 
 class Hooks:
@@ -118,14 +132,19 @@ class Hooks:
             return None  # an empty batch: its adapter does not matter
         names: list[str] = self.lines
         if isinstance(module, AuxiliaryTrainingWrapper) and args:  # PEFT's own: a name for each row
-            names = self.each(module, args[0])
+            compiled = torch.compiler.is_compiling() and ANYWHERE[0]
+            names = (
+                uncompiled(self.each, module, args[0]) if compiled else self.each(module, args[0])
+            )
         return args, {**kwargs, "adapter_names": names}
 
     def each(self, module: nn.Module, x: Tensor) -> list[str]:
         """The name of each of x's first dimension."""
-        outer, _ = self.lines.spread(f"{type(module).__name__} {id(module):x}", x)
+        place = self.lines.spread(module, f"{type(module).__name__} {id(module):x}", x)
+        if isinstance(place, Owners) and place.numbers.host.dim() == 1:
+            return [self.lines[number] for number in place.numbers.host.tolist()]
         times, left = divmod(len(x), len(self.lines))
-        if outer > 1 or left:
+        if place.outer != 1 or left:
             raise ValueError(
                 f"a module of modules_to_save was called with x of {tuple(x.shape)}, whose first "
                 f"dimension is not that of the {len(self.lines)} sequences of `adapter_names`: "

@@ -1,0 +1,301 @@
+"""Which rows of a module's input are whose, as the caller says it: where it cannot be followed.
+
+What is said belongs to the calling thread or asyncio task, and is asked for by layers that get
+adapters by sequence. A recomputation in a backward goes by what was said within it, or else by what
+its forward found.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import Token
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .calls import SAID, Call, Learned, Spread, expansion, followed, shown
+from .following_rules import Where
+
+graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
+
+
+class Numbers:
+    """The line of each row, or of each index of x's first dimensions; a copy of what was given."""
+
+    def __init__(self, given: Any) -> None:
+        if not isinstance(given, Tensor):
+            try:
+                given = torch.tensor(list(given))
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{OTHER}, not {given!r}") from None
+        if given.numel() == 0:
+            given = given.long()
+        if given.dim() == 0 or given.dtype not in INTEGERS:
+            raise TypeError(f"{OTHER}, not {given.dtype} of {tuple(given.shape)}")
+        with torch.inference_mode(False):
+            self.host = given.detach().to("cpu", torch.int64, copy=True)
+        self.highest = int(self.host.max()) if given.numel() else -1
+        if given.numel() and int(self.host.min()) < 0:
+            raise ValueError(f"rows has {int(self.host.min())}: sequences are counted from 0")
+        self._there: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """All of them in a row, on a device."""
+        found = self._there.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._there[device] = self.host.flatten().to(device)
+        return found
+
+
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+OTHER = (
+    "rows must be a dimension of x, or integers that number the sequence of each of its rows, or a "
+    "function of x that returns either"
+)
+Said = int | Numbers
+Given = int | Tensor | Sequence[int] | Callable[[Tensor], Any]
+
+
+def said_by(rows: Any) -> Said:
+    """What was said, checked."""
+    if isinstance(rows, Tensor | list | tuple | range):
+        return Numbers(rows)
+    if isinstance(rows, bool):
+        raise TypeError(f"{OTHER}, not {rows!r}")
+    try:
+        return operator.index(rows)
+    except TypeError:
+        return Numbers(rows)
+
+
+class Owners:
+    """Row m of a layer's input is of line numbers[m // repeat]; a `Spread` that has no order."""
+
+    outer = 0
+
+    def __init__(self, numbers: Numbers, repeat: int) -> None:
+        self.numbers, self.repeat = numbers, repeat
+
+    def __eq__(self, other: object) -> bool:
+        alike = isinstance(other, Owners) and self.repeat == other.repeat
+        return alike and torch.equal(self.numbers.host, other.numbers.host)  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
+        """What there is of each line, for each of the numbers."""
+        return lines.index_select(dim, self.numbers.on(lines.device))
+
+
+# --- saying it ---
+
+
+class Entry(NamedTuple):
+    """What has been said in a context, and what before it."""
+
+    modules: set[nn.Module]
+    rows: Said | Callable[[Tensor], Any]
+    task: int  # of the backward within which it was said; -1: none
+    outer: Entry | None
+
+
+# How many contexts have said something, and whether any has: what compiled models are guarded by.
+_count, ANYWHERE = [0], [False]
+_lock = threading.Lock()
+REASON = "declare_rows is of the call, not of the graph: enter it around the compiled model"
+
+
+class declare_rows(AbstractContextManager[None]):
+    """Say which sequence each row of a module's input is of, for calls within it.
+
+        with bank.use(["alice", "bob"]), declare_rows(model.visual, [0, 0, 0, 1, 1]):
+            model(**inputs)
+
+    Where the sequences are in a layer's input is found by following them from the model's inputs.
+    Of some layers nobody can find it: experts, patches of several images, batches that a model
+    makes by itself, custom kernels. These are errors until it is said. It holds for `bank.use` and
+    for PEFT's `adapter_names`, in this thread or asyncio task; what was said last of a layer
+    counts. A model's own code may say it too, in its forward.
+
+    Args:
+        module: whose input it is said of; it holds for every adapted layer in it.
+        rows: a dimension of x in which the sequences are, as many as there are. Or for each row
+            of x the number of its sequence, from 0, as the names are ordered: integers of the shape
+            of x's first dimensions, (rows,) of a flattened x; they are copied to the host. Or a
+            function that a layer calls with its x, (…, K), and that returns either.
+
+    Under `torch.compile` enter it around the compiled model: within one it breaks the graph, and
+    with PEFT it does so at each layer that has names. With activation checkpointing, calls of one
+    `use` that have x of the same shape and other rows need `bank.checkpoint_context`. For a CUDA
+    graph enter it before the calls that warm up, and capture within it.
+
+    Raises:
+        TypeError, ValueError: when it is entered: rows of another kind, or negative ones. When a
+            layer is called, by its name: what does not fit its x, numbers a sequence that has no
+            name, or is not what following found. Nothing of that call is computed by it.
+        RuntimeError: it is entered a second time.
+    """
+
+    def __init__(self, module: nn.Module, rows: Given) -> None:
+        self._module, self._rows = module, rows
+        self._token: Token[Entry | None] | None = None
+
+    @torch.compiler.disable(reason=REASON)
+    def __enter__(self) -> None:
+        if self._token is not None:
+            raise RuntimeError("this was entered already: call declare_rows again")
+        if not isinstance(self._module, nn.Module):
+            raise TypeError(f"module is a {type(self._module).__name__}: it must be an nn.Module")
+        rows: Any = self._rows if callable(self._rows) else said_by(self._rows)
+        entry = Entry(set(self._module.modules()), rows, graph_task(), SAID.get())
+        self._token = SAID.set(entry)
+        counted(1)
+
+    @torch.compiler.disable(reason=REASON)
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        SAID.reset(self._token)
+        counted(-1)
+
+
+def counted(more: int) -> None:
+    """Count the contexts in which something is said."""
+    with _lock:
+        _count[0] += more
+        ANYWHERE[0] = _count[0] > 0
+
+
+@contextmanager
+def said_again(head: Entry | None) -> Any:
+    """Within it, in a recomputation, what was said when its forward ran."""
+    entries = []
+    while head is not None:
+        entries.append(head)
+        head = head.outer
+    for entry in reversed(entries):
+        head = entry._replace(task=graph_task(), outer=head)
+    token = SAID.set(head)
+    try:
+        yield
+    finally:
+        SAID.reset(token)
+
+
+# --- asking for it ---
+
+
+def entry_of(head: Entry | None, module: nn.Module, task: int = -1) -> Entry | None:
+    """What was said last of a module's input; within a backward, if one is named."""
+    while head is not None and (module not in head.modules or task not in (-1, head.task)):
+        head = head.outer
+    return head
+
+
+def entry_here(module: nn.Module) -> Entry | None:
+    """What the running context says of it; in a recomputation, what was said within that."""
+    return entry_of(SAID.get(), module, graph_task())
+
+
+def stated(module: nn.Module) -> Where | None:
+    """Where the sequences of a module's result are, where a dimension of its x was said."""
+    entry = entry_here(module)
+    return Where(entry.rows) if entry and isinstance(entry.rows, int) else None
+
+
+def said_of(module: nn.Module, layer: str, x: Tensor) -> Said | None:
+    """What is said of a module's x here and now, if anything."""
+    if SAID.get() is None:
+        return None
+    return said_in(entry_here(module), layer, x)
+
+
+def said_in(entry: Entry | None, layer: str, x: Tensor | None) -> Said | None:
+    """What an entry says of a layer's x."""
+    if entry is None:
+        return None
+    if isinstance(entry.rows, int | Numbers):
+        return entry.rows
+    assert x is not None
+    try:
+        return said_by(entry.rows(x))
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"what declare_rows was given for {layer}, called with x of "
+            f"{shown(x.shape[:-1])}: {error}"
+        ) from error
+
+
+def place_of(
+    said: Said,
+    layer: str,
+    lead: Sequence[int],
+    lines: int,
+    call: Call | None,
+    learned: Learned,
+    x: Tensor | None,
+) -> Spread | Owners:
+    """Which rows of a layer's x, (*lead, K), are whose, as is said; arguments as `calls.spread`'s.
+
+    Raises ValueError where it does not fit, or following has found something else.
+    """
+    rows = math.prod(lead)
+    if lines == 1:
+        return Spread(1, rows)
+    found: Spread | Owners | str
+    if isinstance(said, int):
+        found = by_dimension(said, lead, lines, call)
+    else:
+        found = by_number(said, lead, lines)
+    if isinstance(found, str):
+        raise ValueError(
+            f"declare_rows does not fit {layer}, called with x of {shown(lead)}: {found}"
+        )
+    known = followed(layer, lead, lines, call, learned, x) if rows else None
+    if known is not None and not torch.equal(
+        by_row(known, rows, lines), by_row(found, rows, lines)
+    ):
+        raise ValueError(
+            f"declare_rows says something else of {layer}, called with x of {shown(lead)}, than "
+            "what its sequences, followed from the model's inputs, are: name the adapters in the "
+            "order of these, and say nothing of this layer"
+        )
+    return found
+
+
+def by_dimension(dim: int, lead: Sequence[int], lines: int, call: Call | None) -> Spread | str:
+    """The sequences are in one of x's dimensions."""
+    if not 0 <= dim < len(lead):
+        return f"x has the dimensions 0 to {len(lead) - 1} before K, and it names {dim}"
+    if call is not None and call.fits:
+        n = call.n
+    else:
+        n = lines if lead[dim] == lines else lines * expansion()
+    if lead[dim] != n:
+        return (
+            f"dimension {dim} of x is {lead[dim]}, and there are {n} sequences; where several "
+            "indices are of one, number the sequence of each"
+        )
+    return Spread(math.prod(lead[:dim]), math.prod(lead[dim + 1 :]) * (n // lines))
+
+
+def by_number(numbers: Numbers, lead: Sequence[int], lines: int) -> Owners | str:
+    """Each of x's rows, or of its first dimensions' indices, is of the sequence of its number."""
+    shape = tuple(numbers.host.shape)
+    if shape != tuple(lead[: len(shape)]):
+        return f"it has numbers of {shape}, which are not x's first dimensions"
+    if numbers.highest >= lines:
+        return f"it numbers sequence {numbers.highest}, and there are names for 0 to {lines - 1}"
+    return Owners(numbers, math.prod(lead[len(shape) :]))
+
+
+def by_row(place: Spread | Owners, rows: int, lines: int) -> Tensor:
+    """The line of each row."""
+    if isinstance(place, Spread):
+        return torch.arange(rows) // place.repeat % lines
+    return place.numbers.host.flatten().repeat_interleave(place.repeat)
