@@ -105,6 +105,31 @@ def method_of(code: CodeType) -> Method:
     return Method(tuple(reads), frozenset(names), uses_weights)
 
 
+@functools.cache
+def reads_only(code: CodeType, names: frozenset[str]) -> bool:
+    """Whether a method of one argument reads nothing of its module but these attributes.
+
+    False where there is no source, or where the module itself is passed on.
+    """
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    more = code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    # Of variables around it only what `super()` has.
+    if code.co_argcount != 2 or more or code.co_freevars not in ((), ("__class__",)):
+        return False
+    own = code.co_varnames[0]
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == own:
+            user: Any = above[node]
+            read = isinstance(user, ast.Attribute) and isinstance(user.ctx, ast.Load)
+            if not read or user.attr not in names:
+                return False
+    return True
+
+
 def chain_of(node: ast.AST, own: str) -> list[str]:
     """["a", "b"] of `self.a.b`."""
     names: list[str] = []
