@@ -10,7 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -40,35 +40,69 @@ class Method(NamedTuple):
 
     reads: tuple[Read, ...] = ()
     names: frozenset[str] = frozenset()  # of those it mentions, methods among them
+    outside: frozenset[tuple[str, str]] = frozenset()  # submodules, and attributes of theirs
     uses_weights: bool = True  # whether it computes with anybody's; True where it is not known
 
 
 def readers(model: nn.Module) -> dict[int, str]:
     """Of each linear layer whose weight the model's code reads, by its id, where that is."""
     found: dict[int, str] = {}
-    by_class: dict[type[nn.Module], list[tuple[str, Read]]] = {}
-    for module in model.modules():
+    # torch's own call their layers, or are known: see `never_called` and below.
+    modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
+    called = called_methods(modules)
+    by_class: dict[type[nn.Module], list[tuple[str, Method]]] = {}
+    for module in modules:
         kind = type(module)
-        if kind.__module__.startswith("torch."):
-            continue  # which call their layers, or are known: see `never_called` and below
-        if any(hasattr(value, "__func__") for value in vars(module).values()):
-            reads = list(reads_of(module))  # a module with methods of its own
-        else:
-            reads = by_class[kind] if kind in by_class else list(reads_of(module))
-            by_class[kind] = reads
-        for where, read in reads:
-            try:
-                layer = module.get_submodule(read.path)
-            except AttributeError:
-                continue
-            if all(holds(code, module) in (wanted, None) for code, wanted in read.conditions):
-                found.setdefault(id(layer), f"{kind.__name__}.{where}")
+        for where, method in methods_in_use(module, called[kind], by_class):
+            for read in method.reads:
+                try:
+                    layer = module.get_submodule(read.path)
+                except AttributeError:
+                    continue
+                if all(holds(code, module) in (wanted, None) for code, wanted in read.conditions):
+                    found.setdefault(id(layer), f"{kind.__name__}.{where}")
     return found
 
 
-def reads_of(module: nn.Module) -> Iterator[tuple[str, Read]]:
-    """The reads in a module's forward and in the methods that it uses, with these' names."""
-    known, coming = set(), ["forward"]
+def called_methods(modules: Sequence[nn.Module]) -> dict[type[nn.Module], set[str]]:
+    """Of each class, the methods that are called from outside: forward, and those that a method
+    in use names, of a submodule.
+    """
+    called: dict[type[nn.Module], set[str]] = {type(module): {"forward"} for module in modules}
+    before = 0
+    while before != (before := sum(map(len, called.values()))):
+        by_class: dict[type[nn.Module], list[tuple[str, Method]]] = {}
+        for module in modules:
+            for _, method in methods_in_use(module, called[type(module)], by_class):
+                for path, name in method.outside:
+                    try:
+                        kind = type(module.get_submodule(path))
+                    except AttributeError:
+                        continue
+                    if kind in called and inspect.isfunction(getattr(kind, name, None)):
+                        called[kind].add(name)
+    return called
+
+
+def methods_in_use(
+    module: nn.Module,
+    called: Iterable[str],
+    by_class: dict[type[nn.Module], list[tuple[str, Method]]],
+) -> list[tuple[str, Method]]:
+    """The methods `called`, and those that they use, by name; one list for each class, unless a
+    module has methods of its own.
+    """
+    if any(hasattr(value, "__func__") for value in vars(module).values()):
+        return list(methods_from(module, called))
+    kind = type(module)
+    if kind not in by_class:
+        by_class[kind] = list(methods_from(module, called))
+    return by_class[kind]
+
+
+def methods_from(module: nn.Module, called: Iterable[str]) -> Iterator[tuple[str, Method]]:
+    """The methods of these names, and those that they use, with their names."""
+    known, coming = set(), sorted(called)
     while coming:
         name = coming.pop()
         own = getattr(vars(module).get(name), "__func__", None)
@@ -77,7 +111,7 @@ def reads_of(module: nn.Module) -> Iterator[tuple[str, Read]]:
             continue
         known.add(name)
         method = method_of(inspect.unwrap(function).__code__)
-        yield from ((name, read) for read in method.reads)
+        yield name, method
         coming += method.names
 
 
@@ -92,7 +126,7 @@ def method_of(code: CodeType) -> Method:
         return Method()
     own = tree.args.args[0].arg if tree.args.args else ""
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    reads, names, uses_weights = [], set(), False
+    reads, names, outside, uses_weights = [], set(), set(), False
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight":
             uses_weights |= uses(node, above)
@@ -102,7 +136,34 @@ def method_of(code: CodeType) -> Method:
             case [*path, "weight"] if path and uses(node, above):
                 conditions = tuple(conditions_above(node, above, own))
                 reads.append(Read(".".join(path), conditions))
-    return Method(tuple(reads), frozenset(names), uses_weights)
+            case [*path, name] if path:
+                outside.add((".".join(path), name))
+    return Method(tuple(reads), frozenset(names), frozenset(outside), uses_weights)
+
+
+@functools.cache
+def reads_only(code: CodeType, names: frozenset[str]) -> bool:
+    """Whether a method of one argument reads nothing of its module but these attributes.
+
+    False where there is no source, or where the module itself is passed on.
+    """
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    more = code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    # Of variables around it only what `super()` has.
+    if code.co_argcount != 2 or more or code.co_freevars not in ((), ("__class__",)):
+        return False
+    own = code.co_varnames[0]
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == own:
+            user: Any = above[node]
+            read = isinstance(user, ast.Attribute) and isinstance(user.ctx, ast.Load)
+            if not read or user.attr not in names:
+                return False
+    return True
 
 
 def chain_of(node: ast.AST, own: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers.accept import is_parametrized, why_no_weight
+from .layers.accept import has_product, is_parametrized, why_no_weight
 from .readers import readers
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]
@@ -211,7 +211,7 @@ def left_out(
             left[name] = "weights that the model reads instead of calling the layer"
         elif is_parametrized(module):
             left[name] = "parametrised layers"
-        elif type(module).forward is not nn.Linear.forward and not why_no_weight(module.weight):
+        elif not (has_product(module) or why_no_weight(module.weight)):
             left[name] = "layers with a forward of their own"
         elif module.out_features == 1:
             left[name] = "layers of one output"

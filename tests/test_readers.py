@@ -122,6 +122,55 @@ def mamba() -> nn.Module:
     return transformers.MambaForCausalLM(config)
 
 
+class Corrector(nn.Module):
+    """Is used by a method that is no forward, as Gemma 3n's AltUp is; `spare` by none in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients, self.spare, self.plain = (nn.Linear(D, D) for _ in range(3))
+
+    def correct(self, x: Tensor) -> Tensor:
+        """By the weight in training alone."""
+        if self.training:
+            return self.product(x)
+        return self.coefficients(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Within the bounds."""
+        return F.linear(x, self.coefficients.weight.clamp(-9, 9), self.coefficients.bias)
+
+    def merged(self) -> Tensor:
+        """Is called by nobody."""
+        return self.spare.weight + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spare(self.plain(x))
+
+
+class Holder(nn.Module):
+    """Calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.ModuleDict({"inner": Corrector()})
+        self.inner = Corrector()
+        self.inner.part = self.part["inner"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.inner.part.correct(x)
+
+
+@ways
+def test_methods_that_another_module_calls(way: Callable[..., nn.Module]) -> None:
+    """What they read is found as what a forward reads; methods that nobody calls are no readers."""
+    with pytest.warns(UserWarning, match=r"coefficients \(weights that the model reads"):
+        model = way(nn.Sequential(Holder(), nn.Linear(D, D)), "lora_xs", "all-linear")
+    assert {name.rpartition(".")[2] for name in names(model)} >= {"spare", "plain"}
+    assert not any("coefficients" in name for name in names(model))
+    with pytest.raises(ValueError, match=r"coefficients.*Corrector.product reads the weight"):
+        way(nn.Sequential(Holder()), "lora_xs", ["coefficients"])
+
+
 @ways
 @methods
 def test_mamba(way: Callable[..., nn.Module], method: str) -> None:

@@ -5,12 +5,17 @@ Both ways into the library ask here: `adapt` and the layers, and the methods in 
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
+
+from ..readers import reads_only
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TENSORS = (nn.Parameter, Tensor)  # FSDP and functional_call put plain tensors in Parameters' places
@@ -20,6 +25,7 @@ HOOKS = re.compile(
     r"_(forward|backward)(_pre)?_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook"
 )
 STATE_HOOKS = re.compile(r"_(load_)?state_dict_(pre_|post_)?hooks")
+SHAPES = ((4, 3), (2, 4, 3), (3,))  # of what a forward of their own is tried with
 HELD = ("_parameters", "_buffers", "_modules")
 OWN = {"in_features", "out_features", "weight", "bias"}  # what every nn.Linear has
 FORWARD = {  # accelerate's, see `is_replaced`; and what torch.compile has made of one
@@ -78,12 +84,59 @@ def is_parametrized(linear: nn.Module) -> bool:
     return parametrize.is_parametrized(linear) or "weight" not in own or "bias" not in own
 
 
+def has_product(linear: nn.Linear) -> bool:
+    """Whether the forward of a layer's class is x·Wᵀ + bias, nn.Linear's or one of its own."""
+    kind: Any = type(linear)
+    return computes_product(kind, kind.forward)
+
+
+@functools.cache
+def computes_product(kind: type[nn.Linear], forward: Callable[..., Any]) -> bool:
+    """Whether this forward, of a class of linear layers, is x·Wᵀ + bias, as nn.Linear's is.
+
+    One of their own must use nothing of the layer but what every nn.Linear has, so that no other
+    layer of the class does something else, and give in float64 what nn.Linear gives.
+    """
+    if forward is nn.Linear.forward:
+        return True
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Linear)]:
+        own = vars(cls).get("forward")
+        if own is not None and not reads_only(getattr(own, "__code__", None), frozenset(OWN)):
+            return False
+    try:
+        return all(gives_product(kind, shape, bias) for shape in SHAPES for bias in (True, False))
+    except Exception:  # whatever their code raises where it is used in another way than meant
+        return False
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def gives_product(kind: type[nn.Linear], shape: tuple[int, ...], bias: bool) -> bool:
+    """Whether a small layer of this class gives what nn.Linear gives, and its gradients."""
+    layer = nn.Linear(shape[-1], 2, bias, device="meta")
+    for name, parameter in list(layer.named_parameters()):
+        layer._parameters[name] = nn.Parameter(values(parameter.shape))
+    layer.__class__ = kind
+    x, own = values(shape).requires_grad_(), list(layer.parameters())
+    y, expected = layer.forward(x), product(x, *own)
+    found, wanted = ([v, *torch.autograd.grad(v.exp().sum(), [x, *own])] for v in (y, expected))
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def values(shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose values have no pattern; nothing is drawn from anybody's generator."""
+    count = torch.Size(shape).numel()
+    return torch.arange(1, count + 1, dtype=torch.float64, device="cpu").mul(1.7).sin().view(shape)
+
+
 def why_not_plain(linear: nn.Linear) -> str | None:
     """Why a layer is not the x·Wᵀ + bias that an adapted layer computes in its place, or None."""
     kind = type(linear).__name__
     if is_parametrized(linear):
         return "is parametrised (or pruned, or weight-normed): remove that first"
-    if type(linear).forward is not nn.Linear.forward:
+    if not has_product(linear):
         return (
             f"is a {kind}, whose forward is not nn.Linear's: quantised and custom linear layers "
             "are not supported; dequantise it, leave it out by exclude_modules, or train it whole "
