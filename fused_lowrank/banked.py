@@ -41,7 +41,7 @@ from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, graph_task, remember_storage
+from .routing import WRITTEN, Routing, current, graph_task, may_recompute, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -88,7 +88,7 @@ class Place:
                 current(self.bank.key)  # the bank's model was called
             return layer.own(x)
         wants_grad = torch.is_grad_enabled()
-        if wants_grad or layer.training:
+        if wants_grad or layer.training or may_recompute():
             remember_storage(x)
         routing = current(self.bank.key)
         isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"

@@ -150,6 +150,7 @@ class Routing:
 
 ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)
 graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
+has_forward_mode = torch._C._is_fwd_grad_enabled
 
 
 def find(head: Routing | None, key: int) -> Routing | None:
@@ -286,9 +287,20 @@ _thread = threading.local()
 # .context: (routing,), what checkpoint_context found
 
 
+def may_recompute() -> bool:
+    """Whether what runs here may be computed again in a backward.
+
+    A reentrant checkpoint runs it without gradients, as inference does, but in the forward of an
+    autograd.Function, in which PyTorch has forward-mode gradients off; no_grad leaves them on.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not (has_forward_mode() or torch.is_inference_mode_enabled())
+
+
 def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook of the modules that hold routed layers: remember, or recall."""
-    if torch.compiler.is_compiling() or not (module.training or torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not (module.training or may_recompute()):
         return
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
