@@ -41,7 +41,8 @@ from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, graph_task, may_recompute, remember_storage
+from .recomputed import graph_task, may_recompute, note, noted
+from .routing import WRITTEN, Routing, current, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -125,6 +126,9 @@ class Place:
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
         """The same, with a follower that is told where the sequences of the result are."""
         state = follower.where(x)
+        if may_recompute():  # maybe by a graph, which runs as it was written only in calls like this
+            key = self.bank.key
+            note(key, (ticket := Ticket(current(key)), ticket.version))
         with follower.pause():
             y = self(layer, x)
         follower.mark(y, state)
@@ -164,6 +168,11 @@ class Ticket:
         self.routing = routing
         self.disabled: dict[str, Routing] = {}
 
+    @property
+    def version(self) -> int:
+        """That of the routing."""
+        return 0 if self.routing is None else self.routing.version
+
 
 BANKS: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
 
@@ -182,15 +191,23 @@ def route(key: int) -> Tensor:
 
     It is the routing's number and its version.
     """
-    ticket = Ticket(routing := current(key))
-    if OFF.get():
-        bank = BANKS[key]
-        bare = bank.use(None).routing()
-        ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
-    if routing is None and not ticket.disabled:
+    before = noted(key) if graph_task() >= 0 else None  # of a checkpoint around the graph
+    if before is None:
+        ticket = Ticket(current(key))
+        if OFF.get():
+            bank = BANKS[key]
+            bare = bank.use(None).routing()
+            ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
+    else:
+        ticket, version = before
+        if version != ticket.version:
+            raise RuntimeError(WRITTEN)
+    if may_recompute():
+        note(key, (ticket, ticket.version))
+    if ticket.routing is None and not ticket.disabled:
         return torch.tensor([OUTSIDE, 0])
     TICKETS[number := next(_tokens)] = ticket
-    token = torch.tensor([number, 0 if routing is None else routing.version])
+    token = torch.tensor([number, ticket.version])
     token.ticket = ticket  # type: ignore[attr-defined]  # lives as long as the token
     return token
 

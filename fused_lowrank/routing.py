@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .calls import Call, Learned, Spread, begin, end, not_known, spread
 from .compute.reference import Rows
+from .recomputed import graph_task, may_recompute
 
 
 class Shelf(NamedTuple):
@@ -109,7 +110,7 @@ class Routing:
         lines, key = self.handles.shape[0], (layer, tuple(lead))
         if self.empty:
             self.require_rows(layer, lead)
-        if graph_task() >= 0:  # what is computed again, as it was
+        if graph_task() >= 0 and lines > 1:  # what is computed again, as it was
             before = self.spreads.get(key)
             if before is None:
                 raise RuntimeError(LOST)
@@ -149,8 +150,6 @@ class Routing:
 
 
 ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)
-graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
-has_forward_mode = torch._C._is_fwd_grad_enabled
 
 
 def find(head: Routing | None, key: int) -> Routing | None:
@@ -285,17 +284,6 @@ _size = [PURGE]  # at which MEMORIES is purged next
 _thread = threading.local()
 # .place: (address, task, node), what was recalled last, and where in which backward
 # .context: (routing,), what checkpoint_context found
-
-
-def may_recompute() -> bool:
-    """Whether what runs here may be computed again in a backward.
-
-    A reentrant checkpoint runs it without gradients, as inference does, but in the forward of an
-    autograd.Function, in which PyTorch has forward-mode gradients off; no_grad leaves them on.
-    """
-    if torch.is_grad_enabled():
-        return True
-    return not (has_forward_mode() or torch.is_inference_mode_enabled())
 
 
 def remember(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -316,6 +316,8 @@ class LowRankLinear(nn.Module):
         if self.uncalled:
             note_call(self)
         if self.disabled:
+            if self.disabled is not True:
+                self.disabled.note()
             weight, bias = self.base()
             return dense(x, present(self, weight).to(x.device), bias)
         if self.merged:
