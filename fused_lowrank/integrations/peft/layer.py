@@ -61,6 +61,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
     """
 
+    takes_lines: ClassVar[bool] = True  # `Lines` for adapter_names
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
     asked: bool = False  # whether a call that was noted was one of training

@@ -117,7 +117,7 @@ class Hooks:
         if not self.lines and args and len(args[0]) == 0:
             return None  # an empty batch: its adapter does not matter
         names: list[str] = self.lines
-        if isinstance(module, AuxiliaryTrainingWrapper) and args:  # PEFT's own: a name for each row
+        if not getattr(module, "takes_lines", False) and args:  # PEFT's own: a name for each row
             names = self.each(module, args[0])
         return args, {**kwargs, "adapter_names": names}
 
@@ -127,8 +127,40 @@ class Hooks:
         times, left = divmod(len(x), len(self.lines))
         if outer > 1 or left:
             raise ValueError(
-                f"a module of modules_to_save was called with x of {tuple(x.shape)}, whose first "
+                f"a {type(module).__name__} was called with x of {tuple(x.shape)}, whose first "
                 f"dimension is not that of the {len(self.lines)} sequences of `adapter_names`: "
                 "call the model with one adapter at a time"
             )
         return [name for name in self.lines for _ in range(times)]
+
+
+@contextmanager
+def hooked(
+    tuner: Any, names: Any, there: set[str], kind: type[nn.Module]
+) -> Iterator[None]:
+    """Within it calls of a tuner's model, in this context, are with adapter_names.
+
+    Args:
+        tuner: with `model`, and the `learned` of it.
+        names: of an adapter for each sequence.
+        there: the names of adapters that layers have.
+        kind: the class of those layers.
+
+    Raises ValueError for a name that is none of those, TypeError where names are no list.
+    """
+    if not isinstance(names, list | tuple):
+        raise TypeError(f"adapter_names is a {type(names).__name__}: it must be a list of names")
+    if None in names:
+        raise ValueError(f"adapter_names has a None: {BASE!r} is the name of no adapter")
+    if unknown := sorted({str(name) for name in names} - there - {BASE}):
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
+            f"{', '.join(sorted(there))}, and {BASE} for none"
+        )
+    layers = [m for m in tuner.modules() if isinstance(m, (kind, AuxiliaryTrainingWrapper))]
+    roots = [tuner, tuner.model]
+    get_encoder = getattr(tuner.model, "get_encoder", None)
+    if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
+        roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
+    with Hooks(Lines(names, tuner)).entered(list(dict.fromkeys(roots)), layers):
+        yield

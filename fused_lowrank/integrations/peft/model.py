@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
@@ -40,7 +39,7 @@ from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
-from .mixed import BASE, Hooks, Lines
+from .mixed import hooked
 from .whole import check_name
 
 LEAVE = (
@@ -242,28 +241,8 @@ class LowRankModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(names, list | tuple):
-            raise TypeError(
-                f"adapter_names is a {type(names).__name__}: it must be a list of names"
-            )
         there = {name for layer in layers_of(self) for name in layer.scaling}
-        if None in names:
-            raise ValueError(f"adapter_names has a None: {BASE!r} is the name of no adapter")
-        if unknown := sorted({str(name) for name in names} - there - {BASE}):
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
-                f"{', '.join(sorted(there))}, and {BASE} for none"
-            )
-        layers = [
-            module
-            for module in self.modules()
-            if isinstance(module, PeftLowRankLinear | AuxiliaryTrainingWrapper)
-        ]
-        roots = [self, self.model]
-        get_encoder = getattr(self.model, "get_encoder", None)
-        if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
-            roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
-        with Hooks(Lines(names, self)).entered(list(dict.fromkeys(roots)), layers):
+        with hooked(self, names, there, PeftLowRankLinear):
             yield
 
     # --- mixing adapters ---
