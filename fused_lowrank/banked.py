@@ -58,9 +58,13 @@ class Place:
         BANKS[bank.key] = bank
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
-    def look_again(self) -> None:
-        """Have the bank compare the layers' tensors, of which some may be others from now on."""
+    def look_again(self, moved: bool = False) -> None:
+        """Have the bank compare the layers' tensors, of which some may be others from now on, or
+        are moved to other memory: the bank is not to keep the old one.
+        """
         self.bank.seen = None
+        if moved:
+            self.bank.samples = []
 
     def refuse_other(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError if values to be loaded are not those that the bank's adapters share."""

@@ -442,7 +442,7 @@ class LowRankLinear(nn.Module):
             else:
                 self._base[name] = new
         if self.routed is not None:
-            self.routed.look_again()
+            self.routed.look_again(moved=True)
         return super()._apply(fn, recurse)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
