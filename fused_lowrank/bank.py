@@ -32,7 +32,7 @@ from .bank_input import (
     flattened,
     lines_of,
 )
-from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, values, versions
+from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, sampled, versions
 from .bank_source import Cores, cores_of, fresh_cores, source_name
 from .banked import Place
 from .calls import Learned
@@ -242,7 +242,7 @@ class AdapterBank:
         if not thorough and versions(self._watched) == self.seen:
             return
         with self._lock:
-            untouched = not self.samples or torch.equal(values(self.samples), self._values)
+            untouched = not self.samples or torch.equal(sampled(self.samples), self._values)
             self.seen = None
             for name, layer in self.layers.items():
                 stamp = Stamp.of(layer)
@@ -265,7 +265,7 @@ class AdapterBank:
         tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:2]]
         self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
         self.samples = [one for stamp in self._stamps.values() for one in stamp.samples()]
-        self._values = values(self.samples)
+        self._values = sampled(self.samples)
         self.seen = versions(self._watched)
 
     def _replaced(self, names: Sequence[str], new: bool) -> list[int]:

@@ -89,11 +89,11 @@ class Stamp(NamedTuple):
 def some_of(matrix: Tensor) -> Tensor:
     """Elements from the first row and column towards the last, a view (n,), n up to SAMPLES."""
     n = min(SAMPLES, *matrix.shape)
-    row, column = ((size // max(n, 1)) * step for size, step in zip(matrix.shape, matrix.stride()))
-    return matrix.detach().as_strided((n,), (row + column,))
+    (rows, columns), (row, column), each = matrix.shape, matrix.stride(), max(n, 1)
+    return matrix.detach().as_strided((n,), (rows // each * row + columns // each * column,))
 
 
-def values(samples: list[Tensor]) -> Tensor:
+def sampled(samples: list[Tensor]) -> Tensor:
     """A copy of them all in one."""
     return torch.cat(samples).nan_to_num() if samples else torch.empty(0)
 

@@ -130,7 +130,9 @@ class Place:
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
         """The same, with a follower that is told where the sequences of the result are."""
         state = follower.where(x)
-        if may_recompute():  # maybe by a graph, which runs as it was written only in calls like this
+        if (
+            may_recompute()
+        ):  # maybe by a graph, which runs as it was written only in calls like this
             key = self.bank.key
             note(key, (ticket := Ticket(current(key)), ticket.version))
         with follower.pause():

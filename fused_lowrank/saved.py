@@ -81,9 +81,9 @@ def keep(model: nn.Module, names: list[str], copies: dict[Tensor, Tensor]) -> No
             if id(module) in kept:
                 vars(parent).setdefault(KEPT, {})[child] = kept[id(module)]
                 vars(model).setdefault(PLACES, []).append((parent, child))
-    for module in {id(module): module for module in (model, *map(modules.get, names))}.values():
-        if names and not watched(module):
-            module.register_forward_pre_hook(stay)
+    for own in {id(own): own for own in (model, *(modules[name] for name in names))}.values():
+        if names and not watched(own):
+            own.register_forward_pre_hook(stay)
 
 
 def stay(module: nn.Module, args: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft_cases import config, inputs, mlp, peft
-from test_elsewhere import CLOSE, Q, Offload, Tied, accelerate, adapted, losses, peft_model, saved
+from test_elsewhere import CLOSE, Offload, Q, Tied, accelerate, adapted, losses, peft_model, saved
 from test_elsewhere import offload as offload
 
 import fused_lowrank
@@ -80,7 +80,7 @@ def test_in_a_block_that_is_brought_whole() -> None:
     y = model(x)
     accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=["Mlp"])
     torch.testing.assert_close(model(x), y, **CLOSE)
-    with pytest.raises(RuntimeError, match="brought anew for each call.*Adapt after offloading"):
+    with pytest.raises(RuntimeError, match=r"brought anew for each call.*Adapt after offloading"):
         model.train()(x)
 
 

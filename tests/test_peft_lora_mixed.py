@@ -1,4 +1,4 @@
-"""adapter_names of models of fuse_lora: of the calling thread, and followed to each layer's rows."""
+"""adapter_names of models of fuse_lora: of the calling thread, followed to each layer's rows."""
 
 import threading
 from collections.abc import Callable

@@ -105,7 +105,12 @@ def test_compiled_within_a_checkpoint(
 
     def grads(call) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
         found = []
-        for context in (bank.use(["0", "1"]), bank.use("2"), disable_adapters(model), nullcontext()):
+        for context in (
+            bank.use(["0", "1"]),
+            bank.use("2"),
+            disable_adapters(model),
+            nullcontext(),
+        ):
             with context:
                 y = call(x)
             x.grad = None
@@ -181,7 +186,9 @@ def test_disabled_adapters(kind: str, with_bank: bool, where: str, device: torch
     del expected
     with disable_adapters(model):
         pass
-    assert not any(isinstance(layer.disabled, Switch) for layer in model if hasattr(layer, "disabled"))
+    assert not any(
+        isinstance(layer.disabled, Switch) for layer in model if hasattr(layer, "disabled")
+    )
 
 
 def test_a_reference_model_beside_the_policy(device: torch.device) -> None:

@@ -27,6 +27,7 @@ FLOORS = (
         *("offload_hook", "other_base", "saving"),
     ),
     ("functional", "testing", "calls", "following", "following_rules", "disabling"),
+    ("recomputed",),
     ("compute",),
     ("config",),
     ("kernels",),

@@ -36,7 +36,7 @@ from ...layers.base import (
 )
 from .config import LowRankConfig
 from .hooks import is_hooked
-from .mixed import Lines
+from .mixed import Lines, as_before
 from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
@@ -62,6 +62,7 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     """
 
     takes_lines: ClassVar[bool] = True  # `Lines` for adapter_names
+    noted: bool = False  # whether a checkpoint was told how it was called
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
     asked: bool = False  # whether a call that was noted was one of training
@@ -348,7 +349,10 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             note_call(self)
         names = kwargs.pop("adapter_names", None)
         base: Any = self._modules["base_layer"]
-        if self.disable_adapters:
+        off: Any = self.disable_adapters
+        if off or self.noted or names is not None:
+            off, names = as_before(self, off, names)
+        if off:
             if self.merged:
                 self.unmerge()
             return base(x, *args, **kwargs)

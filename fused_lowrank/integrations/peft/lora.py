@@ -25,7 +25,7 @@ from ...functional import DTYPES, lowrank_linear
 from ...layers.accept import TENSORS, is_replaced
 from ...readers import leave_fast_paths, restore_fast_paths
 from .hooks import is_hooked
-from .mixed import Lines, hooked
+from .mixed import Lines, as_before, hooked
 from .registry import TESTED
 
 try:
@@ -67,9 +67,15 @@ class FusedLinear(Linear):
 
     impl: ClassVar[str] = "auto"  # as in `lowrank_linear`
     takes_lines: ClassVar[bool] = True
+    noted: bool = False  # whether a checkpoint was told how it was called
+    _disable_adapters: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        if self.noted or self._disable_adapters:
+            off, names = as_before(self, self._disable_adapters, kwargs.get("adapter_names"))
+            if off is not self._disable_adapters or names is not kwargs.get("adapter_names"):
+                return self.again(x, off, names, args, kwargs)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             factors: Any = self._modules["lora_A"]
             here = [name for name in self.active_adapters if name in factors]
@@ -78,8 +84,24 @@ class FusedLinear(Linear):
                 if y is not None:
                     return y
         if isinstance(names := kwargs.get("adapter_names"), Lines):
+            as_before(self, False, names)
             return self.mixed(x, names, args, kwargs)
         return super().forward(x, *args, **kwargs)
+
+    def again(self, x: Tensor, off: bool, names: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What a checkpoint computes again: disabled or not, and with the names, as it was."""
+        before, kwargs = self._disable_adapters, {**kwargs, "adapter_names": names}
+        if names is None:
+            del kwargs["adapter_names"]
+        if off:
+            return self.base_layer(x, *args, **kwargs)
+        self._disable_adapters = False
+        try:
+            if names is None:
+                return super().forward(x, *args, **kwargs)
+            return self.mixed(x, names, args, kwargs)
+        finally:
+            self._disable_adapters = before
 
     def fused(self, x: Tensor, adapter: str) -> Tensor | None:
         """The layer with one adapter, or None for an x that is left to PEFT."""
@@ -114,7 +136,7 @@ class FusedLinear(Linear):
                 y = self.mixed(x, lines, args, kwargs)
             call.follower.mark(y, state)
             return y
-        outer, repeat = lines.spread(f"a {type(self).__name__}", x)
+        outer, repeat = lines.spread(f"a {type(self).__name__} {id(self):x}", x)
         each, left = divmod(len(x), max(1, len(lines)))
         rows = x if outer == 1 and not left else fold(x)
         times = each if rows is x else repeat
@@ -212,20 +234,20 @@ def fuse_lora(model: Model) -> Model:
 
     Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
     lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
-    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. So are mixed
-    batches, but for which rows are whose: `adapter_names` are of the calling thread or task, and
-    followed to each layer's rows, as with the methods of this library. One UserWarning names the layers that are left, and why. Adapters may be added,
-    changed and deleted afterwards; if one brings new layers, call this again. Call it before
-    `fully_shard`.
+    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. So are
+    mixed batches, but for which rows are whose: `adapter_names` are of the calling thread or task,
+    and followed to each layer's rows, as with the methods of this library. One UserWarning names
+    the layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
+    brings new layers, call this again. Call it before `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
 
     Outputs and gradients are PEFT's but for rounding, and in the same dtypes: factors wider than x
     are used in x's dtype, as under autocast. Dropout draws another mask of the same distribution,
-    from a seed; calls of few elements on a CPU have torch's own, and are computed by library operations
-    then, whatever plan is asked for, so that a checkpoint finds the same mask under another one. A
-    second differentiation raises: `unfuse_lora` first.
+    from a seed; calls of few elements on a CPU have torch's own, and are computed by library
+    operations then, whatever plan is asked for: a checkpoint finds the same mask under another one.
+    A second differentiation raises: `unfuse_lora` first.
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.

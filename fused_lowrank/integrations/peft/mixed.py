@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...calls import Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...compute.reference import NONE, Rows
+from ...recomputed import again, around, graph_task, may_recompute, note, noted
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -25,6 +26,7 @@ class Lines(list[str]):
         self.different = list(dict.fromkeys(self))  # names may be read once only
         self.model = model  # that is called with them; None: a layer is
         self.learned: Learned = Learned() if model is None else model.learned
+        self.places: dict[tuple[str, tuple[int, ...]], Spread | None] = {}  # None: of two calls
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -35,6 +37,10 @@ class Lines(list[str]):
     def spread(self, layer: str, x: Tensor) -> Spread:
         """Which rows of a layer's x are whose; raises ValueError where that is not known."""
         lead, lines = x.shape[:-1], len(self)
+        if graph_task() >= 0:  # what is computed again, as it was
+            if (before := self.places.get((layer, tuple(lead)))) is not None:
+                return before
+            raise RuntimeError(LOST.format(layer))
         call = None if torch.compiler.is_compiling() else self.call
         seen = x if call is not None or self.model is None else None
         if lines:
@@ -42,6 +48,8 @@ class Lines(list[str]):
         else:  # an empty batch
             found = Spread(1, 1) if x.numel() == 0 else "no name is given"
         if not isinstance(found, str):
+            if may_recompute() and self.places.setdefault((layer, tuple(lead)), found) != found:
+                self.places[layer, tuple(lead)] = None
             return found
         error = not_known(layer, lead, lines, "`adapter_names`", found)
         if lines == 0 or call is None or not call.fits:
@@ -68,6 +76,25 @@ class Lines(list[str]):
         return Rows(table, None, handles, None, scales, generations, refused, repeat)
 
 
+LOST = (
+    "a checkpoint recomputes {}, and whose rows were whose in its call with `adapter_names` is not "
+    "known any more: call the model with one adapter at a time, or without the checkpoint"
+)
+
+
+def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
+    """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
+    of its forward, which is noted where it was with either.
+    """
+    if graph_task() >= 0 and again() is not None:
+        before = noted(layer)
+        return before is OFF, before if isinstance(before, Lines) else None
+    if (off or isinstance(names, Lines)) and may_recompute():
+        layer.noted |= bool(note(layer, OFF if off else names))
+    return off, names
+
+
+OFF = object()  # noted for a layer that was disabled
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
 
@@ -123,6 +150,8 @@ class Hooks:
 
     def each(self, module: nn.Module, x: Tensor) -> list[str]:
         """The name of each of x's first dimension."""
+        if may_recompute() and any(True for _ in around()):
+            raise RuntimeError(LOST.format(f"a {type(module).__name__}"))
         outer, _ = self.lines.spread(f"{type(module).__name__} {id(module):x}", x)
         times, left = divmod(len(x), len(self.lines))
         if outer > 1 or left:
@@ -135,9 +164,7 @@ class Hooks:
 
 
 @contextmanager
-def hooked(
-    tuner: Any, names: Any, there: set[str], kind: type[nn.Module]
-) -> Iterator[None]:
+def hooked(tuner: Any, names: Any, there: set[str], kind: type[nn.Module]) -> Iterator[None]:
     """Within it calls of a tuner's model, in this context, are with adapter_names.
 
     Args:
