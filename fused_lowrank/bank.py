@@ -32,7 +32,7 @@ from .bank_input import (
     flattened,
     lines_of,
 )
-from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, versions
+from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, sampled, versions
 from .bank_source import Cores, cores_of, fresh_cores, source_name
 from .banked import Place
 from .calls import Learned
@@ -235,15 +235,18 @@ class AdapterBank:
         """Raise RuntimeError if what the adapters share was replaced, or written to, since.
 
         Values are compared where tensors are others, lie elsewhere or were written to, as PyTorch
-        counts it: by `.data` it does not. If not `thorough`, it is asked of down and up alone, and
-        not where they lie, which costs the host less.
+        counts it, or where some of their elements are others: by `.data` it does not count. If not
+        `thorough`, it is asked of down and up alone, not where they lie and not of elements, unless
+        something was found before; that costs the host less.
         """
         if not thorough and versions(self._watched) == self.seen:
             return
         with self._lock:
+            untouched = not self.samples or torch.equal(sampled(self.samples), self._values)
+            self.seen = None
             for name, layer in self.layers.items():
                 stamp = Stamp.of(layer)
-                if stamp.same(self._stamps[name]):
+                if untouched and stamp.same(self._stamps[name]):
                     continue
                 sides = layer.down.shape[0], layer.up.shape[1]
                 found = differing(fingerprint_of(layer), self._fingerprints[name], *sides)
@@ -261,6 +264,8 @@ class AdapterBank:
     def _watch(self) -> None:
         tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:2]]
         self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.samples = [one for stamp in self._stamps.values() for one in stamp.samples()]
+        self._values = sampled(self.samples)
         self.seen = versions(self._watched)
 
     def _replaced(self, names: Sequence[str], new: bool) -> list[int]:

@@ -21,6 +21,7 @@ from .routing import Shelf, Watch, remember
 if TYPE_CHECKING:
     from .bank import AdapterBank
 
+SAMPLES = 64  # elements of a matrix by which a write that PyTorch does not count is noticed
 VERSION = operator.attrgetter("_version")
 
 
@@ -76,9 +77,25 @@ class Stamp(NamedTuple):
         marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         return cls(tensors, marks)
 
+    def samples(self) -> list[Tensor]:
+        """Some elements of each, (n,), in its own memory."""
+        return [some_of(tensor) for tensor in self.tensors if not tensor.is_meta]
+
     def same(self, other: Stamp) -> bool:
         """Whether nobody has replaced a tensor, or written to it, between the two."""
         return self.marks == other.marks and all(map(operator.is_, self.tensors, other.tensors))
+
+
+def some_of(matrix: Tensor) -> Tensor:
+    """Elements from the first row and column towards the last, a view (n,), n up to SAMPLES."""
+    n = min(SAMPLES, *matrix.shape)
+    (rows, columns), (row, column), each = matrix.shape, matrix.stride(), max(n, 1)
+    return matrix.detach().as_strided((n,), (rows // each * row + columns // each * column,))
+
+
+def sampled(samples: list[Tensor]) -> Tensor:
+    """A copy of them all in one."""
+    return torch.cat(samples).nan_to_num() if samples else torch.empty(0)
 
 
 def versions(tensors: list[Tensor]) -> list[int]:

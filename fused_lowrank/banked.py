@@ -42,7 +42,8 @@ from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
 from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, graph_task, remember_storage
+from .recomputed import graph_task, may_recompute, note, noted
+from .routing import WRITTEN, Routing, current, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -58,9 +59,13 @@ class Place:
         BANKS[bank.key] = bank
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
-    def look_again(self) -> None:
-        """Have the bank compare the layers' tensors, of which some may be others from now on."""
+    def look_again(self, moved: bool = False) -> None:
+        """Have the bank compare the layers' tensors, of which some may be others from now on, or
+        are moved to other memory: the bank is not to keep the old one.
+        """
         self.bank.seen = None
+        if moved:
+            self.bank.samples = []
 
     def refuse_other(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError if values to be loaded are not those that the bank's adapters share."""
@@ -89,7 +94,7 @@ class Place:
                 current(self.bank.key)  # the bank's model was called
             return layer.own(x)
         wants_grad = torch.is_grad_enabled()
-        if wants_grad or layer.training:
+        if wants_grad or layer.training or may_recompute():
             remember_storage(x)
         routing = current(self.bank.key)
         isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"
@@ -127,6 +132,9 @@ class Place:
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
         """The same, with a follower that is told where the sequences of the result are."""
         state = stated(layer) or follower.where(x)
+        if may_recompute():  # maybe by a graph, which runs as written only in calls like this
+            key = self.bank.key
+            note(key, (ticket := Ticket(current(key)), ticket.version))
         with follower.pause():
             y = self(layer, x)
         follower.mark(y, state)
@@ -169,6 +177,11 @@ class Ticket:
         self.routing, self.said = routing, SAID.get()
         self.disabled: dict[str, Routing] = {}
 
+    @property
+    def version(self) -> int:
+        """That of the routing."""
+        return 0 if self.routing is None else self.routing.version
+
 
 BANKS: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
 
@@ -187,15 +200,23 @@ def route(key: int) -> Tensor:
 
     It is the routing's number and its version.
     """
-    ticket = Ticket(routing := current(key))
-    if OFF.get():
-        bank = BANKS[key]
-        bare = bank.use(None).routing()
-        ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
-    if routing is None and not ticket.disabled:
+    before = noted(key) if graph_task() >= 0 else None  # of a checkpoint around the graph
+    if before is None:
+        ticket = Ticket(current(key))
+        if OFF.get():
+            bank = BANKS[key]
+            bare = bank.use(None).routing()
+            ticket.disabled = {name: bare for name, layer in bank.layers.items() if layer.disabled}
+    else:
+        ticket, version = before
+        if version != ticket.version:
+            raise RuntimeError(WRITTEN)
+    if may_recompute():
+        note(key, (ticket, ticket.version))
+    if ticket.routing is None and not ticket.disabled:
         return torch.tensor([OUTSIDE, 0])
     TICKETS[number := next(_tokens)] = ticket
-    token = torch.tensor([number, 0 if routing is None else routing.version])
+    token = torch.tensor([number, ticket.version])
     token.ticket = ticket  # type: ignore[attr-defined]  # lives as long as the token
     return token
 

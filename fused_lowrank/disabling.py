@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,18 +11,31 @@ from typing import Any
 
 import torch
 
+from .recomputed import again, graph_task, may_recompute, note, noted
+
 
 class Switch:
     """A layer's `disabled` while some context has it disabled: true in those contexts alone.
 
-    A compiled graph cannot ask whose call it is; while it is made, the switch is true.
+    What a checkpoint computes again is disabled if it was so before. A compiled graph cannot ask
+    whose call it is; while it is made, the switch is true.
     """
 
     def __init__(self) -> None:
         self.count = 0  # of the contexts
+        self.checkpoints: weakref.WeakSet[Any] = weakref.WeakSet()  # that may compute it again
 
     def __bool__(self) -> bool:
-        return torch.compiler.is_compiling() or self in OFF.get()
+        if torch.compiler.is_compiling():
+            return True
+        if graph_task() >= 0 and again() is not None:
+            return noted(self) is not None
+        return self in OFF.get()
+
+    def note(self) -> None:
+        """Note for the checkpoints around the running call that it is disabled."""
+        if may_recompute():
+            self.checkpoints.update(note(self, True))
 
     def __reduce__(self) -> Any:
         """Copies are on, for no context knows them; so none is made where this one is off."""
@@ -56,5 +70,6 @@ def disabled(layers: Sequence[Any]) -> Iterator[None]:
         with _lock:
             for layer, switch in switches:
                 switch.count -= 1
-                if switch.count == 0 and layer.disabled is switch:
+                kept = switch.count or switch.checkpoints  # for as long as it may be asked
+                if not kept and layer.disabled is switch:
                     layer.disabled = False

@@ -257,7 +257,7 @@ def take_over(hook: Any, module: nn.Module, stay: frozenset[str]) -> Any:
     """The hook, or one in its place that takes all of the module's tensors but those."""
     if hasattr(hook, "hooks"):
         hook.hooks = tuple(take_over(each, module, stay) for each in hook.hooks)
-    if not getattr(hook, "offload", False) or hasattr(hook, "names"):
+    if not getattr(hook, "offload", False) or stay.isdisjoint(getattr(hook, "names", stay)):
         return hook
     from .offload_hook import PartHook
 
@@ -295,6 +295,43 @@ def settle_within(model: nn.Module, module: nn.Module) -> None:
     for other, name, (part, theirs) in tied:
         hold(other)
         other._parameters[name] = part._parameters[theirs]
+
+
+def is_away(module: nn.Module) -> bool:
+    """Whether own Parameters of a module, or of those in it, are not here between calls."""
+    return any(
+        own is not None and own.is_meta
+        for part in module.modules()
+        for own in part._parameters.values()
+    )
+
+
+def bring_back(model: nn.Module, module: nn.Module, *names: str) -> None:
+    """`settle_within` for a module that was offloaded after it began to be trained, or `hold` of
+    these names: its Parameters stay the objects that they are, for an optimiser may have them.
+
+    What somebody else brings, with the block that it is in, stays away.
+    """
+    away = [
+        (part, name, own)
+        for part in ([module] if names else module.modules())
+        for name, own in part._parameters.items()
+        if own is not None and own.is_meta and (not names or name in names)
+    ]
+    if names:
+        hold(module, *names)
+    else:
+        settle_within(model, module)
+    here: dict[Tensor | None, nn.Parameter] = {}
+    for part, name, own in away:
+        new: Any = part._parameters[name]
+        if not new.is_meta:
+            torch.utils.swap_tensors(own, new)
+            here[new] = own
+    for other in model.modules() if here else ():
+        for name, parameter in other._parameters.items():
+            if parameter in here:
+                other._parameters[name] = here[parameter]
 
 
 def sources_of(

@@ -42,7 +42,7 @@ class PartHook(AlignDevicesHook):
             if isinstance(own, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=own.requires_grad)
             setattr(module, name, value)
-        return cls(hook, frozenset(module._parameters) - stay)
+        return cls(hook, getattr(hook, "names", frozenset(module._parameters)) - stay)
 
     @classmethod
     def carried(cls, hook: AlignDevicesHook, module: Any, names: frozenset[str]) -> None:

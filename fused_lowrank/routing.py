@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .calls import SAID, Call, Learned, Spread, begin, end, not_known, spread
 from .compute.reference import Rows
 from .declared import Owners, Said, place_of, said_again
+from .recomputed import graph_task, may_recompute
 
 
 class Shelf(NamedTuple):
@@ -120,7 +121,7 @@ class Routing:
         lines, key = self.handles.shape[0], (layer, tuple(lead))
         if self.empty:
             self.require_rows(layer, lead)
-        if said is None and graph_task() >= 0:  # what is computed again, as it was
+        if said is None and graph_task() >= 0 and lines > 1:  # what is computed again, as it was
             before = self.spreads.get(key)
             if before is None:
                 raise RuntimeError(LOST)
@@ -163,7 +164,6 @@ class Routing:
 
 
 ACTIVE: ContextVar[Routing | None] = ContextVar("fused_lowrank_routing", default=None)
-graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
 
 
 def find(head: Routing | None, key: int) -> Routing | None:
@@ -302,7 +302,7 @@ _thread = threading.local()
 
 def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook of the modules that hold routed layers: remember, or recall."""
-    if torch.compiler.is_compiling() or not (module.training or torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not (module.training or may_recompute()):
         return
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():

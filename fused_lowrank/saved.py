@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .elsewhere import settle_within
+from .elsewhere import bring_back, is_away, settle_within
 from .layers import LowRankLinear
 from .targets import modules_by_name, named_modules, unwrapped
 
+PLACES = "_lowrank_places"  # in the adapted model's: [(parent, name there)] of them
 KEPT = "_lowrank_kept"  # in a parent's __dict__: {a child's name: Kept}
 SLOTS = "_lowrank_slots"  # in a module's __dict__: {a Parameter's name: the one that was there}
 CONFIG = "_lowrank_config"  # likewise, of its config: {a setting's name: the value that was there}
@@ -79,6 +80,45 @@ def keep(model: nn.Module, names: list[str], copies: dict[Tensor, Tensor]) -> No
         for child, module in parent._modules.items():
             if id(module) in kept:
                 vars(parent).setdefault(KEPT, {})[child] = kept[id(module)]
+                vars(model).setdefault(PLACES, []).append((parent, child))
+    for own in {id(own): own for own in (model, *(modules[name] for name in names))}.values():
+        if names and not watched(own):
+            own.register_forward_pre_hook(stay)
+
+
+def stay(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook of an adapted model, and of its modules trained whole: these stay here,
+    also if they were offloaded since.
+
+    Only the model knows what a module is tied to: called without it, that is an error in training.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wholes = [module]
+    if PLACES in vars(module):
+        found = (parent._modules.get(child) for parent, child in vars(module)[PLACES])
+        wholes = [whole for whole in found if whole is not None]
+        for whole in wholes:
+            if is_away(whole):
+                bring_back(module, whole)
+    if module.training and torch.is_grad_enabled():
+        for whole in wholes:
+            require_here(whole)
+
+
+def require_here(whole: nn.Module) -> None:
+    """Raise RuntimeError if what is trained of a module is brought anew for each call."""
+    if is_away(whole) and any(own.requires_grad for own in whole.parameters()):
+        raise RuntimeError(
+            f"a {type(whole).__name__} that is trained whole was offloaded since, and is brought "
+            "anew for each call: it would learn nothing. Adapt after offloading; or, if it was not "
+            "offloaded with a block around it, call the adapted model itself, which takes it back"
+        )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a module has that hook."""
+    return stay in module._forward_pre_hooks.values()
 
 
 def keep_loaded(model: nn.Module) -> None:
@@ -284,5 +324,8 @@ def put_back(base: Base) -> None:
 def forget(model: nn.Module) -> None:
     """The modules trained whole are no longer known as such; what is frozen stays frozen."""
     for module in model.modules():
-        for record in (KEPT, SLOTS, CONFIG):
+        for record in (PLACES, KEPT, SLOTS, CONFIG):
             vars(module).pop(record, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is stay:
+                del module._forward_pre_hooks[key]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 import architectures
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
     F64,
@@ -32,6 +32,7 @@ from peft_lora_cases import (
     layer,
 )
 
+from fused_lowrank import config as configuration
 from fused_lowrank.integrations.peft import fuse_lora, lora, unfuse_lora
 
 
@@ -212,3 +213,26 @@ def test_a_peft_without_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(lora.LoraLayer, "update_layer")
     with pytest.raises(ImportError, match=r"tested with 0\.21\.2.*update_layer"):
         lora.check_peft()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("pins", [(None, "aten"), ("aten", None), (None, None), ("aten", "aten")])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_small_call_recomputed_under_another_plan(
+    invariant: bool, pins: tuple[str | None, str | None], reentrant: bool
+) -> None:
+    """Its dropout is the forward's, whatever is pinned in either pass."""
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    settings = LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False)
+    model = fuse_lora(get_peft_model(base.double(), settings)).train()
+    x = torch.randn(6, 16, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(1)
+        with configuration.use(plan=pins[0], batch_invariance=invariant):
+            y = run(x)
+        x.grad = None
+        with configuration.use(plan=pins[1]):
+            y.sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])

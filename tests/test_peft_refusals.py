@@ -157,6 +157,8 @@ def test_a_failed_probe_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(registry, "METHODS", ())
     registry.probe()
     monkeypatch.delattr(tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load")
-    monkeypatch.delattr(tuners_utils, "onload_layer")
-    with pytest.raises(ImportError, match=r"tested with 0.21.2.*onload_layer.*_remap_adapter"):
+    monkeypatch.delattr(tuners_utils, "check_adapters_to_merge")
+    with pytest.raises(
+        ImportError, match=r"tested with 0.21.2.*check_adapters_to_merge.*_remap_adapter"
+    ):
         registry.probe()

@@ -370,6 +370,51 @@ def test_writing_under_a_bank(change: Callable[..., None], banked: Any, tmp_path
     bank.add("bob", tmp_path / "alice")
 
 
+def through_data(model: Any, other: Any) -> None:
+    """Which PyTorch does not count."""
+    model.body.up.down.data.copy_(other.body.up.down)
+
+
+def data_itself(model: Any, other: Any) -> None:
+    """Other memory for the same Parameter."""
+    model.body.down.up.data = other.body.down.up.detach().clone()
+
+
+def weight_through_data(model: Any, other: Any) -> None:
+    """What LoRA-Mini's factors do not depend on, and its adapters do."""
+    model.body.up.weight.data.add_(1.0)
+
+
+def half_through_data(model: Any, other: Any) -> None:
+    """The last rows alone, as a shard is loaded."""
+    model.body.up.weight.data[D // 2 :] = 0.0
+
+
+@pytest.mark.parametrize(
+    "change", [through_data, data_itself, weight_through_data, half_through_data]
+)
+def test_writing_through_data_under_a_bank(
+    change: Callable[..., None], banked: Any, tmp_path: Path
+) -> None:
+    """Noticed by who adds, saves or exports, and by a use after that, until it is put back."""
+    model, bank, alice, other = banked
+    y, before = alice(), state(model)
+    change(model, other)
+    for use in (
+        lambda: bank.add("bob", tmp_path / "alice"),
+        lambda: bank.replace("alice"),
+        lambda: bank.save(tmp_path / "bank"),
+        lambda: export_lora(bank, tmp_path / "lora", name="alice"),
+        *([] if "weight" in change.__name__ or "half" in change.__name__ else [alice]),
+    ):
+        with pytest.raises(RuntimeError, match=r"has another .*than the bank was made over"):
+            use()
+    for name, value in model.state_dict().items():
+        value.data.copy_(before[name])
+    assert torch.equal(alice(), y)
+    bank.add("bob", tmp_path / "alice")
+
+
 def test_a_bank_under_another_dtype(banked: Any) -> None:
     """A model that is rounded is still the one that the bank was made over."""
     model, bank, alice, _ = banked

@@ -30,6 +30,7 @@ FLOORS = (
         *("functional", "testing", "calls", "following", "following_rules", "disabling"),
         "declared",
     ),
+    ("recomputed",),
     ("compute",),
     ("config",),
     ("kernels",),

@@ -48,6 +48,15 @@ def small(x: Tensor) -> bool:
     )
 
 
+def short(x: Tensor) -> bool:
+    """Whether a call is `small`, whatever the context asks for: that may be another one where a
+    checkpoint computes the call again, and what is drawn at random must be the same there.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() > SMALL:
+        return False
+    return not torch.is_autocast_enabled("cpu") and not transformed()
+
+
 def transformed() -> bool:
     """Whether this is inside a transform of torch.func: grad, vmap, jvp, …"""
     return torch._C._are_functorch_transforms_active()

@@ -316,6 +316,8 @@ class LowRankLinear(nn.Module):
         if self.uncalled:
             note_call(self)
         if self.disabled:
+            if self.disabled is not True:
+                self.disabled.note()
             weight, bias = self.base()
             return dense(x, present(self, weight).to(x.device), bias)
         if self.merged:
@@ -440,7 +442,7 @@ class LowRankLinear(nn.Module):
             else:
                 self._base[name] = new
         if self.routed is not None:
-            self.routed.look_again()
+            self.routed.look_again(moved=True)
         return super()._apply(fn, recurse)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

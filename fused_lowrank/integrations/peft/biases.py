@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...elsewhere import hold
+from ...elsewhere import bring_back, hold
 from .layer import PeftLowRankLinear
 
 Slot = tuple[dict[str, Any], nn.Parameter]  # of a module's Parameters, and the trained bias in it
@@ -18,6 +18,7 @@ class Biases:
 
     def __init__(self) -> None:
         self.kept: dict[nn.Parameter, Tensor] = {}
+        self.holders: list[tuple[nn.Module, nn.Parameter]] = []  # whose they are
         self.away: list[Slot] = []  # the trained ones, while the others are in their places
 
     def keep(self, model: nn.Module, kind: str) -> None:
@@ -36,6 +37,17 @@ class Biases:
                 bias = module._parameters["bias"]
             if kind != "none" and bias is not None and bias not in self.kept and not bias.is_meta:
                 self.kept[bias] = bias.detach().clone()
+                self.holders.append((module, bias))
+
+    def take_back(self, model: nn.Module) -> None:
+        """Have those that were offloaded since here for good."""
+        for place, (module, bias) in enumerate(self.holders if not self.away else ()):
+            own = module._parameters.get("bias")
+            if own is not None and own.is_meta and not bias.is_meta:
+                bring_back(model, module, "bias")
+                if not own.is_meta:
+                    self.kept[own] = self.kept.pop(bias)
+                    self.holders[place] = module, own
 
     def are_known(self, model: nn.Module) -> bool:
         """Whether those that are trained are still in their places; sharding puts others there."""
@@ -66,4 +78,4 @@ class Biases:
         self.enable()
         for bias, value in self.kept.items():
             bias.copy_(value)
-        self.kept = {}
+        self.kept, self.holders = {}, []

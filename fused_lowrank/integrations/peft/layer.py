@@ -37,7 +37,7 @@ from ...layers.base import (
 )
 from .config import LowRankConfig
 from .hooks import is_hooked
-from .mixed import Lines, uncompiled
+from .mixed import Lines, as_before, uncompiled
 from .state import before_loading, check_shared, save_merged
 
 Sides = tuple[int, int]
@@ -62,6 +62,8 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
     `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
     """
 
+    takes_lines: ClassVar[bool] = True  # `Lines` for adapter_names
+    noted: bool = False  # whether a checkpoint was told how it was called
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
     asked: bool = False  # whether a call that was noted was one of training
@@ -348,7 +350,10 @@ class PeftLowRankLinear(nn.Module, BaseTunerLayer):
             note_call(self)
         names = kwargs.pop("adapter_names", None)
         base: Any = self._modules["base_layer"]
-        if self.disable_adapters:
+        off: Any = self.disable_adapters
+        if off or self.noted or names is not None:
+            off, names = as_before(self, off, names)
+        if off:
             if self.merged:
                 self.unmerge()
             return base(x, *args, **kwargs)

@@ -8,24 +8,30 @@ own forward everywhere else.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import peft
 import torch
 from torch import Tensor, nn
 
+from ...calls import Learned
 from ...compute import choose
-from ...compute.autograd import chain
+from ...compute.autograd import chain, fold
 from ...compute.operands import Operands
 from ...compute.run import under_autocast
+from ...declared import ANYWHERE, Owners, by_row, stated
 from ...functional import DTYPES, lowrank_linear
 from ...layers.accept import TENSORS, is_replaced
 from ...readers import leave_fast_paths, restore_fast_paths
 from .hooks import is_hooked
+from .mixed import Lines, as_before, hooked, uncompiled
 from .registry import TESTED
 
 try:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import Linear, LoraLayer
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -61,9 +67,16 @@ class FusedLinear(Linear):
     """`peft.tuners.lora.layer.Linear` through the fused kernels, where these compute the same."""
 
     impl: ClassVar[str] = "auto"  # as in `lowrank_linear`
+    takes_lines: ClassVar[bool] = True
+    noted: bool = False  # whether a checkpoint was told how it was called
+    _disable_adapters: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) → (..., out_features)."""
+        if self.noted or self._disable_adapters:
+            off, names = as_before(self, self._disable_adapters, kwargs.get("adapter_names"))
+            if off is not self._disable_adapters or names is not kwargs.get("adapter_names"):
+                return self.again(x, off, names, args, kwargs)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             factors: Any = self._modules["lora_A"]
             here = [name for name in self.active_adapters if name in factors]
@@ -71,7 +84,25 @@ class FusedLinear(Linear):
                 y = self.fused(x, here[0])
                 if y is not None:
                     return y
+        if isinstance(names := kwargs.get("adapter_names"), Lines):
+            as_before(self, False, names)
+            return self.mixed(x, names, args, kwargs)
         return super().forward(x, *args, **kwargs)
+
+    def again(self, x: Tensor, off: bool, names: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What a checkpoint computes again: disabled or not, and with the names, as it was."""
+        before, kwargs = self._disable_adapters, {**kwargs, "adapter_names": names}
+        if names is None:
+            del kwargs["adapter_names"]
+        if off:
+            return self.base_layer(x, *args, **kwargs)
+        self._disable_adapters = False
+        try:
+            if names is None:
+                return super().forward(x, *args, **kwargs)
+            return self.mixed(x, names, args, kwargs)
+        finally:
+            self._disable_adapters = before
 
     def fused(self, x: Tensor, adapter: str) -> Tensor | None:
         """The layer with one adapter, or None for an x that is left to PEFT."""
@@ -86,7 +117,7 @@ class FusedLinear(Linear):
         if type(base).forward is Conv1D.forward:
             weight = weight.t()
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        if self.impl == "auto" and choose.small(x):
+        if self.impl == "auto" and (choose.short(x) if dropout_p else choose.small(x)):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
             return chain(Operands(x, weight, down, None, up, bias, scale), low)
         return lowrank_linear(
@@ -97,11 +128,58 @@ class FusedLinear(Linear):
             impl=self.impl,
         )
 
+    def mixed(self, x: Tensor, lines: Lines, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """PEFT's forward with a name for each of x's first dimension, or for each row."""
+        if torch.compiler.is_compiling() and ANYWHERE[0]:
+            return uncompiled(self.mixed, x, lines, args, kwargs)
+        call = None if torch.compiler.is_compiling() else lines.call
+        if call is not None and call.follower is not None and not call.follower.paused:
+            state = stated(self) or call.follower.where(x)
+            with call.follower.pause():
+                y = self.mixed(x, lines, args, kwargs)
+            call.follower.mark(y, state)
+            return y
+        place = lines.spread(self, f"a {type(self).__name__} {id(self):x}", x)
+        each, left = divmod(len(x), max(1, len(lines)))
+        rows = x if place.outer == 1 and not left else fold(x)
+        if isinstance(place, Owners):
+            names = [lines[number] for number in by_row(place, len(rows), len(lines)).tolist()]
+        else:
+            times = each if rows is x else place.repeat
+            names = [name for name in lines for _ in range(times)]
+            names *= 1 if rows is x else place.outer
+        y = super().forward(rows, *args, **{**kwargs, "adapter_names": names})
+        return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; says so if it is one that PEFT's own forward computes."""
         super().update_layer(adapter_name, *args, **kwargs)
         if reason := why_not_fused(self, adapter_name):
             warnings.warn(f"left to PEFT's own forward: a layer {reason}", stacklevel=2)
+
+
+class FusedLoraModel(LoraModel):
+    """PEFT's tuner, whose `adapter_names` are of the calling thread or task, and follow the rows.
+
+    PEFT itself gives every layer one name for each of its x's first dimension, by hooks that other
+    threads' calls meet as well.
+    """
+
+    learned: Learned  # of where the sequences are in the layers' inputs
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None or kwargs.get("alora_offsets") is not None or self.training:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        if "learned" not in vars(self):
+            self.learned = Learned()
+        layers = [layer for layer in self.modules() if isinstance(layer, LoraLayer)]
+        there = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        with hooked(self, names, there, LoraLayer):
+            yield
 
 
 def parts(layer: Linear, adapter: str) -> tuple[Any, Any, Any, Any]:
@@ -163,17 +241,20 @@ def fuse_lora(model: Model) -> Model:
 
     Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
     lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
-    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones,
-    `adapter_names`. One UserWarning names the layers that are left, and why. Adapters may be added,
-    changed and deleted afterwards; if one brings new layers, call this again. Call it before
-    `fully_shard`.
+    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. So are
+    mixed batches, but for which rows are whose: `adapter_names` are of the calling thread or task,
+    and followed to each layer's rows, as with the methods of this library. One UserWarning names
+    the layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
+    brings new layers, call this again. Call it before `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
 
     Outputs and gradients are PEFT's but for rounding, and in the same dtypes: factors wider than x
     are used in x's dtype, as under autocast. Dropout draws another mask of the same distribution,
-    from a seed. A second differentiation raises: `unfuse_lora` first.
+    from a seed; calls of few elements on a CPU have torch's own, and are computed by library
+    operations then, whatever plan is asked for: a checkpoint finds the same mask under another one.
+    A second differentiation raises: `unfuse_lora` first.
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.
@@ -190,6 +271,9 @@ def fuse_lora(model: Model) -> Model:
             left.setdefault(reason, []).append(name or "the model")
         if type(layer) is Linear:
             change_class(layer, FusedLinear)
+    for tuner in model.modules():
+        if type(tuner) is LoraModel:
+            tuner.__class__ = FusedLoraModel
     leave_fast_paths(model, FusedLinear)
     if left:
         said = "; ".join(f"{', '.join(names)}: a layer {reason}" for reason, names in left.items())
@@ -211,6 +295,9 @@ def unfuse_lora(model: Model) -> Model:
             raise ValueError(f"{name} is a {type(layer).__name__} by now: unfuse before sharding")
     for layer in layers.values():
         change_class(layer, Linear)
+    for tuner in model.modules():
+        if type(tuner) is FusedLoraModel:
+            tuner.__class__ = LoraModel
     restore_fast_paths(model)
     return model
 

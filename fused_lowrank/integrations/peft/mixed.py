@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...compute.reference import NONE, Rows
 from ...declared import ANYWHERE, REASON, Owners, place_of, said_of
+from ...recomputed import again, around, graph_task, may_recompute, note, noted
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -26,6 +27,9 @@ class Lines(list[str]):
         self.different = list(dict.fromkeys(self))  # names may be read once only
         self.model = model  # that is called with them; None: a layer is
         self.learned: Learned = Learned() if model is None else model.learned
+        self.places: dict[
+            tuple[str, tuple[int, ...]], Spread | Owners | None
+        ] = {}  # None: of two calls
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -36,18 +40,24 @@ class Lines(list[str]):
     def spread(self, module: nn.Module, layer: str, x: Tensor) -> Spread | Owners:
         """Which rows of a layer's x are whose; raises ValueError where that is not known."""
         lead, lines = x.shape[:-1], len(self)
-        call = None if torch.compiler.is_compiling() else self.call
+        compiling = torch.compiler.is_compiling()
+        said = None if compiling or SAID.get() is None else said_of(module, layer, x)
+        if said is None and graph_task() >= 0:  # what is computed again, as it was
+            if (before := self.places.get((layer, tuple(lead)))) is not None:
+                return before
+            raise RuntimeError(LOST.format(layer))
+        call = None if compiling else self.call
         seen = x if call is not None or self.model is None else None
         found: Spread | Owners | str
-        if not torch.compiler.is_compiling() and SAID.get() is not None:
-            said = said_of(module, layer, x)
-            if said is not None and lines:
-                return place_of(said, layer, lead, lines, call, self.learned, seen)
-        if lines:
-            found = spread(layer, lead, lines, call, self.learned, seen)
-        else:  # an empty batch
+        if lines == 0:  # an empty batch
             found = Spread(1, 1) if x.numel() == 0 else "no name is given"
+        elif said is not None:
+            found = place_of(said, layer, lead, lines, call, self.learned, seen)
+        else:
+            found = spread(layer, lead, lines, call, self.learned, seen)
         if not isinstance(found, str):
+            if may_recompute() and self.places.setdefault((layer, tuple(lead)), found) != found:
+                self.places[layer, tuple(lead)] = None
             return found
         error = not_known(layer, lead, lines, "`adapter_names`", found)
         if lines == 0 or call is None or not call.fits:
@@ -76,6 +86,25 @@ class Lines(list[str]):
         return Rows(table, None, handles, None, scales, generations, refused, place.repeat)
 
 
+LOST = (
+    "a checkpoint recomputes {}, and whose rows were whose in its call with `adapter_names` is not "
+    "known any more: call the model with one adapter at a time, or without the checkpoint"
+)
+
+
+def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
+    """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
+    of its forward, which is noted where it was with either.
+    """
+    if graph_task() >= 0 and again() is not None:
+        before = noted(layer)
+        return before is OFF, before if isinstance(before, Lines) else None
+    if (off or isinstance(names, Lines)) and may_recompute():
+        layer.noted |= bool(note(layer, OFF if off else names))
+    return off, names
+
+
+OFF = object()  # noted for a layer that was disabled
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
 
@@ -131,7 +160,8 @@ class Hooks:
         if not self.lines and args and len(args[0]) == 0:
             return None  # an empty batch: its adapter does not matter
         names: list[str] = self.lines
-        if isinstance(module, AuxiliaryTrainingWrapper) and args:  # PEFT's own: a name for each row
+        # What is not one of our layers gets a name for each row.
+        if not getattr(module, "takes_lines", False) and args:
             compiled = torch.compiler.is_compiling() and ANYWHERE[0]
             names = (
                 uncompiled(self.each, module, args[0]) if compiled else self.each(module, args[0])
@@ -140,14 +170,46 @@ class Hooks:
 
     def each(self, module: nn.Module, x: Tensor) -> list[str]:
         """The name of each of x's first dimension."""
+        if may_recompute() and any(True for _ in around()):
+            raise RuntimeError(LOST.format(f"a {type(module).__name__}"))
         place = self.lines.spread(module, f"{type(module).__name__} {id(module):x}", x)
         if isinstance(place, Owners) and place.numbers.host.dim() == 1:
             return [self.lines[number] for number in place.numbers.host.tolist()]
         times, left = divmod(len(x), len(self.lines))
         if place.outer != 1 or left:
             raise ValueError(
-                f"a module of modules_to_save was called with x of {tuple(x.shape)}, whose first "
+                f"a {type(module).__name__} was called with x of {tuple(x.shape)}, whose first "
                 f"dimension is not that of the {len(self.lines)} sequences of `adapter_names`: "
                 "call the model with one adapter at a time"
             )
         return [name for name in self.lines for _ in range(times)]
+
+
+@contextmanager
+def hooked(tuner: Any, names: Any, there: set[str], kind: type[nn.Module]) -> Iterator[None]:
+    """Within it calls of a tuner's model, in this context, are with adapter_names.
+
+    Args:
+        tuner: with `model`, and the `learned` of it.
+        names: of an adapter for each sequence.
+        there: the names of adapters that layers have.
+        kind: the class of those layers.
+
+    Raises ValueError for a name that is none of those, TypeError where names are no list.
+    """
+    if not isinstance(names, list | tuple):
+        raise TypeError(f"adapter_names is a {type(names).__name__}: it must be a list of names")
+    if None in names:
+        raise ValueError(f"adapter_names has a None: {BASE!r} is the name of no adapter")
+    if unknown := sorted({str(name) for name in names} - there - {BASE}):
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
+            f"{', '.join(sorted(there))}, and {BASE} for none"
+        )
+    layers = [m for m in tuner.modules() if isinstance(m, (kind, AuxiliaryTrainingWrapper))]
+    roots = [tuner, tuner.model]
+    get_encoder = getattr(tuner.model, "get_encoder", None)
+    if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
+        roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
+    with Hooks(Lines(names, tuner)).entered(list(dict.fromkeys(roots)), layers):
+        yield

@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
@@ -26,12 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from ...adapt import require_not_fsdp
 from ...called import refuse_passed_over, shown, warn_of_passed_over, watch_gradients
 from ...calls import Learned
-from ...elsewhere import here, sharder_of, valued
+from ...elsewhere import bring_back, here, is_away, settle, sharder_of, valued
 from ...layers.accept import is_parametrized, why_no_weight
 from ...layers.base import ADAPT_FIRST
 from ...learns import warn_of_broken, warn_of_narrow, warn_of_scales, warn_of_zeros
 from ...readers import leave_fast_paths, readers, restore_fast_paths
-from ...saved import forget
+from ...saved import forget, require_here
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
 from ...ties import note_untied
 from ...unchanged import unchanged_on_error
@@ -40,7 +39,7 @@ from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
-from .mixed import BASE, Hooks, Lines
+from .mixed import hooked
 from .whole import check_name
 
 LEAVE = (
@@ -54,6 +53,7 @@ class LowRankModel(BaseTuner):
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
     biases: Biases
+    wholes: list[Any]  # PEFT's wrappers of modules that are trained whole
     learned: Learned  # of where the sequences of mixed batches are in the layers' inputs
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
@@ -126,7 +126,7 @@ class LowRankModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_name(adapter_name)
-        self.biases = Biases()
+        self.biases, self.wholes = Biases(), []
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -150,6 +150,7 @@ class LowRankModel(BaseTuner):
             finally:
                 for layer in layers_of(model):
                     layer.closed = False
+            self._keep_here(adapter_name)
         for parameter, required in trained:
             parameter.requires_grad_(required)
         for layer in layers_of(model, adapter_name):
@@ -169,6 +170,35 @@ class LowRankModel(BaseTuner):
                 "take what they have, and the scaling stays that of the rank asked for",
                 stacklevel=2,
             )
+
+    def _keep_here(self, adapter_name: str) -> None:
+        """Have what an adapter trains whole stay where the model computes, now and from now on."""
+        self.wholes = [m for m in self.modules() if hasattr(m, "modules_to_save")]
+        for wrapper in self.wholes:
+            if adapter_name in wrapper.modules_to_save:
+                settle(wrapper.modules_to_save[adapter_name])
+        self._stop_taking_back()
+        if self.wholes or self.biases.kept:
+            for module in (self, self.model):  # PEFT calls the one or the other
+                module.register_forward_pre_hook(self.take_back)
+
+    def _stop_taking_back(self) -> None:
+        for module in (self, self.model):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if hook == self.take_back:
+                    del module._forward_pre_hooks[key]
+
+    def take_back(self, *_: Any) -> None:
+        """Have modules trained whole, and biases, here for good, if they were offloaded since."""
+        if torch.compiler.is_compiling():
+            return
+        self.biases.take_back(self)
+        wholes = [copy for wrapper in self.wholes for copy in wrapper.modules_to_save.values()]
+        for whole in wholes:
+            if is_away(whole):
+                bring_back(self, whole)
+                if self.training and torch.is_grad_enabled():
+                    require_here(whole)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -190,10 +220,12 @@ class LowRankModel(BaseTuner):
         if enabled:
             self.biases.enable()
         else:
+            self.biases.take_back(self)
             self.biases.disable(self.model)
 
     def disable_adapter_layers(self) -> None:
         """PEFT's, with the base model's biases; its warning that they are not is for others."""
+        self.take_back()
         with warnings.catch_warnings():
             if self.biases.are_known(self.model):
                 warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
@@ -209,28 +241,8 @@ class LowRankModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(names, list | tuple):
-            raise TypeError(
-                f"adapter_names is a {type(names).__name__}: it must be a list of names"
-            )
         there = {name for layer in layers_of(self) for name in layer.scaling}
-        if None in names:
-            raise ValueError(f"adapter_names has a None: {BASE!r} is the name of no adapter")
-        if unknown := sorted({str(name) for name in names} - there - {BASE}):
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are "
-                f"{', '.join(sorted(there))}, and {BASE} for none"
-            )
-        layers = [
-            module
-            for module in self.modules()
-            if isinstance(module, PeftLowRankLinear | AuxiliaryTrainingWrapper)
-        ]
-        roots = [self, self.model]
-        get_encoder = getattr(self.model, "get_encoder", None)
-        if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
-            roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
-        with Hooks(Lines(names, self)).entered(list(dict.fromkeys(roots)), layers):
+        with hooked(self, names, there, PeftLowRankLinear):
             yield
 
     # --- mixing adapters ---
@@ -385,6 +397,8 @@ class LowRankModel(BaseTuner):
         layers = list(layers_of(self.model))
         for layer in layers:
             layer.require_whole("merge or unload")
+        self.take_back()
+        self._stop_taking_back()
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
         kept = tied and getattr(config, "is_encoder_decoder", False)

@@ -27,7 +27,6 @@ def probe() -> None:
         "peft.utils.register_peft_method": lambda: takes(
             peft.utils.register_peft_method, "name", "config_cls", "model_cls", "prefix"
         ),
-        "peft.tuners.tuners_utils.onload_layer": lambda: callable(tuners_utils.onload_layer),
         "peft.tuners.tuners_utils.check_adapters_to_merge": lambda: callable(
             tuners_utils.check_adapters_to_merge
         ),
