@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_declared import LAYERS, RIGHT, doubled, expected, experts_that_say_it, said
+from declared_cases import LAYERS, RIGHT, doubled, expected, experts_that_say_it, said
 from test_whose_rows import NAMES, K, Model, Native, Peft, ways
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
