@@ -12,7 +12,7 @@ from .config import use_batch_invariance
 from .explain import Explanation, explain
 from .export import export_lora
 from .functional import lowrank_linear
-from .layers import (
+from .methods import (
     FusedLoraLinear,
     FusedLoraMiniLinear,
     FusedLoraXSLinear,

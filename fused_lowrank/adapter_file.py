@@ -45,10 +45,10 @@ from .elsewhere import (
     sharder_in,
 )
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
-from .layers import METHODS, LowRankLinear
-from .layers.accept import why_no_weight
-from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .learns import warn_of_broken
+from .methods import METHODS, LowRankLinear
+from .methods.accept import why_no_weight
+from .methods.base import WEIGHT_DTYPES, is_sharded, whole
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten

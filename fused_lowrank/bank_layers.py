@@ -14,8 +14,8 @@ from .bank_source import SHARED
 from .banked import Place
 from .compute.choose import isolates
 from .elsewhere import device_of, here, is_known, sharder_of
-from .layers import LowRankLinear
-from .layers.base import is_sharded
+from .methods import LowRankLinear
+from .methods.base import is_sharded
 from .routing import Shelf, Watch, remember
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from .elsewhere import here
 from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
-from .layers.base import LowRankLinear
+from .methods.base import LowRankLinear
 from .routing import WRITTEN, Routing, current, graph_task, remember_storage
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
 from .elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
-from .layers.base import LowRankLinear
+from .methods.base import LowRankLinear
 
 
 @dataclass(frozen=True)

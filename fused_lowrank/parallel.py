@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from .functional import draw_seed
-from .layers import LowRankLinear
+from .methods import LowRankLinear
 
 Forward = Callable[[LowRankLinear, Any], Tensor]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .elsewhere import settle_within
-from .layers import LowRankLinear
+from .methods import LowRankLinear
 from .targets import modules_by_name, named_modules, unwrapped
 
 KEPT = "_lowrank_kept"  # in a parent's __dict__: {a child's name: Kept}

@@ -13,7 +13,7 @@ from torch import nn
 
 from fused_lowrank import lowrank_linear
 from fused_lowrank.init import svd_bases
-from fused_lowrank.layers import METHODS, LowRankLinear
+from fused_lowrank.methods import METHODS, LowRankLinear
 
 K, N = 24, 20
 SETTINGS = {

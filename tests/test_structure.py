@@ -23,7 +23,7 @@ FLOORS = (
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     (
-        *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
+        *("methods", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
         *("offload_hook", "other_base", "saving"),
     ),
     ("functional", "testing", "calls", "following", "following_rules", "disabling"),

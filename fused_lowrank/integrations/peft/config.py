@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
 
-from ...layers.keywords import integer
+from ...methods.keywords import integer
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
 NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused

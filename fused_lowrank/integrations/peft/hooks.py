@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ...layers.accept import is_replaced
+from ...methods.accept import is_replaced
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
 from ...elsewhere import HookSlot, fill_in, here, kept, replace, sharder_of
 from ...functional import compute, lowrank_linear, prepared
-from ...layers.base import (
+from ...methods.base import (
     fsdp_error,
     is_finite,
     is_sharded,

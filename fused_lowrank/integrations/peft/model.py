@@ -27,9 +27,9 @@ from ...adapt import require_not_fsdp
 from ...called import refuse_passed_over, shown, warn_of_passed_over, watch_gradients
 from ...calls import Learned
 from ...elsewhere import here, sharder_of, valued
-from ...layers.accept import is_parametrized, why_no_weight
-from ...layers.base import ADAPT_FIRST
 from ...learns import warn_of_broken, warn_of_narrow, warn_of_scales, warn_of_zeros
+from ...methods.accept import is_parametrized, why_no_weight
+from ...methods.base import ADAPT_FIRST
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
