@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import math
+import pickle
 import warnings
 
 import pytest
@@ -360,6 +361,18 @@ def test_copies(method: str, merged: bool, copy_of: object, device: torch.device
     clone.unmerge()
     assert torch.equal(clone(x), y)
     assert clone.weight.data_ptr() != layer.base_weight.data_ptr()
+
+
+@classes
+def test_saved_before_the_move(method: str, cls: type[LowRankLinear]) -> None:
+    """A whole layer whose file says that its class is in `fused_lowrank.layers`, as it was."""
+    layer, x = layer_of(cls, "cpu"), torch.randn(3, K)
+    now, before = (b"cfused_lowrank.%s." % folder for folder in (b"methods", b"layers"))
+    saved = pickle.dumps(layer, protocol=2)  # which writes names as plain text
+    assert now in saved
+    clone = pickle.loads(saved.replace(now, before))
+    assert type(clone) is cls
+    assert torch.equal(clone(x), layer(x))
 
 
 @methods
