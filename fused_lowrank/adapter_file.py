@@ -47,8 +47,8 @@ from .elsewhere import (
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .learns import warn_of_broken
 from .methods import METHODS, LowRankLinear
-from .methods.accept import why_no_weight
-from .methods.base import WEIGHT_DTYPES, is_sharded, whole
+from .methods.accept import WEIGHT_DTYPES, why_no_weight
+from .methods.tensors import is_sharded, whole
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten

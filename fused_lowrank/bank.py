@@ -39,7 +39,7 @@ from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
 from .elsewhere import device_of
 from .fingerprint import differing, fingerprint_of
-from .methods.base import WEIGHT_DTYPES
+from .methods.accept import WEIGHT_DTYPES
 from .methods.keywords import integer
 from .other_base import on_other_base as asked
 from .routing import Routing, Shelf, Use, checkpoint_context, purge

@@ -15,7 +15,7 @@ from .banked import Place
 from .compute.choose import isolates
 from .elsewhere import device_of, here, is_known, sharder_of
 from .methods import LowRankLinear
-from .methods.base import is_sharded
+from .methods.tensors import is_sharded
 from .routing import Shelf, Watch, remember
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from .adapter_file import read
 from .elsewhere import here, is_known, tensors_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
 from .methods import LowRankLinear
-from .methods.base import WEIGHT_DTYPES
+from .methods.accept import WEIGHT_DTYPES
 from .other_base import refuse_other_base
 from .saved import saved_modules
 

@@ -40,7 +40,7 @@ from .compute.autograd import places
 from .compute.reference import Core
 from .elsewhere import each_here, value_of
 from .methods import METHODS, LowRankLinear
-from .methods.base import WEIGHT_DTYPES
+from .methods.accept import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 from .saved import saved_modules, warn_of_forgotten
 from .targets import matches, modules_by_name, named_modules, unwrapped

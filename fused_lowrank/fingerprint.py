@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .elsewhere import here
 from .methods import LowRankLinear
-from .methods.base import whole
+from .methods.tensors import whole
 
 FINGERPRINT = "fingerprint"  # the name of it in a file
 WEIGHT_PROBES = 3

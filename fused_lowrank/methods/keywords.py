@@ -62,3 +62,11 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}: it must be an integer") from None
+
+
+def check_rank(name: str, value: Any, limit: int, of: str) -> int:
+    """The value as an int; ValueError unless it is an integer and 1 ≤ value ≤ limit."""
+    value = integer(name, value)
+    if not 1 <= value <= limit:
+        raise ValueError(f"{name} is {value}: it must be at least 1 and at most {limit}, {of}")
+    return value

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..init import kaiming
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import check_rank
 
 
 class LoraLinear(LowRankLinear):

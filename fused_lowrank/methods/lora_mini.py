@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..init import kaiming
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import check_rank
 
 
 class LoraMiniLinear(LowRankLinear):

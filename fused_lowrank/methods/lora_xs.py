@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..init import svd_bases
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import check_rank
 
 CORE_STD = 1e-5
 

@@ -60,6 +60,14 @@ def is_sum(weight: Tensor, delta: Tensor, merged: Tensor) -> bool:
     return bool((error <= unit * (merged.abs() + delta.abs())).all())
 
 
+def is_other(value: Any, own: Any) -> bool:
+    """Whether a value to be loaded is there, and not the parameter itself: what
+    torch.distributed.checkpoint loads into a model has the model's own tensors for what it lacks.
+    """
+    value, own = (getattr(tensor, "_local_tensor", tensor) for tensor in (value, own))
+    return value is not None and (not own.numel() or value.data_ptr() != own.data_ptr())
+
+
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """up·coreᵀ·down of (down, up), (down, core, up) or (down, a, b, up), computed in a dtype."""
     down, *core, up = (factor.to(dtype) for factor in factors)

@@ -26,14 +26,8 @@ from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
 from ...elsewhere import HookSlot, fill_in, here, kept, replace, sharder_of
 from ...functional import compute, lowrank_linear, prepared
-from ...methods.base import (
-    fsdp_error,
-    is_finite,
-    is_sharded,
-    lost_to_rounding,
-    present,
-    why_not_finite,
-)
+from ...methods.merging import is_finite, lost_to_rounding, why_not_finite
+from ...methods.tensors import fsdp_error, is_sharded, present
 from .config import LowRankConfig
 from .hooks import is_hooked
 from .mixed import Lines

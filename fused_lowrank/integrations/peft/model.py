@@ -28,8 +28,7 @@ from ...called import refuse_passed_over, shown, warn_of_passed_over, watch_grad
 from ...calls import Learned
 from ...elsewhere import here, sharder_of, valued
 from ...learns import warn_of_broken, warn_of_narrow, warn_of_scales, warn_of_zeros
-from ...methods.accept import is_parametrized, why_no_weight
-from ...methods.base import ADAPT_FIRST
+from ...methods.accept import ADAPT_FIRST, is_parametrized, why_no_weight
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget
 from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
