@@ -432,8 +432,8 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off its model, which then is as before; the bank is of no more use."""
         for layer in self.layers.values():
-            if isinstance(layer.routed, Place) and layer.routed.bank is self:
-                layer.routed = None
+            if isinstance(layer.computed_by, Place) and layer.computed_by.bank is self:
+                layer.computed_by = None
         for hook in self._hooks:
             hook.remove()
 

@@ -15,6 +15,7 @@ from torch import nn
 from fused_lowrank import lowrank_linear
 from fused_lowrank.init import svd_bases
 from fused_lowrank.methods import METHODS, LowRankLinear
+from fused_lowrank.methods.computer import Computer
 
 K, N = 24, 20
 SETTINGS = {
@@ -373,6 +374,50 @@ def test_saved_before_the_move(method: str, cls: type[LowRankLinear]) -> None:
     clone = pickle.loads(saved.replace(now, before))
     assert type(clone) is cls
     assert torch.equal(clone(x), layer(x))
+
+
+class Doubling(Computer):
+    """Gives twice what the layer gives, and remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.looks, self.values = 0, None
+
+    def __call__(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor:
+        return 2 * layer.own(x)
+
+    def look_again(self) -> None:
+        self.looks += 1
+
+    def refuse_other(self, values: dict) -> None:
+        self.values = sorted(values)
+
+
+class Bank(Doubling):
+    """The same, which no copy of a layer is part of."""
+
+    is_bank = True
+
+
+@methods
+@pytest.mark.parametrize("kind", [Doubling, Bank])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copied])
+def test_computed_by_another(method: str, kind: type[Doubling], copy_of: object) -> None:
+    """Who has the layer's slot computes it, and is told of what happens to its Parameters."""
+    layer, x = layer_of(METHODS[method][1], "cpu"), torch.randn(3, K)
+    y = layer(x)
+    other = layer.computed_by = kind()
+    assert torch.equal(layer(x), 2 * y)
+    assert layer.in_bank == other.is_bank
+    assert torch.equal(copy_of(layer)(x), y if kind is Bank else 2 * y)
+    layer.float()
+    layer.up = nn.Parameter(layer.up.detach())
+    assert other.looks == 2
+    layer.load_state_dict(layer.state_dict())
+    assert other.values == sorted({*layer.factors, "weight"})
+    layer.merge()
+    assert torch.allclose(layer(x), 2 * y, atol=1e-5)  # who computes it is asked first
+    layer.computed_by = None
+    assert torch.allclose(layer(x), y, atol=1e-5)
 
 
 @methods

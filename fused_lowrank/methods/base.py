@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -43,8 +42,6 @@ class LowRankLinear(MergingLinear):
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
     by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
-    routed: Any = None  # a layer's `Place` in a bank, which is called for it; where there is one
-    sharded: Callable[[LowRankLinear, Tensor], Tensor] | None = None  # by `parallel`, where it is
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -166,6 +163,11 @@ class LowRankLinear(MergingLinear):
         raise NotImplementedError
 
     @property
+    def in_bank(self) -> bool:
+        """Whether a bank computes the layer."""
+        return self.computed_by is not None and self.computed_by.is_bank
+
+    @property
     def trained_factors(self) -> list[nn.Parameter]:
         """The factors that are trained."""
         return [getattr(self, name) for name in self.factors if name in self.train_names]
@@ -240,9 +242,9 @@ class LowRankLinear(MergingLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if self.routed is not None:
-            return self.routed(self, x)
-        if self.disabled or self._original or self.bases_pending or self.sharded is not None:
+        if self.computed_by is not None:
+            return self.computed_by(self, x)
+        if self.disabled or self._original or self.bases_pending:
             return self.own(x)
         if self.uncalled:
             note_call(self)
@@ -260,7 +262,7 @@ class LowRankLinear(MergingLinear):
         return self.weight, self.down, self.up, self.bias
 
     def own(self, x: Tensor) -> Tensor:
-        """The layer with its own core, whatever a bank has for it."""
+        """The layer with its own core, whoever else computes it."""
         if self.uncalled:
             note_call(self)
         if self.disabled:
@@ -270,8 +272,6 @@ class LowRankLinear(MergingLinear):
             return dense(x, present(self, self.weight), self.bias)
         if self.bases_pending:
             self._require_factors()
-        if self.sharded is not None:
-            return self.sharded(self, x)
         return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
 
     def compute(
@@ -318,18 +318,21 @@ class LowRankLinear(MergingLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the layer is in no bank."""
-        return {name: value for name, value in super().__getstate__().items() if name != "routed"}
+        state = super().__getstate__()
+        if self.in_bank:
+            del state["computed_by"]
+        return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if self.routed is not None:
-            self.routed.look_again()
+        if self.computed_by is not None:
+            self.computed_by.look_again()
         return super()._apply(fn, recurse)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As PyTorch's; a bank that the layer is in looks at its factors again."""
         super().register_parameter(name, param)
-        if self.routed is not None:
-            self.routed.look_again()
+        if self.computed_by is not None:
+            self.computed_by.look_again()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..called import note_reading
 from ..elsewhere import here, kept, replace, sharder_of
 from .accept import why_no_weight
+from .computer import Computer
 from .tensors import fsdp_error, is_sharded, whole
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class MergingLinear(nn.Module):
     Subclasses say what ΔW is, by `delta_weight`.
     """
 
+    computed_by: Computer | None = None
     train_names: tuple[str, ...]
     bias: nn.Parameter | None
 
@@ -135,7 +137,8 @@ class MergingLinear(nn.Module):
     def _require_own_weight(self, what: str) -> None:
         """Raise where FSDP or ZeRO-3 has the weight: they put back the one they know."""
         weight: Any = self.weight
-        if is_sharded(weight) and (self.sharded is None or weight.device_mesh.ndim > 1):
+        ours = self.computed_by is not None and self.computed_by.is_parallel
+        if is_sharded(weight) and (not ours or weight.device_mesh.ndim > 1):
             raise fsdp_error(what)
         if sharder := sharder_of(weight):
             raise fsdp_error(what, sharder)

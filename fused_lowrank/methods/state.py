@@ -17,10 +17,10 @@ def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     present = {name: state[prefix + name] for name in names if prefix + name in state}
     if layer.merged and present:
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
-    if layer.routed is not None:
+    if layer.computed_by is not None:
         if prefix + MERGED in state:
             present.pop("weight", None)
-        layer.routed.refuse_other(present)
+        layer.computed_by.refuse_other(present)
 
 
 @torch.no_grad()
