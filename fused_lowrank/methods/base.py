@@ -20,13 +20,13 @@ from ..elsewhere import HookSlot, hand_over, here
 from ..functional import compute, prepared
 from ..learns import warn_of_nothing_learned, warn_of_scales
 from .accept import carry, clashes, give_back, why_not_linear
-from .keywords import check_keywords
+from .keywords import DEFAULTS, Shared, check_keywords
 from .merging import MergingLinear
 from .state import MERGED, is_other, product_of, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 
 class LowRankLinear(MergingLinear):
@@ -60,31 +60,27 @@ class LowRankLinear(MergingLinear):
         shapes: dict[str, tuple[int, int]],
         *,
         r: int,
-        alpha: float | None,
-        dropout: float,
         train: tuple[str, ...],
-        impl: str | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        linear: nn.Linear | None,
-        defer: bool,
+        **shared: Unpack[Shared],
     ) -> None:
         super().__init__()
+        given: Shared = {**DEFAULTS, **shared}
+        alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
         self.in_features, self.out_features = in_features, out_features
         self.r, self.alpha = r, float(r if alpha is None else alpha)
-        self.dropout, self.train_names = float(dropout), tuple(train)
-        if impl is not None:
-            self.impl = impl
+        self.dropout, self.train_names = float(given["dropout"]), tuple(train)
+        if given["impl"] is not None:
+            self.impl = given["impl"]
         self._check_settings()
         self.scale = self.alpha / r
         self.disabled: bool | Switch = False  # in all contexts, or in some
 
         own_linear = linear is not None
         if linear is None:
-            linear = nn.Linear(in_features, out_features, bias, device, dtype)
+            linear = nn.Linear(in_features, out_features, bias, given["device"], dtype)
             trained_dtype = linear.weight.dtype
             if not linear.weight.is_meta and not set(train).isdisjoint(self.factors):
-                warn_of_scales({"": self.scale}, stacklevel=4)
+                warn_of_scales({"": self.scale}, stacklevel=5)
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
@@ -96,7 +92,7 @@ class LowRankLinear(MergingLinear):
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self.train_names)
-        self.bases_pending = defer or self.weight.is_meta
+        self.bases_pending = given["_defer"] or self.weight.is_meta
         if own_linear and not self.bases_pending:
             self.keep_base()
 
@@ -213,7 +209,7 @@ class LowRankLinear(MergingLinear):
         check_keywords(cls, keywords)
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         with here(linear):
-            layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)  # type: ignore[call-arg]
+            layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)
             if reason := clashes(linear, layer):
                 raise TypeError(f"linear {reason}")
             carry(linear, layer)
