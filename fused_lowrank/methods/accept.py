@@ -84,6 +84,17 @@ def is_replaced(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, offloading."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and is_replaced(module))
+    )
+
+
 def is_parametrized(linear: nn.Module) -> bool:
     """Whether weight or bias is computed: by a parametrisation, pruning, or weight norm of old."""
     own = linear._parameters

@@ -19,9 +19,8 @@ from ...compute.autograd import chain
 from ...compute.operands import Operands
 from ...compute.run import under_autocast
 from ...functional import DTYPES, lowrank_linear
-from ...methods.accept import TENSORS, is_replaced
+from ...methods.accept import TENSORS, is_hooked, is_replaced
 from ...readers import leave_fast_paths, restore_fast_paths
-from .hooks import is_hooked
 from .registry import TESTED
 
 try:
