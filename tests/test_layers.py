@@ -376,6 +376,17 @@ def test_saved_before_the_move(method: str, cls: type[LowRankLinear]) -> None:
     assert torch.equal(clone(x), layer(x))
 
 
+@methods
+def test_loading_its_own_tensors_gives_no_values(method: str) -> None:
+    """As torch's checkpoints hand a model what they lack; a layer's factors are pending then."""
+    linear, cls = nn.Linear(K, N), METHODS[method][1]
+    layer = cls.from_linear(linear, defer_bases=True, **SETTINGS[method])
+    layer.load_state_dict(layer.state_dict())
+    assert layer.bases_pending
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
+    assert not layer.bases_pending
+
+
 class Doubling(Computer):
     """Gives twice what the layer gives, and remembers what it is told."""
 
