@@ -30,7 +30,7 @@ from bench.bank_providers import memory
 from bench.cases import known
 from bench.store import BANK_PREFIX, Line, Refused, Store, make_key
 from fused_lowrank import AdapterBank, adapt
-from fused_lowrank.layers import LowRankLinear
+from fused_lowrank.methods import LowRankLinear
 
 LAYER = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096)]  # (K, N) of q, k, v, o
 LAYER += [(4096, 14336), (4096, 14336), (14336, 4096)]  # and of gate, up, down

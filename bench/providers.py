@@ -23,8 +23,8 @@ from fused_lowrank.compute import choose, devices
 from fused_lowrank.compute.operands import Operands, Problem, bucket
 from fused_lowrank.compute.plans import MEASURED, PLANS
 from fused_lowrank.kernels.tiles import SMALL_M
-from fused_lowrank.layers import METHODS
-from fused_lowrank.layers.base import LowRankLinear
+from fused_lowrank.methods import METHODS
+from fused_lowrank.methods.base import LowRankLinear
 from fused_lowrank.testing import pinned_plan
 
 from .cases import Case

@@ -13,7 +13,7 @@ from .declared import declare_rows
 from .explain import Explanation, explain
 from .export import export_lora
 from .functional import lowrank_linear
-from .layers import (
+from .methods import (
     FusedLoraLinear,
     FusedLoraMiniLinear,
     FusedLoraXSLinear,

@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from .called import refuse_passed_over, watch_gradients
 from .disabling import disabled
 from .elsewhere import brings_blocks, sharder_in
-from .layers import METHODS, LowRankLinear
-from .layers.accept import clashes, why_no_weight
-from .layers.base import fsdp_error, why_not_adaptable
-from .layers.keywords import check_keywords, integer
-from .layers.state import refuse_wrong
 from .learns import warn_of_narrow, warn_of_nothing_learned
+from .methods import METHODS, LowRankLinear
+from .methods.accept import clashes, why_no_weight
+from .methods.base import why_not_adaptable
+from .methods.keywords import check_keywords, integer
+from .methods.state import refuse_wrong
+from .methods.tensors import fsdp_error
 from .readers import leave_fast_paths, restore_fast_paths
 from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
 from .saving import forget_saving, watch_saving

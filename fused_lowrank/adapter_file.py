@@ -45,10 +45,10 @@ from .elsewhere import (
     sharder_in,
 )
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
-from .layers import METHODS, LowRankLinear
-from .layers.accept import why_no_weight
-from .layers.base import WEIGHT_DTYPES, is_sharded, whole
 from .learns import warn_of_broken
+from .methods import METHODS, LowRankLinear
+from .methods.accept import WEIGHT_DTYPES, why_no_weight
+from .methods.tensors import is_sharded, whole
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
 from .saved import base_of, saved_modules, state_of, warn_of_forgotten
@@ -259,9 +259,9 @@ def install(
                 raise ValueError(f"{name}.weight is on the meta device: load the weights first")
             with here(layer):
                 check(name, layer)
-                if layer.routed is not None:
+                if layer.computed_by is not None:
                     own = {factor: tensors.get(f"{name}.{factor}") for factor in ("down", "up")}
-                    layer.routed.refuse_other(own)
+                    layer.computed_by.refuse_other(own)
                 if layer.bases_pending:  # its weight and bias are the base model's
                     layer.keep_base()
         if not present:
@@ -477,7 +477,7 @@ def fill(
     """Copy the values, checked before, into the model; all of them or none."""
     changed = []
     for name, layer in layers.items():
-        frozen = () if layer.routed is None else ("down", "up")  # a bank's, and alike
+        frozen = ("down", "up") if layer.in_bank else ()  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
             if (key := f"{name}.{part}") in tensors and part not in frozen:
                 changed.append((layer, part, tensors[key]))

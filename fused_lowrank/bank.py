@@ -39,8 +39,8 @@ from .calls import Learned
 from .compute.reference import NONE, SLOT_BITS
 from .elsewhere import device_of
 from .fingerprint import differing, fingerprint_of
-from .layers.base import WEIGHT_DTYPES
-from .layers.keywords import integer
+from .methods.accept import WEIGHT_DTYPES
+from .methods.keywords import integer
 from .other_base import on_other_base as asked
 from .routing import Routing, Shelf, Use, checkpoint_context, purge
 
@@ -437,8 +437,8 @@ class AdapterBank:
     def close(self) -> None:
         """Take the bank off its model, which then is as before; the bank is of no more use."""
         for layer in self.layers.values():
-            if isinstance(layer.routed, Place) and layer.routed.bank is self:
-                layer.routed = None
+            if isinstance(layer.computed_by, Place) and layer.computed_by.bank is self:
+                layer.computed_by = None
         for hook in self._hooks:
             hook.remove()
 

@@ -14,8 +14,8 @@ from .bank_source import SHARED
 from .banked import Place
 from .compute.choose import isolates
 from .elsewhere import device_of, here, is_known, sharder_of
-from .layers import LowRankLinear
-from .layers.base import is_sharded
+from .methods import LowRankLinear
+from .methods.tensors import is_sharded
 from .routing import Shelf, Watch, remember
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
         if layer.merged or layer.bases_pending:
             state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"
             raise ValueError(f"{name} {state} first")
-        if layer.routed is not None:
+        if layer.in_bank:
             raise ValueError(f"{name} is in a bank already: close() that first")
         if not is_known(layer):
             raise ValueError(f"{name}.weight is on the meta device: load the weights first")
@@ -106,7 +106,7 @@ def versions(tensors: list[Tensor]) -> list[int]:
 def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
     """Route the model's layers through the bank; the hooks to be removed at the end."""
     for name, layer in bank.layers.items():
-        layer.routed = Place(bank, name, layer)
+        layer.computed_by = Place(bank, name, layer)
     watch, hooks = Watch(bank.key), []
     for module in model.modules():
         if isinstance(module, LowRankLinear) or not any(True for _ in adapted_layers(module)):

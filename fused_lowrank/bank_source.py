@@ -15,8 +15,8 @@ from .adapt import adapted_layers
 from .adapter_file import read
 from .elsewhere import here, is_known, tensors_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
-from .layers import LowRankLinear
-from .layers.base import WEIGHT_DTYPES
+from .methods import LowRankLinear
+from .methods.accept import WEIGHT_DTYPES
 from .other_base import refuse_other_base
 from .saved import saved_modules
 from .targets import check_places

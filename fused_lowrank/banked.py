@@ -41,7 +41,8 @@ from .elsewhere import here
 from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from .following import Follower
 from .functional import compute, draw_seed, prepared
-from .layers.base import LowRankLinear
+from .methods.base import LowRankLinear
+from .methods.computer import Computer
 from .recomputed import graph_task, may_recompute, note, noted
 from .routing import WRITTEN, Routing, current, remember_storage
 
@@ -51,8 +52,10 @@ if TYPE_CHECKING:
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
 
 
-class Place:
+class Place(Computer):
     """Where a layer stands in a bank; called by the layer instead of its own forward."""
+
+    is_bank = True
 
     def __init__(self, bank: AdapterBank, name: str, layer: LowRankLinear) -> None:
         self.bank, self.name = bank, name

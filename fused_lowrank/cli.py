@@ -25,7 +25,7 @@ from . import adapter_file, bank_file, official, peft_folder
 from .adapt import require_adapted, tied_layers, unload
 from .export import export_lora, of_contents, write
 from .inspection import describe, kind_of
-from .layers import METHODS
+from .methods import METHODS
 from .saved import SLOTS
 from .targets import modules_by_name
 

@@ -15,7 +15,7 @@ from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
 from .elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
-from .layers.base import LowRankLinear
+from .methods.base import LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         raise ValueError(f"the layer is sharded by {sharder}: explain it before that")
     (n, k), p, q = layer.weight.shape, layer.down.shape[0], layer.up.shape[1]
     device, dtype = device_of(layer), layer.weight.dtype
-    banked = ", in a bank: each row has an adapter of its own" if layer.routed is not None else ""
+    banked = ", in a bank: each row has an adapter of its own" if layer.in_bank else ""
     name = (
         f"{type(layer).__name__} {k} → {n}, P = {p}, Q = {q}, {str(dtype).removeprefix('torch.')} "
         f"on {measured.device_name(device)}, {rows} rows{banked}"
@@ -110,7 +110,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         return Explanation(name, note, ())
     dropout, trains_down = layer.dropout > 0.0, layer.down.requires_grad
     impl = choose.implementation(layer.impl, x, p, q)
-    if layer.routed is not None and choose.isolates(impl, x, layer.down, layer.up):
+    if layer.in_bank and choose.isolates(impl, x, layer.down, layer.up):
         impl = "isolated"
     kernels = devices.has_kernels(device)
     regular = kernels and (k | n) % 16 == 0
@@ -122,7 +122,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
-        want_u, by_row = transposed and trains_down, layer.routed is not None
+        want_u, by_row = transposed and trains_down, layer.in_bank
         flags = transposed, regular, dropout, want_u, by_row, bulk, doubles
         passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
     return Explanation(name, "", tuple(passes))
@@ -135,7 +135,7 @@ def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
     if layer.impl == "reference":
         return "the equation in plain torch: no plan is chosen"
     # A bank takes the chain where no gradient is wanted; of a training step, as here, it never is.
-    if layer.routed is None and layer.impl == "auto" and not layer.dropout and choose.small(x):
+    if not layer.in_bank and layer.impl == "auto" and not layer.dropout and choose.small(x):
         return "a chain of library operations: on a CPU the host's work is most of so small a call"
     return ""
 

@@ -39,8 +39,8 @@ from .bank_source import holds
 from .compute.autograd import places
 from .compute.reference import Core
 from .elsewhere import each_here, value_of
-from .layers import METHODS, LowRankLinear
-from .layers.base import WEIGHT_DTYPES
+from .methods import METHODS, LowRankLinear
+from .methods.accept import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 from .saved import saved_modules, warn_of_forgotten
 from .targets import check_places, matches, named_modules, unwrapped

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .elsewhere import here
-from .layers import LowRankLinear
-from .layers.base import whole
+from .methods import LowRankLinear
+from .methods.tensors import whole
 
 FINGERPRINT = "fingerprint"  # the name of it in a file
 WEIGHT_PROBES = 3

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import adapter_file, bank_file, official, peft_folder
-from .layers import METHODS
+from .methods import METHODS
 
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",

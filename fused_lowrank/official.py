@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .adapt import adapted_layers
 from .adapter_file import install
 from .fingerprint import WEIGHT_TOLERANCE, alike
-from .layers import LowRankLinear
+from .methods import LowRankLinear
 from .peft_folder import (
     config_of,
     file_of,

@@ -33,10 +33,28 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
+from .called import note_call
 from .functional import draw_seed
-from .layers import LowRankLinear
+from .methods import LowRankLinear
+from .methods.computer import Computer
 
 Forward = Callable[[LowRankLinear, Any], Tensor]
+
+
+class PartComputer(Computer):
+    """Computes what this rank has of a layer, by `forward`: `colwise` or `rowwise`."""
+
+    is_parallel = True
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+        if layer.disabled or layer.merged or layer.bases_pending:
+            return layer.own(x)
+        if layer.uncalled:
+            note_call(layer)
+        return self.forward(layer, x)
 
 
 class LowRankColwiseParallel(ColwiseParallel):
@@ -99,7 +117,7 @@ def checked(module: nn.Module, torchs: str) -> LowRankLinear:
         )
     if module.merged:
         raise ValueError("the layer is merged: unmerge it, parallelise it and merge it again")
-    if module.routed is not None:
+    if module.in_bank:
         raise ValueError("the layer is in a bank, whose tables are not sharded: close() it first")
     return module
 
@@ -135,7 +153,7 @@ def parallelized(
     before = partial(style._prepare_input_fn, style.input_layouts, desired)
     after = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
     distribute_module(layer, mesh, distribute, before, after)
-    layer.sharded = forward
+    layer.computed_by = PartComputer(forward)
     layer._base = {
         name: distribute_tensor(
             kept, mesh, [sharded.get(name, Replicate())], src_data_rank=style.src_data_rank

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .adapt import adapted_layers
 from .fingerprint import FINGERPRINT
 from .init import seeded_bases, svd_bases
-from .layers import METHODS, LowRankLinear
+from .methods import METHODS, LowRankLinear
 from .targets import check_places, modules_by_name
 from .ties import ties_of
 

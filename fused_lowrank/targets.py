@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers.accept import has_product, is_parametrized, why_no_weight
+from .methods.accept import has_product, is_parametrized, why_no_weight
 from .readers import readers
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]

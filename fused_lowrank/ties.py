@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .elsewhere import hold
-from .layers import LowRankLinear
+from .methods import LowRankLinear
 from .saved import CONFIG, SLOTS, base_of, state_of
 from .targets import modules_by_name, named_modules
 

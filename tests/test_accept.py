@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from fused_lowrank import adapt, init_bases, load_adapter, merge, save_adapter, unload
-from fused_lowrank.layers import METHODS, accept
+from fused_lowrank.methods import METHODS, accept
 
 D = 12
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, save_adapter, unload, unmerge
-from fused_lowrank.layers import METHODS, LowRankLinear
+from fused_lowrank.methods import METHODS, LowRankLinear
 
 D, VOCABULARY = 16, 11
 SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}

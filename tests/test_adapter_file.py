@@ -22,7 +22,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
-from fused_lowrank.layers import METHODS, LowRankLinear
+from fused_lowrank.methods import METHODS, LowRankLinear
 
 D = 16
 SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}

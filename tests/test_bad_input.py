@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fused_lowrank import AdapterBank, FusedLoraXSLinear, adapt, lowrank_linear
-from fused_lowrank.layers import METHODS
+from fused_lowrank.methods import METHODS
 
 K, N, P, Q = 8, 6, 4, 3
 ones = torch.ones

@@ -59,10 +59,10 @@ def test_refused_model(case: str) -> None:
     make, message = REFUSED[case]
     model = make()
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    routed = [getattr(module, "routed", None) for module in model.modules()]
+    computed_by = [getattr(module, "computed_by", None) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         AdapterBank.from_model(model, slots=2)
-    assert routed == [getattr(module, "routed", None) for module in model.modules()]
+    assert computed_by == [getattr(module, "computed_by", None) for module in model.modules()]
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 

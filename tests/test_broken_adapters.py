@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, export_lora, load_adapter, merge, save_adapter, unload, unmerge
-from fused_lowrank.layers.base import lost_to_rounding, why_not_finite
+from fused_lowrank.methods.merging import lost_to_rounding, why_not_finite
 
 METHODS = {"lora": {"r": 2}, "lora_xs": {"r": 2}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
 LAST = {"lora": "up", "lora_xs": "core", "lora_mini": "b_train"}

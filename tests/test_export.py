@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_lowrank import adapt, disable_adapters, export_lora, load_adapter, save_adapter, unload
 from fused_lowrank.export import of_bank
-from fused_lowrank.layers import LowRankLinear
+from fused_lowrank.methods import LowRankLinear
 from fused_lowrank.testing import Measured
 
 peft = pytest.importorskip("peft")

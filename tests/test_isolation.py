@@ -153,7 +153,7 @@ def test_under_autocast_products_are_in_its_dtype() -> None:
 def test_the_ops_of_a_compiled_graph_keep_rows_apart(names: list | None) -> None:
     """Called as a graph calls them."""
     layer = FusedLoraXSLinear.from_linear(nn.Linear(80, 48, dtype=BF16), r=5, dtype=BF16)
-    layer.forward = lambda x: layer.routed.compiled(layer, x)
+    layer.forward = lambda x: layer.computed_by.compiled(layer, x)
     assert spoiled_rows(layer, names) == {5}
 
 

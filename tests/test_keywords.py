@@ -1,5 +1,6 @@
 """Keywords and ranks: what others call them, integers of any kind, and what is refused."""
 
+import inspect
 import json
 
 import numpy as np
@@ -19,6 +20,48 @@ from fused_lowrank import (
 )
 
 LAYERS = (FusedLoraLinear, FusedLoraXSLinear, FusedLoraMiniLinear)
+
+
+SIZES = [("in_features", inspect.Parameter.empty), ("out_features", inspect.Parameter.empty)]
+SIZES += [("bias", True)]
+REST = [("impl", None), ("device", None), ("dtype", None), ("_linear", None), ("_defer", False)]
+SCALE = [("alpha", None), ("dropout", 0.0)]
+CONSTRUCTORS = {
+    FusedLoraLinear: [("r", 16), *SCALE, ("train", ("down", "up"))],
+    FusedLoraXSLinear: [("r", 16), *SCALE, ("train", ("core",)), ("svd", "randomized")],
+    FusedLoraMiniLinear: [
+        *(("r", 8), ("a", 64), ("b", 64), *SCALE),
+        *(("init", "identity"), ("train", ("a_train", "b_train"))),
+    ],
+}
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_constructors_say_what_they_take(cls) -> None:
+    """All keywords and their defaults, where help() and editors look, whoever has stated them."""
+    parameters = inspect.signature(cls).parameters.values()
+    assert [(p.name, p.default) for p in parameters] == [*SIZES, *CONSTRUCTORS[cls], *REST]
+    assert str(inspect.signature(cls.__base__)) == str(inspect.signature(cls))
+    assert "alpha: 'float | None' = None" in str(inspect.signature(cls))
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters)[3:])
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("wrong", ["rank", "shapes", "defer"])
+def test_constructors_refuse_what_they_do_not_take(cls, wrong) -> None:
+    """Before anything is looked at: of a small layer, too, whose ranks are not given."""
+    said = rf"^{cls.__base__.__name__}\.__init__\(\) got an unexpected keyword argument '{wrong}'$"
+    with pytest.raises(TypeError, match=said):
+        cls(4, 4, **{wrong: 2})
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'out_features'"):
+        cls(4, r=2)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_warning_points_to_the_constructors_caller(cls) -> None:
+    with pytest.warns(UserWarning, match="alpha") as warned:
+        cls(64, 64, r=4, alpha=0.0)
+    assert warned[0].filename == __file__
 
 
 def two() -> nn.Sequential:

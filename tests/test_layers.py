@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import math
+import pickle
 import warnings
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 from fused_lowrank import lowrank_linear
 from fused_lowrank.init import svd_bases
-from fused_lowrank.layers import METHODS, LowRankLinear
+from fused_lowrank.methods import METHODS, LowRankLinear
+from fused_lowrank.methods.computer import Computer
 
 K, N = 24, 20
 SETTINGS = {
@@ -360,6 +362,73 @@ def test_copies(method: str, merged: bool, copy_of: object, device: torch.device
     clone.unmerge()
     assert torch.equal(clone(x), y)
     assert clone.weight.data_ptr() != layer.base_weight.data_ptr()
+
+
+@classes
+def test_saved_before_the_move(method: str, cls: type[LowRankLinear]) -> None:
+    """A whole layer whose file says that its class is in `fused_lowrank.layers`, as it was."""
+    layer, x = layer_of(cls, "cpu"), torch.randn(3, K)
+    now, before = (b"cfused_lowrank.%s." % folder for folder in (b"methods", b"layers"))
+    saved = pickle.dumps(layer, protocol=2)  # which writes names as plain text
+    assert now in saved
+    clone = pickle.loads(saved.replace(now, before))
+    assert type(clone) is cls
+    assert torch.equal(clone(x), layer(x))
+
+
+@methods
+def test_loading_its_own_tensors_gives_no_values(method: str) -> None:
+    """As torch's checkpoints hand a model what they lack; a layer's factors are pending then."""
+    linear, cls = nn.Linear(K, N), METHODS[method][1]
+    layer = cls.from_linear(linear, defer_bases=True, **SETTINGS[method])
+    layer.load_state_dict(layer.state_dict())
+    assert layer.bases_pending
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
+    assert not layer.bases_pending
+
+
+class Doubling(Computer):
+    """Gives twice what the layer gives, and remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.looks, self.values = 0, None
+
+    def __call__(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor:
+        return 2 * layer.own(x)
+
+    def look_again(self) -> None:
+        self.looks += 1
+
+    def refuse_other(self, values: dict) -> None:
+        self.values = sorted(values)
+
+
+class Bank(Doubling):
+    """The same, which no copy of a layer is part of."""
+
+    is_bank = True
+
+
+@methods
+@pytest.mark.parametrize("kind", [Doubling, Bank])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copied])
+def test_computed_by_another(method: str, kind: type[Doubling], copy_of: object) -> None:
+    """Who has the layer's slot computes it, and is told of what happens to its Parameters."""
+    layer, x = layer_of(METHODS[method][1], "cpu"), torch.randn(3, K)
+    y = layer(x)
+    other = layer.computed_by = kind()
+    assert torch.equal(layer(x), 2 * y)
+    assert layer.in_bank == other.is_bank
+    assert torch.equal(copy_of(layer)(x), y if kind is Bank else 2 * y)
+    layer.float()
+    layer.up = nn.Parameter(layer.up.detach())
+    assert other.looks == 2
+    layer.load_state_dict(layer.state_dict())
+    assert other.values == sorted({*layer.factors, "weight"})
+    layer.merge()
+    assert torch.allclose(layer(x), 2 * y, atol=1e-5)  # who computes it is asked first
+    layer.computed_by = None
+    assert torch.allclose(layer(x), y, atol=1e-5)
 
 
 @methods

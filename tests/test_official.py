@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fused_lowrank import adapt, load_official_lora_xs, merge
-from fused_lowrank.layers import FusedLoraXSLinear, LoraXSLinear
+from fused_lowrank.methods import FusedLoraXSLinear, LoraXSLinear
 
 R, ALPHA, K, N = 3, 6.0, 10, 8
 KEPT = "{}.default_lora_latent_mapping.weight"  # as later versions do

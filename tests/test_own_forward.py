@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fused_lowrank import adapt, load_adapter, merge, save_adapter, unload
 from fused_lowrank.adapt import adapted_layers
-from fused_lowrank.layers.accept import has_product
+from fused_lowrank.methods.accept import has_product
 
 D = 8
 

@@ -404,6 +404,8 @@ def test_factors_that_adapters_share(method: str) -> None:
     alone.load_state_dict(tensors, strict=False)
     name = "base_model.model.lin0.basis_down"
     assert torch.equal(alone.state_dict()[name], tensors[name])
+    with pytest.raises(ValueError, match=r"lin0 would get another basis_down .* default share"):
+        model.base_model.model.lin0.basis_down = nn.Parameter(tensors[name])  # one by one
 
 
 @methods

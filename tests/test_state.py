@@ -455,11 +455,11 @@ def everything(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        ("fused_lowrank.layers.base.LowRankLinear", "share_base"),
+        ("fused_lowrank.methods.base.LowRankLinear", "share_base"),
         ("fused_lowrank.adapt", "keep"),
         ("fused_lowrank.adapt", "replace_modules"),
         ("fused_lowrank.adapt", "leave_fast_paths"),
-        ("fused_lowrank.layers.lora_xs.LoraXSLinear", "_init_factors"),
+        ("fused_lowrank.methods.lora_xs.LoraXSLinear", "_init_factors"),
     ],
 )
 def test_adapt_that_fails(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

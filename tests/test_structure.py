@@ -19,11 +19,11 @@ FRAMES = 8  # of ours at most, from a layer's forward to a launch
 # From the top to the bottom; who is not named in a line belongs to the first folder that has it.
 FLOORS = (
     ("cli", "integrations"),
-    ("inspection", "official", "export", "parallel", "explain"),
+    ("inspection", "official", "export", "parallel", "explain", "layers"),
     ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     (
-        *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
+        *("methods", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
         *("offload_hook", "other_base", "saving"),
     ),
     (

@@ -1,13 +1,13 @@
-"""The methods as layers: for each, the reference in plain PyTorch and its fused drop-in."""
+"""The names that the modules of `methods` had before, which models saved whole refer to.
 
-from .base import LowRankLinear
-from .lora import FusedLoraLinear, LoraLinear
-from .lora_mini import FusedLoraMiniLinear, LoraMiniLinear
-from .lora_xs import FusedLoraXSLinear, LoraXSLinear
+torch.save writes a layer's class as `fused_lowrank.layers.lora_xs.FusedLoraXSLinear`, say.
+"""
 
-# method → (reference layer, fused layer)
-METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
-    "lora": (LoraLinear, FusedLoraLinear),
-    "lora_xs": (LoraXSLinear, FusedLoraXSLinear),
-    "lora_mini": (LoraMiniLinear, FusedLoraMiniLinear),
-}
+import sys
+
+from ..methods import METHODS as METHODS
+from ..methods import LowRankLinear as LowRankLinear
+from ..methods import lora, lora_mini, lora_xs
+
+for _module in (lora, lora_mini, lora_xs):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
+from torch import Tensor, nn
 
-from ...layers.keywords import integer
+from ...methods.keywords import integer
+from ...targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
 NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused
@@ -179,3 +184,51 @@ def check_number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}: it must be a finite number") from None
     return number
+
+
+def check_mix(
+    configs: Mapping[str, LowRankConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    """Raise ValueError if adapters have no sum, or none under this name; `configs` are by name."""
+    if combination_type != "linear":
+        raise ValueError(
+            f"combination_type is {combination_type!r}: it must be 'linear', which is exact"
+        )
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(
+            f"there are {len(adapters)} adapters and {len(weights)} weights: give one for each"
+        )
+    for name in adapters:
+        if name not in configs:
+            raise ValueError(f"Adapter {name} does not exist")
+        if configs[name].bias != "none" or configs[name].modules_to_save:
+            raise ValueError(f"{name} has biases or modules_to_save: these cannot be mixed")
+    if adapter_name in configs:
+        raise ValueError(f"Adapter {adapter_name} exists already: choose another name")
+
+
+def config_of_mix(
+    model: nn.Module, sources: Sequence[LowRankConfig], mixed: dict[str, tuple[Tensor, ...]]
+) -> LowRankConfig:
+    """The configuration that gives a new adapter a mixture's shapes and scaling 1.
+
+    `sources` are those of the adapters that it is of; `mixed` is its factors, by module.
+    """
+    config = copy.deepcopy(sources[0])
+    ranks = {key: factors[0].shape[1] for key, factors in mixed.items()}
+    config.r, config.lora_alpha, config.use_rslora = max(ranks.values()), None, False
+    # From its beginning, for a pattern matches the end of a longer name as well.
+    config.rank_pattern = {f"^{re.escape(k)}": r for k, r in ranks.items() if r != config.r}
+    config.alpha_pattern = {}
+    for name in config.ranks[1:]:
+        setattr(config, name, max(getattr(source, name) for source in sources))
+    config.target_modules = set(mixed)
+    keys = [key for key, _ in model.named_modules() if key not in mixed]
+    if any(matches(key, config.target_modules) for key in keys):
+        config.target_modules = "|".join(map(re.escape, mixed))
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config

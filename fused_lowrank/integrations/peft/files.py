@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ...elsewhere import FSDP1, ZERO, here, sharder_in, value_of
 from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
-from ...layers.accept import special_tensor
+from ...methods.accept import special_tensor
 from ...other_base import refuse_other_base
 from ...saved import warn_of_names
 from ...targets import named_modules

@@ -23,9 +23,8 @@ from ...compute.operands import Operands
 from ...compute.run import under_autocast
 from ...declared import ANYWHERE, Owners, by_row, stated
 from ...functional import DTYPES, lowrank_linear
-from ...layers.accept import TENSORS, is_replaced
+from ...methods.accept import TENSORS, is_hooked, is_replaced
 from ...readers import leave_fast_paths, restore_fast_paths
-from .hooks import is_hooked
 from .mixed import Lines, as_before, hooked, uncompiled
 from .registry import TESTED
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...init import kaiming, seeded_bases, seeded_uniform, svd_bases
-from ...layers.lora_xs import CORE_STD
+from ...methods.lora_xs import CORE_STD
 from .layer import PeftLowRankLinear, Sides, wide
 
 

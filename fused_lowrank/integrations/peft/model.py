@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,31 +19,34 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.pytorch_utils import Conv1D
 
 from ...adapt import require_not_fsdp
-from ...called import refuse_passed_over, shown, warn_of_passed_over, watch_gradients
+from ...called import warn_of_passed_over, watch_gradients
 from ...calls import Learned
-from ...elsewhere import bring_back, here, is_away, settle, sharder_of, valued
-from ...layers.accept import is_parametrized, why_no_weight
-from ...layers.base import ADAPT_FIRST
-from ...learns import warn_of_broken, warn_of_narrow, warn_of_scales, warn_of_zeros
+from ...elsewhere import bring_back, here, is_away, settle, valued
+from ...learns import warn_of_broken
+from ...methods.accept import is_parametrized
 from ...readers import leave_fast_paths, readers, restore_fast_paths
 from ...saved import forget, require_here
-from ...targets import left_out, matches, never_called, unmatched, warn_of_left_out
+from ...targets import left_out, matches, warn_of_left_out
 from ...ties import note_untied
 from ...unchanged import unchanged_on_error
 from . import files
 from .biases import Biases
-from .config import LowRankConfig
-from .layer import PeftLowRankLinear
+from .checks import (
+    check_merge,
+    check_target,
+    check_weight,
+    stored_turned,
+    warn_of_loss,
+    warn_of_training,
+    warn_of_unmatched,
+)
+from .config import LowRankConfig, check_mix, config_of_mix
+from .layer import PeftLowRankLinear, layers_of
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
 from .mixed import hooked
 from .whole import check_name
-
-LEAVE = (
-    "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
-)
 
 
 class LowRankModel(BaseTuner):
@@ -267,21 +269,7 @@ class LowRankModel(BaseTuner):
                 is raised, the model is as it was.
         """
         check_name(adapter_name)
-        if combination_type != "linear":
-            raise ValueError(
-                f"combination_type is {combination_type!r}: it must be 'linear', which is exact"
-            )
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                f"there are {len(adapters)} adapters and {len(weights)} weights: give one for each"
-            )
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist")
-            if self.peft_config[name].bias != "none" or self.peft_config[name].modules_to_save:
-                raise ValueError(f"{name} has biases or modules_to_save: these cannot be mixed")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} exists already: choose another name")
+        check_mix(self.peft_config, adapters, weights, adapter_name, combination_type)
         shares = list(zip(adapters, weights, strict=True))
         mixed = {}
         for layer in layers_of(self.model):
@@ -290,7 +278,8 @@ class LowRankModel(BaseTuner):
         if not mixed:
             raise ValueError(f"{', '.join(adapters)} are in no layer: there is nothing to mix")
         with unchanged_on_error(self):
-            self.peft_config[adapter_name] = self._config_of_mix(adapters, mixed)
+            sources = [self.peft_config[name] for name in adapters]
+            self.peft_config[adapter_name] = config_of_mix(self.model, sources, mixed)
             self.inject_adapter(self.model, adapter_name)
             self._cast_adapter_dtype(adapter_name)
             for layer in layers_of(self.model, adapter_name):
@@ -298,26 +287,6 @@ class LowRankModel(BaseTuner):
                     own = getattr(layer, name)[adapter_name]
                     rows, columns = (a - b for a, b in zip(own.shape, value.shape, strict=True))
                     own.copy_(pad(value, (0, columns, 0, rows)))
-
-    def _config_of_mix(
-        self, adapters: Sequence[str], mixed: dict[str, tuple[Tensor, ...]]
-    ) -> LowRankConfig:
-        """The configuration that gives a new adapter the mixture's shapes and scaling 1."""
-        sources = [self.peft_config[name] for name in adapters]
-        config = copy.deepcopy(sources[0])
-        ranks = {key: factors[0].shape[1] for key, factors in mixed.items()}
-        config.r, config.lora_alpha, config.use_rslora = max(ranks.values()), None, False
-        # From its beginning, for a pattern matches the end of a longer name as well.
-        config.rank_pattern = {f"^{re.escape(k)}": r for k, r in ranks.items() if r != config.r}
-        config.alpha_pattern = {}
-        for name in config.ranks[1:]:
-            setattr(config, name, max(getattr(source, name) for source in sources))
-        config.target_modules = set(mixed)
-        keys = [key for key, _ in self.model.named_modules() if key not in mixed]
-        if any(matches(key, config.target_modules) for key in keys):
-            config.target_modules = "|".join(map(re.escape, mixed))
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        return config
 
     # --- files ---
 
@@ -435,116 +404,3 @@ class LoraMiniModel(LowRankModel):
 
     prefix = PeftLoraMiniLinear.prefix
     tuner_layer_cls = PeftLoraMiniLinear
-
-
-def layers_of(model: nn.Module, adapter: str | None = None) -> Iterator[PeftLowRankLinear]:
-    """The layers of a model, or those of one adapter."""
-    for module in model.modules():
-        if isinstance(module, PeftLowRankLinear) and (adapter is None or adapter in module.scaling):
-            yield module
-
-
-def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, str]) -> None:
-    """Raise ValueError, naming the module, unless it can have adapters.
-
-    `read` is what `readers` found in the model.
-    """
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    kind = type(base).__name__
-    weight = getattr(base, "weight", None)
-    plain = isinstance(base, nn.Linear | Conv1D) and why_no_weight(weight) is None
-    if plain and (by := sharder_of(weight)):
-        raise ValueError(f"Target module {key} has its weight sharded by {by}: {ADAPT_FIRST[by]}")
-    if not isinstance(base, nn.Linear | Conv1D):
-        reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
-    else:
-        check_weight(base, key)
-        reason = never_called(dict(model.named_modules()), key, read) or ""
-    if reason:
-        raise ValueError(f"Target module {key} {reason}. {LEAVE}")
-
-
-def check_weight(base: nn.Module, key: str) -> None:
-    """Raise ValueError, naming the module, unless its weight is an ordinary matrix."""
-    weight = getattr(base, "weight", None)
-    reason = why_no_weight(weight)
-    if reason is None and weight.dim() != 2:  # type: ignore[union-attr]
-        reason = f"a weight of {tuple(weight.shape)}"  # type: ignore[union-attr]
-    if reason:
-        raise ValueError(f"Target module {key} is a {type(base).__name__} with {reason}. {LEAVE}")
-
-
-def warn_of_unmatched(config: LowRankConfig, names: Collection[str]) -> None:
-    """Name the entries of exclude_modules that match nothing; PEFT does where none matches."""
-    missing = unmatched(config.exclude_modules or (), names)
-    if missing and len(missing) < len(config.exclude_modules or ()):
-        warnings.warn(
-            f"exclude_modules: {', '.join(map(repr, missing))} matches no module", stacklevel=6
-        )
-
-
-def warn_of_training(model: nn.Module, adapter: str) -> None:
-    """Say in which layers a new adapter would learn nothing, and what is trained in 16 bits."""
-    layers = {layer.key: layer for layer in layers_of(model, adapter)}
-    scales = {key: layer.scaling[adapter] for key, layer in layers.items()}
-    warn_of_scales(scales, stacklevel=8, word="lora_alpha")
-    there = {key: layer for key, layer in layers.items() if layer.pending_seed is None}
-    warn_of_zeros({key: layer.bases(*layer.sides[adapter]) for key, layer in there.items()}, 8)
-    factors = {
-        id(own) for m in layers_of(model) for name in m.scaling for own in m.trained_factors(name)
-    }
-    others = (pair for pair in model.named_parameters() if id(pair[1]) not in factors)
-    inside = re.compile(rf"\.base_layer|\.modules_to_save\.{re.escape(adapter)}")
-    trained = ((inside.sub("", name), own) for name, own in others if own.requires_grad)
-    warn_of_narrow(trained, stacklevel=8)
-
-
-def stored_turned(config: LowRankConfig, target: nn.Module) -> bool:
-    """Whether the weight of a target is (in, out); warns where fan_in_fan_out says otherwise."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    turned = isinstance(base, Conv1D)
-    if config.fan_in_fan_out != turned:
-        warnings.warn(
-            f"fan_in_fan_out is {config.fan_in_fan_out} but the target module is a "
-            f"{type(base).__name__}. Setting fan_in_fan_out to {turned}.",
-            stacklevel=2,
-        )
-        config.fan_in_fan_out = turned
-    return turned
-
-
-def check_merge(
-    layers: Iterable[PeftLowRankLinear], adapters: list[str] | None, safe: bool
-) -> None:
-    """Raise ValueError, naming it, if one of the layers cannot be merged into.
-
-    Where it is to be `safe`, also if a merged weight would not be finite.
-    """
-    layers = list(layers)
-    refuse_passed_over({layer.key: layer for layer in layers})
-    for layer in layers:
-        if reason := why_no_weight(layer.get_base_layer().weight):
-            raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
-        if safe:
-            layer.check_safe(adapters)
-
-
-def warn_of_loss(layers: Any) -> None:
-    """One UserWarning for all layers, of the one that lost most of its ΔW to rounding; or of those
-    whose merged weights are not finite.
-    """
-    found = list(layers_of(layers) if isinstance(layers, nn.Module) else layers)
-    if broken := [layer.key for layer in found if layer.lost == math.inf]:
-        warnings.warn(
-            f"the merged weights of {shown(broken)} hold NaN or Inf, by a broken adapter or as "
-            "the sum is more than their dtype can hold: unmerge; safe_merge=True refuses such",
-            stacklevel=3,
-        )
-        return
-    worst = max(found, key=lambda layer: layer.lost, default=None)
-    if worst is not None and worst.lost:
-        warnings.warn(
-            f"merging lost up to {worst.lost:.2%} of ΔW to rounding (in {worst.key}); "
-            "float32 weights would keep it",
-            stacklevel=3,
-        )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...fingerprint import alike
-from ...layers.base import is_sharded
-from ...layers.state import MERGED, is_sum, product_of
+from ...methods.state import MERGED, is_sum, product_of
+from ...methods.tensors import is_sharded
 
 
 def save_merged(layer: Any, state: dict[str, Any], prefix: str) -> None:

@@ -17,10 +17,10 @@ def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     present = {name: state[prefix + name] for name in names if prefix + name in state}
     if layer.merged and present:
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
-    if layer.routed is not None:
+    if layer.computed_by is not None:
         if prefix + MERGED in state:
             present.pop("weight", None)
-        layer.routed.refuse_other(present)
+        layer.computed_by.refuse_other(present)
 
 
 @torch.no_grad()
@@ -58,6 +58,14 @@ def is_sum(weight: Tensor, delta: Tensor, merged: Tensor) -> bool:
     error = (merged.to(delta.dtype) - weight.to(delta.dtype) - delta).abs()
     unit = torch.finfo(merged.dtype).eps / 2 + 4 * torch.finfo(delta.dtype).eps
     return bool((error <= unit * (merged.abs() + delta.abs())).all())
+
+
+def is_other(value: Any, own: Any) -> bool:
+    """Whether a value to be loaded is there, and not the parameter itself: what
+    torch.distributed.checkpoint loads into a model has the model's own tensors for what it lacks.
+    """
+    value, own = (getattr(tensor, "_local_tensor", tensor) for tensor in (value, own))
+    return value is not None and (not own.numel() or value.data_ptr() != own.data_ptr())
 
 
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
 
+from ..elsewhere import FSDP1, ZERO, hook_of, sharder_of
 from ..readers import reads_only
+from .tensors import is_sharded
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TENSORS = (nn.Parameter, Tensor)  # FSDP and functional_call put plain tensors in Parameters' places
@@ -30,6 +32,15 @@ HELD = ("_parameters", "_buffers", "_modules")
 OWN = {"in_features", "out_features", "weight", "bias"}  # what every nn.Linear has
 FORWARD = {  # accelerate's, see `is_replaced`; and what torch.compile has made of one
     *("forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
+}
+
+
+ADAPT_FIRST = {
+    FSDP1: "adapt before FullyShardedDataParallel",
+    ZERO: (
+        "adapt within deepspeed.zero.GatheredParameters(list(model.parameters())), or load the "
+        "model without zero.Init and adapt before deepspeed.initialize"
+    ),
 }
 
 
@@ -76,6 +87,17 @@ def is_replaced(module: nn.Module) -> bool:
     """
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, offloading."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and is_replaced(module))
+    )
 
 
 def is_parametrized(linear: nn.Module) -> bool:
@@ -148,6 +170,30 @@ def why_not_plain(linear: nn.Linear) -> str | None:
     if hooks and not hasattr(linear.weight, "full_tensor"):  # fully_shard's own are not the matter
         return f"has hooks on its state_dict ({', '.join(hooks)}): remove them first"
     return why_not_carried(linear) if is_replaced(linear) else None
+
+
+def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
+    """Why a module that is not adapted yet cannot be, or None if it can."""
+    kind = type(module).__name__
+    if kind == "Conv1D":
+        return (
+            "is a Conv1D: only nn.Linear can be adapted; transformers' Conv1D can by PEFT, with "
+            "the configurations of fused_lowrank.integrations.peft"
+        )
+    if not isinstance(module, nn.Linear):
+        return f"is a {kind}: only nn.Linear can be adapted"
+    if reason := why_not_plain(module):
+        return reason
+    if is_sharded(module.weight):
+        return "has its weight sharded: adapt before fully_shard or parallelize_module"
+    if sharder := sharder_of(module.weight):
+        return f"has its weight sharded by {sharder}: {ADAPT_FIRST[sharder]}"
+    if module.weight.is_meta and not defer_bases and hook_of(module) is None:
+        return (
+            "has its weight on the meta device: load the weights first, or pass "
+            "defer_bases=True and call init_bases(model) once they are loaded"
+        )
+    return None
 
 
 def why_not_carried(linear: nn.Linear) -> str | None:

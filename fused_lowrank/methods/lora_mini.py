@@ -7,13 +7,16 @@ down = Aauxᵀ (a, in)    core = a_train (a, r) · b_train (r, b)    up = Baux�
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..init import kaiming
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import Shared, check_rank, takes_shared
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LoraMiniLinear(LowRankLinear):
@@ -37,6 +40,7 @@ class LoraMiniLinear(LowRankLinear):
     a_train: nn.Parameter
     b_train: nn.Parameter
 
+    @takes_shared
     def __init__(
         self,
         in_features: int,
@@ -46,15 +50,9 @@ class LoraMiniLinear(LowRankLinear):
         r: int = 8,
         a: int = 64,
         b: int = 64,
-        alpha: float | None = None,
-        dropout: float = 0.0,
         init: str = "identity",
         train: tuple[str, ...] = ("a_train", "b_train"),
-        impl: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        _linear: nn.Linear | None = None,
-        _defer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         a = check_rank("a", a, in_features, "the layer's in_features")
         b = check_rank("b", b, out_features, "the layer's out_features")
@@ -77,14 +75,8 @@ class LoraMiniLinear(LowRankLinear):
                 "up": (out_features, b),
             },
             r=r,
-            alpha=alpha,
-            dropout=dropout,
             train=train,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-            linear=_linear,
-            defer=_defer,
+            **shared,
         )
         self.a, self.b, self.init = a, b, init
         if not self.bases_pending:

@@ -5,15 +5,18 @@ y = x·Wᵀ + bias + scale · ((x·downᵀ)·core)·upᵀ,    W = S·Σ·Dᵀ,  
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..init import svd_bases
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import Shared, check_rank, takes_shared
 
 CORE_STD = 1e-5
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LoraXSLinear(LowRankLinear):
@@ -35,6 +38,7 @@ class LoraXSLinear(LowRankLinear):
 
     core: nn.Parameter
 
+    @takes_shared
     def __init__(
         self,
         in_features: int,
@@ -42,15 +46,9 @@ class LoraXSLinear(LowRankLinear):
         bias: bool = True,
         *,
         r: int = 16,
-        alpha: float | None = None,
-        dropout: float = 0.0,
         train: tuple[str, ...] = ("core",),
         svd: str = "randomized",
-        impl: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        _linear: nn.Linear | None = None,
-        _defer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         r = check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
         if svd not in ("randomized", "exact"):
@@ -61,14 +59,8 @@ class LoraXSLinear(LowRankLinear):
             bias,
             {"down": (r, in_features), "core": (r, r), "up": (out_features, r)},
             r=r,
-            alpha=alpha,
-            dropout=dropout,
             train=train,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-            linear=_linear,
-            defer=_defer,
+            **shared,
         )
         self.svd = svd
         if not self.bases_pending:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..init import kaiming
-from .base import LowRankLinear, check_rank
+from .base import LowRankLinear
+from .keywords import Shared, check_rank, takes_shared
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LoraLinear(LowRankLinear):
@@ -24,6 +27,7 @@ class LoraLinear(LowRankLinear):
     factors = ("down", "up")
     learning_rate = 5e-4
 
+    @takes_shared
     def __init__(
         self,
         in_features: int,
@@ -31,14 +35,8 @@ class LoraLinear(LowRankLinear):
         bias: bool = True,
         *,
         r: int = 16,
-        alpha: float | None = None,
-        dropout: float = 0.0,
         train: tuple[str, ...] = ("down", "up"),
-        impl: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        _linear: nn.Linear | None = None,
-        _defer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         r = check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
         self._check_learns(train, "up")
@@ -48,14 +46,8 @@ class LoraLinear(LowRankLinear):
             bias,
             {"down": (r, in_features), "up": (out_features, r)},
             r=r,
-            alpha=alpha,
-            dropout=dropout,
             train=train,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-            linear=_linear,
-            defer=_defer,
+            **shared,
         )
         if not self.bases_pending:
             self.init_factors()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from inspect import Parameter
+from typing import Any, TypedDict, TypeVar, cast
+
+import torch
+from torch import nn
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -31,6 +36,59 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "device": "a layer stays where its weight is",
 }
 HIDDEN = {"self", "in_features", "out_features", "bias", "device", "_linear", "_defer"}
+
+
+class Shared(TypedDict, total=False):
+    """The keywords that the constructors of all methods have, beside their own."""
+
+    alpha: float | None
+    dropout: float
+    impl: str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    _linear: nn.Linear | None  # whose Parameters the layer takes; None: new ones
+    _defer: bool  # whether the factors get their values later
+
+
+DEFAULTS: Shared = {
+    "alpha": None,
+    "dropout": 0.0,
+    "impl": None,
+    "device": None,
+    "dtype": None,
+    "_linear": None,
+    "_defer": False,
+}
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def takes_shared(constructor: Constructor) -> Constructor:
+    """The constructor of a method, with the shared keywords in the place of its `**shared`.
+
+    Its signature names them where users look for them: ranks, alpha, dropout, what is the method's
+    own, the rest. Others are a TypeError, as in Python, before anything is looked at.
+    """
+    signature = inspect.signature(constructor)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    first = sum(p.kind is not p.KEYWORD_ONLY or type(p.default) is int for p in own)
+    annotations: dict[str, Any] = Shared.__annotations__
+    kinds = {name: kind.__forward_arg__ for name, kind in annotations.items()}
+    shared = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name])
+        for name, value in DEFAULTS.items()
+    ]
+    known = signature.replace(parameters=[*own[:first], *shared[:2], *own[first:], *shared[2:]])
+
+    @functools.wraps(constructor)
+    def checked(self: Any, *sizes: Any, **keywords: Any) -> None:
+        for name in keywords:
+            if name not in known.parameters:
+                called = f"{constructor.__qualname__}()"
+                raise TypeError(f"{called} got an unexpected keyword argument {name!r}")
+        constructor(self, *sizes, **keywords)
+
+    checked.__signature__ = known  # type: ignore[attr-defined]
+    return cast(Constructor, checked)
 
 
 def known_keywords(cls: type) -> list[str]:
@@ -62,3 +120,11 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}: it must be an integer") from None
+
+
+def check_rank(name: str, value: Any, limit: int, of: str) -> int:
+    """The value as an int; ValueError unless it is an integer and 1 ≤ value ≤ limit."""
+    value = integer(name, value)
+    if not 1 <= value <= limit:
+        raise ValueError(f"{name} is {value}: it must be at least 1 and at most {limit}, {of}")
+    return value
