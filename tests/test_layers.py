@@ -396,7 +396,7 @@ class Doubling(Computer):
     def __call__(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor:
         return 2 * layer.own(x)
 
-    def look_again(self) -> None:
+    def look_again(self, moved: bool = False) -> None:
         self.looks += 1
 
     def refuse_other(self, values: dict) -> None:
