@@ -237,7 +237,7 @@ def launches(of: Tensors) -> Iterator[Row]:
 
 def bank_rows(stack: ExitStack) -> Iterator[Row]:
     """A layer in a bank, which is entered until `stack` ends, and the entering of one."""
-    from fused_lowrank.routing import current
+    from fused_lowrank.bank.assignment import current
 
     for plan, m in BANKED_ROWS:
         batch = make_batch(BankCase("tiny", m, m, 1000, "bf16", SHRUNK), CPU)

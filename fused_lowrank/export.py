@@ -35,7 +35,7 @@ from .adapter_file import (
     shapes_of,
 )
 from .bank import AdapterBank
-from .bank_source import holds
+from .bank.sources import holds
 from .compute.autograd import places
 from .compute.reference import Core
 from .elsewhere import each_here, value_of

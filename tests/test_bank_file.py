@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fused_lowrank import bank_file, load_adapter, save_adapter
+from fused_lowrank import load_adapter, save_adapter
 from fused_lowrank.bank import AdapterBank
+from fused_lowrank.bank import file as bank_file
 
 NAMES = ["a", "line\nbreak", "nul\0", " ", "é", "名前", "\ud800", "a" * 10_000, "{layer}.core"]
 
@@ -367,7 +368,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from bank_cases import bank_of
-from fused_lowrank import adapter_file, bank_file
+from fused_lowrank import adapter_file
+from fused_lowrank.bank import file as bank_file
 from test_bank_file import Watched
 path, at = sys.argv[2], int(sys.argv[3])
 bank = bank_of(names="ab")[1]

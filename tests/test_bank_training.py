@@ -20,7 +20,7 @@ from training_cases import (
     setting,
 )
 
-from fused_lowrank.bank_training import Trainable
+from fused_lowrank.bank.training import Trainable
 
 LINES = ["cat", "ann", None, "ann", "dan", "cat", "ann", "eve"]  # ben is not there
 

@@ -12,9 +12,9 @@ import torch
 from bank_cases import bank_of, close, kinds, model_of, plain, x_of
 from torch import Tensor
 
-from fused_lowrank import bank_input
 from fused_lowrank.bank import AdapterBank
-from fused_lowrank.routing import Routing, current
+from fused_lowrank.bank import inputs as bank_input
+from fused_lowrank.bank.assignment import Routing, current
 
 PAIR = ["a", "b"]
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import AdapterBank, adapt, disable_adapters, merge
-from fused_lowrank.routing import MEMORIES, remember_storage
+from fused_lowrank.bank.assignment import MEMORIES, remember_storage
 
 WIDTH, SLOTS = 12, 5
 

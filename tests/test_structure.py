@@ -20,10 +20,10 @@ FRAMES = 8  # of ours at most, from a layer's forward to a launch
 FLOORS = (
     ("cli", "integrations"),
     ("inspection", "official", "export", "parallel", "explain"),
-    ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
+    ("bank",),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     (
-        *("layers", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
+        *("layers", "init", "called", "readers", "unchanged", "learns", "elsewhere"),
         *("offload_hook", "other_base", "saving"),
     ),
     ("functional", "testing", "calls", "following", "following_rules", "disabling"),
@@ -33,7 +33,7 @@ FLOORS = (
 )
 # Floors on which modules may import each other in a circle, until the bank has a store.
 CIRCLES = {
-    frozenset({"bank", "bank_file", "bank_layers", "bank_source", "bank_training", "banked"})
+    frozenset(f"bank.{name}" for name in ("bank", "file", "attach", "sources", "training", "layer"))
 }
 
 

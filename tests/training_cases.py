@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lowrank import AdapterBank, adapt
-from fused_lowrank.bank_training import Trainable
+from fused_lowrank.bank.training import Trainable
 
 K, POSITIONS = 16, 3
 SETTINGS = {"lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 6, "b": 7}}

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .bank_input import Assigned, Assignments
-from .called import shown
-from .compute.reference import NONE
-from .routing import Shelf, Use, purge
+from ..called import shown
+from ..compute.reference import NONE
+from .assignment import Shelf, Use, purge
+from .inputs import Assigned, Assignments
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

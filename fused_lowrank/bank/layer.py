@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from . import config
-from .called import note_call
-from .calls import call_of
-from .compute import autograd, choose, isolation
-from .compute.autograd import (
+from .. import config
+from ..called import note_call
+from ..calls import call_of
+from ..compute import autograd, choose, isolation
+from ..compute.autograd import (
     chain,
     connect,
     dropout_of,
@@ -32,16 +32,16 @@ from .compute.autograd import (
     run_op,
     there,
 )
-from .compute.dropout import Dropout
-from .compute.operands import Operands
-from .compute.reference import AnyCore
-from .disabling import OFF
-from .elsewhere import here
-from .fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
-from .following import Follower
-from .functional import compute, draw_seed, prepared
-from .layers.base import LowRankLinear
-from .routing import WRITTEN, Routing, current, graph_task, remember_storage
+from ..compute.dropout import Dropout
+from ..compute.operands import Operands
+from ..compute.reference import AnyCore
+from ..disabling import OFF
+from ..elsewhere import here
+from ..fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
+from ..following import Follower
+from ..functional import compute, draw_seed, prepared
+from ..layers.base import LowRankLinear
+from .assignment import WRITTEN, Routing, current, graph_task, remember_storage
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

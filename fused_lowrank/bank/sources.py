@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import peft_folder
-from .adapt import adapted_layers
-from .adapter_file import read
-from .elsewhere import here, is_known, tensors_of
-from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
-from .layers import LowRankLinear
-from .layers.base import WEIGHT_DTYPES
-from .other_base import refuse_other_base
-from .saved import saved_modules
+from .. import peft_folder
+from ..adapt import adapted_layers
+from ..adapter_file import read
+from ..elsewhere import here, is_known, tensors_of
+from ..fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
+from ..layers import LowRankLinear
+from ..layers.base import WEIGHT_DTYPES
+from ..other_base import refuse_other_base
+from ..saved import saved_modules
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

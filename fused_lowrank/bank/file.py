@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter_file import opened, replacing
-from .bank_layers import index_of
-from .bank_source import Found, check_core, check_names, checked, joined
-from .fingerprint import FINGERPRINT
+from ..adapter_file import opened, replacing
+from ..fingerprint import FINGERPRINT
+from .attach import index_of
+from .sources import Found, check_core, check_names, checked, joined
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers
-from .bank_source import SHARED
-from .banked import Place
-from .compute.choose import isolates
-from .elsewhere import device_of, here, is_known, sharder_of
-from .layers import LowRankLinear
-from .layers.base import is_sharded
-from .routing import Shelf, Watch, remember
+from ..adapt import adapted_layers
+from ..compute.choose import isolates
+from ..elsewhere import device_of, here, is_known, sharder_of
+from ..layers import LowRankLinear
+from ..layers.base import is_sharded
+from .assignment import Shelf, Watch, remember
+from .layer import Place
+from .sources import SHARED
 
 if TYPE_CHECKING:
     from .bank import AdapterBank

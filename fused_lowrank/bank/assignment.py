@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .calls import Call, Learned, Spread, begin, end, not_known, spread
-from .compute.reference import Rows
+from ..calls import Call, Learned, Spread, begin, end, not_known, spread
+from ..compute.reference import Rows
 
 
 class Shelf(NamedTuple):

@@ -20,8 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapt import require_adapted
-from .bank_input import (
+from ..adapt import require_adapted
+from ..calls import Learned
+from ..compute.reference import NONE, SLOT_BITS
+from ..elsewhere import device_of
+from ..fingerprint import differing, fingerprint_of
+from ..layers.base import WEIGHT_DTYPES
+from ..layers.keywords import integer
+from ..other_base import on_other_base as asked
+from .assignment import Routing, Shelf, Use, checkpoint_context, purge
+from .attach import Stamp, attach, check_layers, index_of, new_shelf, versions
+from .inputs import (
     Assigned,
     Assignments,
     Lines,
@@ -32,20 +41,11 @@ from .bank_input import (
     flattened,
     lines_of,
 )
-from .bank_layers import Stamp, attach, check_layers, index_of, new_shelf, versions
-from .bank_source import Cores, cores_of, fresh_cores, source_name
-from .banked import Place
-from .calls import Learned
-from .compute.reference import NONE, SLOT_BITS
-from .elsewhere import device_of
-from .fingerprint import differing, fingerprint_of
-from .layers.base import WEIGHT_DTYPES
-from .layers.keywords import integer
-from .other_base import on_other_base as asked
-from .routing import Routing, Shelf, Use, checkpoint_context, purge
+from .layer import Place
+from .sources import Cores, cores_of, fresh_cores, source_name
 
 if TYPE_CHECKING:
-    from .bank_training import Trainable
+    from .training import Trainable
 
 _keys = itertools.count(1)
 
@@ -446,7 +446,7 @@ class AdapterBank:
             ValueError: a name that is not in the bank, or comes twice; no name.
             RuntimeError: adapters are in training already.
         """
-        from .bank_training import Trainable
+        from .training import Trainable
 
         if isinstance(names, str) or not names:
             raise ValueError(f"names is {names!r}: it must be a list of names, at least one")
@@ -478,7 +478,7 @@ class AdapterBank:
         Calls and changes go on beside it, and the file has what was there when it began. Needs
         the memory of one layer's table. Raises ValueError for a name that is not there.
         """
-        from .bank_file import save
+        from .file import save
 
         save(self, path, names)
 
@@ -494,7 +494,7 @@ class AdapterBank:
         Raises ValueError for a file that is truncated, from another base, holds NaN or a name that
         is there already, and RuntimeError where there are too few slots. on_other_base: as `add`.
         """
-        from .bank_file import load
+        from .file import load
 
         with asked(on_other_base, path):
             load(self, path, progress)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compute.reference import NONE, SLOT_BITS
+from ..compute.reference import NONE, SLOT_BITS
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]] | Tensor
 Lines = tuple[Any, ...]  # of names, or of lines of them
