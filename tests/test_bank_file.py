@@ -30,8 +30,8 @@ def path(tmp_path: Path) -> Path:
 
 def contents(bank: AdapterBank) -> dict[str, list[Any]]:
     """Of each adapter, in order, all its numbers."""
-    parts = [part for shelf in bank.shelves.values() for part in shelf if part is not None]
-    return {name: [part[bank._slot[name]].tolist() for part in parts] for name in bank.names}
+    parts = [part for shelf in bank.store.tables.values() for part in shelf if part is not None]
+    return {name: [part[bank.store._slots[name]].tolist() for part in parts] for name in bank.names}
 
 
 def many(kind: str) -> AdapterBank:
@@ -359,7 +359,7 @@ def test_a_full_disk(at: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
-    assert not bank._running
+    assert not bank.store._running
     bank.save(path)
     assert path.read_bytes() != before
 

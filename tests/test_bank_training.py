@@ -297,17 +297,17 @@ def test_tables_of_16_bits(device: torch.device) -> None:
     """They are trained in float32, and rounded when they are committed."""
     s = trained_setting(device, dtype=torch.float32, table=torch.bfloat16)
     for (_, parameter), shelf in zip(
-        s.trainable.named_parameters(), s.bank.shelves.values(), strict=True
+        s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
         assert parameter.dtype == torch.float32
-        slots = [s.bank._slot[name] for name in NAMES]
-        assert not torch.equal(shelf.table[slots], parameter.bfloat16())
+        slots = [s.bank.store._slots[name] for name in NAMES]
+        assert not torch.equal(shelf.left[slots], parameter.bfloat16())
     s.trainable.commit()
-    slots = [s.bank._slot[name] for name in NAMES]
+    slots = [s.bank.store._slots[name] for name in NAMES]
     for (_, parameter), shelf in zip(
-        s.trainable.named_parameters(), s.bank.shelves.values(), strict=True
+        s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
-        assert torch.equal(shelf.table[slots], parameter.bfloat16())
+        assert torch.equal(shelf.left[slots], parameter.bfloat16())
 
 
 # --- bad input ---

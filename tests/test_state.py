@@ -466,12 +466,12 @@ def test_bank_that_fails(banked: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     for call in calls:
         if call is calls[-1]:
             bank.remove("alice")
-        names, free = bank.names, list(bank._free)
+        names, free = bank.names, list(bank.store._free)
         with monkeypatch.context() as patch:
             failing(patch, torch.Tensor, "to", 3)
             with pytest.raises(OutOfMemoryError):
                 call()
         assert bank.names == names
-        assert sorted(bank._free) == sorted(free)
+        assert sorted(bank.store._free) == sorted(free)
         call()
     assert torch.equal(alice(), y)

@@ -1,27 +1,24 @@
-"""The layers of a bank: which can be in one, their tables, and how they are routed through it."""
+"""The layers of a model, put into a bank and taken out of it again."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapt import adapted_layers
+from ..calls import begin, end
 from ..compute.choose import isolates
 from ..elsewhere import device_of, here, is_known, sharder_of
 from ..layers import LowRankLinear
 from ..layers.base import is_sharded
-from .assignment import Shelf, Watch, remember
-from .layer import Place
-from .sources import SHARED
-
-if TYPE_CHECKING:
-    from .bank import AdapterBank
-
-VERSION = operator.attrgetter("_version")
+from .assignment import ACTIVE, find, graph_task
+from .layer import BankedLayer
+from .recompute import remember
+from .shared import SHARED
+from .store import AdapterStore
 
 
 def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
@@ -52,45 +49,11 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
             isolates(layer.impl, layer.weight, layer.down, layer.up)
 
 
-def new_shelf(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> Shelf:
-    """Tables of zeros; of pairs where those are smaller than cores."""
-    p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
-    device = device_of(layer)
-    scales = torch.zeros(slots, device=device)
-    if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
-        left = torch.zeros(slots, p, r, dtype=dtype, device=device)
-        return Shelf(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
-    return Shelf(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
-
-
-class Stamp(NamedTuple):
-    """What the adapters of a layer share, by which it is known whether it is still the same."""
-
-    tensors: list[Tensor]
-    marks: list[tuple[int, int]]  # of each the address and the version
-
-    @classmethod
-    def of(cls, layer: LowRankLinear) -> Stamp:
-        """Of down, up and W as they are now."""
-        tensors: list[Tensor] = [layer.down, layer.up, layer.base_weight]
-        marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        return cls(tensors, marks)
-
-    def same(self, other: Stamp) -> bool:
-        """Whether nobody has replaced a tensor, or written to it, between the two."""
-        return self.marks == other.marks and all(map(operator.is_, self.tensors, other.tensors))
-
-
-def versions(tensors: list[Tensor]) -> list[int]:
-    """How often each was written to."""
-    return list(map(VERSION, tensors))
-
-
-def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
-    """Route the model's layers through the bank; the hooks to be removed at the end."""
-    for name, layer in bank.layers.items():
-        layer.routed = Place(bank, name, layer)
-    watch, hooks = Watch(bank.key), []
+def attach(model: nn.Module, store: AdapterStore) -> list[Any]:
+    """Put the model's layers into a bank; the hooks to be removed at the end."""
+    for name, layer in store.layers.items():
+        layer.routed = BankedLayer(store, name, layer)
+    watch, hooks = Watch(store.key), []
     for module in model.modules():
         if isinstance(module, LowRankLinear) or not any(True for _ in adapted_layers(module)):
             continue
@@ -102,9 +65,31 @@ def attach(model: nn.Module, bank: AdapterBank) -> list[Any]:
     return hooks
 
 
-def index_of(slots: list[int], device: torch.device) -> Any:
-    """What indexes a table by these slots: as a rule, they follow each other."""
-    first, count = slots[0] if slots else 0, len(slots)
-    if slots == list(range(first, first + count)):
-        return slice(first, first + count)
-    return torch.tensor(slots, device=device)
+def detach(store: AdapterStore, hooks: list[Any]) -> None:
+    """Take the layers out of a bank again."""
+    for layer in store.layers.values():
+        if isinstance(layer.routed, BankedLayer) and layer.routed.store is store:
+            layer.routed = None
+    for hook in hooks:
+        hook.remove()
+
+
+class Watch:
+    """Forward hooks of the modules that hold a bank's layers: the outermost is the model's call."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before it."""
+        if torch.compiler.is_compiling():
+            return
+        found = find(ACTIVE.get(), self.key)
+        count = 0 if found is None or found.handles is None else found.handles.shape[0]
+        if found is not None and count > 1 and graph_task() < 0:
+            begin(self.key, count, module, args, kwargs, found.learned)
+
+    def end(self, module: nn.Module, args: Any, result: Any) -> None:
+        """After it, or after its error."""
+        if not torch.compiler.is_compiling():
+            end(self.key, module, result)
