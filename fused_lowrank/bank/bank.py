@@ -7,6 +7,7 @@ table of cores. Names are what users see; `AdapterStore` holds them, and the tab
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class AdapterBank:
             raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
         self.model, self.layers, self.slots = model, layers, slots
         self.store = AdapterStore(layers, slots, dtype)
+        self.store.owner = weakref.ref(self)  # layers hold the store alone
         self.device = self.store.device
         self._hooks = attach(model, self.store)
 
@@ -227,6 +229,7 @@ class AdapterBank:
             if self.store.trained is not None:
                 raise RuntimeError("adapters of this bank are in training: close() that first")
             self.store.trained = trainable = Trainable(self.store, names)
+            trainable.bank = self
         return trainable
 
     # --- files ---

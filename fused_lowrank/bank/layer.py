@@ -38,6 +38,14 @@ class BankedLayer:
         STORES[self.key] = store
         self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
 
+    def refuse_leaving(self, what: str) -> None:
+        """Raise ValueError if the layer is to leave its model while the bank is open."""
+        if self.store.is_open:
+            raise ValueError(
+                f"cannot {what}: {self.name} is in a bank, which would not find it any more: "
+                "close() the bank first"
+            )
+
     def look_again(self) -> None:
         """Have the bank compare the layers' tensors, of which some may be others from now on."""
         self.store.shared.look_again()

@@ -22,7 +22,7 @@ from ..calls import Learned
 from ..compute.reference import NONE, SLOT_BITS
 from ..elsewhere import device_of
 from ..layers import LowRankLinear
-from .assignment import Assignment
+from .assignment import ACTIVE, Assignment, find
 from .inputs import (
     HandleCache,
     Names,
@@ -65,6 +65,7 @@ class AdapterStore:
         self.shared = SharedFactors(layers)
         self.trained = None
         self.learned = Learned()  # of the model's calls
+        self.owner: weakref.ref[Any] | None = None  # the bank that users have
         self.lock = threading.RLock()  # held: no name changes hands, and no call starts
         self._generation = np.zeros(slots, np.int64)  # of each slot, as `generations` has it
         self._slots: dict[str, int] = {}
@@ -119,6 +120,12 @@ class AdapterStore:
                 self.slots_of([name for name in flat if name is not None])  # says which is not
             handles = self._generation[slots] << SLOT_BITS | slots  # NONE, all bits set, stays NONE
         return torch.from_numpy(handles.reshape(count, -1)).to(self.device)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls may ask for adapters: somebody has the bank, or is in a `use` of it."""
+        owned = self.owner is not None and self.owner() is not None
+        return owned or find(ACTIVE.get(), self.key) is not None
 
     # --- changing it ---
 

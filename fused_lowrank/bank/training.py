@@ -50,6 +50,7 @@ class Trainable:
     tables: dict[str, CoreTable]
     generations: Tensor  # int32 (adapters,): zeros, for nothing here is ever replaced
     refused: Tensor
+    bank: Any = None  # that gave it out, which is open as long
 
     def __init__(self, store: AdapterStore, names: Sequence[str]) -> None:
         self.store, self.names, self.device = store, list(names), store.device
