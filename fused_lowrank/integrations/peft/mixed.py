@@ -70,6 +70,18 @@ class Lines(list[str]):
 
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
+UNDER_WAY: dict[int, Lines] = {}  # of all threads, by identity
+
+
+def refuse_under_way(model: Any, what: str, adapter: str | None = None) -> None:
+    """Raise RuntimeError if a mixed batch that is under way names the adapter; or any, if None."""
+    for lines in list(UNDER_WAY.values()):
+        names = [name for name in lines.different if adapter in (None, name)]
+        if lines.model is model and names:
+            raise RuntimeError(
+                f"cannot {what}: a call with adapter_names that is under way names "
+                f"{', '.join(names)}; do it when the call is over"
+            )
 
 
 class Hooks:
@@ -82,6 +94,7 @@ class Hooks:
     def entered(self, roots: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within it calls of `roots` are the model's, and `layers` get their names."""
         token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.lines})
+        UNDER_WAY[id(self.lines)] = self.lines
         handles: list[Any] = []
         try:
             for module in roots:
@@ -93,6 +106,7 @@ class Hooks:
         finally:
             for handle in handles:
                 handle.remove()
+            del UNDER_WAY[id(self.lines)]
             ACTIVE.reset(token)
 
     @property

@@ -40,7 +40,7 @@ from .biases import Biases
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
-from .mixed import BASE, Hooks, Lines
+from .mixed import BASE, Hooks, Lines, refuse_under_way
 from .whole import check_name
 
 LEAVE = (
@@ -374,6 +374,11 @@ class LowRankModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; raises RuntimeError while a mixed batch with the adapter is under way."""
+        refuse_under_way(self, f"delete {adapter_name}", adapter_name)
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -381,6 +386,7 @@ class LowRankModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        refuse_under_way(self, "merge or unload")
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
         for layer in layers:
