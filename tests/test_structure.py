@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,34 @@ def test_public_calls_keep_their_names() -> None:
         *("x", "weight", "down", "core", "up", "bias"),
         *("scale", "dropout_p", "training", "impl", "seed"),
     ]
+
+
+def test_no_module_of_the_bank_reaches_into_another() -> None:
+    """A private name is used in the module that defines it; torch's own names are not ours."""
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    defined = {name: set(private_names(tree)) for name, tree in trees.items()}
+    reached = []
+    for name, tree in trees.items():
+        if name.split(".")[0] != "bank":
+            continue
+        others = set().union(*(names for other, names in defined.items() if other != name))
+        for node in ast.walk(tree):
+            used = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                used = [node.attr]
+            reached += [f"{name}: {use}" for use in used if use in others - defined[name]]
+    assert not reached
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """The names with one underscore in front that a module gives to what it makes."""
+    for node in ast.walk(tree):
+        named = ""
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            named = node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            named = node.attr if ast.unparse(node.value) == "self" else ""
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            named = node.id
+        if named.startswith("_") and not named.startswith("__") and named != "_":
+            yield named
