@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Call, Learned, Spread, not_known, spread
-from ..compute.reference import Rows
+from ..compute.reference import RowCores
 from .inputs import ResolvedSlots
 from .tables import Tables
 
@@ -59,7 +59,7 @@ class Assignment:
 
     def row_cores(
         self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None = None
-    ) -> Rows:
+    ) -> RowCores:
         """The cores for the rows of x, which is (*lead, K); as `calls.spread` says whose they are.
 
         Raises ValueError where that is not known.
@@ -76,7 +76,7 @@ class Assignment:
                 resolved = slots.repeat(1, outer), valid
         store = self.store
         left, right, scales = store.tables[layer]
-        return Rows(
+        return RowCores(
             left,
             right,
             handles,

@@ -13,7 +13,7 @@ from ..compute.reference import NONE, SLOT_BITS
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]] | Tensor
 Entries = tuple[Any, ...]  # of names, or of lists of them
-ResolvedSlots = tuple[Tensor, Tensor | None]  # as `Rows.slots` has it
+ResolvedSlots = tuple[Tensor, Tensor | None]  # as `RowCores.slots` has it
 PLAIN = {str, type(None)}
 CACHED = 64  # that are remembered at most
 CACHED_NAMES = 1 << 18  # of all of them at most
@@ -111,7 +111,7 @@ def flattened(names: Names) -> tuple[int, list[str | None]]:
 
 
 def resolve_slots(handles: Tensor) -> ResolvedSlots:
-    """The result of `Rows.slots` for valid handles, each either a slot's or NONE."""
+    """The result of `RowCores.slots` for valid handles, each either a slot's or NONE."""
     numbers = handles.numpy().T  # by numpy, which costs less for so few
     valid, slots = numbers != NONE, numbers & (1 << SLOT_BITS) - 1
     if valid.all():

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...calls import Call, Learned, Spread, begin, call_of, end, not_known, spread
-from ...compute.reference import NONE, Rows
+from ...compute.reference import NONE, RowCores
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -51,7 +51,7 @@ class Lines(list[str]):
             )
         raise error
 
-    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread) -> Rows:
+    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread) -> RowCores:
         """The rows of a layer that has these adapters, whose cores (adapters, P, Q) are `table`."""
         outer, repeat = place
         key = (table.device, outer, *adapters)
@@ -65,7 +65,7 @@ class Lines(list[str]):
                 torch.zeros(1, dtype=torch.int32, device=table.device),
             )
         handles, scales, generations, refused = self._made[key]
-        return Rows(table, None, handles, None, scales, generations, refused, repeat)
+        return RowCores(table, None, handles, None, scales, generations, refused, repeat)
 
 
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
