@@ -64,9 +64,9 @@ class Assignment:
 
         Raises ValueError where that is not known.
         """
-        assert self.handles is not None
-        outer, repeat = self._spread(layer, lead, call, x)
         handles, weights, resolved = self.handles, self.weights, self.resolved_slots
+        assert handles is not None
+        outer, repeat = self._spread(handles.shape[0], layer, lead, call, x)
         if outer > 1:  # the entries come again and again
             handles = handles.repeat(outer, 1)
             weights = None if weights is None else weights.repeat(outer, 1)
@@ -90,10 +90,9 @@ class Assignment:
         )
 
     def _spread(
-        self, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None
+        self, entries: int, layer: str, lead: Sequence[int], call: Call | None, x: Tensor | None
     ) -> Spread:
-        assert self.handles is not None
-        entries, key = self.handles.shape[0], (layer, tuple(lead))
+        key = layer, tuple(lead)
         if self.empty:
             self.require_rows(layer, lead)
         if graph_task() >= 0:  # what is computed again, as it was

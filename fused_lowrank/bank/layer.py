@@ -82,14 +82,12 @@ class BankedLayer:
         assignment = current(self.key)
         isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"
         core: AnyCore
-        if layer.merged:
-            if assignment is not None:
-                raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
-            return layer.own(x)
         if assignment is None:
-            if not isolated:
+            if not isolated or layer.merged:
                 return layer.own(x)
             core, scale = layer.core_factors, layer.scale
+        elif layer.merged:
+            raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
         elif assignment.base_only and not config.current().batch_invariance:
             if assignment.empty:
                 assignment.require_rows(self.name, x.shape[:-1])
