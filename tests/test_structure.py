@@ -115,19 +115,20 @@ def test_imports_run_down() -> None:
     assert not up
 
 
-def test_compute_is_in_the_order_that_it_says() -> None:
-    """Each module of compute/ imports only those that stand above it in the folder's list."""
-    text = (PACKAGE / "compute" / "__init__.py").read_text()
+@pytest.mark.parametrize("room", ["compute", "bank"])
+def test_a_room_is_in_the_order_that_it_says(room: str) -> None:
+    """Each module of it imports only those that stand above it in the folder's list."""
+    text = (PACKAGE / room / "__init__.py").read_text()
     order: list[str] = []
     for line in text.splitlines():
         if line.startswith("    ") and line[4:5].isalpha():
             order += [name.strip() for name in line[4:22].split(",")]
     for name, others in graph().items():
-        if name.startswith("compute."):
-            mine = order.index(name.removeprefix("compute."))
+        if name.startswith(f"{room}."):
+            mine = order.index(name.removeprefix(f"{room}."))
             for other in others:
-                if other.startswith("compute."):
-                    assert order.index(other.removeprefix("compute.")) < mine, f"{name} → {other}"
+                if other.startswith(f"{room}."):
+                    assert order.index(other.removeprefix(f"{room}.")) < mine, f"{name} → {other}"
 
 
 def signatures() -> list[tuple[str, ast.FunctionDef]]:
