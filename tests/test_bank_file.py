@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def contents(bank: AdapterBank) -> dict[str, list[Any]]:
     """Of each adapter, in order, all its numbers."""
-    parts = [part for shelf in bank.store.tables.values() for part in shelf if part is not None]
+    parts = [part for table in bank.store.tables.values() for part in table if part is not None]
     return {name: [part[bank.store._slots[name]].tolist() for part in parts] for name in bank.names}
 
 

@@ -296,18 +296,18 @@ def test_commit_of_nan(device: torch.device) -> None:
 def test_tables_of_16_bits(device: torch.device) -> None:
     """They are trained in float32, and rounded when they are committed."""
     s = trained_setting(device, dtype=torch.float32, table=torch.bfloat16)
-    for (_, parameter), shelf in zip(
+    for (_, parameter), stored in zip(
         s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
         assert parameter.dtype == torch.float32
         slots = [s.bank.store._slots[name] for name in NAMES]
-        assert not torch.equal(shelf.left[slots], parameter.bfloat16())
+        assert not torch.equal(stored.left[slots], parameter.bfloat16())
     s.trainable.commit()
     slots = [s.bank.store._slots[name] for name in NAMES]
-    for (_, parameter), shelf in zip(
+    for (_, parameter), stored in zip(
         s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
-        assert torch.equal(shelf.left[slots], parameter.bfloat16())
+        assert torch.equal(stored.left[slots], parameter.bfloat16())
 
 
 # --- bad input ---

@@ -213,8 +213,8 @@ def committed(bank: AdapterBank, path: Path) -> None:
     trainable = bank.trainable(["a"])
     source = cores_of(bank.store, model_of("cores", 5))
     with torch.no_grad():
-        for layer, shelf in trainable.tables.items():
-            shelf.left.copy_(source[layer][0])
+        for layer, table in trainable.tables.items():
+            table.left.copy_(source[layer][0])
     trainable.commit()
     trainable.close()
 
