@@ -237,7 +237,7 @@ def launches(of: Tensors) -> Iterator[Row]:
 
 def bank_rows(stack: ExitStack) -> Iterator[Row]:
     """A layer in a bank, which is entered until `stack` ends, and the entering of one."""
-    from fused_lowrank.routing import current
+    from fused_lowrank.bank.recompute import current
 
     for plan, m in BANKED_ROWS:
         batch = make_batch(BankCase("tiny", m, m, 1000, "bf16", SHRUNK), CPU)
@@ -249,7 +249,7 @@ def bank_rows(stack: ExitStack) -> Iterator[Row]:
 
     def use() -> None:
         with many.bank.use(many.names):
-            current(many.bank.key)  # as a layer does: a use without one is an error
+            current(many.bank.store.key)  # as a layer does: a use without one is an error
 
     yield Row("bank.use", "forward", NAMES, use)
 

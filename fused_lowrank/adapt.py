@@ -269,10 +269,14 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
     With merge=True their weights are W + ΔW instead, modules trained whole keep what they have
     learned, and the config of a transformers model says so if its embeddings are tied no more. What
-    is frozen stays frozen. Raises ValueError where the inside of a module trained whole was
-    replaced by something of another size, and what it was is not known.
+    is frozen stays frozen. Raises ValueError where a bank of the layers is open, and where the
+    inside of a module trained whole was replaced by something of another size, and what it was is
+    not known; the model is then as it was.
     """
     layers = require_adapted(model)
+    for layer in layers.values():
+        if layer.computed_by is not None:
+            layer.computed_by.refuse_leaving("unload")
     require_not_fsdp(model, "unload")
     if merge:
         merge_layers(layers, model)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapter_file, bank_file, official, peft_folder
+from . import adapter_file, official, peft_folder
 from .adapt import require_adapted, tied_layers, unload
+from .bank import file as bank_file
 from .export import export_lora, of_contents, write
 from .inspection import describe, kind_of
 from .methods import METHODS

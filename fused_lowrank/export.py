@@ -35,7 +35,7 @@ from .adapter_file import (
     shapes_of,
 )
 from .bank import AdapterBank
-from .bank_source import holds
+from .bank.sources import holds
 from .compute.autograd import places
 from .compute.reference import Core
 from .elsewhere import each_here, value_of
@@ -171,9 +171,9 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
     All adapters of a bank share the modules that its model trains whole, as they are now.
     """
     parts = {}
-    bank.check_frozen()
-    with bank.kept([name]) as slots:
-        for layer_name, (left, right, scales) in bank.shelves.items():
+    bank.store.shared.check()
+    with bank.store.holding([name]) as slots:
+        for layer_name, (left, right, scales) in bank.store.tables.items():
             layer, slot = bank.layers[layer_name], slots[name]
             core = (
                 left[slot].clone() if right is None else (left[slot].clone(), right[slot].clone())

@@ -10,7 +10,7 @@ from .compute import choose, isolation
 from .compute.autograd import Call, LowRankFunction, chain, dropout_of, fold, forward_op, places
 from .compute.dropout import Dropout, kept
 from .compute.operands import Operands
-from .compute.reference import TORCH, Core, Products, Rows, lowrank_linear_reference
+from .compute.reference import TORCH, Core, Products, RowCores, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -104,7 +104,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
     where there is a core for each row and this CPU's library needs it.
     """
     x, weight, down, core, up, bias, scale, dropout, _ = operands
-    rows = core if isinstance(core, Rows) else None
+    rows = core if isinstance(core, RowCores) else None
     impl = choose.implementation(impl, x, down.shape[0], up.shape[1])
     products = TORCH
     if isolated is None:
@@ -201,7 +201,7 @@ def autocast(operands: Operands) -> Operands:
 def fits(operands: Operands) -> bool:
     """Whether `check` would find nothing; False where it has to be asked. It costs less."""
     x, weight, down, core, up, bias, scale, _, _ = operands
-    if isinstance(core, Rows):
+    if isinstance(core, RowCores):
         left, right, first = core.table, core.right, 1  # whose first dimension is that of slots
     else:
         (left, right), first = places(core), 0
@@ -238,7 +238,7 @@ def check(operands: Operands) -> None:
     """Raise, naming the argument, what it is and what it must be, if the operands do not fit."""
     x, weight, down, core, up, bias, scale, _, _ = operands
     a, b = places(core)
-    of_rows = isinstance(core, Rows)  # a and b are tables then, of factors
+    of_rows = isinstance(core, RowCores)  # a and b are tables then, of factors
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         dtype_error(x, weight)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import adapter_file, bank_file, official, peft_folder
+from . import adapter_file, official, peft_folder
+from .bank import file as bank_file
 from .methods import METHODS
 
 KINDS = {

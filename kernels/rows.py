@@ -3,7 +3,7 @@
     u[m] = scale · sum over j of weights[i, j] · scales[slot] · t[m] · core[slot],   i = m // repeat
     slot = handles[i, j] mod 2³²
 
-Kernels are told of the bank by an object with the fields of `reference.Rows`, untransposed whatever
+Kernels are told of the bank by an object with the fields of `RowCores`, untransposed whatever
 the launch is. Rows do not meet: no product is taken over several of them, and what a row gets does
 not depend on where in a launch it lies.
 """

@@ -54,10 +54,11 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def picture(bank: AdapterBank) -> list[object]:
     """All of a bank that a failure could change."""
-    shelves = [part for shelf in bank.shelves.values() for part in shelf if part is not None]
-    held = {name: [part[slot].tolist() for part in shelves] for name, slot in bank._slot.items()}
-    state = list(bank._free), list(bank._retired), list(bank._generation)
-    return [held, list(held), dict(bank._slot), state, bank.generations.tolist()]
+    store = bank.store
+    parts = [part for table in store.tables.values() for part in table if part is not None]
+    held = {name: [part[slot].tolist() for part in parts] for name, slot in store._slots.items()}
+    state = list(store._free), list(store._retired), list(store._generation)
+    return [held, list(held), dict(store._slots), state, store.generations.tolist()]
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_lowrank.compute.reference import Rows
+from fused_lowrank.compute.reference import RowCores
 from fused_lowrank.kernels.common import mask_width
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
@@ -79,7 +79,7 @@ def rows(m: int, k: int, dtype: str, case: Case) -> torch.Tensor:
     return empty(m, k + 3, dtype=dtype)[:, :k]
 
 
-def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: str) -> Rows:
+def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: str) -> RowCores:
     """A core like this one for each of m rows, or two; with so few that rows are split, one."""
     k, slots = 2 if "w" in flags else 1, 1 if "s" in flags else 4096
     factors = core if isinstance(core, tuple) else (core,)
@@ -88,7 +88,7 @@ def bank(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor], m: int, flags: 
     weights = empty(m, k, dtype="fp32") if "w" in flags else None
     generations, refused = (torch.empty(n, dtype=torch.int32, device="meta") for n in (slots, 1))
     scales = empty(slots, dtype="fp32")
-    return Rows(table, right, handles, weights, scales, generations, refused, 1)
+    return RowCores(table, right, handles, weights, scales, generations, refused, 1)
 
 
 def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ttgir_memory import Fault
 
-from fused_lowrank.compute.reference import NONE, SLOT_BITS, Rows
+from fused_lowrank.compute.reference import NONE, SLOT_BITS, RowCores
 
 SLOTS = 7
 USED = 5  # of them, the first, are named by handles that are valid
@@ -47,14 +47,14 @@ class Bank:
         self.scales[USED:] = torch.nan
         self.refused = torch.zeros(1, dtype=torch.int32)
 
-    def rows(self, factors: tuple[torch.Tensor, ...]) -> Rows:
+    def rows(self, factors: tuple[torch.Tensor, ...]) -> RowCores:
         """As a launch takes it."""
         tables = [factor.clone() for factor in factors]
         for table in tables:
             table[USED:] = torch.nan
         table, right = (*tables, None)[:2]
         parts = self.handles, self.weights, self.scales, self.generations, self.refused
-        return Rows(table, right, *parts, self.repeat)
+        return RowCores(table, right, *parts, self.repeat)
 
     def through(self, t: torch.Tensor, cores: torch.Tensor) -> torch.Tensor:
         """Σ over j of weight · scale · t[m] · core, in float64; cores (SLOTS, P, Q)."""

@@ -19,7 +19,7 @@ from training_cases import (
     setting,
 )
 
-from fused_lowrank.bank_training import AdapterAdamW
+from fused_lowrank.bank.training import AdapterAdamW
 from fused_lowrank.testing import FACTOR
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from fused_lowrank import AdapterBank, FusedLoraXSLinear, merge
+from fused_lowrank.bank.sources import cores_of
 
 # --- names ---
 
@@ -63,7 +64,7 @@ def test_many_names_at_once() -> None:
     before = picture(bank)
     cores = {
         name: tuple(part.repeat(3, *[1] * (part.dim() - 1)) for part in parts)
-        for name, parts in bank._cores(model_of("pairs", 9)).items()
+        for name, parts in cores_of(bank.store, model_of("pairs", 9)).items()
     }
     for names, message in (("cda", "'a' is in the bank"), ("cdc", "'c' comes twice")):
         with pytest.raises(ValueError, match=message):
@@ -81,17 +82,17 @@ def test_many_names_at_once() -> None:
 def test_two_threads_add_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one is refused, even where both were free to begin."""
     model, bank = bank_of()
-    write, x = bank._write, x_of(2)
+    write, x = bank.store._write, x_of(2)
 
     def overtaken(*args: Any) -> None:
-        monkeypatch.setattr(bank, "_write", write)
+        monkeypatch.setattr(bank.store, "_write", write)
         bank.add("a", model_of("cores", 2))
         write(*args)
 
-    monkeypatch.setattr(bank, "_write", overtaken)
+    monkeypatch.setattr(bank.store, "_write", overtaken)
     with pytest.raises(ValueError, match="'a' is in the bank already"):
         bank.add("a", model_of("cores", 1))
-    assert len(bank._free) == 3
+    assert len(bank.store._free) == 3
     with bank.use("a"):
         close(model(x), model_of("cores", 2)(x))
 
@@ -139,7 +140,7 @@ def test_a_call_under_way_keeps_its_adapters(names: Any, change: str) -> None:
         bank.replace("a", model_of("cores", 3))
     else:
         bank.remove("a")
-    while bank._free:
+    while bank.store._free:
         bank.add(str(len(bank)), model_of("cores", 4))
     with pytest.raises(RuntimeError, match="1 are kept by calls under way"):
         bank.add("one more", model_of("cores", 4))
@@ -196,16 +197,16 @@ def test_handles_of_what_is_gone(kind: str) -> None:
         handles, x = bank.handles(["a", "b"]), x_of(2)
         assert handles.shape == (2, 1)
         assert handles.dtype == torch.int64
-        slot = bank._slot["a"]
+        slot = bank.store._slots["a"]
         if change == "remove":
             bank.remove("a")
         else:
             bank.replace("a", model_of(kind, 3))
         bank.check()
-        while slot not in bank._slot.values():
+        while slot not in bank.store._slots.values():
             name = f"{len(bank)} more"
             bank.add(name, model_of(kind, 4))
-            if slot not in bank._slot.values():
+            if slot not in bank.store._slots.values():
                 bank.remove(name)
         expected = torch.stack([plain(x[0]), model_of(kind, 2)(x[1])])
         with bank.use(handles):
@@ -213,7 +214,7 @@ def test_handles_of_what_is_gone(kind: str) -> None:
         with pytest.raises(RuntimeError, match="had been replaced or removed"):
             bank.check()
         bank.check()
-        (tenant,) = (name for name, taken in bank._slot.items() if taken == slot)
+        (tenant,) = (name for name, taken in bank.store._slots.items() if taken == slot)
         with bank.use(bank.handles([tenant, "b"])):
             close(model(x), torch.stack([model_of(kind, 4)(x[0]), model_of(kind, 2)(x[1])]))
         bank.check()

@@ -144,7 +144,7 @@ def test_changes_beside_calls(path: Path, tmp_path: Path) -> None:
     assert everything(bank, model) == expected
     assert bank.names == [str(name) for name in range(COUNT)]
     bank.remove("0")
-    assert len(bank._free) == SPARE + 1
+    assert len(bank.store._free) == SPARE + 1
 
     bank.close()
     other = AdapterBank.from_model(model, slots=COUNT)

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fused_lowrank import bank_file, load_adapter, save_adapter
+from fused_lowrank import load_adapter, save_adapter
 from fused_lowrank.bank import AdapterBank
+from fused_lowrank.bank import file as bank_file
 
 NAMES = ["a", "line\nbreak", "nul\0", " ", "é", "名前", "\ud800", "a" * 10_000, "{layer}.core"]
 
@@ -29,8 +30,8 @@ def path(tmp_path: Path) -> Path:
 
 def contents(bank: AdapterBank) -> dict[str, list[Any]]:
     """Of each adapter, in order, all its numbers."""
-    parts = [part for shelf in bank.shelves.values() for part in shelf if part is not None]
-    return {name: [part[bank._slot[name]].tolist() for part in parts] for name in bank.names}
+    parts = [part for table in bank.store.tables.values() for part in table if part is not None]
+    return {name: [part[bank.store._slots[name]].tolist() for part in parts] for name in bank.names}
 
 
 def many(kind: str) -> AdapterBank:
@@ -358,7 +359,7 @@ def test_a_full_disk(at: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
-    assert not bank._running
+    assert not bank.store._running
     bank.save(path)
     assert path.read_bytes() != before
 
@@ -367,7 +368,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from bank_cases import bank_of
-from fused_lowrank import adapter_file, bank_file
+from fused_lowrank import adapter_file
+from fused_lowrank.bank import file as bank_file
 from test_bank_file import Watched
 path, at = sys.argv[2], int(sys.argv[3])
 bank = bank_of(names="ab")[1]

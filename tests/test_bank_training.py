@@ -20,7 +20,7 @@ from training_cases import (
     setting,
 )
 
-from fused_lowrank.bank_training import Trainable
+from fused_lowrank.bank.training import Trainable
 
 LINES = ["cat", "ann", None, "ann", "dan", "cat", "ann", "eve"]  # ben is not there
 
@@ -296,18 +296,18 @@ def test_commit_of_nan(device: torch.device) -> None:
 def test_tables_of_16_bits(device: torch.device) -> None:
     """They are trained in float32, and rounded when they are committed."""
     s = trained_setting(device, dtype=torch.float32, table=torch.bfloat16)
-    for (_, parameter), shelf in zip(
-        s.trainable.named_parameters(), s.bank.shelves.values(), strict=True
+    for (_, parameter), stored in zip(
+        s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
         assert parameter.dtype == torch.float32
-        slots = [s.bank._slot[name] for name in NAMES]
-        assert not torch.equal(shelf.table[slots], parameter.bfloat16())
+        slots = [s.bank.store._slots[name] for name in NAMES]
+        assert not torch.equal(stored.left[slots], parameter.bfloat16())
     s.trainable.commit()
-    slots = [s.bank._slot[name] for name in NAMES]
-    for (_, parameter), shelf in zip(
-        s.trainable.named_parameters(), s.bank.shelves.values(), strict=True
+    slots = [s.bank.store._slots[name] for name in NAMES]
+    for (_, parameter), stored in zip(
+        s.trainable.named_parameters(), s.bank.store.tables.values(), strict=True
     ):
-        assert torch.equal(shelf.table[slots], parameter.bfloat16())
+        assert torch.equal(stored.left[slots], parameter.bfloat16())
 
 
 # --- bad input ---

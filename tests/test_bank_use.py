@@ -12,19 +12,21 @@ import torch
 from bank_cases import bank_of, close, kinds, model_of, plain, x_of
 from torch import Tensor
 
-from fused_lowrank import bank_input
 from fused_lowrank.bank import AdapterBank
-from fused_lowrank.routing import Routing, current
+from fused_lowrank.bank import inputs as bank_input
+from fused_lowrank.bank.assignment import Assignment
+from fused_lowrank.bank.recompute import current
+from fused_lowrank.bank.sources import cores_of
 
 PAIR = ["a", "b"]
 
 
-def routed(store: Any, *given: Any) -> Routing:
-    """The routing of a `use`; it lives as long as it is held."""
-    with store.use(*given):
-        routing = current(getattr(store, "bank", store).key)
-    assert routing is not None
-    return routing
+def assignment_of(owner: Any, *given: Any) -> Assignment:
+    """The assignment of a `use`; it lives as long as it is held."""
+    with owner.use(*given):
+        assignment = current(owner.store.key)
+    assert assignment is not None
+    return assignment
 
 
 def outputs(x: Tensor, *seeds: int | None) -> Tensor:
@@ -63,16 +65,16 @@ def test_the_same_names_are_the_same_tensors(
     _, bank = bank_of(names="ab")
     made = Counted(torch.from_numpy)
     monkeypatch.setattr(torch, "from_numpy", made)
-    first = routed(bank, names)
+    first = assignment_of(bank, names)
     before = made.count
     assert before
     for given in (names, again, [*names] if names else names):
-        second = routed(bank, given)
+        second = assignment_of(bank, given)
         assert second is not first
         assert second.handles is first.handles
-        assert second.known is first.known
+        assert second.resolved_slots is first.resolved_slots
     assert made.count == before
-    routed(bank, ["b", *names] if names and isinstance(names[0], str) else ["b"])
+    assignment_of(bank, ["b", *names] if names and isinstance(names[0], str) else ["b"])
     assert made.count > before
 
 
@@ -80,16 +82,16 @@ def test_training_remembers_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapters never change their places, also when the bank's do."""
     _, bank = bank_of(names="ab")
     trainable = bank.trainable(["b", "a"])
-    first = routed(trainable, ["a", None, "b"])
+    first = assignment_of(trainable, ["a", None, "b"])
     assert first.handles.tolist() == [[1], [-1], [0]]
     bank.replace("a", model_of("cores", 5))
-    assert routed(trainable, ("a", None, "b")).handles is first.handles
+    assert assignment_of(trainable, ("a", None, "b")).handles is first.handles
     for _ in range(2):
         with pytest.raises(ValueError, match=r"'c' is not in training"):
-            routed(trainable, ["a", "c"])
+            assignment_of(trainable, ["a", "c"])
         with pytest.raises(ValueError, match=r"\['a'\] is not in training"):
-            routed(trainable, [["a"], ["b"]])
-    assert routed(bank, ["a", None, "b"]).handles.tolist() != first.handles.tolist()
+            assignment_of(trainable, [["a"], ["b"]])
+    assert assignment_of(bank, ["a", None, "b"]).handles.tolist() != first.handles.tolist()
 
 
 def test_mixtures_are_not_taken_for_lines() -> None:
@@ -104,12 +106,12 @@ def test_mixtures_are_not_taken_for_lines() -> None:
     for _ in range(2):
         for shape, ways in shapes.items():
             for names in ways:
-                handles = routed(bank, names).handles
+                handles = assignment_of(bank, names).handles
                 assert handles.shape == shape
                 assert handles.flatten().tolist() == [0, 1] * (handles.numel() // 2)
         for wrong in (["a", ["a", "b"]], [["a"], ["a", "b"]], [[]]):
             with pytest.raises(ValueError, match="a list with a name or None"):
-                routed(bank, wrong)
+                assignment_of(bank, wrong)
 
 
 def test_a_list_that_the_caller_changes() -> None:
@@ -137,9 +139,9 @@ def test_names_that_cannot_be_looked_up(name: Any) -> None:
     """They are in no bank, before and after others were remembered."""
     _, bank = bank_of(names="ab")
     for _ in range(2):
-        routed(bank, ["a", "b"])
+        assignment_of(bank, ["a", "b"])
         with pytest.raises(ValueError, match=r"is not in the bank|a list with a name or None"):
-            routed(bank, ["a", name])
+            assignment_of(bank, ["a", name])
 
 
 def test_handles_given_out_are_the_callers() -> None:
@@ -150,7 +152,7 @@ def test_handles_given_out_are_the_callers() -> None:
         with bank.use(PAIR):
             close(model(x), outputs(x, 1, 2))
         bank.handles(PAIR).fill_(-1)
-    assert routed(bank, PAIR).version == 0
+    assert assignment_of(bank, PAIR).version == 0
 
 
 def test_made_in_inference_mode() -> None:
@@ -180,11 +182,11 @@ def removed_and_added(bank: AdapterBank, path: Path) -> None:
 
 def its_slot_taken(bank: AdapterBank, path: Path) -> None:
     """Who has the slot now is another."""
-    slot = bank._slot["a"]
+    slot = bank.store._slots["a"]
     bank.replace("a", model_of("cores", 5))
     for name in "cdefgh":
         bank.add(name, model_of("cores", 6))
-        if bank._slot[name] == slot:
+        if bank.store._slots[name] == slot:
             return
     raise AssertionError
 
@@ -195,7 +197,7 @@ def put_at_once(bank: AdapterBank, path: Path) -> None:
 
 def join(bank: AdapterBank, layer: str, *seeds: int) -> Any:
     """Some models' cores of a layer."""
-    each = [bank._cores(model_of("cores", seed))[layer] for seed in seeds]
+    each = [cores_of(bank.store, model_of("cores", seed))[layer] for seed in seeds]
     return torch.cat([e[0] for e in each]), None, torch.cat([e[2] for e in each])
 
 
@@ -209,10 +211,10 @@ def loaded(bank: AdapterBank, path: Path) -> None:
 
 def committed(bank: AdapterBank, path: Path) -> None:
     trainable = bank.trainable(["a"])
-    source = bank._cores(model_of("cores", 5))
+    source = cores_of(bank.store, model_of("cores", 5))
     with torch.no_grad():
-        for layer, shelf in trainable.shelves.items():
-            shelf.table.copy_(source[layer][0])
+        for layer, table in trainable.tables.items():
+            table.left.copy_(source[layer][0])
     trainable.commit()
     trainable.close()
 
@@ -236,7 +238,7 @@ def test_a_change_between_two_uses(names: Any, change: Callable, tmp_path: Path)
     handles = bank.handles(names)
     with bank.use(handles):
         close(model(x), outputs(x, 5, 2))
-    assert torch.equal(routed(bank, names).handles, handles)
+    assert torch.equal(assignment_of(bank, names).handles, handles)
     bank.check()
 
 
@@ -245,11 +247,11 @@ def test_a_name_that_is_gone() -> None:
     model, bank = bank_of(names="ab")
     x = x_of(2)
     for _ in range(2):
-        routed(bank, PAIR)
+        assignment_of(bank, PAIR)
     bank.remove("a")
     for _ in range(2):
         with pytest.raises(ValueError, match="'a' is not in the bank"):
-            routed(bank, PAIR)
+            assignment_of(bank, PAIR)
     with bank.use(["b", None]):
         close(model(x), outputs(x, 2, None))
 
@@ -257,18 +259,18 @@ def test_a_name_that_is_gone() -> None:
 def test_a_new_name_changes_no_other() -> None:
     """Adding keeps what is remembered: handles of names that are there stay what they are."""
     _, bank = bank_of(names="ab")
-    first = routed(bank, PAIR)
+    first = assignment_of(bank, PAIR)
     with pytest.raises(ValueError, match="'c' is not in the bank"):
-        routed(bank, ["a", "c"])
+        assignment_of(bank, ["a", "c"])
     bank.add("c", model_of("cores", 3))
-    assert routed(bank, PAIR).handles is first.handles
-    assert routed(bank, ["a", "c"]).handles.shape == (2, 1)
+    assert assignment_of(bank, PAIR).handles is first.handles
+    assert assignment_of(bank, ["a", "c"]).handles.shape == (2, 1)
 
 
 def test_a_change_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, bank = bank_of(names="ab")
     x = x_of(2)
-    routed(bank, PAIR)
+    assignment_of(bank, PAIR)
     for change in (lambda: bank.replace("a", {}), lambda: bank.replace("c", model_of("cores", 3))):
         with pytest.raises(ValueError, match=r"lacks|not in the bank"):
             change()
@@ -280,7 +282,7 @@ def test_calls_under_way_keep_theirs() -> None:
     """A use that began before a replacement goes on with the old adapter, by handles it shares."""
     model, bank = bank_of(names="ab")
     x = x_of(2)
-    routed(bank, PAIR)
+    assignment_of(bank, PAIR)
     with bank.use(PAIR):
         bank.replace("a", model_of("cores", 5))
         with bank.use(PAIR):
@@ -297,7 +299,7 @@ def test_threads_that_repeat_their_names() -> None:
     model, bank = bank_of("cores", 70, names="ab")
     x, versions = x_of(2), 60
     expected = [outputs(x, 10 + i, 2) for i in range(versions)]
-    sources = [bank._cores(model_of("cores", 10 + i)) for i in range(versions)]
+    sources = [cores_of(bank.store, model_of("cores", 10 + i)) for i in range(versions)]
     bank.put(["a"], sources[0], new=False)
     begun, done, errors, over = [0], [0], [], threading.Event()
 
@@ -335,24 +337,24 @@ def test_threads_that_repeat_their_names() -> None:
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In number and in the names of all together; the oldest goes first."""
     _, bank = bank_of(names="ab")
-    first = weakref.ref(routed(bank, ["a"]).handles)
-    for lines in range(2, bank_input.ASSIGNMENTS + 1):
-        routed(bank, ["a"] * lines)
+    first = weakref.ref(assignment_of(bank, ["a"]).handles)
+    for lines in range(2, bank_input.CACHED + 1):
+        assignment_of(bank, ["a"] * lines)
     assert first() is not None
-    routed(bank, ["b"])
+    assignment_of(bank, ["b"])
     assert first() is None
-    assert len(bank._assignments) == bank_input.ASSIGNMENTS
-    monkeypatch.setattr(bank_input, "ASSIGNED", 100)
+    assert len(bank.store._cache) == bank_input.CACHED
+    monkeypatch.setattr(bank_input, "CACHED_NAMES", 100)
     _, bank = bank_of(names="ab")
-    kept = [weakref.ref(routed(bank, ["a"] * 40 + ["b"] * i).handles) for i in range(3)]
+    kept = [weakref.ref(assignment_of(bank, ["a"] * 40 + ["b"] * i).handles) for i in range(3)]
     assert [ref() is not None for ref in kept] == [False, True, True]
-    whole = weakref.ref(routed(bank, ["a"] * 101).handles)  # more than there is room for
+    whole = weakref.ref(assignment_of(bank, ["a"] * 101).handles)  # more than there is room for
     assert whole() is None
     assert [ref() is not None for ref in kept] == [False, True, True]
     bank.remove("b")
-    assert len(bank._assignments) == 0
+    assert len(bank.store._cache) == 0
     assert [ref() is not None for ref in kept] == [False, False, False]
-    kept = [weakref.ref(routed(bank, ["a"] * i).handles) for i in (49, 50, 51)]
+    kept = [weakref.ref(assignment_of(bank, ["a"] * i).handles) for i in (49, 50, 51)]
     assert [ref() is not None for ref in kept] == [False, False, True]
 
 
@@ -364,9 +366,9 @@ def test_it_keeps_no_slot(kind: str) -> None:
     for _ in range(2):
         with entered:
             model(x_of(2))
-    assert not bank._running
-    bank.replace("b", None) if bank._free else bank.remove("a")
-    assert list(bank._free) == [0]
+    assert not bank.store._running
+    bank.replace("b", None) if bank.store._free else bank.remove("a")
+    assert list(bank.store._free) == [0]
     with pytest.raises(ValueError, match="'a' is not in the bank"), entered:
         raise AssertionError
 
@@ -378,7 +380,7 @@ def test_what_use_gives_back() -> None:
     entered = bank.use(PAIR)
     with pytest.raises(RuntimeError, match="entered already"), entered, entered:
         raise AssertionError
-    assert current(bank.key) is None
+    assert current(bank.store.key) is None
     with entered:
         close(model(x), outputs(x, 1, 2))
 
@@ -394,6 +396,6 @@ def test_what_use_gives_back() -> None:
         raise KeyError("own")
     with pytest.raises(RuntimeError, match="was it another model"), entered:
         pass
-    assert current(bank.key) is None
+    assert current(bank.store.key) is None
     gc.collect()
-    assert not bank._running
+    assert not bank.store._running

@@ -82,7 +82,7 @@ def test_the_adapters_of_a_batch():
     batch = make_batch(CASE, CPU)
     assert len(set(batch.names)) == CASE.distinct
     assert len(batch.bank) == CASE.resident
-    table = batch.bank.shelves["0"].table
+    table = batch.bank.store.tables["0"].left
     for row, name in enumerate(batch.names):
         assert torch.equal(table[int(name)], batch.cores[batch.ids[row]])
 
@@ -189,7 +189,7 @@ def test_a_stack_of_projections(tmp_path, monkeypatch):
     stack = bank_stack.make_stack(CPU, 300, 128)
     timer = timers.TIMERS["host"](CPU)
     assert bank_stack.measure(stack, 16, timer, 2)["resident"] == 300
-    stack.bank.shelves["6"].table.data.mul_(1.01)
+    stack.bank.store.tables["6"].left.data.mul_(1.01)
     with pytest.raises(harness.WrongResult):
         bank_stack.measure(stack, 16, timer, 2)
 

@@ -5,7 +5,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_lowrank.compute.reference import NONE, SLOT_BITS, Rows, through_rows
+from fused_lowrank.compute.reference import NONE, SLOT_BITS, RowCores, through_rows
 from fused_lowrank.kernels import core_grad_rows as module
 from fused_lowrank.kernels.common import arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
@@ -17,15 +17,15 @@ TILE = TileConfig(16, 16, 16, 4, 1)
 
 def operands(
     device: torch.device, dtype: torch.dtype, k: int = 1, weighted: bool = False
-) -> tuple[Tensor, Tensor, Rows]:
-    """t, g and Rows: refused handles and lines without an adapter occur, and no row of slot 1."""
+) -> tuple[Tensor, Tensor, RowCores]:
+    """t, g and cores: refused handles and lines without an adapter occur, and no row of slot 1."""
     slots = torch.randint(0, SLOTS, (LINES, k), device=device)
     generations = torch.arange(SLOTS, dtype=torch.int32, device=device) + 2**30
     handles = (generations[slots].long() << SLOT_BITS | slots).where(slots != 1, NONE)
     handles[3] = NONE
     handles[4, 0] = (7 << SLOT_BITS) + 2  # of another generation
     handles[5, 0] = (2**30 << SLOT_BITS) + SLOTS
-    core = Rows(
+    core = RowCores(
         torch.randn(SLOTS, 20, 25, device=device),
         None,
         handles,
@@ -39,14 +39,14 @@ def operands(
     return t, g, core
 
 
-def launched(t: Tensor, g: Tensor, core: Rows) -> Tensor:
+def launched(t: Tensor, g: Tensor, core: RowCores) -> Tensor:
     """dcore by the kernel, in several tiles."""
     dcore = module.core_grad_rows(t, g, core, 0.5, lambda *_: TILE)
     assert not arrivals(t.device).any()
     return dcore
 
 
-def by_autograd(x: Tensor, g: Tensor, core: Rows) -> Tensor:
+def by_autograd(x: Tensor, g: Tensor, core: RowCores) -> Tensor:
     """The gradient of the table for u's gradient g; x is t, as `measure` names it."""
     wide = torch.promote_types(x.dtype, torch.float32)
     table = core.table.to(wide).requires_grad_()

@@ -178,7 +178,7 @@ def into_bank(load: Callable[[AdapterBank, Path], Any], method: str, path: Path)
     for name in bank.names:
         with torch.no_grad(), bank.use(name):
             assert model(x).shape == (1, 3)
-    tables = [table for shelf in bank.shelves.values() for table in shelf if table is not None]
+    tables = [part for table in bank.store.tables.values() for part in table if part is not None]
     assert all(table.isfinite().all() for table in tables)
 
 

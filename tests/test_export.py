@@ -153,7 +153,7 @@ def test_from_a_bank_of_wide_products(tmp_path: Path) -> None:
     """A core with more rows than columns goes to A."""
     settings = {"r": 4, "a": 8, "b": 5}
     _, bank = bank_of("products", 1, **settings)
-    assert bank.shelves["first"].right is None
+    assert bank.store.tables["first"].right is None
     bank.add("a", model_of("products", 1, **settings))
     export_lora(bank, tmp_path, name="a")
     x = x_of(5)

@@ -44,7 +44,7 @@ def filled(model: nn.Sequential, slots: int, seed: int = 0) -> AdapterBank:
     layer = model[0]
     bank = AdapterBank.from_model(model, slots=slots, dtype=layer.weight.dtype)
     made = torch.Generator(layer.weight.device).manual_seed(seed)
-    shelf = bank.shelves["0"]
+    table = bank.store.tables["0"]
 
     def values(like: torch.Tensor | None) -> torch.Tensor | None:
         if like is None:
@@ -52,18 +52,18 @@ def filled(model: nn.Sequential, slots: int, seed: int = 0) -> AdapterBank:
         return torch.randn(like.shape, generator=made, device=like.device).to(like.dtype)
 
     scales = 0.5 + torch.rand(slots, generator=made, device=layer.weight.device)
-    cores = values(shelf.table), values(shelf.right), scales
+    cores = values(table.left), values(table.right), scales
     bank.put([str(slot) for slot in range(slots)], {"0": cores})
     return bank
 
 
 def core(bank: AdapterBank, name: str) -> torch.Tensor:
     """scale · core of an adapter, (P, Q), in float64."""
-    slot, shelf = bank._slot[name], bank.shelves["0"]
-    matrix = shelf.table[slot].double()
-    if shelf.right is not None:
-        matrix = matrix @ shelf.right[slot].double()
-    return matrix * shelf.scales[slot].double()
+    slot, table = bank.store._slots[name], bank.store.tables["0"]
+    matrix = table.left[slot].double()
+    if table.right is not None:
+        matrix = matrix @ table.right[slot].double()
+    return matrix * table.scales[slot].double()
 
 
 def materialised(bank: AdapterBank, x: torch.Tensor, lines: list, weights: torch.Tensor | None):
@@ -180,7 +180,7 @@ def test_a_row_depends_on_its_own_input_and_adapter_alone(
     dy = torch.randn(rows, 48, device=device).to(dtype)
     names = [None if i % 5 == 4 else str(i % 6) for i in range(rows)]
     y, dx = step(bank, model, x, names, dy)
-    bank.shelves["0"].table.data[0] = float("nan")  # "0" spoils its own rows alone
+    bank.store.tables["0"].left.data[0] = float("nan")  # "0" spoils its own rows alone
     for poison, other in itertools.product((float("nan"), float("inf"), 1e4), ("0", None, "5")):
         for kept in (1, 4, rows - 2):
             assert names[kept] != "0"
@@ -208,7 +208,7 @@ def test_a_row_without_an_adapter_is_the_bare_layers(
         pytest.skip("decode is for few rows")
     model, layer = one_layer(device, "auto", dtype, k=80, n=48)
     bank = filled(model, 2)
-    bank.shelves["0"].table.data[:] = float("nan")
+    bank.store.tables["0"].left.data[:] = float("nan")
     x = torch.randn(rows, 80, device=device).to(dtype)
     x[2, 3] = float("inf")
     names = [None if i % 2 == 0 else "1" for i in range(rows)]
@@ -276,11 +276,11 @@ def test_a_trained_core_gets_the_gradient_of_its_own_rows(
         for size in (layer.in_features, layer.out_features)
     )
     grads = trained_step(bank, model, x, names, dy)
-    shelf = bank.shelves["0"]
-    leaves = [None if part is None else part.clone().requires_grad_() for part in shelf[:2]]
-    bank.shelves["0"] = shelf._replace(table=leaves[0], right=leaves[1])
+    table = bank.store.tables["0"]
+    leaves = [None if part is None else part.clone().requires_grad_() for part in table[:2]]
+    bank.store.tables["0"] = table._replace(left=leaves[0], right=leaves[1])
     materialised(bank, x, names, None).backward(dy)
-    bank.shelves["0"] = shelf
+    bank.store.tables["0"] = table
     for name, mine in grads.items():
         expected = [leaf.grad[int(name)] for leaf in leaves if leaf is not None]
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute import devices
 from fused_lowrank.compute.plans import PLANS
-from fused_lowrank.compute.reference import Rows
+from fused_lowrank.compute.reference import RowCores
 from fused_lowrank.kernels import gemm_tail_hopper, relay_hopper
 from fused_lowrank.kernels import relay as module
 from fused_lowrank.kernels.common import N_ARRIVALS, multiprocessors
@@ -134,13 +134,13 @@ def test_a_single_row_may_have_any_stride(transposed: bool) -> None:
             assert found.shape == list(made[name].shape)
 
 
-def own(p: int, q: int, r: int = 0, core: torch.dtype = F32) -> Rows:
+def own(p: int, q: int, r: int = 0, core: torch.dtype = F32) -> RowCores:
     """A core for each of the M rows, of two slots; a pair if there is an r."""
     table = torch.zeros(2, p, r or q, dtype=core)
     right = torch.zeros(2, r, q, dtype=core) if r else None
     handles = torch.zeros(M, 3, dtype=torch.int64)
     generations, refused = (torch.zeros(n, dtype=torch.int32) for n in (2, 1))
-    return Rows(table, right, handles, None, torch.ones(2), generations, refused, 1)
+    return RowCores(table, right, handles, None, torch.ones(2), generations, refused, 1)
 
 
 def test_a_core_for_each_row_takes_no_shared_memory() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_lowrank.compute.reference import (
     NONE,
     SLOT_BITS,
-    Rows,
+    RowCores,
     lowrank_linear_reference,
     through_rows,
 )
@@ -43,8 +43,8 @@ def operands(
     q: int = 25,
     dtype: torch.dtype = torch.float32,
     other: torch.dtype = torch.float32,
-) -> tuple[Operands, Callable[..., Rows]]:
-    """Operands of a layer, and what makes `Rows` of those named table, right, weights and scales.
+) -> tuple[Operands, Callable[..., RowCores]]:
+    """Operands of a layer; what makes `RowCores` of those named table, right, weights and scales.
 
     The handles are random; the last slot, no adapter and each kind of refused handle occur.
     """
@@ -73,18 +73,20 @@ def operands(
     handles[6, 0] = handles[6, 0] | -(2**63)
     handles[7, -1] = NONE
 
-    def rows(table: Tensor, right: Tensor | None, weights: Tensor | None, scales: Tensor) -> Rows:
+    def rows(
+        table: Tensor, right: Tensor | None, weights: Tensor | None, scales: Tensor
+    ) -> RowCores:
         refused = torch.zeros(1, dtype=torch.int32, device=device)
         scales = scales.to(torch.promote_types(table.dtype, torch.float32))
-        return Rows(table, right, handles, weights, scales, generations, refused, repeat)
+        return RowCores(table, right, handles, weights, scales, generations, refused, repeat)
 
     return made, rows
 
 
 def by_kernel(
-    rows: Callable[..., Rows], plan: str, transposed: bool = False, keep: list | None = None
+    rows: Callable[..., RowCores], plan: str, transposed: bool = False, keep: list | None = None
 ) -> Callable[..., Tensor]:
-    """A call of a kernel, or of two, for y; its t and Rows go into `keep`."""
+    """A call of a kernel, or of two, for y; its t and RowCores go into `keep`."""
 
     def call(x, weight, down, table, right, weights, scales, up, bias):
         core = rows(table, right, weights, scales)
@@ -112,7 +114,7 @@ def by_kernel(
     return call
 
 
-def by_reference(rows: Callable[..., Rows], plan: str) -> Callable[..., Tensor]:
+def by_reference(rows: Callable[..., RowCores], plan: str) -> Callable[..., Tensor]:
     def call(x, weight, down, table, right, weights, scales, up, bias):
         core = rows(table, right, weights, scales)
         if plan == "decode":
@@ -122,7 +124,9 @@ def by_reference(rows: Callable[..., Rows], plan: str) -> Callable[..., Tensor]:
     return call
 
 
-def check(made: Operands, rows: Callable[..., Rows], plan: str, transposed: bool = False) -> list:
+def check(
+    made: Operands, rows: Callable[..., RowCores], plan: str, transposed: bool = False
+) -> list:
     keep: list = []
     measured = measure(
         by_kernel(rows, plan, transposed, keep), by_reference(rows, plan), made, torch.ones(())
@@ -221,7 +225,7 @@ def test_a_row_keeps_its_bits_whatever_the_others_are(
 
     for handle in (NONE, before.handles[line, 0], 2**62, before.handles[0, 0]):
 
-        def elsewhere(*parts: Tensor, handle: int = handle) -> Rows:
+        def elsewhere(*parts: Tensor, handle: int = handle) -> RowCores:
             core = rows(*parts)
             lines = core.handles.clone()
             lines[others] = handle
@@ -290,7 +294,7 @@ def test_refused_handles_read_nothing_outside_the_tables(
         made[name] = made[name] if made[name] is None else within(made[name], torch.nan)
 
     def refused(handle: int) -> tuple[Tensor, int]:
-        def changed(*parts: Tensor) -> Rows:
+        def changed(*parts: Tensor) -> RowCores:
             core = rows(*parts)
             handles = core.handles[:1].expand(core.handles.shape).clone()
             handles[4] = handle

@@ -415,6 +415,25 @@ def test_writing_through_data_under_a_bank(
     bank.add("bob", tmp_path / "alice")
 
 
+def test_a_base_that_is_pruned_under_a_bank(banked: Any, tmp_path: Path) -> None:
+    """Its adapters act on W as it is; what comes in or goes out is refused, until W is put back."""
+    model, bank, alice, _ = banked
+    with torch.no_grad():
+        before = model.body.up.weight.clone()
+        model.body.up.weight.mul_(0.5)
+    alice()
+    for use in (
+        lambda: bank.add("bob"),
+        lambda: bank.add("bob", tmp_path / "alice"),
+        lambda: bank.save(tmp_path / "bank"),
+    ):
+        with pytest.raises(RuntimeError, match=r"has another weight than the bank was made over"):
+            use()
+    with torch.no_grad():
+        model.body.up.weight.copy_(before)
+    bank.add("bob", tmp_path / "alice")
+
+
 def test_a_bank_under_another_dtype(banked: Any) -> None:
     """A model that is rounded is still the one that the bank was made over."""
     model, bank, alice, _ = banked
@@ -511,12 +530,12 @@ def test_bank_that_fails(banked: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     for call in calls:
         if call is calls[-1]:
             bank.remove("alice")
-        names, free = bank.names, list(bank._free)
+        names, free = bank.names, list(bank.store._free)
         with monkeypatch.context() as patch:
             failing(patch, torch.Tensor, "to", 3)
             with pytest.raises(OutOfMemoryError):
                 call()
         assert bank.names == names
-        assert sorted(bank._free) == sorted(free)
+        assert sorted(bank.store._free) == sorted(free)
         call()
     assert torch.equal(alice(), y)

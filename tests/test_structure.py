@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ FRAMES = 8  # of ours at most, from a layer's forward to a launch
 FLOORS = (
     ("cli", "integrations"),
     ("inspection", "official", "export", "parallel", "explain", "layers"),
-    ("bank", "bank_file", "bank_layers", "bank_source", "bank_training", "bank_input", "banked"),
+    ("bank",),
     ("adapter_file", "peft_folder", "fingerprint", "adapt", "ties", "saved", "targets"),
     (
-        *("methods", "init", "routing", "called", "readers", "unchanged", "learns", "elsewhere"),
+        *("methods", "init", "called", "readers", "unchanged", "learns", "elsewhere"),
         *("offload_hook", "other_base", "saving"),
     ),
     (
@@ -35,10 +36,6 @@ FLOORS = (
     ("config",),
     ("kernels",),
 )
-# Floors on which modules may import each other in a circle, until the bank has a store.
-CIRCLES = {
-    frozenset({"bank", "bank_file", "bank_layers", "bank_source", "bank_training", "banked"})
-}
 
 
 def modules() -> dict[str, Path]:
@@ -95,14 +92,14 @@ def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
 
 
 def test_no_circle_of_imports() -> None:
-    """But the bank's own."""
+    """Among modules, late imports and those for types alone included."""
     edges = graph()
     circles = {
         frozenset(other for other in reachable(name, edges) if name in reachable(other, edges))
         for name in edges
         if name in reachable(name, edges)
     }
-    assert circles <= CIRCLES, sorted(map(sorted, circles - CIRCLES))
+    assert not circles, sorted(map(sorted, circles))
 
 
 def floor(module: str) -> int:
@@ -122,19 +119,20 @@ def test_imports_run_down() -> None:
     assert not up
 
 
-def test_compute_is_in_the_order_that_it_says() -> None:
-    """Each module of compute/ imports only those that stand above it in the folder's list."""
-    text = (PACKAGE / "compute" / "__init__.py").read_text()
+@pytest.mark.parametrize("room", ["compute", "bank"])
+def test_a_room_is_in_the_order_that_it_says(room: str) -> None:
+    """Each module of it imports only those that stand above it in the folder's list."""
+    text = (PACKAGE / room / "__init__.py").read_text()
     order: list[str] = []
     for line in text.splitlines():
         if line.startswith("    ") and line[4:5].isalpha():
             order += [name.strip() for name in line[4:22].split(",")]
     for name, others in graph().items():
-        if name.startswith("compute."):
-            mine = order.index(name.removeprefix("compute."))
+        if name.startswith(f"{room}."):
+            mine = order.index(name.removeprefix(f"{room}."))
             for other in others:
-                if other.startswith("compute."):
-                    assert order.index(other.removeprefix("compute.")) < mine, f"{name} → {other}"
+                if other.startswith(f"{room}."):
+                    assert order.index(other.removeprefix(f"{room}.")) < mine, f"{name} → {other}"
 
 
 def signatures() -> list[tuple[str, ast.FunctionDef]]:
@@ -202,3 +200,34 @@ def test_public_calls_keep_their_names() -> None:
         *("x", "weight", "down", "core", "up", "bias"),
         *("scale", "dropout_p", "training", "impl", "seed"),
     ]
+
+
+def test_no_module_of_the_bank_reaches_into_another() -> None:
+    """A private name is used in the module that defines it; torch's own names are not ours."""
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    defined = {name: set(private_names(tree)) for name, tree in trees.items()}
+    reached = []
+    for name, tree in trees.items():
+        if name.split(".")[0] != "bank":
+            continue
+        others = set().union(*(names for other, names in defined.items() if other != name))
+        for node in ast.walk(tree):
+            used = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                used = [node.attr]
+            reached += [f"{name}: {use}" for use in used if use in others - defined[name]]
+    assert not reached
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """The names with one underscore in front that a module gives to what it makes."""
+    for node in ast.walk(tree):
+        named = ""
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            named = node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            named = node.attr if ast.unparse(node.value) == "self" else ""
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            named = node.id
+        if named.startswith("_") and not named.startswith("__") and named != "_":
+            yield named

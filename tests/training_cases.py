@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lowrank import AdapterBank, adapt
-from fused_lowrank.bank_training import Trainable
+from fused_lowrank.bank.training import Trainable
 
 K, POSITIONS = 16, 3
 SETTINGS = {"lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 6, "b": 7}}
@@ -44,8 +44,8 @@ class Setting(NamedTuple):
         with torch.no_grad():
             for layer, parameter in self.trainable.named_parameters():
                 own[layer].copy_(parameter[index])
-            for layer, shelf in self.bank.shelves.items():
-                scale = shelf.scales[self.bank._slot[name]]
+            for layer, stored in self.bank.store.tables.items():
+                scale = stored.scales[self.bank.store._slots[name]]
                 model.get_submodule(layer).scale = float(scale)
         return model
 
@@ -68,13 +68,13 @@ def setting(
     bank = AdapterBank.from_model(model, slots=len(names) + spare, dtype=table)
     cores = {
         layer: (
-            torch.randn(len(names), *shelf.table.shape[1:], dtype=torch.float64) / 2,
+            torch.randn(len(names), *stored.left.shape[1:], dtype=torch.float64) / 2,
             None
-            if shelf.right is None
-            else torch.randn(len(names), *shelf.right.shape[1:]).double(),
+            if stored.right is None
+            else torch.randn(len(names), *stored.right.shape[1:]).double(),
             torch.linspace(0.5, 2.0, len(names)),
         )
-        for layer, shelf in bank.shelves.items()
+        for layer, stored in bank.store.tables.items()
     }
     bank.put(names, cores)
     return Setting(model, single, bank, bank.trainable(names))

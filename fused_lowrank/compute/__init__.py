@@ -1,6 +1,6 @@
 """How a call is computed: one equation, its operands as one object, and plans as rows of a table.
 
-    reference         the equation in plain torch, and cores by row (`Rows`)
+    reference         the equation in plain torch, and cores by row (`RowCores`)
     dropout           what a dropout is; a mask from a seed, in plain torch
     isolation         library products in which no row reads another
     devices           what can run where, and which tiles a device takes

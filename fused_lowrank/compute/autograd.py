@@ -26,7 +26,7 @@ from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
 from .operands import Operands, has_doubles
 from .plans import PLANS
-from .reference import AnyCore, Rows, like, product, through_core, through_rows
+from .reference import AnyCore, RowCores, like, product, through_core, through_rows
 from .run import is_foreign, no_autocast, on_device, run
 from .steps_library import Wanted
 
@@ -51,7 +51,7 @@ def fold(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def join(a: OptTensor, b: OptTensor, rows: Rows | None = None) -> Any:
+def join(a: OptTensor, b: OptTensor, rows: RowCores | None = None) -> Any:
     """The core from its two places in an op's signature; with `rows`, these are its tables."""
     if rows is not None:
         return rows if a is None else rows._replace(table=a, right=b)
@@ -59,8 +59,8 @@ def join(a: OptTensor, b: OptTensor, rows: Rows | None = None) -> Any:
 
 
 def places(core: AnyCore) -> tuple[Any, Any]:
-    """The core's two places in a signature: (a, b), (core, None), or the tables of `Rows`."""
-    if isinstance(core, Rows):
+    """The core's two places in a signature: (a, b), (core, None), or the tables of `RowCores`."""
+    if isinstance(core, RowCores):
         return core.table, core.right
     return core if isinstance(core, tuple) else (core, None)
 
@@ -140,7 +140,7 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
         raise RuntimeError("an operand is on the meta device")
     rows = x if x.dim() == 2 else fold(x)
     t = linear(rows if low is None else fold(low), like(down, x.dtype))
-    if isinstance(core, Rows):
+    if isinstance(core, RowCores):
         u = through_rows(t, core, 1.0)
     else:
         matrix = product(core)
@@ -149,7 +149,7 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def on_meta(core: Tensor | tuple[Tensor, Tensor] | Rows) -> bool:
+def on_meta(core: Tensor | tuple[Tensor, Tensor] | RowCores) -> bool:
     """Whether a core has no values."""
     if isinstance(core, Tensor):
         return core.is_meta
@@ -167,7 +167,7 @@ class Call(NamedTuple):
     dropout_p: float
     impl: str
     config: Config
-    rows: Rows | None  # of a core for each row, whose tables are among the tensors
+    rows: RowCores | None  # of a core for each row, whose tables are among the tensors
 
 
 class LowRankFunction(torch.autograd.Function):

@@ -10,13 +10,13 @@ from torch import Tensor
 from ..kernels.tiles import SMALL_M, is_bulk
 from .devices import has_kernels
 from .dropout import Dropout
-from .reference import AnyCore, Rows
+from .reference import AnyCore, RowCores
 
 
 class Operands(NamedTuple):
     """The operands of y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ, for one pass.
 
-    x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `Rows`, or
+    x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `RowCores`, or
     None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or says where its mask
     comes from.
 
@@ -107,7 +107,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         regular,
         operands.dropout is not None,
         want_u,
-        isinstance(operands.core, Rows),
+        isinstance(operands.core, RowCores),
         bulk,
         doubles,
     )
@@ -116,7 +116,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
 def has_doubles(operands: Operands) -> bool:
     """Whether a factor is in float64, and x is not."""
     core, double = operands.core, torch.float64
-    if isinstance(core, Rows):
+    if isinstance(core, RowCores):
         core = core.table
     a, b = core if isinstance(core, tuple) else (core, None)
     return operands.x.dtype is not double and (

@@ -3,7 +3,7 @@ measured against.
 
     y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ
 
-The core is one for all rows or, in a bank of adapters, one for each (`Rows`).
+The core is one for all rows or, in a bank of adapters, one for each (`RowCores`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLOT_BITS = 32  # of a handle; above them lies the generation
 NONE = -1  # the handle of no adapter
 
 
-class Rows(NamedTuple):
+class RowCores(NamedTuple):
     """A core for each row: row m has those of line m // repeat of `handles`, k of them, summed.
 
     core[m] = Σ over j of weights[i, j] · scales[slot] · table[slot],   i = m // repeat,
@@ -38,15 +38,15 @@ class Rows(NamedTuple):
     refused: torch.Tensor  # int32 (1,)
     repeat: int  # rows to a line
     owner: object = None  # what must live as long as these are to be read
-    known: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `slots`, where it was asked for
+    resolved_slots: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `slots`, if known
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(slot, valid), both (k, lines): the slot is 0 where the handle is NONE or refused.
 
         `valid` is None where all are known to be.
         """
-        if self.known is not None:
-            return self.known
+        if self.resolved_slots is not None:
+            return self.resolved_slots
         slot, generation = self.handles & (1 << SLOT_BITS) - 1, self.handles >> SLOT_BITS
         valid = slot < len(self.generations)
         slot = slot.where(valid, 0)
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
         self.refused.logical_or_((~valid & (self.handles != NONE)).any())
         return slot.where(valid, 0).t(), valid.t()
 
-    def turned(self) -> Rows:
+    def turned(self) -> RowCores:
         """The same with every core transposed."""
         if self.right is None:
             return self._replace(table=self.table.mT)
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 
 
 Core = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
-AnyCore = Core | Rows
+AnyCore = Core | RowCores
 
 
 class Products(NamedTuple):
@@ -92,7 +92,7 @@ def product(core: Core) -> torch.Tensor | None:
     return a.to(dtype) @ b.to(dtype)
 
 
-def factors(rows: Rows, slots: torch.Tensor, j: int, scale: float) -> torch.Tensor:
+def factors(rows: RowCores, slots: torch.Tensor, j: int, scale: float) -> torch.Tensor:
     """scale · weights[:, j] · scales[slots], (lines, 1, 1), in float32 or wider."""
     wide = torch.promote_types(rows.table.dtype, torch.float32)
     factor = like(rows.scales.index_select(0, slots), wide)
@@ -101,7 +101,7 @@ def factors(rows: Rows, slots: torch.Tensor, j: int, scale: float) -> torch.Tens
     return (factor if scale == 1.0 else factor * scale).view(-1, 1, 1)
 
 
-def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+def through_rows(t: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
     """u[m] = scale · t[m] · core[m], in float32 or wider and returned in t's dtype.
 
     A row without an adapter is zero by selection: its t may be NaN, and so may the core in its
@@ -126,7 +126,7 @@ def through_rows(t: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
     return like(u.reshape(*t.shape[:-1], u.shape[-1]), t.dtype)
 
 
-def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
     """dcore of each slot, (slots, P, Q): scale · Σ over its rows of factor[m] · t[m]ᵀ·g[m].
 
     In float32 or wider. A slot's rows are added in their order, and no other row reaches it.
@@ -149,7 +149,7 @@ def through_core(
     t: torch.Tensor, core: AnyCore, scale: float, products: Products = TORCH
 ) -> torch.Tensor:
     """u = scale · t · core, computed in core's dtype and returned in t's."""
-    if isinstance(core, Rows):
+    if isinstance(core, RowCores):
         return through_rows(t, core, scale)
     matrix = product(core)
     if matrix is None:
@@ -172,7 +172,7 @@ def lowrank_linear_reference(
     """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
 
     x (..., K), weight (N, K), down (P, K), core (P, Q) or the pair (P, r), (r, Q) or None, up
-    (N, Q), bias (N,) → (..., N); or a core for each row (`Rows`). down and up are used in x's
+    (N, Q), bias (N,) → (..., N); or a core for each row (`RowCores`). down and up are used in x's
     dtype; the product with core is taken in core's. Differentiable any number of times. `products`
     are torch's own by default.
     """

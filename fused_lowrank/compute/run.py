@@ -14,7 +14,7 @@ from . import choose, devices
 from .dropout import kept, packed
 from .operands import Operands, problem_of
 from .plans import PLANS, Plan
-from .reference import Rows
+from .reference import RowCores
 from .steps_library import Wanted
 
 
@@ -102,11 +102,11 @@ def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Do
     core, parts = operands.core, []
     for m, row in enumerate(operands.x.split(1)):
         own = core
-        if isinstance(core, Rows):
+        if isinstance(core, RowCores):
             line = slice(m // core.repeat, m // core.repeat + 1)
             weights = None if core.weights is None else core.weights[line]
             handles = core.handles[line]
-            own = core._replace(handles=handles, weights=weights, repeat=1, known=None)
+            own = core._replace(handles=handles, weights=weights, repeat=1, resolved_slots=None)
         alone = operands._replace(x=row, core=own)
         t, u, _ = plan.down.run(alone, None, want_t, True)
         parts.append((plan.up.run(alone, None, u), t, u))

@@ -31,7 +31,7 @@ from . import costs, devices
 from .costs import Work
 from .dropout import Dropout, dropped
 from .operands import Operands, Problem
-from .reference import Rows
+from .reference import RowCores
 from .steps_library import Step, Wanted, contiguous, of_tables
 
 
@@ -153,7 +153,7 @@ class CoreGrad(Kernel):
         self, t: Tensor, g: Tensor, core: Any, scale: float, want: tuple[bool, bool], choose: Any
     ) -> tuple[Wanted, Wanted]:
         """(dcore, None), or for a pair (da, db), those that are wanted."""
-        if isinstance(core, Rows):
+        if isinstance(core, RowCores):
             from ..kernels.core_grad_rows import core_grad_rows
 
             return of_tables(core_grad_rows(t, g, core, scale, choose), core, want)

@@ -22,7 +22,7 @@ from .reference import (
     TORCH,
     AnyCore,
     Products,
-    Rows,
+    RowCores,
     like,
     product,
     rows_grad,
@@ -68,7 +68,7 @@ class Shrink(Step):
             t.div_(1.0 - dropout.p)
         if not want_u:
             return t, None, None
-        if isinstance(core, Rows):
+        if isinstance(core, RowCores):
             return t, through_rows(t, core.turned() if transposed else core, scale), None
         matrix = product(core)
         if matrix is None:
@@ -147,7 +147,7 @@ class CoreGrad(Step):
         self, t: Tensor, g: Tensor, core: Any, scale: float, want: tuple[bool, bool], choose: Any
     ) -> tuple[Wanted, Wanted]:
         """(dcore, None), or for a pair (da, db), those that are wanted."""
-        if isinstance(core, Rows):
+        if isinstance(core, RowCores):
             return of_tables(rows_grad(t, g, core, scale), core, want)
         a, b = core if isinstance(core, tuple) else (core, core)
         dtype = torch.promote_types(a.dtype, b.dtype)
@@ -174,7 +174,7 @@ def narrow(u: Tensor, up: Tensor) -> Tensor:
     return u if u.shape[1] == up.shape[0] else u[:, : up.shape[0]]
 
 
-def of_tables(dcore: Tensor, rows: Rows, want: tuple[bool, bool]) -> tuple[Wanted, Wanted]:
+def of_tables(dcore: Tensor, rows: RowCores, want: tuple[bool, bool]) -> tuple[Wanted, Wanted]:
     """The gradients of the tables of `rows`, from those of the cores, (slots, P, Q)."""
     a, b = rows.table, rows.right
     if b is None:
@@ -186,7 +186,7 @@ def of_tables(dcore: Tensor, rows: Rows, want: tuple[bool, bool]) -> tuple[Wante
 
 def contiguous(core: AnyCore) -> Any:
     """The core with each factor contiguous, as the kernels read it."""
-    if isinstance(core, Rows):  # tables that the bank has made
+    if isinstance(core, RowCores):  # tables that the bank has made
         return core
     if isinstance(core, tuple):
         return core[0].contiguous(), core[1].contiguous()

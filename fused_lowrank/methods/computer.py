@@ -24,5 +24,8 @@ class Computer:
     def look_again(self, moved: bool = False) -> None:
         """Take note that Parameters of the layer may be others from now on, or have `moved`."""
 
+    def refuse_leaving(self, what: str) -> None:
+        """Raise ValueError if the layer cannot leave its model yet."""
+
     def refuse_other(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError if the layer must not be given these values, by name."""

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
-from ...compute.reference import NONE, Rows
+from ...compute.reference import NONE, RowCores
 from ...declared import ANYWHERE, REASON, Owners, place_of, said_of
 from ...recomputed import again, around, graph_task, may_recompute, note, noted
 
@@ -67,7 +67,7 @@ class Lines(list[str]):
             )
         raise error
 
-    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread | Owners) -> Rows:
+    def rows(self, adapters: Sequence[str], table: Tensor, place: Spread | Owners) -> RowCores:
         """The rows of a layer that has these adapters, whose cores (adapters, P, Q) are `table`."""
         outer = place.outer
         key = (table.device, outer, *adapters)
@@ -83,7 +83,7 @@ class Lines(list[str]):
         handles, scales, generations, refused = self._made[key]
         if outer == 0:
             handles = place.laid(handles)
-        return Rows(table, None, handles, None, scales, generations, refused, place.repeat)
+        return RowCores(table, None, handles, None, scales, generations, refused, place.repeat)
 
 
 LOST = (
@@ -107,6 +107,18 @@ def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
 OFF = object()  # noted for a layer that was disabled
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
+UNDER_WAY: dict[int, Lines] = {}  # of all threads, by identity
+
+
+def refuse_under_way(model: Any, what: str, adapter: str | None = None) -> None:
+    """Raise RuntimeError if a mixed batch that is under way names the adapter; or any, if None."""
+    for lines in list(UNDER_WAY.values()):
+        names = [name for name in lines.different if adapter in (None, name)]
+        if lines.model is model and names:
+            raise RuntimeError(
+                f"cannot {what}: a call with adapter_names that is under way names "
+                f"{', '.join(names)}; do it when the call is over"
+            )
 
 
 @torch.compiler.disable(reason=REASON)
@@ -125,6 +137,7 @@ class Hooks:
     def entered(self, roots: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within it calls of `roots` are the model's, and `layers` get their names."""
         token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.lines})
+        UNDER_WAY[id(self.lines)] = self.lines
         handles: list[Any] = []
         try:
             for module in roots:
@@ -136,6 +149,7 @@ class Hooks:
         finally:
             for handle in handles:
                 handle.remove()
+            del UNDER_WAY[id(self.lines)]
             ACTIVE.reset(token)
 
     @property

@@ -45,7 +45,7 @@ from .checks import (
 from .config import LowRankConfig, check_mix, config_of_mix
 from .layer import PeftLowRankLinear, layers_of
 from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
-from .mixed import hooked
+from .mixed import hooked, refuse_under_way
 from .whole import check_name
 
 
@@ -355,6 +355,11 @@ class LowRankModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
         warn_of_loss(self.model)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; raises RuntimeError while a mixed batch with the adapter is under way."""
+        refuse_under_way(self, f"delete {adapter_name}", adapter_name)
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -362,6 +367,7 @@ class LowRankModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        refuse_under_way(self, "merge or unload")
         require_not_fsdp(self.model, "merge or unload")
         layers = list(layers_of(self.model))
         for layer in layers:

@@ -12,20 +12,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bank_input import Assigned, Assignments
-from .called import shown
-from .compute.reference import NONE
-from .routing import Shelf, Use, purge
+from ..called import shown
+from ..compute.reference import NONE
+from .assignment import Assignment, Use
+from .inputs import HandleCache, entries_of
+from .store import AdapterStore
+from .tables import CoreTable
 
-if TYPE_CHECKING:
-    from .bank import AdapterBank
-
-Lines = Sequence[str | None]
+Entries = Sequence[str | None]
 
 
 class Trainable:
@@ -48,22 +47,23 @@ class Trainable:
     keeps its scale. The bank's own adapters stay as they are until `commit`.
     """
 
-    shelves: dict[str, Shelf]
+    tables: dict[str, CoreTable]
     generations: Tensor  # int32 (adapters,): zeros, for nothing here is ever replaced
     refused: Tensor
+    bank: Any = None  # that gave it out, which is open as long
 
-    def __init__(self, bank: AdapterBank, names: Sequence[str]) -> None:
-        self.bank, self.names = bank, list(names)
+    def __init__(self, store: AdapterStore, names: Sequence[str]) -> None:
+        self.store, self.names, self.device = store, list(names), store.device
         self.closed = False
         self._committed: set[str] = set()
         self.present: set[int] = set()  # the adapters whose gradient the next step will take
         self._index = {name: i for i, name in enumerate(self.names)}
-        self._lines: Lines | str | None = ()  # of the last `use`
-        self._assignments = Assignments(bank.device)
-        slots = torch.tensor(bank._known(self.names), device=bank.device)
-        self.shelves = {layer: trained(shelf, slots) for layer, shelf in bank.shelves.items()}
-        self.generations = torch.zeros(len(slots), dtype=torch.int32, device=bank.device)
-        self.refused = torch.zeros(1, dtype=torch.int32, device=bank.device)
+        self._entries: Entries | str | None = ()  # of the last `use`
+        self._cache = HandleCache(self.device)
+        slots = torch.tensor(store.slots_of(self.names), device=self.device)
+        self.tables = {layer: trained(table, slots) for layer, table in store.tables.items()}
+        self.generations = torch.zeros(len(slots), dtype=torch.int32, device=self.device)
+        self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The Parameters, by names that stay the same and that each has alone.
@@ -71,10 +71,10 @@ class Trainable:
         A layer has {layer}.core for LoRA-XS. For LoRA-Mini it has {layer}.a_train and .b_train, or
         {layer}.core_product where the bank holds their product; that is in no layer's state.
         """
-        for layer, (left, right, _) in self.shelves.items():
+        for layer, (left, right, _) in self.tables.items():
             parts = {"a_train": left, "b_train": right}
             if right is None:
-                pair = isinstance(self.bank.layers[layer].core_factors, tuple)
+                pair = isinstance(self.store.layers[layer].core_factors, tuple)
                 parts = {"core_product" if pair else "core": left}
             for part, parameter in parts.items():
                 yield f"{layer}.{part}", parameter  # type: ignore[misc]
@@ -90,7 +90,7 @@ class Trainable:
     # --- a step ---
 
     @contextmanager
-    def use(self, names: Lines | str | None) -> Iterator[None]:
+    def use(self, names: Entries | str | None) -> Iterator[None]:
         """As `AdapterBank.use`, over the adapters in training: a name or None for each sequence.
 
         Raises:
@@ -99,21 +99,34 @@ class Trainable:
         """
         if self.closed:
             raise RuntimeError("this training is closed: bank.trainable(names) starts another")
-        lines = names if names is None or isinstance(names, str) else list(names)
-        with Use(self.bank._begin, self, lines, None):
-            self._lines = lines
+        entries = names if names is None or isinstance(names, str) else list(names)
+        with Use(self._assign, entries):
+            self._entries = entries
             yield
 
-    def handles(self, lines: Lines) -> Tensor:
-        """What `use` routes by: int64 (lines, 1), the index of each line's adapter."""
-        if not lines:
-            raise ValueError("names is empty: it must have a name or None for each sequence")
-        found = [NONE if name is None else self._find(name) for name in lines]
-        return on_device(found, torch.int64, self.bank.device)[:, None]
+    def _assign(self, names: Entries | str | None) -> Assignment:
+        """The assignment of a `use` that is entered now; it holds no slot of the bank."""
+        store = self.store
+        store.shared.check(thorough=False)
+        entries = entries_of(names)
+        with store.lock:
+            handles, slots = self._cache.of(entries, self.handles)
+        return Assignment(
+            store.key,
+            self,
+            entries,
+            handles,
+            base_only=names is None,
+            resolved_slots=slots,
+            learned=store.learned,
+        )
 
-    def assigned(self, lines: Any) -> Assigned:
-        """The handles of names for `use`, remembered; to be called under the bank's lock."""
-        return self._assignments.of(lines, self.handles)
+    def handles(self, entries: Entries) -> Tensor:
+        """Handles of names: int64 (entries, 1), the index of each one's adapter."""
+        if not entries:
+            raise ValueError("names is empty: it must have a name or None for each sequence")
+        found = [NONE if name is None else self._find(name) for name in entries]
+        return on_device(found, torch.int64, self.device)[:, None]
 
     def _find(self, name: Any) -> int:
         try:
@@ -131,7 +144,7 @@ class Trainable:
         of. To accumulate gradients, call it for each part.
 
         Args:
-            losses: (lines,), one for each sequence of the last `use`; those of None are ignored.
+            losses: (entries,), one for each sequence of the last `use`; those of None are ignored.
                 Where that was one name for all of the batch, any number of them.
             reduction: of an adapter's own losses, "mean" or "sum".
 
@@ -140,23 +153,23 @@ class Trainable:
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: it must be 'mean' or 'sum'")
-        lines = self._lines
-        if lines == ():
+        entries = self._entries
+        if entries == ():
             raise RuntimeError("losses of what? Call the model inside trainable.use(names) first")
         if losses.dim() != 1:
             raise ValueError(
                 f"losses are {tuple(losses.shape)}: they must be (lines,), a number for each "
                 "sequence; cross_entropy(…, reduction='none') and a mean over positions give that"
             )
-        if lines is None or isinstance(lines, str):
-            lines = [lines] * len(losses)
-        if len(losses) != len(lines):
+        if entries is None or isinstance(entries, str):
+            entries = [entries] * len(losses)
+        if len(losses) != len(entries):
             raise ValueError(
-                f"losses are ({len(losses)},), but the last use had {len(lines)} sequences"
+                f"losses are ({len(losses)},), but the last use had {len(entries)} sequences"
             )
-        counts = Counter(lines)
-        shares = [1.0 if reduction == "sum" else 1.0 / counts[name] for name in lines]
-        shares = [0.0 if name is None else s for name, s in zip(lines, shares, strict=True)]
+        counts = Counter(entries)
+        shares = [1.0 if reduction == "sum" else 1.0 / counts[name] for name in entries]
+        shares = [0.0 if name is None else s for name, s in zip(entries, shares, strict=True)]
         wide = torch.promote_types(losses.dtype, torch.float32)
         weights = on_device(shares, wide, losses.device)
         # By selection: what is ignored may be NaN.
@@ -174,7 +187,7 @@ class Trainable:
         """
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if not grads:
-            return torch.zeros(len(self.names), device=self.bank.device)
+            return torch.zeros(len(self.names), device=self.device)
         norms = [torch.linalg.vector_norm(grad, dim=(1, 2)) for grad in grads]
         total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)[:, None, None]
@@ -209,30 +222,19 @@ class Trainable:
         """
         names = self.names if names is None else list(names)
         indices = [self._find(name) for name in names]
-        where = torch.tensor(indices, dtype=torch.int64, device=self.bank.device)
-        cores = {
-            layer: tuple(None if part is None else part.detach()[where] for part in shelf)
-            for layer, shelf in self.shelves.items()
+        where = torch.tensor(indices, dtype=torch.int64, device=self.device)
+        cores: Any = {
+            layer: tuple(None if part is None else part.detach()[where] for part in table)
+            for layer, table in self.tables.items()
         }
         self._check_finite(names, cores)
-        with self.bank._lock:  # no call starts meanwhile
-            slots = self.bank._known(names)
-            lost = self._lost(names, slots, cores)
-            self.bank._release()
-            purge()
-            count, free = len(names), len(self.bank._free)
-            chunk = count if self.bank._running else max(1, min(count, free))
-            for start in range(0, count, chunk):
-                part = slice(start, start + chunk)
-                values: Any = {
-                    layer: tuple(None if side is None else side[part] for side in sides)
-                    for layer, sides in cores.items()
-                }
-                self.bank.put(names[part], values, new=False)
+        with self.store.lock:  # no call starts meanwhile
+            lost = self._lost(names, self.store.slots_of(names), cores)
+            self.store.replace_in_turn(names, cores)
         self._committed.update(names)
         if lost:
             dtypes = ", ".join(
-                dict.fromkeys(str(s.table.dtype) for s in self.bank.shelves.values())
+                dict.fromkeys(str(table.left.dtype) for table in self.store.tables.values())
             )
             warnings.warn(
                 f"more than half of what {shown(lost)} learned is lost to rounding in the bank's "
@@ -243,11 +245,11 @@ class Trainable:
 
     def _lost(self, names: Sequence[str], slots: Sequence[int], cores: Any) -> list[str]:
         """Those whose first update is mostly lost to rounding in the bank's tables."""
-        where = torch.tensor(slots, dtype=torch.int64, device=self.bank.device)
-        moved = torch.zeros(len(names), dtype=torch.float64, device=self.bank.device)
+        where = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        moved = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         lost = moved.clone()
         for layer, sides in cores.items():
-            for table, side in zip(self.bank.shelves[layer][:2], sides[:2], strict=True):
+            for table, side in zip(self.store.tables[layer][:2], sides[:2], strict=True):
                 if table is None or table.itemsize >= 4:
                     continue
                 old = table[where].to(side.dtype)
@@ -262,9 +264,9 @@ class Trainable:
         ]
 
     def _check_finite(self, names: Sequence[str], cores: Any) -> None:
-        finite = torch.ones(len(names), dtype=torch.bool, device=self.bank.device)
+        finite = torch.ones(len(names), dtype=torch.bool, device=self.device)
         for layer, sides in cores.items():
-            for table, side in zip(self.bank.shelves[layer][:2], sides[:2], strict=True):
+            for table, side in zip(self.store.tables[layer][:2], sides[:2], strict=True):
                 if table is not None:
                     finite &= side.to(table.dtype).isfinite().flatten(1).all(1)
         bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
@@ -277,18 +279,18 @@ class Trainable:
     def close(self) -> None:
         """End the training; what has not been committed is in these Parameters alone."""
         self.closed = True
-        if self.bank.training is self:
-            self.bank.training = None
+        if self.store.trained is self:
+            self.store.trained = None
 
 
-def trained(shelf: Shelf, slots: Tensor) -> Shelf:
-    """A layer's shelf of Parameters, with a bank's values."""
+def trained(table: CoreTable, slots: Tensor) -> CoreTable:
+    """A layer's table of Parameters, with a bank's values."""
 
-    def parameter(table: Tensor) -> nn.Parameter:
-        return nn.Parameter(table[slots].to(torch.promote_types(table.dtype, torch.float32)))
+    def parameter(part: Tensor) -> nn.Parameter:
+        return nn.Parameter(part[slots].to(torch.promote_types(part.dtype, torch.float32)))
 
-    left, right, scales = shelf
-    return Shelf(
+    left, right, scales = table
+    return CoreTable(
         parameter(left), None if right is None else parameter(right), scales[slots].clone()
     )
 
@@ -347,7 +349,7 @@ class AdapterAdamW(torch.optim.Optimizer):
                 "no adapter has been in a loss since the last step: make the loss by "
                 "trainable.loss(losses) and call its backward() before optimizer.step()"
             )
-        device, everybody = self.trainable.bank.device, len(present) == len(self.trainable.names)
+        device, everybody = self.trainable.device, len(present) == len(self.trainable.names)
         where = slice(None) if everybody else on_device(present, torch.int64, device)
         for group in self.param_groups:
             for parameter in group["params"]:

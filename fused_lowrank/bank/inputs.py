@@ -1,4 +1,4 @@
-"""What calls give a bank: names, handles and weights."""
+"""The names, handles and weights that calls give a bank: checked, and resolved to slots."""
 
 from __future__ import annotations
 
@@ -9,70 +9,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compute.reference import NONE, SLOT_BITS
+from ..compute.reference import NONE, SLOT_BITS
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]] | Tensor
-Lines = tuple[Any, ...]  # of names, or of lines of them
-Known = tuple[Tensor, Tensor | None]  # as `Rows.slots` has it
+Entries = tuple[Any, ...]  # of names, or of lists of them
+ResolvedSlots = tuple[Tensor, Tensor | None]  # as `RowCores.slots` has it
 PLAIN = {str, type(None)}
-ASSIGNMENTS = 64  # that are remembered at most
-ASSIGNED = 1 << 18  # names of all of them at most
+CACHED = 64  # that are remembered at most
+CACHED_NAMES = 1 << 18  # of all of them at most
 
 
-class Assigned(NamedTuple):
-    """What lines of names stand for. Uses share the tensors, and nobody writes to them."""
+class Resolved(NamedTuple):
+    """The handles of names. Uses share the tensors, and nobody writes to them."""
 
-    handles: Tensor  # int64 (lines, k), on the device
-    known: Known | None  # their slots, on a CPU
+    handles: Tensor  # int64 (entries, k), on the device
+    slots: ResolvedSlots | None  # of them, on a CPU
 
 
-class Assignments:
-    """What the last lines of names stood for: the same again need neither look-ups nor a copy.
+class HandleCache:
+    """The handles of the last names: the same again need neither look-ups nor a copy.
 
     Its owner calls it under a lock, and forgets all when a name comes to stand for something else.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._found: dict[Any, Assigned] = {}
+        self._found: dict[Any, Resolved] = {}
         self._size = 0  # the names of all
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def of(self, lines: Lines, make: Callable[[Any], Tensor]) -> Assigned:
-        """What is remembered of these lines, or else what `make` makes of them."""
+    def of(self, entries: Entries, make: Callable[[Any], Tensor]) -> Resolved:
+        """The remembered handles of these entries, or else those that `make` makes of them."""
         stream = 0
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
-                return self._made(lines, make)  # a graph's memory is its own
+                return self._made(entries, make)  # a graph's memory is its own
             # Memory is given back to the stream that it was made on, which must be the reader's.
             stream = torch.cuda.current_stream(self.device).cuda_stream
-        key: Any = lines, stream
+        key: Any = entries, stream
         try:
             found = self._found.get(key)
-        except TypeError:  # lists are lines as tuples are, but cannot be looked up
-            key = tuple([tuple(x) if isinstance(x, list) else x for x in lines]), stream
+        except TypeError:  # lists are entries as tuples are, but cannot be looked up
+            key = tuple([tuple(x) if isinstance(x, list) else x for x in entries]), stream
             try:
                 found = self._found.get(key)
             except TypeError:  # nor can these: the error is `make`'s
-                return self._made(lines, make)
+                return self._made(entries, make)
         if found is None:
-            found = self._made(lines, make)
+            found = self._made(entries, make)
             self._keep(key, found)
         return found
 
-    def _made(self, lines: Lines, make: Callable[[Any], Tensor]) -> Assigned:
+    def _made(self, entries: Entries, make: Callable[[Any], Tensor]) -> Resolved:
         with torch.inference_mode(False):  # a later use may want gradients
-            handles = make(lines)
+            handles = make(entries)
             # On a GPU the kernels look, in the same launch.
-            return Assigned(handles, known_slots(handles) if self.device.type == "cpu" else None)
+            return Resolved(handles, resolve_slots(handles) if self.device.type == "cpu" else None)
 
-    def _keep(self, key: Any, found: Assigned) -> None:
+    def _keep(self, key: Any, found: Resolved) -> None:
         size = found.handles.numel()
-        if size > ASSIGNED:
+        if size > CACHED_NAMES:
             return
-        while len(self._found) >= ASSIGNMENTS or self._size + size > ASSIGNED:
+        while len(self._found) >= CACHED or self._size + size > CACHED_NAMES:
             oldest = next(iter(self._found))
             self._size -= self._found.pop(oldest).handles.numel()
         self._found[key] = found
@@ -84,8 +84,8 @@ class Assignments:
         self._size = 0
 
 
-def lines_of(names: Any) -> Lines:
-    """What `use` is given, as a tuple with something for each line."""
+def entries_of(names: Any) -> Entries:
+    """The names that `use` is given, as a tuple with an entry for each sequence."""
     if names is None or isinstance(names, str):
         return (names,)
     try:
@@ -98,20 +98,20 @@ def lines_of(names: Any) -> Lines:
 
 
 def flattened(names: Names) -> tuple[int, list[str | None]]:
-    """(lines, the names of all lines in a row)."""
+    """(number of entries, the names of all of them in a row)."""
     given: Any = tuple(names or ())
     if given and PLAIN.issuperset(map(type, given)):
         return len(given), list(given)
-    lines = [line if isinstance(line, list | tuple) else (line,) for line in given]
-    if not lines or len({len(line) for line in lines}) != 1 or not lines[0]:
+    entries = [entry if isinstance(entry, list | tuple) else (entry,) for entry in given]
+    if not entries or len({len(entry) for entry in entries}) != 1 or not entries[0]:
         raise ValueError(
             "names must be a list with a name or None for each sequence, or as many for each"
         )
-    return len(lines), [name for line in lines for name in line]
+    return len(entries), [name for entry in entries for name in entry]
 
 
-def known_slots(handles: Tensor) -> Known:
-    """What `Rows.slots` would find of handles that are valid, each either a slot's or NONE."""
+def resolve_slots(handles: Tensor) -> ResolvedSlots:
+    """The result of `RowCores.slots` for valid handles, each either a slot's or NONE."""
     numbers = handles.numpy().T  # by numpy, which costs less for so few
     valid, slots = numbers != NONE, numbers & (1 << SLOT_BITS) - 1
     if valid.all():
@@ -120,17 +120,17 @@ def known_slots(handles: Tensor) -> Known:
 
 
 def check_handles(handles: Tensor, device: torch.device) -> Tensor:
-    """Handles of the caller's as (lines, k), the same storage."""
+    """Handles of the caller's as (entries, k), the same storage."""
     if handles.dtype != torch.int64:
         raise TypeError(f"handles are {handles.dtype}: they must be int64, as bank.handles gives")
     if handles.device != device:
         raise ValueError(f"handles are on {handles.device}, but the bank on {device}")
     if handles.dim() not in (1, 2) or handles.numel() == 0:
         raise ValueError(f"handles are {tuple(handles.shape)}: they must be (lines,) or (lines, k)")
-    lines = handles if handles.dim() == 2 else handles[:, None]
-    if not lines.is_contiguous():
+    entries = handles if handles.dim() == 2 else handles[:, None]
+    if not entries.is_contiguous():
         raise ValueError("handles must be contiguous")
-    return lines
+    return entries
 
 
 def check_weights(weights: Any, handles: Tensor | None) -> Tensor:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import peft_folder
-from .adapt import adapted_layers
-from .adapter_file import read
-from .elsewhere import here, is_known, tensors_of
-from .fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
-from .methods import LowRankLinear
-from .methods.accept import WEIGHT_DTYPES
-from .other_base import refuse_other_base
-from .saved import saved_modules
-from .targets import check_places
-
-if TYPE_CHECKING:
-    from .bank import AdapterBank
-
-SHARED = {"down", "up", "weight", "bias"}  # what all adapters of a bank have in common
-Cores = Mapping[str, tuple[Tensor, Tensor | None, Tensor]]  # by layer: left, right, scales
+from .. import peft_folder
+from ..adapt import adapted_layers
+from ..adapter_file import read
+from ..elsewhere import here, is_known, tensors_of
+from ..fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
+from ..methods import LowRankLinear
+from ..methods.accept import WEIGHT_DTYPES
+from ..other_base import refuse_other_base
+from ..saved import saved_modules
+from ..targets import check_places
+from .shared import SHARED
+from .store import AdapterStore
+from .tables import Cores
 
 
 @dataclass
@@ -40,21 +37,31 @@ class Found:
     fingerprint: Tensor | None = None
 
 
-def cores_of(bank: AdapterBank, source: Any) -> Cores:
-    """The adapter of a source as the bank's tables hold it, with a first dimension of 1."""
+def cores_of(store: AdapterStore, model: nn.Module, source: Any) -> Cores:
+    """The adapter of a source as the tables of a model's bank hold it, with a first dimension of 1.
+
+    None: a fresh one. Raises ValueError where it does not fit, and RuntimeError where what the
+    adapters share is not what it was.
+    """
+    store.shared.check()
+    if source is None:
+        return fresh_cores(store)
     if peft_folder.is_model(source):
-        what, found = "the model", of_contents(bank, *peft_folder.of_model(source), "the model")
+        what, found = (
+            "the model",
+            of_contents(store, model, *peft_folder.of_model(source), "the model"),
+        )
     elif isinstance(source, nn.Module):
-        what, found = "the model", of_model(bank, source)
+        what, found = "the model", of_model(store, source)
     elif isinstance(source, Mapping):
-        what, found = "the state_dict", of_state(bank, source)
+        what, found = "the state_dict", of_state(store, source)
     elif isinstance(source, str | os.PathLike):
-        what, found = str(source), of_contents(bank, *read(source), str(source))
+        what, found = str(source), of_contents(store, model, *read(source), str(source))
     else:
         raise ValueError(
             f"source is a {type(source).__name__}: it must be a path, a state_dict or a model"
         )
-    return {name: checked(bank, name, part, what) for name, part in found.items()}
+    return {name: checked(store, name, part, what) for name, part in found.items()}
 
 
 def source_name(source: Any) -> str:
@@ -64,28 +71,28 @@ def source_name(source: Any) -> str:
     return "the state_dict" if isinstance(source, Mapping) else "the model"
 
 
-def fresh_cores(bank: AdapterBank) -> Cores:
+def fresh_cores(store: AdapterStore) -> Cores:
     """A new adapter, as the method starts one, at the model's own alpha."""
     cores = {}
-    for name, layer in bank.layers.items():
+    for name, layer in store.layers.items():
         core = layer.core_factors
         with torch.no_grad():
             new: Any = tuple(map(torch.empty_like, core)) if isinstance(core, tuple) else None
             new = torch.empty_like(core) if new is None else new  # type: ignore[arg-type]
             layer.fill_core(new)
-        cores[name] = (*stored(bank, name, single(new), ""), torch.tensor([layer.scale]))
+        cores[name] = (*stored(store, name, single(new), ""), torch.tensor([layer.scale]))
     return cores
 
 
 def checked(
-    bank: AdapterBank, name: str, part: Found, what: str
+    store: AdapterStore, name: str, part: Found, what: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """A layer's cores as the bank stores them and the scales; ValueError if they do not fit it."""
-    left, right = fitted(bank, name, part, what)
-    with here(bank.layers[name]):
-        check_bases(bank, name, part, what)
+    left, right = fitted(store, name, part, what)
+    with here(store.layers[name]):
+        check_bases(store, name, part, what)
     cores = left, right, part.scales
-    for ours, values in zip(bank.shelves[name], cores, strict=True):
+    for ours, values in zip(store.tables[name], cores, strict=True):
         if ours is not None and values is not None and not holds(ours.dtype, values):
             raise ValueError(
                 f"{what}: the core of {name} holds NaN, Inf, or more than {ours.dtype} can hold"
@@ -103,9 +110,9 @@ def joined(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def stored(bank: AdapterBank, name: str, core: Any, what: str) -> tuple[Tensor, Tensor | None]:
+def stored(store: AdapterStore, name: str, core: Any, what: str) -> tuple[Tensor, Tensor | None]:
     """Cores as the bank stores them: as pairs or as their products."""
-    if bank.shelves[name].right is not None:
+    if store.tables[name].right is not None:
         if not isinstance(core, tuple):
             raise ValueError(f"{what} holds cores of {name}, where the bank holds pairs")
         return core
@@ -116,12 +123,12 @@ def stored(bank: AdapterBank, name: str, core: Any, what: str) -> tuple[Tensor, 
     return left.to(dtype) @ right.to(dtype), None
 
 
-def fitted(bank: AdapterBank, name: str, part: Found, what: str) -> tuple[Tensor, Tensor | None]:
+def fitted(store: AdapterStore, name: str, part: Found, what: str) -> tuple[Tensor, Tensor | None]:
     """Cores as the bank stores them, in its size: a smaller one is its first rows and columns."""
-    pair, layer = stored(bank, name, part.core, what), bank.layers[name]
+    pair, layer = stored(store, name, part.core, what), store.layers[name]
     left, right = (
         None if theirs is None or ours is None else padded(theirs, ours, name, what)
-        for theirs, ours in zip(pair, bank.shelves[name], strict=False)
+        for theirs, ours in zip(pair, store.tables[name], strict=False)
     )
     if sides(part.core) != (layer.down.shape[0], layer.up.shape[1]):
         has = part.fingerprint is not None or (part.down is not None and part.up is not None)
@@ -155,9 +162,9 @@ def sides(core: Any) -> tuple[int, int]:
     return first.shape[1], last.shape[2]
 
 
-def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
+def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
     """Raise unless the source's frozen factors are the bank's, or the first ones of them."""
-    layer, (p, q) = bank.layers[name], sides(part.core)
+    layer, (p, q) = store.layers[name], sides(part.core)
     another = f"{what} was made for another base: "
     for label, ours, theirs in (
         ("down", layer.down[:p], part.down),
@@ -169,7 +176,7 @@ def check_bases(bank: AdapterBank, name: str, part: Found, what: str) -> None:
         refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
         return
-    ours = bank.fingerprint(name)
+    ours = store.shared.fingerprints[name]
     down, up, weight = ours.split([layer.down.shape[0], layer.up.shape[1], 1 + WEIGHT_PROBES])
     if part.fingerprint.shape != (p + q + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{what} is damaged: the fingerprint of {name} is not of its ranks")
@@ -202,10 +209,10 @@ def check_core(core: Any, count: int, name: str, what: str) -> None:
 # --- the three kinds of sources ---
 
 
-def of_model(bank: AdapterBank, model: nn.Module) -> dict[str, Found]:
+def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
     """The adapter that a model carries."""
     there, what = dict(adapted_layers(model)), "the model"
-    check_names(bank, {name: layer.method for name, layer in there.items()}, what)
+    check_names(store, {name: layer.method for name, layer in there.items()}, what)
     check_trained({n: layer.train_names for n, layer in there.items()}, saved_modules(model), what)
     found = {}
     for name, layer in there.items():
@@ -221,17 +228,21 @@ def of_model(bank: AdapterBank, model: nn.Module) -> dict[str, Found]:
 
 
 def of_contents(
-    bank: AdapterBank, config: dict[str, Any], tensors: dict[str, Tensor], path: str
+    store: AdapterStore,
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str,
 ) -> dict[str, Found]:
     """The adapter in a file of `save_adapter`, or in a folder of PEFT's."""
     methods = {name: entry["method"] for name, entry in config["layers"].items()}
-    check_names(bank, methods, path)
+    check_names(store, methods, path)
     trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
     check_trained(trained, config["modules_to_save"], path)
     if "partial" in config:  # of PEFT's
-        check_places(list(bank.layers), bank.model)
+        check_places(list(store.layers), model)
     found = {}
-    for name, layer in bank.layers.items():
+    for name, layer in store.layers.items():
         settings = config["layers"][name]["settings"]
         part = of_tensors(layer, name, tensors.get, path)
         part.scales = torch.tensor([settings["alpha"] / settings["r"]])
@@ -243,11 +254,11 @@ def of_contents(
     return found
 
 
-def of_state(bank: AdapterBank, state: Mapping[str, Any]) -> dict[str, Found]:
+def of_state(store: AdapterStore, state: Mapping[str, Any]) -> dict[str, Found]:
     """The adapter in a state_dict, of the model or of its trained parameters alone."""
     return {
         name: of_tensors(layer, name, state.get, "the state_dict")
-        for name, layer in bank.layers.items()
+        for name, layer in store.layers.items()
     }
 
 
@@ -274,9 +285,9 @@ def check_trained(trained: Mapping[str, Iterable[str]], modules: Iterable[str], 
             raise ValueError(f"{what} trains more of {name} than its core: {', '.join(train)}")
 
 
-def check_names(bank: AdapterBank, methods: Mapping[str, str], what: str) -> None:
+def check_names(store: AdapterStore, methods: Mapping[str, str], what: str) -> None:
     """Raise unless the source adapts the layers of the bank, by the same methods."""
-    ours = {name: layer.method for name, layer in bank.layers.items()}
+    ours = {name: layer.method for name, layer in store.layers.items()}
     if ours != methods:
         name = next(n for n in [*ours, *methods] if ours.get(n) != methods.get(n))
         raise ValueError(

@@ -15,20 +15,18 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapter_file import opened, replacing
-from .bank_layers import index_of
-from .bank_source import Found, check_core, check_names, checked, joined
-from .fingerprint import FINGERPRINT
-
-if TYPE_CHECKING:
-    from .bank import AdapterBank
+from ..adapter_file import opened, replacing
+from ..fingerprint import FINGERPRINT
+from .sources import Found, check_core, check_names, checked, joined
+from .store import AdapterStore
+from .tables import index_of
 
 FORMAT, VERSION = "fused_lowrank bank", "1"
 TYPES = {  # the widest first: written in this order, every tensor is aligned
@@ -41,34 +39,34 @@ TYPES = {  # the widest first: written in this order, every tensor is aligned
 }
 
 
-def save(bank: AdapterBank, path: str | os.PathLike[str], names: Sequence[str] | None) -> None:
+def save(store: AdapterStore, path: str | os.PathLike[str], names: Sequence[str] | None) -> None:
     """Write the named adapters, or all, as they are when it begins."""
-    bank.check_frozen()
-    with bank.kept(names) as slots:
+    store.shared.check()
+    with store.holding(names) as slots:
         encoded = [name.encode("utf-8", "surrogatepass") for name in slots]
         whole = {
             "names": torch.tensor(bytearray(b"".join(encoded)), dtype=torch.uint8),
             "names.offsets": torch.tensor([0, *itertools.accumulate(map(len, encoded))]),
         }
         tables = {}
-        for layer, shelf in bank.shelves.items():
-            whole[f"{layer}.{FINGERPRINT}"] = bank.fingerprint(layer)
-            held = [table for table in shelf if table is not None]
-            for part, table in zip(parts(shelf.right is not None), held, strict=True):
-                tables[f"{layer}.{part}"] = table
+        for layer, table in store.tables.items():
+            whole[f"{layer}.{FINGERPRINT}"] = store.shared.fingerprints[layer]
+            held = [values for values in table if values is not None]
+            for part, values in zip(parts(table.right is not None), held, strict=True):
+                tables[f"{layer}.{part}"] = values
         config = {
             "layers": {
                 name: {"method": layer.method, "settings": layer.settings()}
-                for name, layer in bank.layers.items()
+                for name, layer in store.layers.items()
             }
         }
         metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
         with replacing(path) as unfinished, open(unfinished, "wb") as file:
-            write(file, metadata, whole, tables, list(slots.values()), bank.device)
+            write(file, metadata, whole, tables, list(slots.values()), store.device)
 
 
 def parts(pairs: bool) -> tuple[str, ...]:
-    """What the tensors of a layer are called, in the order of `Shelf`."""
+    """What the tensors of a layer are called, in the order of `CoreTable`."""
     return ("left", "right", "scales") if pairs else ("core", "scales")
 
 
@@ -103,12 +101,12 @@ def write(
         file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def load(bank: AdapterBank, path: str | os.PathLike[str], progress: bool) -> None:
+def load(store: AdapterStore, path: str | os.PathLike[str], progress: bool) -> None:
     """Put the adapters of a file into the bank, after all checks; it is read while they run."""
-    bank.check_frozen()
+    store.shared.check()
     config, tensors = opened(path, "bank", FORMAT, VERSION)
-    check_names(bank, {n: entry["method"] for n, entry in config["layers"].items()}, str(path))
-    pairs = {name: f"{name}.left" in tensors for name in bank.layers}
+    check_names(store, {n: entry["method"] for n, entry in config["layers"].items()}, str(path))
+    pairs = {name: f"{name}.left" in tensors for name in store.layers}
     expected = {f"{n}.{part}" for n in pairs for part in (*parts(pairs[n]), FINGERPRINT)}
     expected |= {"names", "names.offsets"}
     for key in sorted(expected ^ tensors.keys()):
@@ -116,15 +114,15 @@ def load(bank: AdapterBank, path: str | os.PathLike[str], progress: bool) -> Non
         raise ValueError(f"{path} {what} {key}: it is damaged")
     names = decoded(tensors["names"], tensors["names.offsets"], path)
     cores = {}
-    for name in tqdm(bank.layers, "load", disable=not progress, unit="layer"):
+    for name in tqdm(store.layers, "load", disable=not progress, unit="layer"):
         *values, scales = (tensors[f"{name}.{part}"] for part in parts(pairs[name]))
         core = joined(values)
         check_core(core, len(names), name, str(path))
         if scales.shape != (len(names),) or scales.dtype != torch.float32:
             raise ValueError(f"{path} is damaged: {name}.scales are not one for each adapter")
         part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"])
-        cores[name] = checked(bank, name, part, str(path))
-    bank.put(names, cores)
+        cores[name] = checked(store, name, part, str(path))
+    store.put(names, cores)
 
 
 def contents(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:

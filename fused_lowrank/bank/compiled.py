@@ -1,0 +1,235 @@
+"""A bank's layers in a compiled graph, as library ops.
+
+The graph reads the assignment when it runs, by the op `route`, whose result, a token, stands for it
+in the forward and in the backward: one graph serves every assignment, and none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..calls import SAID, call_of
+from ..compute import autograd, choose
+from ..compute.autograd import (
+    connect,
+    dropout_of,
+    fake_gradients,
+    fake_results,
+    gradients_of_op,
+    join,
+    run_op,
+    there,
+)
+from ..compute.operands import Operands
+from ..compute.reference import AnyCore
+from ..declared import entry_of, said_in
+from ..disabling import OFF
+from ..recomputed import graph_task, may_recompute, note, noted
+from .assignment import Assignment
+from .recompute import WRITTEN, current
+from .store import AdapterStore
+
+OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations
+
+_tokens = itertools.count(1)
+TICKETS: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
+
+
+class Ticket:
+    """The assignment of a call, if any, for which a token stands, and that of disabled layers.
+
+    And what has been said of whose its rows are.
+    """
+
+    def __init__(self, assignment: Assignment | None) -> None:
+        self.assignment, self.said = assignment, SAID.get()
+        self.disabled: dict[str, Assignment] = {}
+
+    @property
+    def version(self) -> int:
+        """That of the assignment."""
+        return 0 if self.assignment is None else self.assignment.version
+
+
+STORES: weakref.WeakValueDictionary[int, AdapterStore] = weakref.WeakValueDictionary()
+
+
+class Banked(NamedTuple):
+    """The core that the rows of a layer in a compiled graph go through."""
+
+    core: AnyCore
+    scale: float
+    factors: str  # whose gradient the core's is: "own", "trained" or "" for nobody's
+
+
+@torch.library.custom_op("fused_lowrank::route", mutates_args=())
+def route(key: int) -> Tensor:
+    """A token, int64 (2,) on the CPU, that stands for the assignment of the running call.
+
+    It is the assignment's number and its version.
+    """
+    before = noted(key) if graph_task() >= 0 else None  # of a checkpoint around the graph
+    if before is None:
+        ticket = Ticket(current(key))
+        if OFF.get():
+            store = STORES[key]
+            base = store.assign(None)
+            ticket.disabled = {name: base for name, layer in store.layers.items() if layer.disabled}
+    else:
+        ticket, version = before
+        if version != ticket.version:
+            raise RuntimeError(WRITTEN)
+    if may_recompute():
+        note(key, (ticket, ticket.version))
+    if ticket.assignment is None and not ticket.disabled:
+        return torch.tensor([OUTSIDE, 0])
+    TICKETS[number := next(_tokens)] = ticket
+    token = torch.tensor([number, ticket.version])
+    token.ticket = ticket  # type: ignore[attr-defined]  # lives as long as the token
+    return token
+
+
+@route.register_fake
+def _(key):  # type: ignore[no-untyped-def]
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def resolve(
+    token: Tensor,
+    name: str,
+    lead: Sequence[int],
+    x: OptTensor,
+    a: OptTensor,
+    b: OptTensor,
+    trained_a: OptTensor,
+    trained_b: OptTensor,
+    scale: float,
+) -> Banked:
+    """The core for which a token stands, at one layer."""
+    number, version = token.tolist()
+    if number == OUTSIDE:
+        return Banked(join(a, b), scale, "own")
+    ticket = TICKETS[number]
+    assignment = ticket.assignment
+    if name in ticket.disabled:
+        return Banked(ticket.disabled[name].row_cores(name, lead, None), 1.0, "")
+    if assignment is None:
+        return Banked(join(a, b), scale, "own")
+    if assignment.version != version:
+        raise RuntimeError(WRITTEN)
+    if assignment.handles is None:
+        return Banked(join(*assignment.single_core(name)), 1.0, "")
+    said = None
+    if ticket.said is not None:
+        entry = entry_of(ticket.said, STORES[assignment.key].layers[name])
+        if graph_task() < 0 or not callable(entry and entry.rows):  # else what the forward found
+            said = said_in(entry, name, None if x is None else x.view(*lead, x.shape[-1]))
+    rows = assignment.row_cores(name, lead, call_of(assignment.key), None, said)
+    if not rows.table.requires_grad:
+        return Banked(rows, 1.0, "")
+    if trained_a is None:
+        raise RuntimeError(f"{name}: compile the model again, now that adapters are trained")
+    return Banked(rows._replace(table=trained_a, right=trained_b), 1.0, "trained")
+
+
+@torch.library.custom_op("fused_lowrank::banked", mutates_args=())
+def banked(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    a: OptTensor,
+    b: OptTensor,
+    trained_a: OptTensor,
+    trained_b: OptTensor,
+    up: Tensor,
+    bias: OptTensor,
+    token: Tensor,
+    name: str,
+    lead: Sequence[int],
+    seed: OptTensor,
+    scale: float,
+    dropout_p: float,
+    impl: str,
+    want_t: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, t), as `fused_lowrank::forward` gives them, by the token's assignment."""
+    what = resolve(token, name, lead, x, a, b, trained_a, trained_b, scale)
+    factors = down, what.core, up, bias, what.scale, dropout_of(seed, dropout_p)
+    if choose.isolates(impl, x, down, up):
+        impl = "isolated"
+    return run_op(Operands(x, weight, *factors), impl, want_t)
+
+
+@banked.register_fake
+def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
+    return fake_results(x, weight, down, others[-1])
+
+
+class Needs(NamedTuple):
+    """Which operands of `banked` require a gradient, in the order of `banked_backward`'s result."""
+
+    x: bool
+    weight: bool
+    down: bool
+    a: bool
+    b: bool
+    trained_a: bool
+    trained_b: bool
+    up: bool
+    bias: bool
+
+
+@torch.library.custom_op("fused_lowrank::banked_backward", mutates_args=())
+def banked_backward(
+    dy: Tensor,
+    t: OptTensor,
+    x: OptTensor,
+    weight: OptTensor,
+    down: Tensor,
+    a: OptTensor,
+    b: OptTensor,
+    trained_a: OptTensor,
+    trained_b: OptTensor,
+    up: Tensor,
+    token: Tensor,
+    name: str,
+    lead: Sequence[int],
+    seed: OptTensor,
+    scale: float,
+    dropout_p: float,
+    impl: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that are needed; those of factors that the call did not use are zero."""
+    need = Needs(*needs)
+    what = resolve(token, name, lead, x, a, b, trained_a, trained_b, scale)
+    pairs = {"own": (need.a, need.b), "trained": (need.trained_a, need.trained_b)}
+    wanted = pairs.get(what.factors, (False, False))
+    inner = autograd.Needs(need.x, need.weight, need.down, *wanted, need.up, need.bias)
+    if choose.isolates(impl, dy, down, up):
+        impl = "isolated"
+    rest = down, what.core, up, None, what.scale, dropout_of(seed, dropout_p)
+    grads = gradients_of_op(dy, t, Operands(x, weight, *rest), impl, inner)
+    dx, dweight, ddown, da, db, dup, dbias = grads
+    both = {"own": (da, db, None, None), "trained": (None, None, da, db)}
+    factors = both.get(what.factors, (None,) * 4)
+    for i, (operand, wants) in enumerate(zip((a, b, trained_a, trained_b), need[3:7], strict=True)):
+        if wants and factors[i] is None:
+            assert operand is not None
+            factors = (*factors[:i], torch.zeros_like(operand), *factors[i + 1 :])
+    return there((dx, dweight, ddown, *factors, dup, dbias), dy)
+
+
+@banked_backward.register_fake
+def _(dy, t, x, weight, *others):  # type: ignore[no-untyped-def]
+    return fake_gradients(dy, others[:6], others[-1])
+
+
+connect(banked, banked_backward, count=9)

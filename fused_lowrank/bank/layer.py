@@ -1,0 +1,143 @@
+"""A layer in a bank: with the adapters of the call's assignment, or as it was without a bank.
+
+Eagerly the assignment is read in Python, in a compiled graph by an op (`compiled.route`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import config
+from ..called import note_call
+from ..calls import SAID, call_of
+from ..compute import choose, isolation
+from ..compute.autograd import chain, fold, join, places
+from ..compute.dropout import Dropout
+from ..compute.operands import Operands
+from ..compute.reference import AnyCore
+from ..declared import said_of, stated
+from ..elsewhere import here
+from ..fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
+from ..following import Follower
+from ..functional import compute, draw_seed, prepared
+from ..methods.base import LowRankLinear
+from ..methods.computer import Computer
+from ..recomputed import graph_task, may_recompute, note
+from .compiled import STORES, Ticket, banked, route
+from .recompute import current, remember_storage
+from .store import AdapterStore
+
+
+class BankedLayer(Computer):
+    """The place of a layer in a bank; called by the layer instead of its own forward."""
+
+    is_bank = True
+
+    def __init__(self, store: AdapterStore, name: str, layer: LowRankLinear) -> None:
+        self.store, self.name, self.key = store, name, store.key
+        STORES[self.key] = store
+        self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
+
+    def refuse_leaving(self, what: str) -> None:
+        """Raise ValueError if the layer is to leave its model while the bank is open."""
+        if self.store.is_open:
+            raise ValueError(
+                f"cannot {what}: {self.name} is in a bank, which would not find it any more: "
+                "close() the bank first"
+            )
+
+    def look_again(self, moved: bool = False) -> None:
+        """Have the bank compare the layers' tensors, of which some may be others from now on."""
+        self.store.shared.look_again(moved)
+
+    def refuse_other(self, values: Mapping[str, Any]) -> None:
+        """Raise ValueError if values to be loaded are not those that the bank's adapters share."""
+        layer = self.store.layers[self.name]
+        tolerances = {"down": BASES_TOLERANCE, "up": BASES_TOLERANCE, "weight": WEIGHT_TOLERANCE}
+        for name, tolerance in tolerances.items():
+            value = values.get(name)
+            if value is None:
+                continue
+            with here(layer):
+                own = layer.base_weight if name == "weight" else getattr(layer, name)
+                same = value is own or alike(own, value, tolerance)
+            if not same:
+                raise ValueError(
+                    f"{self.name} is in a bank, whose adapters share its weight, down and up, and "
+                    f"{name} is to be another: close() the bank first"
+                )
+
+    def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+        if layer.uncalled:
+            note_call(layer)
+        if torch.compiler.is_compiling():
+            return layer.own(x) if layer.disabled is True else self.compiled(layer, x)
+        if layer.disabled:
+            if graph_task() < 0:
+                current(self.key)  # the bank's model was called
+            return layer.own(x)
+        wants_grad = torch.is_grad_enabled()
+        if wants_grad or layer.training or may_recompute():
+            remember_storage(x)
+        assignment = current(self.key)
+        isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"
+        core: AnyCore
+        if assignment is None:
+            if not isolated or layer.merged:
+                return layer.own(x)
+            core, scale = layer.core_factors, layer.scale
+        elif layer.merged:
+            raise RuntimeError(f"{self.name} is merged: unmerge(model) before bank.use")
+        elif assignment.base_only and not config.current().batch_invariance:
+            if assignment.empty:
+                assignment.require_rows(self.name, x.shape[:-1])
+            return isolation.linear(x, layer.weight, layer.bias)
+        elif assignment.handles is None:
+            core, scale = join(*assignment.single_core(self.name)), 1.0
+        else:
+            call = call_of(self.key)
+            if call is not None and call.follower is not None and not call.follower.paused:
+                return self.followed(layer, x, call.follower)
+            said = None if SAID.get() is None else said_of(layer, self.name, x)
+            core, scale = assignment.row_cores(self.name, x.shape[:-1], call, x, said), 1.0
+        weight, down, up, bias = layer.own_tensors()
+        dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout)
+        if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
+            try:  # only x can be wrong, and PyTorch sees that
+                return chain(operands)
+            except (AttributeError, IndexError, RuntimeError):
+                pass  # the checks say it better
+        return compute(prepared(operands), layer.impl, isolated)
+
+    def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
+        """The same, with a follower that is told where the sequences of the result are."""
+        state = stated(layer) or follower.where(x)
+        if may_recompute():  # maybe by a graph, which runs as written only in calls like this
+            note(self.key, (ticket := Ticket(current(self.key)), ticket.version))
+        with follower.pause():
+            y = self(layer, x)
+        follower.mark(y, state)
+        return y
+
+    def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+        """The same as library ops, whatever the assignment will be."""
+        dropout_p = layer.dropout if layer.training else 0.0
+        a, b = places(layer.core_factors)
+        given = x, layer.weight, layer.down, layer.core_factors, layer.up, layer.bias, layer.scale
+        x, weight, down, _, up, bias, scale, *_ = prepared(Operands(*given))
+        lead = x.shape[:-1]
+        trained = self.store.trained
+        tables = (None, None) if trained is None else trained.tables[self.name][:2]
+        factors = a, b, *tables
+        seed = draw_seed(x) if dropout_p else None
+        impl = "aten" if layer.impl == "reference" else layer.impl
+        want_t = torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
+        token = route(self.key)
+        rest = token, self.name, lead, seed, scale, dropout_p, impl
+        y, _ = banked(fold(x), weight, down, *factors, up, bias, *rest, want_t)
+        return y.view(*lead, y.shape[-1])
