@@ -1,23 +1,29 @@
 """What tests/test_gate.py runs in a process of its own: a sample of the gate, and faults.
 
-Every function named check_… is run; each compiles for GPUs that are not here.
+Every function named check_… is run; most compile for GPUs that are not here.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 import tempfile
 from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gate
+import gate_digest
 import torch
 import triton
 import triton.language as tl
 from gate_cases import DTYPES, Case, cases, empty, launch
+from gate_read import Figures, problems, problems_of_decode, problems_of_hopper, read
 from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
@@ -35,7 +41,7 @@ def found(case: Case, target: Target, tile: TileConfig, sass: bool = False) -> s
     """What the gate says of a case with a tile of our own."""
     figures = gate.compiled(lambda: launch(case, lambda *_: tile), target, sass)
     itemsize = DTYPES[case.x].itemsize
-    wrong = gate.problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
     return "; ".join(wrong)
 
 
@@ -93,14 +99,14 @@ def check_what_is_wrong_with_a_kernel_for_hopper_is_found() -> None:
     assert tile.hopper
     assert spec.bulk
     kernel = gate.built(lambda: launch(case, lambda *_: tile), SM_90)
-    figures = gate.read(kernel, SM_90, False)
-    assert not gate.problems_of_hopper(kernel, figures, case, tile)
+    figures = read(kernel, SM_90, False)
+    assert not problems_of_hopper(kernel, figures, case, tile)
     fewer = replace(figures, n_bulk_load=figures.n_bulk_load - 1, n_bulk_store=0)
-    wrong = "; ".join(gate.problems_of_hopper(kernel, fewer, case, tile))
+    wrong = "; ".join(problems_of_hopper(kernel, fewer, case, tile))
     assert "bulk loads" in wrong
     assert "bulk stores" in wrong
     asm = {**kernel.asm, "ptx": kernel.asm["ptx"].replace("wgmma.wait_group", "")}
-    wrong = gate.problems_of_hopper(SimpleNamespace(asm=asm), figures, case, tile)
+    wrong = problems_of_hopper(SimpleNamespace(asm=asm), figures, case, tile)
     assert "serialised" in "; ".join(wrong)
 
 
@@ -114,7 +120,7 @@ def check_narrow_loads_of_decode_are_found() -> None:
         (fp32, TileConfig(32, 32, 16, 8, 2)),
     ):
         kernel = gate.built(gate.tiled(case, tile), SM_90)
-        wrong = "; ".join(gate.problems_of_decode(kernel, case, tile))
+        wrong = "; ".join(problems_of_decode(kernel, case, tile))
         expected = {1: "w comes by {0:", 2: "w comes by {8:"}.get(tile.num_stages, "")
         assert wrong.startswith(expected), wrong
         assert bool(wrong) == bool(expected), wrong
@@ -126,13 +132,13 @@ def check_missing_instructions_are_found() -> None:
     figures = gate.compiled(lambda: launch(fp32, lambda *_: tile), SM_90, sass=True)
     assert "FFMA" in figures.sass
     assert not figures.n_mma
-    wrong = "; ".join(gate.problems(figures, SM_90, "gemm_tail", tile, 2, True))
+    wrong = "; ".join(problems(figures, SM_90, "gemm_tail", tile, 2, True))
     assert "no wgmma" in wrong
     assert "no HGMMA in SASS" in wrong
-    assert "no wgmma" in "; ".join(gate.problems(figures, SM_90, "shrink", tile, 2, True))
-    assert "no tensor core" in "; ".join(gate.problems(figures, SM_90, "core_grad", tile, 2, True))
+    assert "no wgmma" in "; ".join(problems(figures, SM_90, "shrink", tile, 2, True))
+    assert "no tensor core" in "; ".join(problems(figures, SM_90, "core_grad", tile, 2, True))
     persistent = replace(tile, persistent=True)
-    assert "bulk" in "; ".join(gate.problems(figures, SM_90, "gemm_tail", persistent, 2, True))
+    assert "bulk" in "; ".join(problems(figures, SM_90, "gemm_tail", persistent, 2, True))
     one_stage = TileConfig(64, 64, 32, 4, 1)
     assert "no asynchronous copies" in found(GEMM, SM_80, one_stage)
 
@@ -151,7 +157,7 @@ def check_tf32_is_found() -> None:
     for target, precision in [*asked, (SM_90, None)]:  # None: what a dot takes that is told nothing
         call = partial(squared[(1,)], x, x, precision)
         figures = gate.compiled(call, target, sass=target is SM_90)
-        wrong = "; ".join(gate.problems(figures, target, "gemm_tail", tile, 4, True))
+        wrong = "; ".join(problems(figures, target, "gemm_tail", tile, 4, True))
         assert ("TF32" in wrong) == (precision != "ieee"), (target.name, precision, figures)
 
 
@@ -174,19 +180,150 @@ def check_float32_is_summed_in_blocks() -> None:
 
 
 def check_an_empty_kernel_is_found() -> None:
-    figures = gate.Figures(4, 0, 0, "", 0, 0, 0, 0, 0)
-    wrong = gate.problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
+    figures = Figures(4, 0, 0, "", 0, 0, 0, 0, 0)
+    wrong = problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
     assert "empty" in "; ".join(wrong)
 
 
+FIGURES = Figures(100, 1024, 0, "", 0, 0, 0, 0, 0)
+JOB = (SHRINK, "sm_90", True)
+
+
 def check_what_differs_from_the_table_is_found() -> None:
-    figures = gate.Figures(100, 1024, 0, "", 0, 0, 0, 0, 0)
-    old = gate.table([gate.row(SHRINK, "sm_90", figures)])
-    new = gate.table([gate.row(SHRINK, "sm_90", replace(figures, registers=101))])
+    old = gate.table([gate.row(JOB, FIGURES, "digest")])
+    new = gate.table([gate.row(JOB, replace(FIGURES, registers=101), "digest")])
     assert len(gate.stale(new, old, ["sm_90"])) == 2
     assert not gate.stale(new, new, ["sm_90"])
     assert not gate.stale(new, old, ["sm_80"])
     assert len(gate.stale(new, "", ["sm_90"])) == 1
+
+
+def check_a_row_is_taken_while_its_seal_holds() -> None:
+    entry = gate.row(JOB, FIGURES, "digest")
+    there = gate.table([entry])
+    assert gate.unchanged({JOB: "digest"}, there) == {JOB: entry}
+    unsealed = gate.table([[*entry[:-1], ""]])
+    for todo, text in (
+        ({JOB: "another"}, there),
+        ({(replace(SHRINK, p=48), "sm_90", True): "digest"}, there),
+        ({(SHRINK, "sm_80", True): "digest"}, there),
+        ({JOB: "digest"}, there.replace(",100,", ",99,")),  # by hand
+        ({JOB: "digest"}, there.replace(f"triton {triton.__version__}", "triton 3.0.0")),
+        ({JOB: "digest"}, unsealed),  # what failed
+        ({JOB: "digest"}, ""),
+    ):
+        assert text == "" or text != there or todo != {JOB: "digest"}
+        assert not gate.unchanged(todo, text), (todo, text)
+
+
+def digest(case: Case, target: Target, tile: TileConfig) -> str:
+    source, options = gate.source(gate.tiled(case, tile), target)
+    return gate_digest.launch_digest(source, options, target)
+
+
+def check_a_launch_has_a_digest_of_its_own() -> None:
+    """Another one for each thing in which launches differ, and the same for the same."""
+    tile = TileConfig(64, 64, 32, 4, 2)
+    launches = [
+        (SHRINK, SM_90, tile),
+        (SHRINK, SM_90, replace(tile, num_warps=8)),
+        (SHRINK, SM_90, replace(tile, num_stages=3)),
+        (SHRINK, SM_90, replace(tile, max_registers=128)),
+        (SHRINK, SM_90, replace(tile, block_k=64)),
+        (replace(SHRINK, p=48), SM_90, tile),
+        (replace(SHRINK, core="bf16"), SM_90, tile),
+        (replace(SHRINK, aligned=False), SM_90, tile),
+        (replace(SHRINK, flags="t"), SM_90, tile),
+        (SHRINK, SM_80, tile),
+        (SHRINK, replace(SM_90, shared=SM_90.shared - 1), tile),
+        (GEMM, SM_90, tile),
+    ]
+    digests = [digest(*launch) for launch in launches]
+    assert len(set(digests)) == len(launches), digests
+    assert digests == [digest(*launch) for launch in launches]
+
+
+CODE = """
+import triton
+import triton.language as tl
+import {folder}_other as other
+
+SIZE = tl.constexpr(16)
+
+@triton.constexpr_function
+def doubled(n):
+    return 2 * n
+
+@triton.jit
+def helper(x, FACTOR: tl.constexpr = 3):
+    'A text.'
+    return x * FACTOR
+
+@triton.jit
+def kernel(x_ptr, N: tl.constexpr):
+    at = tl.arange(0, SIZE)  # where
+    x = other.called(helper(tl.load(x_ptr + at)))
+    tl.store(x_ptr + at, x + other.ADDED + doubled(N))
+"""
+OTHER = """
+import triton
+import triton.language as tl
+
+ADDED = tl.constexpr(1)
+
+def plain(n):
+    return n + 1
+
+@triton.constexpr_function
+def reckoned(n):
+    return plain(n)
+
+@triton.jit
+def called(x):
+    return x + reckoned(2)
+"""
+
+
+def check_a_digest_is_of_the_code() -> None:
+    """Of all that a kernel names, wherever it is, and of nothing that is no code."""
+
+    def of(code: str, other: str) -> str:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [*sys.path]):
+            name = Path(folder).name
+            sys.path.insert(0, folder)
+            Path(folder, f"{name}_other.py").write_text(other)
+            Path(folder, f"{name}_kernel.py").write_text(code.format(folder=name))
+            return gate_digest.said(importlib.import_module(f"{name}_kernel").kernel)
+
+    sound = of(CODE, OTHER)
+    for old, new in (
+        ("# where", "# elsewhere"),
+        ("\nSIZE", "\n\n\nSIZE"),
+        ("A text.", "Another."),
+        ("x * FACTOR", "(x  *  FACTOR)"),
+    ):
+        assert CODE.count(old) == 1
+        assert of(CODE.replace(old, new), OTHER) == sound, old
+    for old, new in (
+        ("constexpr(16)", "constexpr(32)"),
+        ("2 * n", "3 * n"),
+        ("= 3", "= 4"),
+        ("x * FACTOR", "x + FACTOR"),
+        ("N: tl.constexpr", "N"),
+        ("@triton.jit\ndef helper", "@triton.jit(noinline=True)\ndef helper"),
+        ("helper(tl.load(x_ptr + at))", "tl.load(x_ptr + at)"),
+        ("x + other.ADDED", "x - other.ADDED"),
+    ):
+        assert CODE.count(old) == 1, old
+        assert of(CODE.replace(old, new), OTHER) != sound, old
+    for old, new in (
+        ("constexpr(1)", "constexpr(2)"),
+        ("n + 1", "n + 2"),
+        ("plain(n)\n", "plain(n) + 1\n"),
+        ("x + reckoned", "x * reckoned"),
+    ):
+        assert OTHER.count(old) == 1, old
+        assert of(CODE, OTHER.replace(old, new)) != sound, old
 
 
 def check_variants() -> None:
@@ -241,13 +378,16 @@ def check_sizes_of_one_are_not_specialised() -> None:
 def check_the_cases_are_distinct_and_sorted() -> None:
     assert all(one < other for one, other in pairwise(cases()))
     header = gate.table([]).splitlines()[1].split(",")
-    assert len(header) == len(fields(Case)) + len(fields(gate.Figures)) + 2
+    assert len(header) == len(fields(Case)) + len(fields(Figures)) + 3  # target, tile and seal
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for name, check in list(globals().items()):
-            if name.startswith("check_"):
-                check()
-                print(name, "passed", flush=True)
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
+def run(name: str) -> None:
+    """Make the check, nothing compiled before it being at hand."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}),
+    ):
+        globals()[name]()

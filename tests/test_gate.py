@@ -6,26 +6,21 @@ The gate compiles; this process interprets (TRITON_INTERPRET=1), so it runs in a
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+import gate_faults
+
 HERE = Path(__file__).parent
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_sample_passes_and_every_fault_is_found():
-    done = run(str(HERE / "gate_faults.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("name", gate_faults.CHECKS)
+def test_check(beside: ProcessPoolExecutor, name: str) -> None:
+    beside.submit(gate_faults.run, name).result(300)
 
 
 def test_the_gate_refuses_to_run_interpreted():
