@@ -36,6 +36,12 @@ if DEVICE == "cpu" and find_spec("triton"):
 
     fast_interpreter.speed_up()
 
+# torch.manual_seed asks devices that are not there to be seeded later, and keeps the stack as a text
+# for each: from within pytest, where stacks are high, that is all of its time.
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():
+        kind.manual_seed_all = lambda seed: None
+
 # Stops at the first failing example: for when it is only asked whether there is one.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 

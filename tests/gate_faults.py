@@ -216,6 +216,41 @@ def check_a_row_is_taken_while_its_seal_holds() -> None:
         assert not gate.unchanged(todo, text), (todo, text)
 
 
+def check_what_is_compiled_again_is_compared() -> None:
+    """A part of the rows that have not changed; one that comes out otherwise is a failure."""
+    small = [case for case in cases() if case.kernel in ("dropped", "drawn", "decode")]
+    compiled: list[int] = []
+
+    def gated(registers: int, *options: str) -> int:
+        def rows(todo: dict[gate.Job, str], _: int) -> tuple[dict, dict]:
+            compiled.append(len(todo))
+            figures = replace(FIGURES, registers=registers)
+            return {job: gate.row(job, figures, todo[job]) for job in todo}, {}
+
+        argv = mock.patch.object(sys, "argv", ["gate.py", "--target", "sm_90", *options])
+        with argv, mock.patch.object(gate, "compiled_rows", rows):
+            return gate.main()
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(gate, "TABLE", Path(folder, "gate.csv")),
+        mock.patch.object(gate, "cases", return_value=small),
+        mock.patch.object(gate, "AGAIN", 2),
+    ):
+        assert gated(100, "--write") == 0
+        assert gated(100, "--changed") == 0
+        assert gated(101, "--changed") == 1
+        assert gated(100) == 0
+        assert gated(101) == 1
+        text = gate.TABLE.read_text()
+        gate.TABLE.write_text(text.replace(",100,", ",99,", 1))
+        assert gated(100, "--changed") == 1  # the table is stale
+        assert gated(100, "--changed", "--write") == 0
+        assert gate.TABLE.read_text() == text
+    many = compiled[0]
+    assert compiled == [many, 2, 2, many, many, 3, 3], compiled
+
+
 def digest(case: Case, target: Target, tile: TileConfig) -> str:
     source, options = gate.source(gate.tiled(case, tile), target)
     return gate_digest.launch_digest(source, options, target)
