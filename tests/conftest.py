@@ -36,8 +36,8 @@ if DEVICE == "cpu" and find_spec("triton"):
 
     fast_interpreter.speed_up()
 
-# torch.manual_seed asks devices that are not there to be seeded later, and keeps the stack as a text
-# for each: from within pytest, where stacks are high, that is all of its time.
+# torch.manual_seed asks devices that are not there to be seeded later, and keeps the stack, a text,
+# for each: within pytest, where stacks are high, that is all of its time.
 for kind in (torch.cuda, torch.xpu, torch.mtia):
     if not kind.is_available():
         kind.manual_seed_all = lambda seed: None

@@ -13,14 +13,17 @@ import pytest
 
 pytest.importorskip("triton")
 
+import gate_digest_faults
 import gate_faults
 
 HERE = Path(__file__).parent
+FOUND = {**vars(gate_faults), **vars(gate_digest_faults)}
+CHECKS = {name: check for name, check in FOUND.items() if name.startswith("check_")}
 
 
-@pytest.mark.parametrize("name", gate_faults.CHECKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_check(beside: ProcessPoolExecutor, name: str) -> None:
-    beside.submit(gate_faults.run, name).result(300)
+    beside.submit(gate_faults.run, CHECKS[name]).result(600)
 
 
 def test_the_gate_refuses_to_run_interpreted():
