@@ -3,10 +3,10 @@
 #
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
-#   make test    lint, types, the compile gate, all tests
+#   make test    lint, types, the compile gate for what has changed, all tests
 #   make test-peft  PEFT's own tests, from its source distribution, with our methods as rows of them
 #   make sweep   every small language model of transformers, adapted in both ways; long
-#   make gate    the compile gate alone
+#   make gate    the whole compile gate, of every row of its table
 #   make bench   every provider over the CPU cases, a small block, mixed batches, and the report of
 #                all results
 #   make test-gpu   the tests on this machine's GPU, kernels compiled, not interpreted
@@ -48,7 +48,8 @@ demo: $(READY)
 train-many: $(READY)
 	$(RUN) examples/train_many.py $(if $(MODEL),--model $(MODEL))
 
-test: lint gate
+test: lint
+	$(RUN) tests/gate.py --changed
 	$(RUN) bench/report.py --check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

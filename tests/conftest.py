@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +30,17 @@ import _pytest.python
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+if DEVICE == "cpu" and find_spec("triton"):
+    import fast_interpreter
+
+    fast_interpreter.speed_up()
+
+# torch.manual_seed asks devices that are not there to be seeded later, and keeps the stack, a text,
+# for each: within pytest, where stacks are high, that is all of its time.
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():
+        kind.manual_seed_all = lambda seed: None
 
 # Stops at the first failing example: for when it is only asked whether there is one.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])

@@ -12,6 +12,7 @@ from typing import Any
 import distributed_fsdp1
 import distributed_layers as layers
 import distributed_training as training
+import fast_interpreter
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -48,6 +49,7 @@ def main(folder: Path) -> None:
     """Each scenario's result, or its traceback, in a file of this rank's."""
     results: dict[str, Any] = {}
     torch.set_num_threads(1)
+    fast_interpreter.speed_up()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (training.WORLD,))
     for scenario in SCENARIOS:

@@ -1,6 +1,6 @@
 """What tests/test_gate.py runs in a process of its own: a sample of the gate, and faults.
 
-Every function named check_… is run; each compiles for GPUs that are not here.
+Every function named check_… is run; most compile for GPUs that are not here.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise, product
 from types import SimpleNamespace
+from unittest import mock
 
 import gate
 import torch
 import triton
 import triton.language as tl
 from gate_cases import DTYPES, Case, cases, empty, launch
+from gate_read import Figures, problems, problems_of_decode, problems_of_hopper, read
 from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
@@ -35,7 +38,7 @@ def found(case: Case, target: Target, tile: TileConfig, sass: bool = False) -> s
     """What the gate says of a case with a tile of our own."""
     figures = gate.compiled(lambda: launch(case, lambda *_: tile), target, sass)
     itemsize = DTYPES[case.x].itemsize
-    wrong = gate.problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
     return "; ".join(wrong)
 
 
@@ -93,14 +96,14 @@ def check_what_is_wrong_with_a_kernel_for_hopper_is_found() -> None:
     assert tile.hopper
     assert spec.bulk
     kernel = gate.built(lambda: launch(case, lambda *_: tile), SM_90)
-    figures = gate.read(kernel, SM_90, False)
-    assert not gate.problems_of_hopper(kernel, figures, case, tile)
+    figures = read(kernel, SM_90, False)
+    assert not problems_of_hopper(kernel, figures, case, tile)
     fewer = replace(figures, n_bulk_load=figures.n_bulk_load - 1, n_bulk_store=0)
-    wrong = "; ".join(gate.problems_of_hopper(kernel, fewer, case, tile))
+    wrong = "; ".join(problems_of_hopper(kernel, fewer, case, tile))
     assert "bulk loads" in wrong
     assert "bulk stores" in wrong
     asm = {**kernel.asm, "ptx": kernel.asm["ptx"].replace("wgmma.wait_group", "")}
-    wrong = gate.problems_of_hopper(SimpleNamespace(asm=asm), figures, case, tile)
+    wrong = problems_of_hopper(SimpleNamespace(asm=asm), figures, case, tile)
     assert "serialised" in "; ".join(wrong)
 
 
@@ -114,7 +117,7 @@ def check_narrow_loads_of_decode_are_found() -> None:
         (fp32, TileConfig(32, 32, 16, 8, 2)),
     ):
         kernel = gate.built(gate.tiled(case, tile), SM_90)
-        wrong = "; ".join(gate.problems_of_decode(kernel, case, tile))
+        wrong = "; ".join(problems_of_decode(kernel, case, tile))
         expected = {1: "w comes by {0:", 2: "w comes by {8:"}.get(tile.num_stages, "")
         assert wrong.startswith(expected), wrong
         assert bool(wrong) == bool(expected), wrong
@@ -126,13 +129,13 @@ def check_missing_instructions_are_found() -> None:
     figures = gate.compiled(lambda: launch(fp32, lambda *_: tile), SM_90, sass=True)
     assert "FFMA" in figures.sass
     assert not figures.n_mma
-    wrong = "; ".join(gate.problems(figures, SM_90, "gemm_tail", tile, 2, True))
+    wrong = "; ".join(problems(figures, SM_90, "gemm_tail", tile, 2, True))
     assert "no wgmma" in wrong
     assert "no HGMMA in SASS" in wrong
-    assert "no wgmma" in "; ".join(gate.problems(figures, SM_90, "shrink", tile, 2, True))
-    assert "no tensor core" in "; ".join(gate.problems(figures, SM_90, "core_grad", tile, 2, True))
+    assert "no wgmma" in "; ".join(problems(figures, SM_90, "shrink", tile, 2, True))
+    assert "no tensor core" in "; ".join(problems(figures, SM_90, "core_grad", tile, 2, True))
     persistent = replace(tile, persistent=True)
-    assert "bulk" in "; ".join(gate.problems(figures, SM_90, "gemm_tail", persistent, 2, True))
+    assert "bulk" in "; ".join(problems(figures, SM_90, "gemm_tail", persistent, 2, True))
     one_stage = TileConfig(64, 64, 32, 4, 1)
     assert "no asynchronous copies" in found(GEMM, SM_80, one_stage)
 
@@ -151,7 +154,7 @@ def check_tf32_is_found() -> None:
     for target, precision in [*asked, (SM_90, None)]:  # None: what a dot takes that is told nothing
         call = partial(squared[(1,)], x, x, precision)
         figures = gate.compiled(call, target, sass=target is SM_90)
-        wrong = "; ".join(gate.problems(figures, target, "gemm_tail", tile, 4, True))
+        wrong = "; ".join(problems(figures, target, "gemm_tail", tile, 4, True))
         assert ("TF32" in wrong) == (precision != "ieee"), (target.name, precision, figures)
 
 
@@ -174,19 +177,9 @@ def check_float32_is_summed_in_blocks() -> None:
 
 
 def check_an_empty_kernel_is_found() -> None:
-    figures = gate.Figures(4, 0, 0, "", 0, 0, 0, 0, 0)
-    wrong = gate.problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
+    figures = Figures(4, 0, 0, "", 0, 0, 0, 0, 0)
+    wrong = problems(figures, SM_90, "shrink", TileConfig(64, 16, 64, 4, 2), 4, True)
     assert "empty" in "; ".join(wrong)
-
-
-def check_what_differs_from_the_table_is_found() -> None:
-    figures = gate.Figures(100, 1024, 0, "", 0, 0, 0, 0, 0)
-    old = gate.table([gate.row(SHRINK, "sm_90", figures)])
-    new = gate.table([gate.row(SHRINK, "sm_90", replace(figures, registers=101))])
-    assert len(gate.stale(new, old, ["sm_90"])) == 2
-    assert not gate.stale(new, new, ["sm_90"])
-    assert not gate.stale(new, old, ["sm_80"])
-    assert len(gate.stale(new, "", ["sm_90"])) == 1
 
 
 def check_variants() -> None:
@@ -241,13 +234,13 @@ def check_sizes_of_one_are_not_specialised() -> None:
 def check_the_cases_are_distinct_and_sorted() -> None:
     assert all(one < other for one, other in pairwise(cases()))
     header = gate.table([]).splitlines()[1].split(",")
-    assert len(header) == len(fields(Case)) + len(fields(gate.Figures)) + 2
+    assert len(header) == len(fields(Case)) + len(fields(Figures)) + 3  # target, tile and seal
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for name, check in list(globals().items()):
-            if name.startswith("check_"):
-                check()
-                print(name, "passed", flush=True)
+def run(check: Callable[[], None]) -> None:
+    """Make a check of this file's kind, nothing compiled before it being at hand."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}),
+    ):
+        check()

@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 NUMERICS = "tests/test_numerics.py::test_error_budget"
+GATE = "tests/test_gate.py::test_check"
 
 # what is broken → file, text, what it becomes, the test that must fail
 FAULTS = {
@@ -48,19 +50,19 @@ FAULTS = {
         "kernels/common.py",
         ', input_precision="ieee"',
         "",
-        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+        f"{GATE}[check_a_sample_passes]",
     ),
     "a chain of float32 along all of K": (
         "kernels/common.py",
         "max_num_imprecise_acc=1",
         "max_num_imprecise_acc=0",
-        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+        f"{GATE}[check_float32_is_summed_in_blocks]",
     ),
     "TF32 where a factor is loaded in 16 bits": (
         "kernels/common.py",
         "y = tl.sum(y[:, :, None], 2)",
         "pass",
-        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+        f"{GATE}[check_a_sample_passes]",
     ),
     "the tail of the backward not masked": (
         "kernels/gemm_tail.py",
@@ -120,7 +122,7 @@ FAULTS = {
         "kernels/decode.py",
         "w_ptrs += offset(first_k, stride_wk)",
         "w_ptrs += offset(first_k, stride_wk) + (offs_k[:, None] >= BLOCK_K)",
-        "tests/test_gate.py::test_a_sample_passes_and_every_fault_is_found",
+        f"{GATE}[check_narrow_loads_of_decode_are_found]",
     ),
     "decode's flag left set": (
         "kernels/decode.py",
@@ -162,6 +164,35 @@ FAULTS = {
 }
 
 
+# Reads a file's name and a test's, and runs that test, as often as asked: each time in a process of
+# its own, in which all is imported that the faults are not in. Says with which code it ended.
+RUNNER = """
+import os, sys, traceback
+import hypothesis, numpy, pytest, torch, torch.testing, triton.language
+
+for line in sys.stdin:
+    output, test = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    code = 70
+    try:
+        with open(output, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        import fused_lowrank
+        assert fused_lowrank.__file__.startswith(os.getcwd()), fused_lowrank.__file__
+        code = pytest.main(["-x", "-q", "--hypothesis-profile=unshrunk", test])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+"""
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, tests and benchmarks."""
@@ -173,26 +204,35 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """The test, in the copy, with the copy's package."""
-    code = (
-        "import fused_lowrank, pytest, sys; "
-        f"assert fused_lowrank.__file__.startswith({str(folder)!r}); "
-        f"sys.exit(pytest.main(['-x', '-q', '--hypothesis-profile=unshrunk', {test!r}]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
+@pytest.fixture(scope="module")
+def run(copy: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
+    """A function: the exit code of a test, in the copy and with the copy's package, and its output.
+
+    A negative code is the signal that its process has died of.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        cwd=copy,
         env=environment,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-    )
+    ) as runner:
+        assert runner.stdin
+        assert runner.stdout
+        output = copy / "output"
+
+        def of(test: str) -> tuple[int, str]:
+            print(output, test, sep="\t", file=runner.stdin, flush=True)
+            return int(runner.stdout.readline()), output.read_text()
+
+        yield of
+        runner.stdin.close()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(fault: str, copy: Path) -> None:
+def test_fault_is_caught(fault: str, copy: Path, run: Callable[[str], tuple[int, str]]) -> None:
     """The named test fails by what it finds, or its process dies of a wild read."""
     file, text, broken, test = FAULTS[fault]
     source = copy / file
@@ -200,11 +240,11 @@ def test_fault_is_caught(fault: str, copy: Path) -> None:
     assert sound.count(text) == 1, f"{file} has changed: bring this table up to date"
     source.write_text(sound.replace(text, broken))
     try:
-        done = run(copy, test)
+        code, output = run(test)
     finally:
         source.write_text(sound)
-    assert done.returncode in (1, -signal.SIGSEGV), done.stdout + done.stderr
-    if done.returncode == 1:
-        assert "1 failed" in done.stdout, done.stdout + done.stderr
-        assert "SyntaxError" not in done.stdout
-        assert "NameError" not in done.stdout
+    assert code in (1, -signal.SIGSEGV), output
+    if code == 1:
+        assert "1 failed" in output, output
+        assert "SyntaxError" not in output
+        assert "NameError" not in output
