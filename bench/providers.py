@@ -24,7 +24,7 @@ from fused_lowrank.compute.operands import Operands, Problem, bucket
 from fused_lowrank.compute.plans import MEASURED, PLANS
 from fused_lowrank.kernels.tiles import SMALL_M
 from fused_lowrank.methods import METHODS
-from fused_lowrank.methods.base import LowRankLinear
+from fused_lowrank.methods.layer import LowRankLinear
 from fused_lowrank.testing import pinned_plan
 
 from .cases import Case

@@ -5,13 +5,13 @@
 Importing this initialises no GPU and needs no Triton.
 """
 
-from .adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
-from .adapter_file import load_adapter, save_adapter
 from .bank import AdapterBank
 from .config import use_batch_invariance
-from .declared import declare_rows
+from .context.declared import declare_rows
 from .explain import Explanation, explain
-from .export import export_lora
+from .files.adapter import load_adapter, save_adapter
+from .files.lora_export import export_lora
+from .files.official import load_official_lora_xs
 from .functional import lowrank_linear
 from .methods import (
     FusedLoraLinear,
@@ -21,7 +21,7 @@ from .methods import (
     LoraMiniLinear,
     LoraXSLinear,
 )
-from .official import load_official_lora_xs
+from .models.adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,9 +13,9 @@ from .compute import choose, costs, devices, measured
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
 from .compute.steps_kernels import spec_of
-from .elsewhere import device_of, sharder_of
+from .context.elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
-from .methods.base import LowRankLinear
+from .methods.layer import LowRankLinear
 
 
 @dataclass(frozen=True)

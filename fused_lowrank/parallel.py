@@ -33,7 +33,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
-from .called import note_call
+from .context.called import note_call
 from .functional import draw_seed
 from .methods import LowRankLinear
 from .methods.computer import Computer

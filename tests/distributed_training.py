@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lowrank import adapt, load_adapter, save_adapter
-from fused_lowrank.export import export_lora
+from fused_lowrank.files.lora_export import export_lora
 from fused_lowrank.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
 WORLD, STEPS, LINES, LENGTH = 2, 6, 4, 9

@@ -177,7 +177,7 @@ def check_tenants(
 def native(kind: str, base: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
     """By `adapt`."""
     from fused_lowrank import AdapterBank, adapt, load_adapter, merge, save_adapter, unmerge
-    from fused_lowrank.methods.base import LowRankLinear
+    from fused_lowrank.methods.layer import LowRankLinear
 
     model = copy.deepcopy(base)
     adapt(model, "lora_xs", r=4, target_modules="all-linear", progress=False)

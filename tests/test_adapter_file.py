@@ -14,7 +14,6 @@ from torch import nn
 
 from fused_lowrank import (
     adapt,
-    adapter_file,
     disable_adapters,
     load_adapter,
     merge,
@@ -22,6 +21,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
+from fused_lowrank.files import adapter as adapter_file
 from fused_lowrank.methods import METHODS, LowRankLinear
 
 D = 16

@@ -24,9 +24,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 from fused_lowrank import adapt
-from fused_lowrank.adapt import adapted_layers
 from fused_lowrank.compute import choose
 from fused_lowrank.methods import METHODS, LowRankLinear
+from fused_lowrank.models.adapt import adapted_layers
 from fused_lowrank.testing import Measured, Results, check_mean, pooled_ratio
 
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_lowrank import AdapterBank, adapt
-from fused_lowrank.adapt import adapted_layers
+from fused_lowrank.models.adapt import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY, NEW = 61, 7

@@ -13,14 +13,7 @@ from test_readers import Head, fused_loss_forward, native, randomise, ways
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_lowrank import (
-    adapt,
-    export_lora,
-    load_adapter,
-    merge,
-    save_adapter,
-    unload,
-)
+from fused_lowrank import adapt, export_lora, load_adapter, merge, save_adapter, unload
 
 D = 12
 Way = Callable[..., nn.Module]

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from fused_lowrank import (
     AdapterBank,
     adapt,
-    cli,
     export_lora,
     load_adapter,
     load_official_lora_xs,
     save_adapter,
     unload,
 )
-from fused_lowrank.adapt import adapted_layers
-from fused_lowrank.cli import main
+from fused_lowrank.files import cli
+from fused_lowrank.files.cli import main
+from fused_lowrank.models.adapt import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 
@@ -453,7 +453,7 @@ def test_usage(arguments: tuple[str, ...], capsys: Any) -> None:
 @pytest.mark.parametrize("command", ["inspect", "convert", "merge"])
 def test_help(command: str, capsys: Any) -> None:
     """Each command has an example that it understands."""
-    from fused_lowrank.cli import parser
+    from fused_lowrank.files.cli import parser
 
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -475,7 +475,13 @@ def test_without_transformers(folder: Path, tmp_path: Path, capsys: Any, monkeyp
 
 def test_as_a_program(tmp_path: Path) -> None:
     """The exit code is that of main."""
-    program = [sys.executable, "-m", "fused_lowrank.cli", "inspect", str(tmp_path / "nothing")]
+    program = [
+        sys.executable,
+        "-m",
+        "fused_lowrank.files.cli",
+        "inspect",
+        str(tmp_path / "nothing"),
+    ]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("fused-lowrank: error: ")

@@ -27,7 +27,7 @@ from fused_lowrank import (
     load_official_lora_xs,
     save_adapter,
 )
-from fused_lowrank.inspection import describe
+from fused_lowrank.files.inspection import describe
 
 D, COUNT = 8, 60
 Random = random.Random

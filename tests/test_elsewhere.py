@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import fused_lowrank
 from fused_lowrank import AdapterBank, adapt, load_adapter, save_adapter
-from fused_lowrank.adapter_file import complete_layers
+from fused_lowrank.files.adapter import complete_layers
 from fused_lowrank.methods import LowRankLinear
 
 accelerate = pytest.importorskip("accelerate")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fused_lowrank import adapt, disable_adapters, export_lora, load_adapter, save_adapter, unload
-from fused_lowrank.export import of_bank
+from fused_lowrank.files.lora_export import of_bank
 from fused_lowrank.methods import LowRankLinear
 from fused_lowrank.testing import Measured
 

@@ -5,7 +5,6 @@ import inspect
 import io
 import itertools
 import math
-import pickle
 import warnings
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from torch import nn
 
 from fused_lowrank import lowrank_linear
-from fused_lowrank.init import svd_bases
 from fused_lowrank.methods import METHODS, LowRankLinear
 from fused_lowrank.methods.computer import Computer
+from fused_lowrank.methods.initialisers import svd_bases
 
 K, N = 24, 20
 SETTINGS = {
@@ -362,18 +361,6 @@ def test_copies(method: str, merged: bool, copy_of: object, device: torch.device
     clone.unmerge()
     assert torch.equal(clone(x), y)
     assert clone.weight.data_ptr() != layer.base_weight.data_ptr()
-
-
-@classes
-def test_saved_before_the_move(method: str, cls: type[LowRankLinear]) -> None:
-    """A whole layer whose file says that its class is in `fused_lowrank.layers`, as it was."""
-    layer, x = layer_of(cls, "cpu"), torch.randn(3, K)
-    now, before = (b"cfused_lowrank.%s." % folder for folder in (b"methods", b"layers"))
-    saved = pickle.dumps(layer, protocol=2)  # which writes names as plain text
-    assert now in saved
-    clone = pickle.loads(saved.replace(now, before))
-    assert type(clone) is cls
-    assert torch.equal(clone(x), layer(x))
 
 
 @methods

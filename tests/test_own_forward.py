@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fused_lowrank import adapt, load_adapter, merge, save_adapter, unload
-from fused_lowrank.adapt import adapted_layers
 from fused_lowrank.methods.accept import has_product
+from fused_lowrank.models.adapt import adapted_layers
 
 D = 8
 

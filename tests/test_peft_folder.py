@@ -12,17 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fused_lowrank import (
-    AdapterBank,
-    adapter_file,
-    export_lora,
-    load_adapter,
-    peft_folder,
-    save_adapter,
-    unload,
-)
-from fused_lowrank.cli import main
-from fused_lowrank.export import of_contents, write
+from fused_lowrank import AdapterBank, export_lora, load_adapter, save_adapter, unload
+from fused_lowrank.files import adapter as adapter_file
+from fused_lowrank.files import peft_folder
+from fused_lowrank.files.cli import main
+from fused_lowrank.files.lora_export import of_contents, write
 
 peft = pytest.importorskip("peft")
 

@@ -28,7 +28,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
-from fused_lowrank.adapt import adapted_layers
+from fused_lowrank.models.adapt import adapted_layers
 
 D = 6
 LAYERS = ("a", "b")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lowrank import adapt, merge
-from fused_lowrank.adapt import adapted_layers
-from fused_lowrank.readers import readers
+from fused_lowrank.context.readers import readers
+from fused_lowrank.models.adapt import adapted_layers
 
 D = 12
 SETTINGS: dict[str, dict[str, Any]] = {"lora_xs": {"r": 3}, "lora_mini": {"r": 2, "a": 4, "b": 4}}

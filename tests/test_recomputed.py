@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import AdapterBank, adapt, disable_adapters
-from fused_lowrank.disabling import Switch
+from fused_lowrank.context.disabling import Switch
 
 REENTRANT = {
     "block": lambda block, x: checkpoint(block, x, use_reentrant=True),

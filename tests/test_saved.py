@@ -21,7 +21,7 @@ from fused_lowrank import (
     save_adapter,
     unload,
 )
-from fused_lowrank.saved import forgotten
+from fused_lowrank.models.whole_modules import forgotten
 
 WHOLE = ["embed_tokens", "lm_head"]
 

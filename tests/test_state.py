@@ -26,7 +26,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
-from fused_lowrank.saved import KEPT
+from fused_lowrank.models.whole_modules import KEPT
 
 D = 16
 QUIET = {"progress": False}
@@ -474,10 +474,10 @@ def everything(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        ("fused_lowrank.methods.base.LowRankLinear", "share_base"),
-        ("fused_lowrank.adapt", "keep"),
-        ("fused_lowrank.adapt", "replace_modules"),
-        ("fused_lowrank.adapt", "leave_fast_paths"),
+        ("fused_lowrank.methods.layer.LowRankLinear", "share_base"),
+        ("fused_lowrank.models.adapt", "keep"),
+        ("fused_lowrank.models.adapt", "replace_modules"),
+        ("fused_lowrank.models.adapt", "leave_fast_paths"),
         ("fused_lowrank.methods.lora_xs.LoraXSLinear", "_init_factors"),
     ],
 )

@@ -22,7 +22,7 @@ from fused_lowrank import (
     save_adapter,
     unload,
 )
-from fused_lowrank.cli import main
+from fused_lowrank.files.cli import main
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fused_lowrank import AdapterBank, adapt, export_lora, load_adapter, save_adapter
-from fused_lowrank.targets import named_modules
+from fused_lowrank.models.targets import named_modules
 
 D = 8
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Call, Learned, Spread, not_known, spread
 from ..compute.reference import RowCores
-from ..declared import Owners, Said, place_of
-from ..recomputed import graph_task
+from ..context.calls import Call, Learned, Spread, not_known, spread
+from ..context.declared import Owners, Said, place_of
+from ..context.recomputed import graph_task
 from .inputs import ResolvedSlots
 from .tables import Tables
 

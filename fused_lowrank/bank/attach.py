@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapt import adapted_layers
-from ..calls import begin, end
 from ..compute.choose import isolates
-from ..elsewhere import device_of, here, is_known, sharder_of
+from ..context.calls import begin, end
+from ..context.elsewhere import device_of, here, is_known, sharder_of
+from ..context.recomputed import graph_task
 from ..methods import LowRankLinear
 from ..methods.tensors import is_sharded
-from ..recomputed import graph_task
+from ..models.adapt import adapted_layers
 from .assignment import ACTIVE, find
 from .layer import BankedLayer
 from .recompute import remember

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapt import require_adapted
+from ..files.other_base import on_other_base as asked
 from ..methods.accept import WEIGHT_DTYPES
 from ..methods.keywords import integer
-from ..other_base import on_other_base as asked
+from ..models.adapt import require_adapted
 from .assignment import Use
 from .attach import attach, check_layers, detach
 from .file import load, save

@@ -14,7 +14,6 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..calls import SAID, call_of
 from ..compute import autograd, choose
 from ..compute.autograd import (
     connect,
@@ -28,9 +27,10 @@ from ..compute.autograd import (
 )
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
-from ..declared import entry_of, said_in
-from ..disabling import OFF
-from ..recomputed import graph_task, may_recompute, note, noted
+from ..context.calls import SAID, call_of
+from ..context.declared import entry_of, said_in
+from ..context.disabling import OFF
+from ..context.recomputed import graph_task, may_recompute, note, noted
 from .assignment import Assignment
 from .recompute import WRITTEN, current
 from .store import AdapterStore

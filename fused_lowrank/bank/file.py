@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapter_file import opened, replacing
-from ..fingerprint import FINGERPRINT
+from ..files.adapter import opened, replacing
+from ..files.fingerprint import FINGERPRINT
 from .sources import Found, check_core, check_names, checked, joined
 from .store import AdapterStore
 from .tables import index_of

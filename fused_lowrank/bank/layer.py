@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import config
-from ..called import note_call
-from ..calls import SAID, call_of
 from ..compute import choose, isolation
 from ..compute.autograd import chain, fold, join, places
 from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
-from ..declared import said_of, stated
-from ..elsewhere import here
-from ..fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
-from ..following import Follower
+from ..context.called import note_call
+from ..context.calls import SAID, call_of
+from ..context.declared import said_of, stated
+from ..context.elsewhere import here
+from ..context.following import Follower
+from ..context.recomputed import graph_task, may_recompute, note
+from ..files.fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from ..functional import compute, draw_seed, prepared
-from ..methods.base import LowRankLinear
 from ..methods.computer import Computer
-from ..recomputed import graph_task, may_recompute, note
+from ..methods.layer import LowRankLinear
 from .compiled import STORES, Ticket, banked, route
 from .recompute import current, remember_storage
 from .store import AdapterStore

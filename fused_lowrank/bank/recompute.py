@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..calls import SAID
-from ..declared import said_again
-from ..recomputed import graph_task, may_recompute
+from ..context.calls import SAID
+from ..context.declared import said_again
+from ..context.recomputed import graph_task, may_recompute
 from .assignment import ACTIVE, LOST, Assignment, find
 
 WRITTEN = (

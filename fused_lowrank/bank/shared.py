@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fingerprint import differing, fingerprint_of
+from ..files.fingerprint import differing, fingerprint_of
 from ..methods import LowRankLinear
 
 SHARED = {"down", "up", "weight", "bias"}  # what all adapters of a bank have in common

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import peft_folder
-from ..adapt import adapted_layers
-from ..adapter_file import read
-from ..elsewhere import here, is_known, tensors_of
-from ..fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
+from ..context.elsewhere import here, is_known, tensors_of
+from ..files import peft_folder
+from ..files.adapter import read
+from ..files.fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
+from ..files.other_base import refuse_other_base
 from ..methods import LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES
-from ..other_base import refuse_other_base
-from ..saved import saved_modules
-from ..targets import check_places
+from ..models.adapt import adapted_layers
+from ..models.targets import check_places
+from ..models.whole_modules import saved_modules
 from .shared import SHARED
 from .store import AdapterStore
 from .tables import Cores

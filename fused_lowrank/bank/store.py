@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calls import Learned
 from ..compute.reference import NONE, SLOT_BITS
-from ..elsewhere import device_of
+from ..context.calls import Learned
+from ..context.elsewhere import device_of
 from ..methods import LowRankLinear
 from .assignment import ACTIVE, Assignment, find
 from .inputs import (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..elsewhere import device_of
+from ..context.elsewhere import device_of
 from ..methods import LowRankLinear
 
 Cores = Mapping[str, tuple[Tensor, Tensor | None, Tensor]]  # by layer, as `CoreTable` has them

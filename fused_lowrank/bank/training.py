@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..called import shown
 from ..compute.reference import NONE
+from ..context.called import shown
 from .assignment import Assignment, Use
 from .inputs import HandleCache, entries_of
 from .store import AdapterStore

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
 
-from ..elsewhere import FSDP1, ZERO, hook_of, sharder_of
-from ..readers import reads_only
+from ..context.elsewhere import FSDP1, ZERO, hook_of, sharder_of
+from ..context.readers import reads_only
 from .tensors import is_sharded
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..init import kaiming
-from .base import LowRankLinear
+from .initialisers import kaiming
 from .keywords import Shared, check_rank, takes_shared
+from .layer import LowRankLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..init import kaiming
-from .base import LowRankLinear
+from .initialisers import kaiming
 from .keywords import Shared, check_rank, takes_shared
+from .layer import LowRankLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

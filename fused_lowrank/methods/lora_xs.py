@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..init import svd_bases
-from .base import LowRankLinear
+from .initialisers import svd_bases
 from .keywords import Shared, check_rank, takes_shared
+from .layer import LowRankLinear
 
 CORE_STD = 1e-5
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..called import note_reading
-from ..elsewhere import here, kept, replace, sharder_of
+from ..context.called import note_reading
+from ..context.elsewhere import here, kept, replace, sharder_of
 from .accept import why_no_weight
 from .computer import Computer
 from .tensors import fsdp_error, is_sharded, whole

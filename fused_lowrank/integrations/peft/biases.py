@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...elsewhere import bring_back, hold
+from ...context.elsewhere import bring_back, hold
 from .layer import PeftLowRankLinear
 
 Slot = tuple[dict[str, Any], nn.Parameter]  # of a module's Parameters, and the trained bias in it

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...called import refuse_passed_over, shown
-from ...elsewhere import sharder_of
-from ...learns import warn_of_narrow, warn_of_scales, warn_of_zeros
+from ...context.called import refuse_passed_over, shown
+from ...context.elsewhere import sharder_of
+from ...context.learns import warn_of_narrow, warn_of_scales, warn_of_zeros
 from ...methods.accept import ADAPT_FIRST, why_no_weight
-from ...targets import never_called, unmatched
+from ...models.targets import never_called, unmatched
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear, layers_of
 

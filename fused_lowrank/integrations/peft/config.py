@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ...methods.keywords import integer
-from ...targets import matches
+from ...models.targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
 NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...adapter_file import own_copy
-from ...elsewhere import each_here, require_matrices
-from ...export import Adapter, Part, as_lora, own_part, write
-from ...targets import named_modules
+from ...context.elsewhere import each_here, require_matrices
+from ...files.adapter import own_copy
+from ...files.lora_export import Adapter, Part, as_lora, own_part, write
+from ...models.targets import named_modules
 from .layer import PeftLowRankLinear
 
 

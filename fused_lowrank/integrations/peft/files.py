@@ -16,12 +16,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...elsewhere import FSDP1, ZERO, here, sharder_in, value_of
-from ...fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
+from ...context.elsewhere import FSDP1, ZERO, here, sharder_in, value_of
+from ...files.fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
+from ...files.other_base import refuse_other_base
 from ...methods.accept import special_tensor
-from ...other_base import refuse_other_base
-from ...saved import warn_of_names
-from ...targets import named_modules
+from ...models.targets import named_modules
+from ...models.whole_modules import warn_of_names
 from .layer import PeftLowRankLinear
 
 FINGERPRINT = "basis_fingerprint"

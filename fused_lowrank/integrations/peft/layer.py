@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, pad
 from transformers.pytorch_utils import Conv1D
 
-from ...called import Reader, note_call
 from ...compute.operands import Operands
 from ...compute.reference import Core, like, product, through_core
-from ...declared import ANYWHERE, stated
-from ...elsewhere import HookSlot, here
+from ...context.called import Reader, note_call
+from ...context.declared import ANYWHERE, stated
+from ...context.elsewhere import HookSlot, here
 from ...functional import compute, lowrank_linear, prepared
 from ...methods.accept import is_hooked
 from ...methods.tensors import present

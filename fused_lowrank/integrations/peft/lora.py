@@ -16,15 +16,15 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from ...calls import Learned
 from ...compute import choose
 from ...compute.autograd import chain, fold
 from ...compute.operands import Operands
 from ...compute.run import under_autocast
-from ...declared import ANYWHERE, Owners, by_row, stated
+from ...context.calls import Learned
+from ...context.declared import ANYWHERE, Owners, by_row, stated
+from ...context.readers import leave_fast_paths, restore_fast_paths
 from ...functional import DTYPES, lowrank_linear
 from ...methods.accept import TENSORS, is_hooked, is_replaced
-from ...readers import leave_fast_paths, restore_fast_paths
 from .mixed import Lines, as_before, hooked, uncompiled
 from .registry import TESTED
 

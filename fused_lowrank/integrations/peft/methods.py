@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...init import kaiming, seeded_bases, seeded_uniform, svd_bases
+from ...methods.initialisers import kaiming, seeded_bases, seeded_uniform, svd_bases
 from ...methods.lora_xs import CORE_STD
 from .layer import PeftLowRankLinear, Sides, wide
 

@@ -11,10 +11,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...compute.reference import NONE, RowCores
-from ...declared import ANYWHERE, REASON, Owners, place_of, said_of
-from ...recomputed import again, around, graph_task, may_recompute, note, noted
+from ...context.calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
+from ...context.declared import ANYWHERE, REASON, Owners, place_of, said_of
+from ...context.recomputed import again, around, graph_task, may_recompute, note, noted
 
 BASE = "__base__"  # PEFT's name for no adapter
 

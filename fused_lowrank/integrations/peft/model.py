@@ -20,17 +20,17 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...adapt import require_not_fsdp
-from ...called import warn_of_passed_over, watch_gradients
-from ...calls import Learned
-from ...elsewhere import bring_back, here, is_away, settle, valued
-from ...learns import warn_of_broken
+from ...context.called import warn_of_passed_over, watch_gradients
+from ...context.calls import Learned
+from ...context.elsewhere import bring_back, here, is_away, settle, valued
+from ...context.learns import warn_of_broken
+from ...context.readers import leave_fast_paths, readers, restore_fast_paths
 from ...methods.accept import is_parametrized
-from ...readers import leave_fast_paths, readers, restore_fast_paths
-from ...saved import forget, require_here
-from ...targets import left_out, matches, warn_of_left_out
-from ...ties import note_untied
-from ...unchanged import unchanged_on_error
+from ...models.adapt import require_not_fsdp
+from ...models.targets import left_out, matches, warn_of_left_out
+from ...models.ties import note_untied
+from ...models.unchanged import unchanged_on_error
+from ...models.whole_modules import forget, require_here
 from . import files
 from .biases import Biases
 from .checks import (

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...called import note_reading
-from ...elsewhere import fill_in, here, kept, replace, sharder_of
+from ...context.called import note_reading
+from ...context.elsewhere import fill_in, here, kept, replace, sharder_of
 from ...methods.merging import is_finite, lost_to_rounding, why_not_finite
 from ...methods.tensors import fsdp_error, is_sharded, present
 from .state import before_loading, check_shared, save_merged

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...fingerprint import alike
+from ...files.fingerprint import alike
 from ...methods.state import MERGED, is_sum, product_of
 from ...methods.tensors import is_sharded
 

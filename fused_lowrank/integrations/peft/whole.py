@@ -18,8 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ...other_base import on_other_base
-from ...unchanged import Snapshot, values_unchanged_on_error
+from ...files.other_base import on_other_base
+from ...models.unchanged import Snapshot, values_unchanged_on_error
 from .config import LowRankConfig
 from .files import to_load
 from .layer import Factors, PeftLowRankLinear

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from .called import shown
+from ..context.called import shown
 
 WAYS = ("refuse", "warn")
 NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)  # None: refuse

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers
-from .adapter_file import install
+from ..methods import LowRankLinear
+from ..models.adapt import adapted_layers
+from .adapter import install
 from .fingerprint import WEIGHT_TOLERANCE, alike
-from .methods import LowRankLinear
 from .peft_folder import (
     config_of,
     file_of,

@@ -9,9 +9,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import adapter_file, official, peft_folder
-from .bank import file as bank_file
-from .methods import METHODS
+from ..bank import file as bank_file
+from ..methods import METHODS
+from . import adapter as adapter_file
+from . import official, peft_folder
 
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",

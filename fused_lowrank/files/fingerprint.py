@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .elsewhere import here
-from .methods import LowRankLinear
-from .methods.tensors import whole
+from ..context.elsewhere import here
+from ..methods import LowRankLinear
+from ..methods.tensors import whole
 
 FINGERPRINT = "fingerprint"  # the name of it in a file
 WEIGHT_PROBES = 3

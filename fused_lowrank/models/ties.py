@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .elsewhere import hold
-from .methods import LowRankLinear
-from .saved import CONFIG, SLOTS, base_of, state_of
+from ..context.elsewhere import hold
+from ..methods import LowRankLinear
 from .targets import modules_by_name, named_modules
+from .whole_modules import CONFIG, SLOTS, base_of, state_of
 
 Ties = dict[str, str]  # name of a tensor → name of the one, in the file, that it was tied to
 

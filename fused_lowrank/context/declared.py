@@ -146,8 +146,8 @@ class declare_rows(AbstractContextManager[None]):
         self._module, self._rows = module, rows
         self._token: Token[Entry | None] | None = None
 
-    @torch.compiler.disable(reason=REASON)
     def __enter__(self) -> None:
+        leave_graph()
         if self._token is not None:
             raise RuntimeError("this was entered already: call declare_rows again")
         if not isinstance(self._module, nn.Module):
@@ -157,11 +157,17 @@ class declare_rows(AbstractContextManager[None]):
         self._token = SAID.set(entry)
         counted(1)
 
-    @torch.compiler.disable(reason=REASON)
     def __exit__(self, *_: object) -> None:
+        leave_graph()
         assert self._token is not None
         SAID.reset(self._token)
         counted(-1)
+
+
+def leave_graph() -> None:
+    """Break the graph that is compiled here; torch's decorator for that would import Triton."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=REASON)
 
 
 def counted(more: int) -> None:

@@ -12,18 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .called import refuse_passed_over, watch_gradients
-from .disabling import disabled
-from .elsewhere import brings_blocks, sharder_in
-from .learns import warn_of_narrow, warn_of_nothing_learned
-from .methods import METHODS, LowRankLinear
-from .methods.accept import clashes, why_no_weight
-from .methods.base import why_not_adaptable
-from .methods.keywords import check_keywords, integer
-from .methods.state import refuse_wrong
-from .methods.tensors import fsdp_error
-from .readers import leave_fast_paths, restore_fast_paths
-from .saved import base_in_place, base_of, forget, keep, keep_loaded, put_back, saved_modules
+from ..context.called import refuse_passed_over, watch_gradients
+from ..context.disabling import disabled
+from ..context.elsewhere import brings_blocks, sharder_in
+from ..context.learns import warn_of_narrow, warn_of_nothing_learned
+from ..context.readers import leave_fast_paths, restore_fast_paths
+from ..methods import METHODS, LowRankLinear
+from ..methods.accept import clashes, why_no_weight
+from ..methods.keywords import check_keywords, integer
+from ..methods.layer import why_not_adaptable
+from ..methods.state import refuse_wrong
+from ..methods.tensors import fsdp_error
 from .saving import forget_saving, watch_saving
 from .targets import (
     Patterns,
@@ -36,6 +35,15 @@ from .targets import (
 )
 from .ties import memory, note_untied, refuse_views
 from .unchanged import unchanged_on_error
+from .whole_modules import (
+    base_in_place,
+    base_of,
+    forget,
+    keep,
+    keep_loaded,
+    put_back,
+    saved_modules,
+)
 
 LEAVE = "; exclude_modules leaves a layer out, modules_to_save trains it whole"
 Plan = dict[str, tuple[type[LowRankLinear], dict[str, Any]]]  # module → its class and keywords

@@ -31,12 +31,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapt import adapted_layers
+from ..methods import METHODS, LowRankLinear
+from ..methods.initialisers import seeded_bases, svd_bases
+from ..models.adapt import adapted_layers
+from ..models.targets import check_places, modules_by_name
+from ..models.ties import ties_of
 from .fingerprint import FINGERPRINT
-from .init import seeded_bases, svd_bases
-from .methods import METHODS, LowRankLinear
-from .targets import check_places, modules_by_name
-from .ties import ties_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .methods.accept import has_product, is_parametrized, why_no_weight
-from .readers import readers
+from ..context.readers import readers
+from ..methods.accept import has_product, is_parametrized, why_no_weight
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .elsewhere import bring_back, is_away, settle_within
-from .methods import LowRankLinear
+from ..context.elsewhere import bring_back, is_away, settle_within
+from ..methods import LowRankLinear
 from .targets import modules_by_name, named_modules, unwrapped
 
 PLACES = "_lowrank_places"  # in the adapted model's: [(parent, name there)] of them

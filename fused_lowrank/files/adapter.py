@@ -25,16 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import peft_folder
-from .adapt import (
-    Plan,
-    adapted_layers,
-    build,
-    place,
-    require_adapted,
-)
-from .called import warn_of_passed_over
-from .elsewhere import (
+from ..context.called import warn_of_passed_over
+from ..context.elsewhere import (
     ZERO,
     each_here,
     fill_in,
@@ -44,17 +36,19 @@ from .elsewhere import (
     require_matrices,
     sharder_in,
 )
+from ..context.learns import warn_of_broken
+from ..methods import METHODS, LowRankLinear
+from ..methods.accept import WEIGHT_DTYPES, why_no_weight
+from ..methods.tensors import is_sharded, whole
+from ..models.adapt import Plan, adapted_layers, build, place, require_adapted
+from ..models.targets import modules_by_name, unwrapped
+from ..models.ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
+from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
+from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
+from . import peft_folder
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
-from .learns import warn_of_broken
-from .methods import METHODS, LowRankLinear
-from .methods.accept import WEIGHT_DTYPES, why_no_weight
-from .methods.tensors import is_sharded, whole
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
-from .saved import base_of, saved_modules, state_of, warn_of_forgotten
-from .targets import modules_by_name, unwrapped
-from .ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
-from .unchanged import unchanged_on_error, values_unchanged_on_error
 
 FORMAT, VERSION = "fused_lowrank", "1"
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model

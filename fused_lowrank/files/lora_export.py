@@ -23,8 +23,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapt import adapted_layers
-from .adapter_file import (
+from ..bank import AdapterBank
+from ..bank.sources import holds
+from ..compute.autograd import places
+from ..compute.reference import Core
+from ..context.elsewhere import each_here, value_of
+from ..methods import METHODS, LowRankLinear
+from ..methods.accept import WEIGHT_DTYPES
+from ..models.adapt import adapted_layers
+from ..models.targets import check_places, matches, named_modules, unwrapped
+from ..models.ties import ties_of, trained_names
+from ..models.whole_modules import saved_modules, warn_of_forgotten
+from .adapter import (
     check_shapes,
     complete_layers,
     own_copy,
@@ -34,17 +44,7 @@ from .adapter_file import (
     require_whole,
     shapes_of,
 )
-from .bank import AdapterBank
-from .bank.sources import holds
-from .compute.autograd import places
-from .compute.reference import Core
-from .elsewhere import each_here, value_of
-from .methods import METHODS, LowRankLinear
-from .methods.accept import WEIGHT_DTYPES
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
-from .saved import saved_modules, warn_of_forgotten
-from .targets import check_places, matches, named_modules, unwrapped
-from .ties import ties_of, trained_names
 
 
 @dataclass

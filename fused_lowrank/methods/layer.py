@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
-from ..called import Reader, note_call
 from ..compute import choose
 from ..compute.autograd import chain
 from ..compute.dropout import Dropout
 from ..compute.operands import Operands
 from ..compute.reference import Core
-from ..disabling import Switch
-from ..elsewhere import HookSlot, hand_over, here
+from ..context.called import Reader, note_call
+from ..context.disabling import Switch
+from ..context.elsewhere import HookSlot, hand_over, here
+from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
-from ..learns import warn_of_nothing_learned, warn_of_scales
 from .accept import carry, clashes, give_back, why_not_linear
 from .keywords import DEFAULTS, Shared, check_keywords
 from .merging import MergingLinear

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapter_file, official, peft_folder
-from .adapt import require_adapted, tied_layers, unload
-from .bank import file as bank_file
-from .export import export_lora, of_contents, write
+from ..bank import file as bank_file
+from ..methods import METHODS
+from ..models.adapt import require_adapted, tied_layers, unload
+from ..models.targets import modules_by_name
+from ..models.whole_modules import SLOTS
+from . import adapter as adapter_file
+from . import official, peft_folder
 from .inspection import describe, kind_of
-from .methods import METHODS
-from .saved import SLOTS
-from .targets import modules_by_name
+from .lora_export import export_lora, of_contents, write
 
 # The base model's weights in whatever format, which the merged ones replace.
 WEIGHTS = re.compile(

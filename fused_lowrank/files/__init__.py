@@ -1,0 +1,14 @@
+"""Adapters in files: written, read, converted, looked at.
+
+    fingerprint       the weights that an adapter belongs to, known again
+    other_base        `on_other_base="warn"`
+    peft_folder       folders that PEFT writes
+    adapter           `save_adapter`, `load_adapter`
+    official          the checkpoints of LoRA-XS's authors
+    lora_export       adapters as PEFT's plain LoRA
+    inspection        a file or folder, described
+    cli               the command line
+
+A module imports those above it in this list, and those of `models`. Of files with many adapters
+`bank.file` is in charge.
+"""
