@@ -64,7 +64,7 @@ def test_many_names_at_once() -> None:
     before = picture(bank)
     cores = {
         name: tuple(part.repeat(3, *[1] * (part.dim() - 1)) for part in parts)
-        for name, parts in cores_of(bank.store, model_of("pairs", 9)).items()
+        for name, parts in cores_of(bank.store, bank.model, model_of("pairs", 9)).items()
     }
     for names, message in (("cda", "'a' is in the bank"), ("cdc", "'c' comes twice")):
         with pytest.raises(ValueError, match=message):

@@ -197,7 +197,7 @@ def put_at_once(bank: AdapterBank, path: Path) -> None:
 
 def join(bank: AdapterBank, layer: str, *seeds: int) -> Any:
     """Some models' cores of a layer."""
-    each = [cores_of(bank.store, model_of("cores", seed))[layer] for seed in seeds]
+    each = [cores_of(bank.store, bank.model, model_of("cores", seed))[layer] for seed in seeds]
     return torch.cat([e[0] for e in each]), None, torch.cat([e[2] for e in each])
 
 
@@ -211,7 +211,7 @@ def loaded(bank: AdapterBank, path: Path) -> None:
 
 def committed(bank: AdapterBank, path: Path) -> None:
     trainable = bank.trainable(["a"])
-    source = cores_of(bank.store, model_of("cores", 5))
+    source = cores_of(bank.store, bank.model, model_of("cores", 5))
     with torch.no_grad():
         for layer, table in trainable.tables.items():
             table.left.copy_(source[layer][0])
@@ -299,7 +299,7 @@ def test_threads_that_repeat_their_names() -> None:
     model, bank = bank_of("cores", 70, names="ab")
     x, versions = x_of(2), 60
     expected = [outputs(x, 10 + i, 2) for i in range(versions)]
-    sources = [cores_of(bank.store, model_of("cores", 10 + i)) for i in range(versions)]
+    sources = [cores_of(bank.store, bank.model, model_of("cores", 10 + i)) for i in range(versions)]
     bank.put(["a"], sources[0], new=False)
     begun, done, errors, over = [0], [0], [], threading.Event()
 
