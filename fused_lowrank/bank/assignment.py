@@ -42,6 +42,7 @@ class Assignment:
     base_only: bool = False  # all of the call is declared to be the base model's
     empty: bool = False  # whether it is of an empty batch
     outer: Assignment | None = None
+    task: int = -1  # the backward within which it was entered; -1: none
     served: bool = False  # whether a layer has asked for it, or for one inside it
     resolved_slots: ResolvedSlots | None = None  # of the handles, where they are known
     own: tuple[Tensor, ...] = ()  # what the caller may write to, of the handles and the weights
@@ -107,7 +108,9 @@ class Assignment:
         key = layer, tuple(lead)
         if self.empty:
             self.require_rows(layer, lead)
-        if said is None and graph_task() >= 0 and entries > 1:  # what is computed again, as it was
+        task = graph_task()
+        again = task >= 0 and (x is None or task != self.task)
+        if said is None and again and entries > 1:  # what is computed again, as it was
             before = self.spreads.get(key)
             if before is None:
                 raise RuntimeError(LOST)
@@ -179,7 +182,7 @@ class Use(ContextDecorator, AbstractContextManager[None]):
         learned, handles = assignment.learned, assignment.handles
         if learned.fresh and handles is not None and len(handles) > 1:
             learned.first_use()
-        assignment.outer = ACTIVE.get()
+        assignment.outer, assignment.task = ACTIVE.get(), graph_task()
         self._entered = assignment, ACTIVE.set(assignment)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

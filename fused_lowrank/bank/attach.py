@@ -87,7 +87,7 @@ class Watch:
             return
         found = find(ACTIVE.get(), self.key)
         count = 0 if found is None or found.handles is None else found.handles.shape[0]
-        if found is not None and count > 1 and graph_task() < 0:
+        if found is not None and count > 1 and graph_task() == found.task:
             begin(self.key, count, module, args, kwargs, found.learned)
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
 import torch
@@ -29,9 +29,10 @@ from ..compute.operands import Operands
 from ..compute.reference import AnyCore
 from ..context.calls import SAID, call_of
 from ..context.declared import entry_of, said_in
-from ..context.disabling import OFF
-from ..context.recomputed import graph_task, may_recompute, note, noted
-from .assignment import Assignment
+from ..context.disabling import OFF, Switch
+from ..context.recomputed import NOTES, around, graph_task, may_recompute, noted
+from ..methods.layer import LowRankLinear
+from .assignment import ACTIVE, LOST, Assignment, find
 from .recompute import WRITTEN, current
 from .store import AdapterStore
 
@@ -48,14 +49,30 @@ class Ticket:
     And what has been said of whose its rows are.
     """
 
-    def __init__(self, assignment: Assignment | None) -> None:
-        self.assignment, self.said = assignment, SAID.get()
+    def __init__(self, key: int, assignment: Assignment | None) -> None:
+        self.key, self.assignment, self.said = key, assignment, SAID.get()
         self.disabled: dict[str, Assignment] = {}
 
     @property
     def version(self) -> int:
         """That of the assignment."""
         return 0 if self.assignment is None else self.assignment.version
+
+    def disable(self, layers: Mapping[str, LowRankLinear], base: Assignment) -> None:
+        """Note the layers that are disabled, which calls of checkpoints are told."""
+        for name, layer in layers.items():
+            if layer.disabled:
+                self.disabled[name] = base
+                if isinstance(layer.disabled, Switch):
+                    layer.disabled.note()
+
+    def note(self) -> None:
+        """Note it for the checkpoints around the running call; of two assignments, none."""
+        for checkpoint in around():
+            notes = NOTES.setdefault(checkpoint, {})
+            before, _ = notes.get(self.key, (self, 0))
+            alike = before is not None and before.assignment is self.assignment
+            notes[self.key] = self if alike else None, self.version
 
 
 STORES: weakref.WeakValueDictionary[int, AdapterStore] = weakref.WeakValueDictionary()
@@ -75,19 +92,22 @@ def route(key: int) -> Tensor:
 
     It is the assignment's number and its version.
     """
-    before = noted(key) if graph_task() >= 0 else None  # of a checkpoint around the graph
-    if before is None:
-        ticket = Ticket(current(key))
-        if OFF.get():
-            store = STORES[key]
-            base = store.assign(None)
-            ticket.disabled = {name: base for name, layer in store.layers.items() if layer.disabled}
-    else:
-        ticket, version = before
-        if version != ticket.version:
+    task, own = graph_task(), find(ACTIVE.get(), key)
+    before = noted(key) if task >= 0 else None  # of a checkpoint around the graph
+    within = own is not None and own.task == task  # whether that enters `bank.use` itself
+    ticket = Ticket(key, current(key) if before is None or within else None)
+    if before is not None and before[0] is not None:
+        if before[0].version != before[1]:
             raise RuntimeError(WRITTEN)
+        ticket.assignment = before[0].assignment
+        if ticket.said is None or ticket.said.task != task:
+            ticket.said = before[0].said
+    elif before is not None and not within:
+        raise RuntimeError(LOST)
+    if OFF.get() or task >= 0:
+        ticket.disable(STORES[key].layers, STORES[key].assign(None))
     if may_recompute():
-        note(key, (ticket, ticket.version))
+        ticket.note()
     if ticket.assignment is None and not ticket.disabled:
         return torch.tensor([OUTSIDE, 0])
     TICKETS[number := next(_tokens)] = ticket

@@ -22,7 +22,7 @@ from ..context.calls import SAID, call_of
 from ..context.declared import said_of, stated
 from ..context.elsewhere import here
 from ..context.following import Follower
-from ..context.recomputed import graph_task, may_recompute, note
+from ..context.recomputed import graph_task, may_recompute
 from ..files.fingerprint import BASES_TOLERANCE, WEIGHT_TOLERANCE, alike
 from ..functional import compute, draw_seed, prepared
 from ..methods.computer import Computer
@@ -118,7 +118,7 @@ class BankedLayer(Computer):
         """The same, with a follower that is told where the sequences of the result are."""
         state = stated(layer) or follower.where(x)
         if may_recompute():  # maybe by a graph, which runs as written only in calls like this
-            note(self.key, (ticket := Ticket(current(self.key)), ticket.version))
+            Ticket(self.key, current(self.key)).note()
         with follower.pause():
             y = self(layer, x)
         follower.mark(y, state)

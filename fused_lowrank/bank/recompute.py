@@ -165,8 +165,9 @@ def current(key: int) -> Assignment | None:
 
     Raises RuntimeError where a checkpoint recomputes a call and nothing says what that had.
     """
-    task = graph_task()
-    found = find(ACTIVE.get(), key) if task < 0 else recalled(task, key)
+    task, found = graph_task(), find(ACTIVE.get(), key)
+    if task >= 0 and (found is None or found.task != task):  # not entered by what is computed again
+        found = recalled(task, key)
     outer = found
     while outer is not None and not outer.served:
         outer.served, outer = True, find(outer.outer, key)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from .recomputed import again, graph_task, may_recompute, note, noted
+from .recomputed import OUTSIDE, Entered, again, graph_task, may_recompute, note, noted
 
 
 class Switch:
     """A layer's `disabled` while some context has it disabled: true in those contexts alone.
 
-    What a checkpoint computes again is disabled if it was so before. A compiled graph cannot ask
-    whose call it is; while it is made, the switch is true.
+    What a checkpoint computes again is disabled if it was so before, or is within the checkpoint. A
+    compiled graph cannot ask whose call it is; while it is made, the switch is true.
     """
 
     def __init__(self) -> None:
@@ -28,14 +29,16 @@ class Switch:
     def __bool__(self) -> bool:
         if torch.compiler.is_compiling():
             return True
-        if graph_task() >= 0 and again() is not None:
-            return noted(self) is not None
+        task = graph_task()
+        if task >= 0 and again() is not None:
+            within = OFF.get().get(self, ())
+            return any(entered.task == task for entered in within) or noted(self) is not None
         return self in OFF.get()
 
     def note(self) -> None:
         """Note for the checkpoints around the running call that it is disabled."""
         if may_recompute():
-            self.checkpoints.update(note(self, True))
+            self.checkpoints.update(note(self, True, OFF.get().get(self, (OUTSIDE,))[0]))
 
     def __reduce__(self) -> Any:
         """Copies are on, for no context knows them; so none is made where this one is off."""
@@ -47,7 +50,10 @@ class Switch:
         return Switch, ()
 
 
-OFF: ContextVar[frozenset[Switch]] = ContextVar("fused_lowrank_disabled", default=frozenset())
+# Those that are, with where each `with` was entered, the outermost first.
+OFF: ContextVar[Mapping[Switch, tuple[Entered, ...]]] = ContextVar(
+    "fused_lowrank_disabled", default=MappingProxyType({})
+)
 _lock = threading.Lock()
 
 
@@ -62,7 +68,8 @@ def disabled(layers: Sequence[Any]) -> Iterator[None]:
                     layer.disabled = Switch()
                 layer.disabled.count += 1
                 switches.append((layer, layer.disabled))
-    token = OFF.set(OFF.get() | {switch for _, switch in switches})
+    before, entered = OFF.get(), Entered.now()
+    token = OFF.set({**before, **{s: (*before.get(s, ()), entered) for _, s in switches}})
     try:
         yield
     finally:

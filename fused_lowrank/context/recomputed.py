@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Hashable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -33,9 +33,28 @@ def may_recompute() -> bool:
     return not (has_forward_mode() or torch.is_inference_mode_enabled())
 
 
-def note(key: Hashable, value: Any) -> list[Any]:
-    """Note something for the checkpoints around the running call; these."""
-    found = list(around())
+class Entered(NamedTuple):
+    """Where a `with` was entered: a checkpoint around it enters it again when it computes again."""
+
+    task: int  # the backward; -1: none
+    around: tuple[weakref.ref[Any], ...]  # the checkpoints
+
+    @classmethod
+    def now(cls) -> Entered:
+        """Where it is now."""
+        found = around() if may_recompute() and not torch.compiler.is_compiling() else ()
+        return cls(graph_task(), tuple(map(weakref.ref, found)))
+
+
+OUTSIDE = Entered(-1, ())
+
+
+def note(key: Hashable, value: Any, entered: Entered = OUTSIDE) -> list[Any]:
+    """Note something for the checkpoints around the running call, but for those around the `with`
+    that it is from; these.
+    """
+    outer = [checkpoint() for checkpoint in entered.around]
+    found = [one for one in around() if not any(one is each for each in outer)]
     for checkpoint in found:
         NOTES.setdefault(checkpoint, {})[key] = value
     return found

@@ -28,7 +28,7 @@ from ...functional import compute, lowrank_linear, prepared
 from ...methods.accept import is_hooked
 from ...methods.tensors import present
 from .config import LowRankConfig
-from .mixed import Lines, as_before, uncompiled
+from .mixed import Lines, Switched, as_before, uncompiled
 from .shared import SharedLayer
 
 Sides = tuple[int, int]
@@ -47,7 +47,7 @@ class Factors(nn.ParameterDict):
         return frozenset(self._parameters)
 
 
-class PeftLowRankLinear(SharedLayer):
+class PeftLowRankLinear(Switched, SharedLayer):
     """A linear layer with adapters; subclasses are methods.
 
     `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.

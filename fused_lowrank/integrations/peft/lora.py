@@ -25,7 +25,7 @@ from ...context.declared import ANYWHERE, Owners, by_row, stated
 from ...context.readers import leave_fast_paths, restore_fast_paths
 from ...functional import DTYPES, lowrank_linear
 from ...methods.accept import TENSORS, is_hooked, is_replaced
-from .mixed import Lines, as_before, hooked, uncompiled
+from .mixed import Lines, Switched, as_before, hooked, uncompiled
 from .registry import TESTED
 
 try:
@@ -62,7 +62,7 @@ def check_peft() -> None:
 check_peft()
 
 
-class FusedLinear(Linear):
+class FusedLinear(Switched, Linear):
     """`peft.tuners.lora.layer.Linear` through the fused kernels, where these compute the same."""
 
     impl: ClassVar[str] = "auto"  # as in `lowrank_linear`

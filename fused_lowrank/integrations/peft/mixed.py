@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from ...compute.reference import NONE, RowCores
 from ...context.calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
 from ...context.declared import ANYWHERE, REASON, Owners, place_of, said_of
-from ...context.recomputed import again, around, graph_task, may_recompute, note, noted
+from ...context.recomputed import (
+    OUTSIDE,
+    Entered,
+    again,
+    around,
+    graph_task,
+    may_recompute,
+    note,
+    noted,
+)
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -26,6 +35,7 @@ class Lines(list[str]):
         super().__init__(names)
         self.different = list(dict.fromkeys(self))  # names may be read once only
         self.model = model  # that is called with them; None: a layer is
+        self.entered = OUTSIDE if model is None else Entered.now()
         self.learned: Learned = Learned() if model is None else model.learned
         self.places: dict[
             tuple[str, tuple[int, ...]], Spread | Owners | None
@@ -42,7 +52,8 @@ class Lines(list[str]):
         lead, lines = x.shape[:-1], len(self)
         compiling = torch.compiler.is_compiling()
         said = None if compiling or SAID.get() is None else said_of(module, layer, x)
-        if said is None and graph_task() >= 0:  # what is computed again, as it was
+        task = graph_task()
+        if said is None and task >= 0 and self.entered.task != task:  # computed again, as it was
             if (before := self.places.get((layer, tuple(lead)))) is not None:
                 return before
             raise RuntimeError(LOST.format(layer))
@@ -94,14 +105,33 @@ LOST = (
 
 def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
     """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
-    of its forward, which is noted where it was with either.
+    of its forward, which is noted where it was with either, or of what is within the checkpoint.
     """
-    if graph_task() >= 0 and again() is not None:
+    entered = layer.switched if off else getattr(names, "entered", OUTSIDE)
+    task = graph_task()
+    if task >= 0 and entered.task != task and again() is not None:
         before = noted(layer)
         return before is OFF, before if isinstance(before, Lines) else None
     if (off or isinstance(names, Lines)) and may_recompute():
-        layer.noted |= bool(note(layer, OFF if off else names))
+        layer.noted |= bool(note(layer, OFF if off else names, entered))
     return off, names
+
+
+class Switched:
+    """A layer of PEFT that knows where it was disabled, as checkpoints ask."""
+
+    switched = OUTSIDE
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's."""
+        off = self.disable_adapters  # type: ignore[attr-defined]
+        super().enable_adapters(enabled)  # type: ignore[misc]
+        before = vars(self).pop("switched", OUTSIDE)
+        if not enabled:
+            now = Entered.now()
+            entered = now._replace(around=before.around) if off else now
+            if entered != OUTSIDE:
+                self.switched = entered
 
 
 OFF = object()  # noted for a layer that was disabled
