@@ -122,3 +122,19 @@ def test_peft_around_a_bank(end: str) -> None:
         plain = getattr(wrapped, end)()
         with bank.use(["a", "b"]):
             assert torch.equal(plain(x), y)
+
+
+def test_a_bank_made_in_inference_mode() -> None:
+    """As a server makes it: adapters come and go outside, and gradients go through them."""
+    model = model_of("cores")
+    with torch.inference_mode():
+        bank = AdapterBank.from_model(model, slots=2)
+        bank.add("a", model_of("cores", 1))
+    bank.add("b", model_of("cores", 2))
+    bank.remove("a")
+    bank.add("c", model_of("cores", 3))
+    x = x_of(2).requires_grad_()
+    with bank.use(["b", "c"]):
+        y = model(x)
+    expected = torch.stack([model_of("cores", i)(row) for i, row in zip((2, 3), x, strict=True)])
+    torch.testing.assert_close(y, expected)

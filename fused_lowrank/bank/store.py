@@ -56,12 +56,13 @@ class AdapterStore:
     ) -> None:
         self.layers, self.slots, self.key = layers, slots, next(_keys)
         self.device = device_of(next(iter(layers.values())))
-        self.tables = {
-            name: new_table(layer, slots, dtype or layer.weight.dtype)
-            for name, layer in layers.items()
-        }
-        self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)
-        self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
+        with torch.inference_mode(False):  # written to outside it, too
+            self.tables = {
+                name: new_table(layer, slots, dtype or layer.weight.dtype)
+                for name, layer in layers.items()
+            }
+            self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)
+            self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.shared = SharedFactors(layers)
         self.trained = None
         self.learned = Learned()  # of the model's calls
