@@ -31,6 +31,7 @@ from .adapt import (
     adapted_layers,
     build,
     place,
+    refuse_peft,
     require_adapted,
 )
 from .called import warn_of_passed_over
@@ -229,6 +230,8 @@ def install(
     """
     saved = config["modules_to_save"]
     present = dict(adapted_layers(model))
+    if not present:
+        refuse_peft(model)
     sharder = sharder_in(model)
     if sharder == ZERO and not present:
         sharder = None  # `build` looks at the weights that it needs
