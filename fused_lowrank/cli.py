@@ -2,7 +2,8 @@
 
 fused-lowrank inspect SOURCE
 fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--class C] [--name NAME]
-fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME]
+                      [--on-other-base warn]
+fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME] [--on-other-base warn]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .bank import file as bank_file
 from .export import export_lora, of_contents, write
 from .inspection import describe, kind_of
 from .methods import METHODS
+from .other_base import WAYS, on_other_base
 from .saved import SLOTS
 from .targets import modules_by_name
 
@@ -51,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def say(what: str, message: object) -> None:
     """One line on stderr."""
-    print(f"fused-lowrank: {what}: {' '.join(str(message).split())}", file=sys.stderr)
+    words = " ".join(str(message).split())
+    words = words.replace("on_other_base='warn'", "--on-other-base warn")  # as it is called here
+    print(f"fused-lowrank: {what}: {words}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
             dest="cls",
             metavar="NAME",
             help="the class of transformers that was adapted, if the base is of another",
+        )
+        own.add_argument(
+            "--on-other-base",
+            choices=WAYS,
+            default=WAYS[0],
+            help="whether another base than the adapter's, further trained say, is an error or a "
+            "warning",
         )
         own.add_argument("--name", help="which adapter, where the source is a bank's file")
     return top
@@ -194,7 +205,11 @@ def convertible(args: argparse.Namespace) -> str:
     if args.target.exists():
         raise ValueError(f"{args.target} exists already: remove it first, or write elsewhere")
     if kind == "lora":
-        raise ValueError(f"{args.source} is plain LoRA already, which PEFT merges and serves")
+        raise ValueError(
+            f"{args.source} is plain LoRA already, which PEFT loads and merges; "
+            "peft.PeftModel.from_pretrained and then fused_lowrank.integrations.peft.fuse_lora run "
+            "it through the kernels here"
+        )
     if kind == "bank" and args.name is None:
         names = bank_file.contents(args.source)[1]
         raise ValueError(f"{args.source} holds {len(names)} adapters: say which by --name")
@@ -224,7 +239,8 @@ def adapted(args: argparse.Namespace, kind: str) -> nn.Module:
         )
     if kind == "official":
         return official.load_official_lora_xs(model, args.source)
-    return adapter_file.load_contents(model, config, tensors, args.source)
+    with on_other_base(args.on_other_base, args.source):
+        return adapter_file.load_contents(model, config, tensors, args.source)
 
 
 def unties(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..calls import SAID
+from ..compute.choose import transformed
 from ..declared import said_again
 from ..recomputed import graph_task, may_recompute
 from .assignment import ACTIVE, LOST, Assignment, find
@@ -102,7 +103,15 @@ def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 def remember_storage(x: Tensor) -> None:
     """Remember the assignment of a call on x or, in a recomputation, recall it."""
-    storage = x.untyped_storage()
+    try:
+        storage = x.untyped_storage()
+    except NotImplementedError:  # of a tensor that wraps another
+        if not transformed():
+            raise
+        raise RuntimeError(
+            "the model is in a bank, of which torch.func's transforms (vmap, grad, jvp) see no "
+            "call: close() the bank, or call it on the whole batch and with autograd"
+        ) from None
     address, task = storage._cdata, graph_task()
     before = MEMORIES.get(address)  # of this storage: its weak reference keeps the address taken
     if task >= 0:
