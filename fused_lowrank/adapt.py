@@ -79,8 +79,9 @@ def adapt(
         The same model.
 
     Raises:
-        ValueError: an unknown method; a model that PEFT has adapted; a pattern that matches nothing; a rank that does not fit a
-            layer; a weight on the meta device, or with NaN or Inf under LoRA-XS; a module whose
+        ValueError: an unknown method; a model that PEFT has adapted; a pattern that matches
+            nothing; a rank that does not fit a layer; a weight on the meta device, or with NaN or
+            Inf under LoRA-XS; a module whose
             replacement would never be called; a tensor that would be trained and is a view of
             another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;

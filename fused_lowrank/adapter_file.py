@@ -75,8 +75,9 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:
     """Write the adapters of `model`, and its modules trained whole, to a safetensors file.
 
-    The file is written whole or not at all; its folder is made. Without `bases`, LoRA-XS leaves out its frozen factors,
-    which `load_adapter` computes again from the weights and checks against a fingerprint; those of
+    The file is written whole or not at all; its folder is made. Without `bases`, LoRA-XS
+    leaves out its frozen factors, which `load_adapter` computes again from the weights and checks
+    against a fingerprint; those of
     the other methods are random, and can then only be loaded into a model that has them.
 
     Of a sharded model (fully_shard, parallelize_module) every rank must call this: tensors are

@@ -301,7 +301,7 @@ def flags_of(module: nn.Module, learned: Learned) -> tuple[Any, ...]:
 
 
 def choice(value: Any) -> Any:
-    """An argument, or attribute, that may choose what a model does; of one that gives an amount, nothing."""
+    """An argument or attribute that may choose what a model does; of an amount, nothing."""
     if isinstance(value, bool | str | Enum):
         return value
     return value if isinstance(value, int) and abs(value) <= CHOICES else None

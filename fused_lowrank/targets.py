@@ -350,6 +350,4 @@ def check_places(names: list[str], model: nn.Module) -> None:
     places = places_of(model)
     for name in names:
         if (count := places[id(modules[name])]) > 1:
-            raise ValueError(
-                f"{name} stands in {count} places, and PEFT trains only one of them"
-            )
+            raise ValueError(f"{name} stands in {count} places, and PEFT trains only one of them")

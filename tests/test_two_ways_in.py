@@ -1,4 +1,4 @@
-"""A model that was adapted in one way is not adapted in the other: each would freeze the first's."""
+"""A model that was adapted in one way is not adapted in the other, which would freeze the first."""
 
 from collections.abc import Callable
 from typing import Any
