@@ -91,7 +91,10 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         RuntimeError: the plan in `config.use`, or batch invariance, cannot compute the step.
     """
     if not isinstance(layer, LowRankLinear):
-        raise TypeError(f"layer is a {type(layer).__name__}: it must be a fused low-rank layer")
+        raise TypeError(
+            f"layer is a {type(layer).__name__}: it must be a fused low-rank layer, such as "
+            "adapt(model, …) puts in the place of an nn.Linear"
+        )
     if not isinstance(rows, int):
         raise TypeError(f"rows is a {type(rows).__name__}: it must be an int, how many x has")
     if rows < 1:

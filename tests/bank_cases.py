@@ -47,6 +47,12 @@ def bank_of(kind: str = "cores", slots: int = 4, /, names: str = "", **keywords:
     return model, bank
 
 
+def parts_of_model(model: nn.Module) -> list[Any]:
+    """The modules and parameters of a model, and which of these are trained."""
+    own = list(model.parameters())
+    return [*model.modules(), *own, [parameter.requires_grad for parameter in own]]
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What is trained of a model."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -392,6 +392,29 @@ def test_merge_of_a_tied_weight(tmp_path: Path, capsys: Any, monkeypatch: Any) -
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_another_base(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Merged and converted where that is asked for, with a warning in this program's words."""
+    model, file, other = trained(folder), tmp_path / "file", tmp_path / "other"
+    save_adapter(model, file)
+    moved = base(folder)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    moved.save_pretrained(other)
+    for command in (("merge",), ("convert", "--to", "fused"), ("convert", "--to", "peft-lora")):
+        out = tmp_path / "-".join(command)
+        rest = (file, out, "--base", other, "--on-other-base", "warn")
+        code, _, error = run(capsys, *command, *rest)
+        assert code == 0, error
+        assert "another base model" in error
+        assert "as --on-other-base warn asks" in error
+    loaded = load_adapter(base(other), tmp_path / "convert---to-fused", progress=False)
+    unload(loaded, merge=True)
+    merged = base(tmp_path / "merge")
+    for name, value in loaded.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], value)
+
+
 # --- errors ---
 
 
@@ -420,7 +443,9 @@ def test_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
         (("convert", file, out, *to, "--base", tmp_path), "has no config.json"),
         (("convert", mini, out, *to, "--name", "a", *on), "is of lora_mini"),
         (("merge", file, out, "--base", other), "was made for another base model"),
+        (("merge", file, out, "--base", other), "--on-other-base warn takes it all the same"),
         (("merge", tmp_path / "lora", out, *on), "is plain LoRA already"),
+        (("convert", tmp_path / "lora", out, "--to", "fused", *on), "fuse_lora"),
     ]
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, message in cases:
@@ -440,6 +465,7 @@ def test_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
         ("convert", "a", "b"),
         ("convert", "a", "b", "--to", "gguf"),
         ("merge", "a", "b"),
+        ("merge", "a", "b", "--base", "c", "--on-other-base", "ignore"),
     ],
 )
 def test_usage(arguments: tuple[str, ...], capsys: Any) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..compute.choose import transformed
 from ..context.calls import SAID
 from ..context.declared import said_again
 from ..context.recomputed import graph_task, may_recompute
@@ -102,7 +103,15 @@ def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 def remember_storage(x: Tensor) -> None:
     """Remember the assignment of a call on x or, in a recomputation, recall it."""
-    storage = x.untyped_storage()
+    try:
+        storage = x.untyped_storage()
+    except NotImplementedError:  # of a tensor that wraps another
+        if not transformed():
+            raise
+        raise RuntimeError(
+            "the model is in a bank, of which torch.func's transforms (vmap, grad, jvp) see no "
+            "call: close() the bank, or call it on the whole batch and with autograd"
+        ) from None
     address, task = storage._cdata, graph_task()
     before = MEMORIES.get(address)  # of this storage: its weak reference keeps the address taken
     if task >= 0:

@@ -1,5 +1,6 @@
 """The model that a layer is in, and the call that is running: what layers have to know of both.
 
+    flags             attributes by which a model may choose what it runs
     following_rules   where an operation's result has the sequences that its inputs have
     following         a call's operations, followed by these rules
     calls             the model's call, and which rows of a layer's input are whose

@@ -30,6 +30,8 @@ MACHINERY = (
 SHOWN = 8  # names in a message
 PASSING = ("get_parameter", "__getattr__", "<listcomp>", "<genexpr>", "<dictcomp>")
 
+PRODUCT = nn.Linear.forward.__code__
+
 
 class Reader(NamedTuple):
     """Who has read the weight of a layer, since it was called last or at all."""
@@ -50,12 +52,14 @@ def note_reading(layer: Any) -> None:
     if torch.compiler.is_compiling():
         return
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name in PASSING:
+    computes = False  # whether it is the layer's own class that does, called past it
+    while frame is not None and (frame.f_code is PRODUCT or frame.f_code.co_name in PASSING):
+        computes |= frame.f_code is PRODUCT
         frame = frame.f_back
     if frame is None or f"{frame.f_globals.get('__name__')}.".startswith(MACHINERY):
         return
     code = frame.f_code
-    if not method_of(code).uses_weights:
+    if not (computes or method_of(code).uses_weights):
         return
     vars(layer)["asked"] = layer.asked or (layer.training and torch.is_grad_enabled())
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

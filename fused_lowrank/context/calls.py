@@ -2,7 +2,9 @@
 
 Sequences are counted where they are known, in the inputs of the outermost module that is called
 with adapters by sequence. Where they are in what a layer of it gets is followed (`following`) in
-the first call of each kind and remembered by layer, so that later calls need look at sizes alone.
+the first call of each kind and remembered by layer, so that later calls need look at sizes alone. A
+kind is of the arguments that may choose what is done, and of the modules' attributes that may
+(`flags`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .flags import Flags
 from .following import Follower
 from .following_rules import MIXED, NOBODY, State, Where
 
@@ -76,6 +79,7 @@ class Learned:
     layouts: dict[str, Layouts] = field(default_factory=dict)  # by layer
     seen: set[Any] = field(default_factory=set)  # calls of one tensor that were of these kinds
     found: dict[str, tuple[Any, Spread]] = field(default_factory=dict)  # by layer, of the last call
+    flags: dict[int, Flags] = field(default_factory=dict)  # of modules that were called, by id
     varies: bool = False  # whether a layer is called in several ways: then every call is followed
     fresh: bool = True  # whether no call has begun yet
     eager: bool = False  # whether compiled models run as they were written meanwhile
@@ -138,9 +142,10 @@ def begin(
     if call is not None:
         call.depth += call.module is module
         return
+    flags = flags_of(module, learned)
     first: Any = args[0] if args and not kwargs else None
     if type(first) is Tensor and len(args) == 1:  # as one before it, mostly
-        seen: Any = id(module), module.training, lines, first.shape, SAID.get() is None
+        seen: Any = id(module), flags, lines, first.shape, SAID.get() is None
         if seen in learned.seen and not learned.varies:
             call = Call(key, module, lines, lines, 0, "", learned, outer=CALL.get())
             call.token = CALL.set(call)
@@ -150,7 +155,7 @@ def begin(
     if call.fits and main is not None:
         call.media = beside_text(main, kwargs)
         call.paired = not call.media or paired(module, main)
-        call.kind = kind_of(call, main, args, kwargs)
+        call.kind = flags, *kind_of(call, main, args, kwargs)
         if learned.varies or not call.paired or call.kind not in learned.kinds:
             call.follower = Follower(n)
             for x, state in inputs_of(call, main, args, kwargs):
@@ -158,7 +163,7 @@ def begin(
             eagerly(1)
             call.follower.__enter__()
         elif main is first and (n, axis, len(args)) == (lines, 0, 1) and len(learned.seen) < KINDS:
-            learned.seen.add((id(module), module.training, lines, first.shape, SAID.get() is None))
+            learned.seen.add((id(module), flags, lines, first.shape, SAID.get() is None))
     call.token = CALL.set(call)
 
 
@@ -283,12 +288,20 @@ def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
     like = tuple(main.shape) if call.n in rest else (main.dim(), 1 in rest)
     given = tuple([(name, choice(v)) for name, v in kwargs.items() if v is not None])
     places = tuple([choice(value) for value in args])
-    own = id(call.module), call.module.training, SAID.get() is None
+    own = id(call.module), SAID.get() is None
     return own, call.axis, places, given, like
 
 
+def flags_of(module: nn.Module, learned: Learned) -> tuple[Any, ...]:
+    """What the attributes of a module that is called may choose; also whether it is in training."""
+    flags = learned.flags.get(id(module))
+    if flags is None or flags.module() is not module:
+        flags = learned.flags[id(module)] = Flags(module)
+    return module.training, *flags.values(choice)
+
+
 def choice(value: Any) -> Any:
-    """An argument that may choose what a model does; of one that gives an amount, nothing."""
+    """An argument or attribute that may choose what a model does; of an amount, nothing."""
     if isinstance(value, bool | str | Enum):
         return value
     return value if isinstance(value, int) and abs(value) <= CHOICES else None

@@ -25,6 +25,9 @@ KNOWN = (
     *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop),
     *(ast.Attribute, ast.Name, ast.Constant, ast.expr_context),
 )
+# What gives a layer's parameters, and what takes them on; `weight` is the first of them.
+GIVING = {"_parameters", "named_parameters", "parameters", "state_dict"}
+TAKING = {"dict", "list", "tuple", "iter", "next"}
 ASKING = {"isinstance", "hasattr", "getattr", "type", "id"}
 
 
@@ -130,6 +133,9 @@ def method_of(code: CodeType) -> Method:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight":
             uses_weights |= uses(node, above)
+        if isinstance(node, ast.Call | ast.Attribute) and (path := taken_from(node, above, own)):
+            reads.append(Read(".".join(path), tuple(conditions_above(node, above, own))))
+            uses_weights = True
         match chain_of(node, own):
             case [name]:
                 names.add(name)
@@ -175,10 +181,47 @@ def chain_of(node: ast.AST, own: str) -> list[str]:
     return names[::-1] if isinstance(node, ast.Name) and node.id == own else []
 
 
+def taken_from(node: Any, above: dict[ast.AST, Any], own: str) -> list[str]:
+    """The submodule of whose weight something is computed there, if not by `layer.weight`.
+
+    That is `Class.forward(layer, x)`, `getattr(layer, "weight")`, or one of its parameters, such as
+    `layer._parameters["weight"]` or `next(layer.parameters())`.
+    """
+    match node:
+        case ast.Call(func=ast.Attribute(attr="forward", value=value), args=[layer, *_]):
+            mine = chain_of(value, own) or (isinstance(value, ast.Name) and value.id == own)
+            return [] if mine else chain_of(layer, own)
+        case ast.Call(func=ast.Name(id="getattr"), args=[layer, ast.Constant(value="weight"), *_]):
+            return chain_of(layer, own) if uses(node, above) else []
+        case ast.Attribute(attr=attr) if attr in GIVING:
+            weight = weight_of(node, above)
+            return chain_of(node, own)[:-1] if weight and uses(weight, above) else []
+    return []
+
+
+def weight_of(node: Any, above: dict[ast.AST, Any]) -> Any:
+    """The expression that takes the weight of what gives a layer's parameters; or None."""
+    weight = None
+    while True:
+        match above[node]:
+            case ast.Subscript(value=value, slice=ast.Constant(value="weight" | 0)) if (
+                value is node
+            ):
+                weight = above[node]
+            case ast.Call(func=ast.Name(id=name)) if name in TAKING:
+                weight = above[node] if name == "next" else None
+            case ast.Call(func=function) if function is node:
+                pass
+            case _:
+                return weight
+        node = above[node]
+
+
 def uses(node: Any, above: dict[ast.AST, Any]) -> bool:
     """Whether the values of a weight that is named there are used."""
     user = above[node]
-    if not isinstance(node.ctx, ast.Load) or isinstance(user, ast.Compare):
+    read = isinstance(getattr(node, "ctx", None), ast.Load | None)  # a call has none
+    if not read or isinstance(user, ast.Compare):
         return False
     if isinstance(user, ast.Attribute):
         return uses(user, above) if user.attr == "data" else user.attr not in HARMLESS

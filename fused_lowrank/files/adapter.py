@@ -40,7 +40,7 @@ from ..context.learns import warn_of_broken
 from ..methods import METHODS, LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES, why_no_weight
 from ..methods.tensors import is_sharded, whole
-from ..models.adapt import Plan, adapted_layers, build, place, require_adapted
+from ..models.adapt import Plan, adapted_layers, build, place, refuse_peft, require_adapted
 from ..models.targets import modules_by_name, unwrapped
 from ..models.ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
@@ -68,8 +68,9 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:
     """Write the adapters of `model`, and its modules trained whole, to a safetensors file.
 
-    The file is written whole or not at all. Without `bases`, LoRA-XS leaves out its frozen factors,
-    which `load_adapter` computes again from the weights and checks against a fingerprint; those of
+    The file is written whole or not at all; its folder is made. Without `bases`, LoRA-XS
+    leaves out its frozen factors, which `load_adapter` computes again from the weights and checks
+    against a fingerprint; those of
     the other methods are random, and can then only be loaded into a model that has them.
 
     Of a sharded model (fully_shard, parallelize_module) every rank must call this: tensors are
@@ -78,8 +79,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     A UserWarning names what can be trained in the model and is not in the file.
 
     Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled; if
-    a module trained whole is gone.
+    a module trained whole is gone; if `path` is a folder.
     """
+    require_path(path, "save_adapter(model, path)")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: path is the file to write, adapter.safetensors say")
     layers = complete_layers(model)
     warn_of_forgotten(model, 3)
     originals = base_of(model).values  # a weight may be trained, by a tie
@@ -108,6 +112,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     warn_of_broken(tensors, stacklevel=3)
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata)
+
+
+def require_path(path: Any, call: str) -> None:
+    """Raise TypeError for what is no path, as where arguments were swapped; `call` says how."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}: it must be a path; call {call}")
 
 
 def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -144,6 +154,7 @@ def own_copy(tensor: Tensor) -> Tensor:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end and is gone if that fails."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         yield unfinished
@@ -223,6 +234,8 @@ def install(
     """
     saved = config["modules_to_save"]
     present = dict(adapted_layers(model))
+    if not present:
+        refuse_peft(model)
     sharder = sharder_in(model)
     if sharder == ZERO and not present:
         sharder = None  # `build` looks at the weights that it needs

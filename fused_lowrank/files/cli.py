@@ -2,7 +2,8 @@
 
 fused-lowrank inspect SOURCE
 fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--class C] [--name NAME]
-fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME]
+                      [--on-other-base warn]
+fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME] [--on-other-base warn]
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from . import adapter as adapter_file
 from . import official, peft_folder
 from .inspection import describe, kind_of
 from .lora_export import export_lora, of_contents, write
+from .other_base import WAYS, on_other_base
 
 # The base model's weights in whatever format, which the merged ones replace.
 WEIGHTS = re.compile(
@@ -52,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def say(what: str, message: object) -> None:
     """One line on stderr."""
-    print(f"fused-lowrank: {what}: {' '.join(str(message).split())}", file=sys.stderr)
+    words = " ".join(str(message).split())
+    words = words.replace("on_other_base='warn'", "--on-other-base warn")  # as it is called here
+    print(f"fused-lowrank: {what}: {words}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
             dest="cls",
             metavar="NAME",
             help="the class of transformers that was adapted, if the base is of another",
+        )
+        own.add_argument(
+            "--on-other-base",
+            choices=WAYS,
+            default=WAYS[0],
+            help="whether another base than the adapter's, further trained say, is an error or a "
+            "warning",
         )
         own.add_argument("--name", help="which adapter, where the source is a bank's file")
     return top
@@ -195,7 +206,11 @@ def convertible(args: argparse.Namespace) -> str:
     if args.target.exists():
         raise ValueError(f"{args.target} exists already: remove it first, or write elsewhere")
     if kind == "lora":
-        raise ValueError(f"{args.source} is plain LoRA already, which PEFT merges and serves")
+        raise ValueError(
+            f"{args.source} is plain LoRA already, which PEFT loads and merges; "
+            "peft.PeftModel.from_pretrained and then fused_lowrank.integrations.peft.fuse_lora run "
+            "it through the kernels here"
+        )
     if kind == "bank" and args.name is None:
         names = bank_file.contents(args.source)[1]
         raise ValueError(f"{args.source} holds {len(names)} adapters: say which by --name")
@@ -225,7 +240,8 @@ def adapted(args: argparse.Namespace, kind: str) -> nn.Module:
         )
     if kind == "official":
         return official.load_official_lora_xs(model, args.source)
-    return adapter_file.load_contents(model, config, tensors, args.source)
+    with on_other_base(args.on_other_base, args.source):
+        return adapter_file.load_contents(model, config, tensors, args.source)
 
 
 def unties(model: nn.Module) -> bool:

@@ -41,6 +41,7 @@ from .adapter import (
     pop_fingerprints,
     read,
     replacing,
+    require_path,
     require_whole,
     shapes_of,
 )
@@ -91,11 +92,13 @@ def export_lora(
         dtype: of A and B; None: the widest of the factors they are made of.
 
     Raises:
+        TypeError: `path` is none.
         ValueError: no adapter there, or an uninitialised, disabled or damaged one; a file without
             its frozen factors; a trained weight, also by a tie, which LoRA cannot hold; a file
             with a part of a module that is tied to it; values that `dtype` cannot hold; a layer
             that stands in several places, of which PEFT would adapt one.
     """
+    require_path(path, "export_lora(model, folder)")
     if dtype not in (None, *WEIGHT_DTYPES):
         raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
     if isinstance(source, AdapterBank):

@@ -215,7 +215,14 @@ def parsed(
     config: dict[str, Any], state: dict[str, Tensor], path: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`read` of what a folder holds."""
-    if (kind := config.get("peft_type")) not in TYPES:
+    if (kind := config.get("peft_type")) == "LORA":
+        raise ValueError(
+            f"{path} is plain LoRA, which is no adapter of {' or '.join(TYPES)}: load it by "
+            "peft.PeftModel.from_pretrained, and fused_lowrank.integrations.peft.fuse_lora runs it "
+            "through the kernels here; a checkpoint of the LoRA-XS authors' code is loaded by "
+            "load_official_lora_xs"
+        )
+    if kind not in TYPES:
         raise ValueError(
             f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}; PEFT loads the "
             "others, and load_official_lora_xs those of the LoRA-XS authors' code"

@@ -87,8 +87,9 @@ def adapt(
         The same model.
 
     Raises:
-        ValueError: an unknown method; a pattern that matches nothing; a rank that does not fit a
-            layer; a weight on the meta device, or with NaN or Inf under LoRA-XS; a module whose
+        ValueError: an unknown method; a model that PEFT has adapted; a pattern that matches
+            nothing; a rank that does not fit a layer; a weight on the meta device, or with NaN or
+            Inf under LoRA-XS; a module whose
             replacement would never be called; a tensor that would be trained and is a view of
             another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
@@ -106,6 +107,7 @@ def adapt(
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model is adapted already: unload(model) first")
+    refuse_peft(model)
     cls = METHODS[method][fused]
     check_keywords(cls, method_keywords)
     for rank in {"r", "a", "b"} & method_keywords.keys():
@@ -168,6 +170,25 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(
                 f"the model is in {wrapper}, which would not reduce the gradients of parameters "
                 "that are made now: adapt the model first, then wrap it"
+            )
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raise ValueError for a model that PEFT has adapted: what that trains would be frozen."""
+    peft: Any = sys.modules.get("peft")
+    if peft is None:
+        return
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (peft.PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    for name, module in named_modules(model):
+        if isinstance(module, kinds):
+            raise ValueError(
+                f"the model has adapters of PEFT ({name or 'it'} is a {type(module).__name__}), "
+                "which would be frozen, and in no file of save_adapter: add this one by PEFT as "
+                "well (fused_lowrank.integrations.peft), or take the plain model that its unload() "
+                "or merge_and_unload() returns"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -336,18 +337,17 @@ def warn_of_experts(model: nn.Module, found: list[str]) -> None:
         )
 
 
+def places_of(model: nn.Module) -> Counter[int]:
+    """In how many places of a model each module stands, by its id; in a part that stands in
+    several, once.
+    """
+    return Counter(id(child) for module in model.modules() for child in module._modules.values())
+
+
 def check_places(names: list[str], model: nn.Module) -> None:
     """Raise ValueError for a module that stands in several places: PEFT changes one of them."""
     modules = modules_by_name(model)
-    layers = {id(modules[name]): name for name in names}
-    places = [
-        name
-        for module in model.modules()
-        for child in module._modules.values()
-        if (name := layers.get(id(child))) is not None
-    ]
+    places = places_of(model)
     for name in names:
-        if places.count(name) > 1:
-            raise ValueError(
-                f"{name} stands in {places.count(name)} places, and PEFT trains only one of them"
-            )
+        if (count := places[id(modules[name])]) > 1:
+            raise ValueError(f"{name} stands in {count} places, and PEFT trains only one of them")

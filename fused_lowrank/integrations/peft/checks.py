@@ -16,7 +16,8 @@ from ...context.called import refuse_passed_over, shown
 from ...context.elsewhere import sharder_of
 from ...context.learns import warn_of_narrow, warn_of_scales, warn_of_zeros
 from ...methods.accept import ADAPT_FIRST, why_no_weight
-from ...models.targets import never_called, unmatched
+from ...models.adapt import adapted_layers
+from ...models.targets import never_called, places_of, unmatched
 from .config import LowRankConfig
 from .layer import PeftLowRankLinear, layers_of
 
@@ -40,9 +41,24 @@ def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, 
         reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
     else:
         check_weight(base, key)
+        if (places := places_of(model)[id(target)]) > 1:
+            raise ValueError(
+                f"Target module {key} stands in {places} places of the model, of which PEFT would "
+                f"adapt one, and merging would change all; adapt(model, …) takes them all. {LEAVE}"
+            )
         reason = never_called(dict(model.named_modules()), key, read) or ""
     if reason:
         raise ValueError(f"Target module {key} {reason}. {LEAVE}")
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError for a model with layers of `adapt`, whose factors PEFT would freeze."""
+    for name, _ in adapted_layers(model):
+        raise ValueError(
+            f"the model is adapted already: {name} has an adapter that PEFT would freeze, and not "
+            "save. Add the other one by adapt(model, …) as well; or unload(model, merge=True), or "
+            "save_adapter and unload(model), first"
+        )
 
 
 def check_weight(base: nn.Module, key: str) -> None:

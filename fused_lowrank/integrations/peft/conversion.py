@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...context.elsewhere import each_here, require_matrices
-from ...files.adapter import own_copy
+from ...files.adapter import own_copy, require_path
 from ...files.lora_export import Adapter, Part, as_lora, own_part, write
 from ...models.targets import named_modules
 from .layer import PeftLowRankLinear
@@ -44,7 +44,13 @@ def save_as_lora(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what `convert_to_lora` gives to a folder that `PeftModel.from_pretrained` loads."""
+    """Write what `convert_to_lora` gives to a folder that `PeftModel.from_pretrained` loads.
+
+    Raises TypeError where the folder is none, or the model, as when they are swapped.
+    """
+    require_path(path, call := "save_as_lora(folder, model)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: it must be a module; call {call}")
     write(adapter_of(model, adapter_name), path, dtype)
 
 

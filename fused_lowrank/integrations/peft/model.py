@@ -27,7 +27,7 @@ from ...context.learns import warn_of_broken
 from ...context.readers import leave_fast_paths, readers, restore_fast_paths
 from ...methods.accept import is_parametrized
 from ...models.adapt import require_not_fsdp
-from ...models.targets import left_out, matches, warn_of_left_out
+from ...models.targets import left_out, matches, places_of, warn_of_left_out
 from ...models.ties import note_untied
 from ...models.unchanged import unchanged_on_error
 from ...models.whole_modules import forget, require_here
@@ -37,6 +37,7 @@ from .checks import (
     check_merge,
     check_target,
     check_weight,
+    refuse_adapted,
     stored_turned,
     warn_of_loss,
     warn_of_training,
@@ -64,6 +65,7 @@ class LowRankModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LowRankConfig, model: nn.Module) -> None:
         """Find the layers of "all-linear", and check all targets before the first is replaced."""
+        refuse_adapted(model)
         self.read = readers(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         warn_of_unmatched(peft_config, modules)
@@ -97,6 +99,9 @@ class LowRankModel(BaseTuner):
             and not is_parametrized(modules[name])
         ]
         left = left_out(modules, linears, self.read)
+        places = places_of(model)
+        several = [name for name in linears if places[id(modules[name])] > 1]
+        left |= dict.fromkeys(several, "layers that stand in several places")
         warn_of_left_out(left, stacklevel=6)
         names = set(config.target_modules) - left.keys()
         if any(matches(name, sorted(names)) for name in left):
@@ -128,6 +133,7 @@ class LowRankModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_name(adapter_name)
+        refuse_adapted(model)
         self.biases, self.wholes = Biases(), []
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
