@@ -23,16 +23,8 @@ from fused_lowrank.kernels.dropout import drawn_bits, dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import (
-    FEW_M,
-    RELAY_RANK,
-    SLICES,
-    SMALL_M,
-    VARIANTS,
-    Spec,
-    TileConfig,
-    padded,
-)
+from fused_lowrank.kernels.tile_choice import SLICES, VARIANTS
+from fused_lowrank.kernels.tiles import FEW_M, RELAY_RANK, SMALL_M, Spec, TileConfig, padded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -24,7 +24,8 @@ from gate_read import Figures, problems, problems_of_decode, problems_of_hopper,
 from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
-from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
+from fused_lowrank.kernels.tile_choice import VARIANTS
+from fused_lowrank.kernels.tiles import TARGETS, Target, TileConfig
 
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
 GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)

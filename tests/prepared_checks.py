@@ -45,7 +45,8 @@ from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.prepared import Mark
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, select, variant
+from fused_lowrank.kernels.tile_choice import select, variant
+from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig
 
 HERE = Path(__file__).parent
 BYTES = sys.argv[1:2] == ["bytes"]
