@@ -39,11 +39,10 @@ from .adapter import (
     complete_layers,
     own_copy,
     pop_fingerprints,
-    read,
-    replacing,
     require_whole,
     shapes_of,
 )
+from .contents import read, replacing
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 
 
