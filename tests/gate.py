@@ -30,8 +30,9 @@ from typing import Any
 from unittest import mock
 
 import triton
-from gate_cases import Case, cases, launch, sampled
+from gate_cases import Case, cases, sampled
 from gate_digest import hashed, launch_digest, said
+from gate_launches import launch
 from gate_read import Figures, judged, read
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget

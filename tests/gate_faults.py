@@ -19,7 +19,8 @@ import gate
 import torch
 import triton
 import triton.language as tl
-from gate_cases import DTYPES, Case, cases, empty, launch
+from gate_cases import DTYPES, Case, cases
+from gate_launches import empty, launch
 from gate_read import Figures, problems, problems_of_decode, problems_of_hopper, read
 from triton.backends.compiler import GPUTarget
 
