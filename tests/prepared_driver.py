@@ -1,4 +1,4 @@
-"""The drivers under launches prepared and ordinary, and a call of each kind (prepared_checks.py)."""
+"""The drivers under launches prepared and ordinary, and calls of each kind (prepared_checks.py)."""
 
 from __future__ import annotations
 

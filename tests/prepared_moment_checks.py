@@ -32,7 +32,6 @@ from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.prepared import Mark
 from fused_lowrank.kernels.shrink import shrink
 
-
 # --- what is looked up at every launch ---
 
 
