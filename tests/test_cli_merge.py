@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 import torch
 from architectures import batch, targets, tiny
 from test_cli import REST, base, close, run, trained, transformers
+from test_cli import folder as folder
 from torch import nn
 
 from fused_lowrank import adapt, save_adapter, unload
 from fused_lowrank.files import cli
 from fused_lowrank.models.adapt import adapted_layers
-
-folder = test_cli.folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import test_elsewhere
 import torch
 from peft_cases import config, inputs, integration, methods, mlp, peft, state
 from test_elsewhere import CLOSE, Offload, assert_trains_alike, peft_model, to_ram
+from test_elsewhere import offload as offload
 
 from fused_lowrank.methods import LowRankLinear
-
-offload = test_elsewhere.offload
-
 
 # --- layers of PEFT ---
 
