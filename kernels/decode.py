@@ -34,14 +34,15 @@ from .common import (
     sum_dtype,
     variants,
 )
+from .decode_shares import lows, rows_each, splits
+from .factors import Core, sides, unpacked
 from .gemm_tail import add_tail, load_bias
 from .launch import LAUNCHES, Launch, key_of
 from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes
-from .shrink import MAX_SPLITS, MIN_BLOCKS, WHOLE, Core, sides, store_t_and_u, unpacked
+from .shrink import WHOLE, store_t_and_u
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 MAKERS = 8  # programs that make u of rows with cores of their own: more if there is room
-MIN_LOWS = 4  # programs that make x·downᵀ, where K is deep enough
 
 # What the counters of a launch count; a counter for each column tile follows.
 TICKETS = tl.constexpr(0)
@@ -312,38 +313,6 @@ def constants(
         # Rows of up that no vector load fetches take a pointer for each element: few at a time.
         "BLOCK_Q": min(padded(q), config.block_k if transposed or q % 16 == 0 else 16),
     }
-
-
-def lows(tiles: int, blocks: int, device: torch.device) -> int:
-    """How many programs share x·downᵀ, for so many column tiles of y and blocks of K.
-
-    Their slices are at most about twice as deep as those of y: there is less to read in them.
-    """
-    programs = 2 * multiprocessors(device)
-    return max(1, min(max(MIN_LOWS, programs // tiles // 2), blocks // MIN_BLOCKS, MAX_SPLITS))
-
-
-def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
-    """How many programs share a column tile's blocks of K.
-
-    With the `others` of the launch there are at most two to a multiprocessor, which start at once.
-    Each has at least MIN_BLOCKS. A tile that is not split needs no counter, so that there are
-    always enough of them.
-    """
-    programs = 2 * multiprocessors(device) - others
-    return max(1, min(programs // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
-
-
-def rows_each(m: int, most: int, least: int, room: int) -> int:
-    """For how many of m rows a program makes u, where each row has a core of its own.
-
-    It reads `least` of their cores at a time, one after the other, and each waits for memory. So
-    rows are dealt out to as many programs as there is `room` for beside the others; powers of two.
-    """
-    rows = most
-    while rows > least and cdiv(m, rows // 2) <= room:
-        rows //= 2
-    return rows
 
 
 INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")

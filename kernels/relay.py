@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from .common import N_ARRIVALS, cdiv, gemm_aligned
+from .factors import Core, sides, unpacked
 from .launch import LAUNCHES, Launch, key_of
 from .rows import is_rows, kind, pointers
-from .shrink import Core, sides, unpacked
-from .tiles import Choice, Spec, Target, TileConfig, has_hopper, is_bulk, padded, select
+from .tile_choice import select
+from .tiles import Choice, Spec, Target, TileConfig, has_hopper, is_bulk, padded
 
 FLAGS = 2  # in `arrivals`, for each row of tiles: one for each group of warps
 

@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import cdiv, multiprocessors, rows_of
+from .factors import unpacked
 from .hopper import (
     BUFFERS,
     GROUPS,
@@ -61,8 +62,8 @@ from .hopper import (
     tile_order,
 )
 from .launch import Launch
-from .relay_hopper import INPUTS, Core, count_reader, multiply_both, seen
-from .shrink import unpacked
+from .relay_hopper import INPUTS, Core, multiply_both
+from .relay_warps_hopper import count_reader, seen
 from .tiles import TileConfig, padded
 from .warp_core_hopper import PIECE, WARP, lay_core, through_piece
 

@@ -41,25 +41,14 @@ from .common import (
     threshold,
     variants,
 )
+from .factors import Core, sides, unpacked
 from .launch import LAUNCHES, Launch, key_of
-from .rows import (
-    POINTERS,
-    RUNTIME,
-    is_rows,
-    kind,
-    mix,
-    pointers,
-    row_blocks,
-    sizes,
-    store_u_of_rows,
-)
+from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes, store_u_of_rows
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
 WHOLE = 128  # padded(P) up to which t goes from registers into t · core
 MIN_BLOCKS = 4  # of K for a program: fewer, and the partial sums cost more than x
 MAX_SPLITS = 32
-
-Core = Any  # (P, Q), or the pair (P, r) and (r, Q), or None, or rows as `rows` takes them
 
 
 @triton.jit
@@ -313,30 +302,6 @@ def splits(tiles: int, blocks: int, device: torch.device) -> int:
     Each has at least MIN_BLOCKS. Of more row tiles than multiprocessors none is split.
     """
     return max(1, min(multiprocessors(device) // tiles, blocks // MIN_BLOCKS, MAX_SPLITS))
-
-
-def sides(down: torch.Tensor, core: Core, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left, right) of a launch; in place of a factor that is not there lies another."""
-    if core is None:
-        return down, down
-    if isinstance(core, torch.Tensor):
-        return core, core
-    if is_rows(core):
-        core = core.table, core.table if core.right is None else core.right
-    return core[::-1] if transposed else core
-
-
-def unpacked(
-    down: torch.Tensor, core: Core, transposed: bool
-) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
-    """(left, right, P, Q, R) of a launch; in place of a factor that is not there lies another."""
-    p = down.shape[1 if transposed else 0]
-    if core is None:
-        return down, down, p, p, -1
-    left, right = sides(down, core, transposed)
-    q = right.shape[-2 if transposed else -1]  # of a table for each row, the last two sides count
-    one = isinstance(core, torch.Tensor) or (is_rows(core) and core.right is None)
-    return left, right, p, q, 0 if one else right.shape[-1 if transposed else -2]
 
 
 INPUTS = ("x_ptr", "down_ptr", "left_ptr", "right_ptr", "seed_ptr")

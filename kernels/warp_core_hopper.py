@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .hopper import here, job_barrier
-from .relay_hopper import halves
+from .relay_warps_hopper import halves
 
 PIECE = gl.constexpr(16)  # of P: what one product takes
 # How a warp holds the sums of a product.

@@ -30,24 +30,17 @@ from typing import Any
 from unittest import mock
 
 import triton
-from gate_cases import Case, cases, launch, sampled
+from gate_cases import Case, cases, sampled
 from gate_digest import hashed, launch_digest, said
+from gate_launches import launch
 from gate_read import Figures, judged, read
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fused_lowrank.kernels.tiles import (
-    TARGETS,
-    TENSOR,
-    Spec,
-    Target,
-    TileConfig,
-    is_valid,
-    select,
-    variant,
-)
+from fused_lowrank.kernels.tile_choice import select, variant
+from fused_lowrank.kernels.tiles import TARGETS, TENSOR, Spec, Target, TileConfig, is_valid
 
 TABLE = Path(__file__).with_name("gate.csv")
 AGAIN = 100  # rows that --changed compiles although nothing of theirs has changed

@@ -19,12 +19,14 @@ import gate
 import torch
 import triton
 import triton.language as tl
-from gate_cases import DTYPES, Case, cases, empty, launch
+from gate_cases import DTYPES, Case, cases
+from gate_launches import empty, launch
 from gate_read import Figures, problems, problems_of_decode, problems_of_hopper, read
 from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
-from fused_lowrank.kernels.tiles import TARGETS, VARIANTS, Target, TileConfig
+from fused_lowrank.kernels.tile_choice import VARIANTS
+from fused_lowrank.kernels.tiles import TARGETS, Target, TileConfig
 
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
 GEMM = Case("gemm_tail", "bf16", "bf16", "", "forward", True, 0, 48, 0, "b", False, False)

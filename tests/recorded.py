@@ -18,17 +18,16 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from recorded_exact import check_rounding, watched
+from recorded_operands import BF16, F16, F32, F64, Made, integers, operands
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lowrank import (
     AdapterBank,
@@ -42,8 +41,6 @@ from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import pinned_plan, pinned_tiles
 
 FILE = Path(__file__).with_name("recorded.json")
-F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-EXACT = 2.0**24  # integers up to here are exact in float32, in which everything is summed
 LAYERS = {
     "lora": (FusedLoraLinear, {"r": 6}),
     "lora_xs": (FusedLoraXSLinear, {"r": 6}),
@@ -60,106 +57,7 @@ DECODE_TILES = {"decode": TileConfig(16, 32, 16, 4, 1)}
 KERNEL_SEED, LIBRARY_SEED = 1364, 3357
 
 Results = dict[str, Tensor]
-Made = dict[str, Any]
 CASES: dict[str, Callable[[], Results]] = {}
-
-
-# --- operands ---
-
-
-def words(seed: int, count: int) -> np.ndarray:
-    """Random 64-bit words: splitmix64 (Steele, Lea and Flood, OOPSLA 2014) from a seed."""
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = z + np.uint64(seed * 0x1234567)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def integers(seed: int, *size: int, limit: int) -> Tensor:
-    """Random integers from -limit to limit, in float64."""
-    drawn = words(seed, math.prod(size)) % np.uint64(2 * limit + 1)
-    return torch.from_numpy(drawn.astype(np.int64) - limit).double().view(size)
-
-
-def selection(seed: int, rows: int, columns: int, scale: float = 1.0) -> Tensor:
-    """In each row one number that is not zero: a power of two, up to 64, of either sign."""
-    drawn = torch.from_numpy(words(seed, rows).astype(np.int64))
-    values = scale * 2.0 ** ((drawn >> 8 & 0xFFFF) % 7).double() * (1 - 2 * (drawn & 1))
-    where = torch.arange(rows) % columns
-    return torch.zeros(rows, columns, dtype=F64).index_put_((torch.arange(rows), where), values)
-
-
-def laid_out(rows: Tensor, layout: str) -> Tensor:
-    """The same values behind other strides."""
-    if layout == "turned":
-        return rows.t().contiguous().t()
-    if layout == "sliced":
-        wide = torch.full((rows.shape[0], rows.shape[1] + 3), torch.nan, dtype=rows.dtype)
-        wide[:, 1:-2] = rows
-        return wide[:, 1:-2]
-    return rows
-
-
-def operands(
-    dtype: torch.dtype,
-    core: str = "core",
-    *,
-    m: int = 37,
-    k: int = 45,
-    n: int = 38,
-    p: int = 5,
-    q: int = 7,
-    r: int = 4,
-    lead: tuple[int, ...] | None = None,
-    bias: bool = True,
-    dense: bool = False,
-    core_dtype: torch.dtype | None = None,
-    factor_dtype: torch.dtype | None = None,
-    layouts: dict[str, str] | None = None,
-) -> tuple[Made, Tensor]:
-    """Operands of `lowrank_linear`, and dy. The core is one "core", a "pair" or "none"."""
-    q = p if core == "none" else q
-    core_dtype = core_dtype or dtype
-    wide = core_dtype.itemsize > dtype.itemsize  # then its numbers need more than 16 bits
-    x, dy = integers(1, m, k, limit=3), integers(2, m, n, limit=3)
-    if dtype == F16:  # more bits than it has, but in few rows, whose sums would else have too many
-        rows = torch.arange(m)[:, None] % 32
-        x = torch.where(rows < 2, 23 * x, x.sign()) / 16
-        dy = torch.where((rows == 4) | (rows == 5), 23 * dy, dy.sign()) / 16
-    if dense:
-        limit = 7 if dtype == F32 else 13 if dtype == F16 else 23 if core == "pair" else 31
-        weight, down = integers(3, n, k, limit=7), integers(4, p, k, limit=limit)
-        up = integers(5, n, q, limit=limit) / 64
-    else:
-        weight, down = integers(3, n, k, limit=1), selection(4, k, p).t()
-        up = selection(5, n, q, 2.0**-6)
-    if core == "core":
-        limit = 3 if not wide else 7 if dense else 31 if dtype == F16 else 1023
-        cores: Any = [integers(6, p, q, limit=limit)]
-        if wide:  # from 1 to 2 and of either sign, so that each has about as many bits
-            cores[0] = cores[0] / (limit + 1) + torch.where(cores[0] < 0, -1.0, 1.0).double()
-        if wide and dense:  # and more of them than one number of bfloat16 holds
-            cores[0] += integers(10, p, q, limit=7) * 2.0**-12
-    else:
-        limit = 15 if dtype == BF16 else 1
-        sizes = [(p, r), (r, q)] if core == "pair" else []
-        cores = [integers(7 + i, *size, limit=limit) for i, size in enumerate(sizes)]
-    cores = [part.to(core_dtype) for part in cores]
-    made = {
-        "x": x.to(dtype),
-        "weight": weight.to(dtype),
-        "down": down.contiguous().to(factor_dtype or dtype),
-        "core": tuple(cores) if core == "pair" else cores[0] if cores else None,
-        "up": up.to(factor_dtype or dtype),
-        "bias": integers(9, n, limit=15).to(dtype) if bias else None,
-    }
-    for name, layout in (layouts or {}).items():
-        made[name] = laid_out(made[name], layout)
-    dy = dy.to(dtype)
-    if lead is not None:
-        made["x"], dy = made["x"].reshape(*lead, k), dy.reshape(*lead, n)
-    return made, dy
 
 
 # --- calls ---
@@ -475,118 +373,6 @@ def recorded() -> dict[str, dict[str, str]]:
 
 
 # --- writing ---
-
-
-def granule(values: np.ndarray) -> np.ndarray:
-    """The largest power of two of which each value is a multiple; inf of 0."""
-    mantissa, exponent = np.frexp(values)
-    bits = (np.abs(mantissa) * 2.0**53).astype(np.int64)
-    with np.errstate(over="ignore"):
-        return np.where(values == 0, np.inf, np.ldexp((bits & -bits).astype(float), exponent - 53))
-
-
-def check_product(a: Any, b: Any, what: str, limit: float = EXACT) -> None:
-    """Raise unless each sum in the matrix product a·b is exact in any order."""
-    a, b = (np.asarray(side, np.float64) for side in (a, b))
-    if not a.size or not b.size:
-        return
-    most = (np.abs(a) @ np.abs(b)).max()
-    if most <= limit * granule(a).min() * granule(b).min():  # as a rule
-        return
-    for i in range(a.shape[-2]):
-        row = a[..., i : i + 1, :]
-        sums = (np.abs(row) @ np.abs(b))[..., 0, :]
-        with np.errstate(invalid="ignore"):
-            units = granule(np.swapaxes(row, -1, -2)) * granule(b)
-        finest = units.min(-2, initial=np.inf)
-        if not np.isfinite(sums).all() or (sums > limit * finest).any():
-            raise AssertionError(f"{what}: a sum needs {np.log2((sums / finest).max()):.1f} bits")
-
-
-class Watch(TorchDispatchMode):
-    """Within it products and sums by libraries are checked before they are made."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "bmm", "addmm"):
-            a, b = args[-2:]
-            wide = 2.0**53 if a.dtype == F64 else EXACT
-            check_product(a.double(), b.double(), name, wide)
-            if name == "addmm":  # a library may round the product before it adds it
-                exact = a.double() @ b.double() * kwargs.get("alpha", 1)
-                self.check_fits(exact, a.dtype, "the product of an addmm")
-        elif name == "sum" and args[0].is_floating_point():
-            values = args[0].double()
-            check_product(torch.ones(1, values.numel()), values.view(-1, 1), name)
-            self.check_fits(func(values, *args[1:], **kwargs), args[0].dtype, "a sum")
-        elif name in ("mv", "addmv", "dot", "baddbmm", "linear", "matmul", "mkldnn_linear"):
-            raise AssertionError(f"nothing here checks {name}")
-        return func(*args, **kwargs)
-
-    def check_fits(self, exact: Tensor, dtype: torch.dtype, what: str) -> None:
-        """Raise unless the values are some of the dtype's."""
-        if not fit(exact, dtype):
-            raise AssertionError(f"{what} is rounded before anything is added")
-
-
-def fit(exact: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no value of a float64 tensor is rounded in this dtype."""
-    return torch.equal(exact.to(dtype).double(), exact)
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """Within it every product and sum is checked, by libraries and in the interpreter's kernels."""
-    from triton.runtime import interpreter
-
-    dots, sums = interpreter.InterpreterBuilder, interpreter.ReduceOps
-    create_dot, reduced = dots.create_dot, sums.sum
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        check_product(a.data, b.data, "a dot", 2.0**53 if d.data.itemsize == 8 else EXACT)
-        return create_dot(self, a, b, d, *rest)
-
-    def add_up(self: Any, value: Any) -> Any:
-        data = np.moveaxis(np.asarray(value.handle.data, np.float64), self.axis, -2)
-        if data.shape[-2] > 1 and value.dtype.is_floating():
-            flat = data.reshape(-1, *data.shape[-2:])
-            check_product(np.ones((len(flat), 1, flat.shape[1])), flat, "a kernel's sum")
-        return reduced(self, value)
-
-    dots.create_dot, sums.sum = dot, add_up
-    try:
-        with Watch():
-            yield
-    finally:
-        dots.create_dot, sums.sum = create_dot, reduced
-
-
-def check_rounding(kind: dict[str, Any], scale: float) -> None:
-    """Raise unless each rounding to 16 bits changes something: of t, u and y, of g, v and dx."""
-    made, dy = operands(**kind)
-    dtype = kind["dtype"]
-    wide = {name: part.double() for name, part in made.items() if isinstance(part, Tensor)}
-
-    def rounded(exact: Tensor, what: str) -> Tensor:
-        if fit(exact, dtype):
-            raise AssertionError(f"{what} is not rounded by {kind}")
-        return exact.to(dtype).double()
-
-    core = made["core"]
-    if isinstance(core, tuple):
-        core = core[0].double() @ core[1].double()
-        core = core.to(made["core"][0].dtype)
-    matrix = torch.eye(len(made["down"]), dtype=F64) if core is None else core.double()
-    for x, weight, down, middle, up, names in (
-        (wide["x"], wide["weight"], wide["down"].t(), matrix, wide["up"].t(), "tuy"),
-        (dy.double(), wide["weight"].t(), wide["up"], matrix.t(), wide["down"], ("g", "v", "dx")),
-    ):
-        x = x.reshape(-1, x.shape[-1])
-        t = rounded(x @ down, names[0])
-        u = scale * (t @ middle)
-        if core is not None or scale not in (0.5, 1.0):  # otherwise t is rounded, and u as t is
-            u = rounded(u, names[1])
-        rounded(x @ weight.t() + u @ up, names[2])
 
 
 def write() -> None:

@@ -9,7 +9,9 @@ import triton
 
 from fused_lowrank.compute.reference import Core, lowrank_linear_reference
 from fused_lowrank.kernels import decode as module
+from fused_lowrank.kernels import decode_shares
 from fused_lowrank.kernels.common import N_ARRIVALS, arrivals, multiprocessors
+from fused_lowrank.kernels.shrink import MAX_SPLITS, MIN_BLOCKS
 from fused_lowrank.kernels.tiles import SMALL_M, TileConfig, padded
 from fused_lowrank.testing import check_pooled, measure
 
@@ -254,15 +256,15 @@ def test_programs_fill_the_device_about_twice(device: torch.device) -> None:
         lows = module.lows(tiles, blocks, device)
         found = module.splits(tiles, blocks, lows + 1, device)
         for shares in (lows, found):
-            assert 1 <= shares <= module.MAX_SPLITS
-            assert shares == 1 or shares * module.MIN_BLOCKS <= blocks
+            assert 1 <= shares <= MAX_SPLITS
+            assert shares == 1 or shares * MIN_BLOCKS <= blocks
         assert found == 1 or tiles * found + lows + 1 <= 2 * there
         assert found == 1 or tiles + module.TILES.value <= N_ARRIVALS
 
 
 def test_the_shares_of_a_hopper(device: torch.device, monkeypatch) -> None:
     """Of 132 multiprocessors, at 64 rows: two programs to each, those that make u among them."""
-    monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(decode_shares, "multiprocessors", lambda _: 132)
     for n, k, expected in (
         (4096, 4096, (4, 4)),
         (14336, 4096, (4, 1)),

@@ -12,7 +12,7 @@ from fused_lowrank.kernels import decode as decode_module
 from fused_lowrank.kernels import shrink as shrink_module
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.gemm_tail import gemm_tail
-from fused_lowrank.kernels.tiles import select
+from fused_lowrank.kernels.tile_choice import select
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="a GPU has the order that is emulated here"

@@ -91,16 +91,17 @@ EARLY = """
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(index), count=1)
 """
-RING, GEMM_FILE, RELAY_FILE = "hopper.py", "gemm_tail_hopper.py", "relay_hopper.py"
+RING, GEMM_FILE = "hopper.py", "gemm_tail_hopper.py"
+RELAY_FILE, WARPS_FILE = "relay_hopper.py", "relay_warps_hopper.py"
 OVERWRITTEN = "is overwritten while it is read"
 HANGS = "nothing moves"
 FAULTS = {
     "a flag not reset": Planted(
-        RELAY_FILE, "count_reader(flag_ptr, tiles_n - 1)", "count_reader(flag_ptr, tiles_n)",
+        WARPS_FILE, "count_reader(flag_ptr, tiles_n - 1)", "count_reader(flag_ptr, tiles_n)",
         RELAY, "flags are not zero again",
     ),
     "a flag not waited for": Planted(
-        RELAY_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
+        WARPS_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
         RELAY, r"(y|u)\[.*\] is nan|flags are not zero again",
     ),
     "a flag raised without a release": Planted(
@@ -112,7 +113,7 @@ FAULTS = {
         GEMM, f"{HANGS}(.|\n)*waits for 3x1xi64.* of 2 arrivals missing",
     ),
     "an arrival too few for u": Planted(
-        RELAY_FILE, "                mbarrier.arrive(u_ready.index(group), count=1)\n", "",
+        WARPS_FILE, "                mbarrier.arrive(u_ready.index(group), count=1)\n", "",
         RELAY, f"{HANGS}(.|\n)*waits for 2x1xi64.* 1 of 1 arrivals missing",
     ),
     "an arrival too many": Planted(
@@ -131,7 +132,7 @@ FAULTS = {
     ),
     "u freed early": Planted(RELAY_FILE, LATE, EARLY, RELAY, f"2x64x16xbf16.* {OVERWRITTEN}"),
     "a wait for a later tile": Planted(
-        RELAY_FILE, "    rest = gl.maximum(tile - tiles_m, 0)\n",
+        WARPS_FILE, "    rest = gl.maximum(tile - tiles_m, 0)\n",
         "    tile = tiles_m * tiles_n - 1 - tile\n    rest = gl.maximum(tile - tiles_m, 0)\n",
         RELAY, rf"{HANGS}(.|\n)*waits for another value of arrivals_ptr\[\d+\] than 0",
     ),
@@ -140,7 +141,7 @@ FAULTS = {
         GEMM, f"{OVERWRITTEN}|{HANGS}|more arrivals",
     ),
     "bytes too few": Planted(
-        RELAY_FILE, "mbarrier.expect(bar, BYTES + down_desc.block_type.nbytes, pred=first)",
+        WARPS_FILE, "mbarrier.expect(bar, BYTES + down_desc.block_type.nbytes, pred=first)",
         "mbarrier.expect(bar, BYTES, pred=first)",
         RELAY, "is read while a bulk copy into it is in flight|more land than the barrier expects",
     ),

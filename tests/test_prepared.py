@@ -23,7 +23,8 @@ import triton
 from fused_lowrank.kernels import launch
 
 CHECKS = Path(__file__).with_name("prepared_checks.py")
-NAMES = re.findall(r"^def (check_\w+)", CHECKS.read_text(), re.MULTILINE)
+TEXTS = [path.read_text() for path in (CHECKS, CHECKS.with_name("prepared_moment_checks.py"))]
+NAMES = [name for text in TEXTS for name in re.findall(r"^def (check_\w+)", text, re.MULTILINE)]
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 HAS_C = shutil.which("gcc") and Path(sysconfig.get_path("include"), "Python.h").exists()
 

@@ -20,7 +20,8 @@ from fused_lowrank.kernels import relay as module
 from fused_lowrank.kernels.common import N_ARRIVALS, multiprocessors
 from fused_lowrank.kernels.relay import has_flags, is_possible, relay, spec_of
 from fused_lowrank.kernels.rows import POINTERS
-from fused_lowrank.kernels.tiles import TARGETS, TileConfig, is_valid, select
+from fused_lowrank.kernels.tile_choice import select
+from fused_lowrank.kernels.tiles import TARGETS, TileConfig, is_valid
 from fused_lowrank.testing import measure, pinned_plan, results
 
 SM_90 = TARGETS["sm_90"]

@@ -43,7 +43,8 @@ APART = (
     Case("relay", mix=1, core="fp32", p=24, q=24),
 )
 
-KERNEL, RELAY_FILE = "relay_rows_hopper.py", "relay_hopper.py"
+KERNEL = "relay_rows_hopper.py"
+RELAY_FILE, WARPS_FILE = "relay_hopper.py", "relay_warps_hopper.py"
 WRONG = r"u\[.*\] is (nan|-?\d)"
 MET = "is read before the warps that stored it have met"
 OUTSIDE = "is reached outside of them"
@@ -97,7 +98,7 @@ FAULTS = {
         ROWS, f"u_ptr {MET}|y\\[.*\\] is nan",
     ),
     "a flag not waited for": Planted(
-        RELAY_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
+        WARPS_FILE, "while seen(flag_ptr) == 0:", "while seen(flag_ptr) < 0:",
         ROWS, r"y\[.*\] is nan|flags are not zero again",
     ),
     "columns that are not there": Planted(

@@ -22,17 +22,8 @@ from fused_lowrank.compute.operands import Problem
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.kernels import relay_slices_hopper
 from fused_lowrank.kernels.relay import relay, spec_of
-from fused_lowrank.kernels.tiles import (
-    SLICES,
-    TARGETS,
-    Spec,
-    TileConfig,
-    hopper_tile,
-    is_valid,
-    most_makers,
-    select,
-    variant,
-)
+from fused_lowrank.kernels.tile_choice import SLICES, hopper_tile, select, variant
+from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, is_valid, most_makers
 
 pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fused_lowrank"
 PARAMETERS = 9  # at most, by position or by name; of public calls, by position
 ENTRIES = 15  # of a folder
+LINES = 430  # of a file at most
 FRAMES = 8  # of ours at most, from a layer's forward to a launch
 
 # From the top to the bottom. A module's floor is that of its longest part that is named.
@@ -137,6 +138,18 @@ def test_no_folder_is_full() -> None:
     for folder in (PACKAGE, *PACKAGE.rglob("*/")):
         entries = [path for path in folder.iterdir() if path.name != "__pycache__"]
         assert len(entries) <= ENTRIES, folder
+
+
+def test_no_file_is_long() -> None:
+    """Above this a file has two things in it: the later one begins a file of its own."""
+    folders = [ROOT / name for name in ("fused_lowrank", "kernels", "tests", "bench", "examples")]
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines())
+        for folder in folders
+        for path in folder.rglob("*.py")
+    }
+    assert {"kernels/tiles.py", "tests/test_structure.py"} <= lengths.keys()
+    assert not {name: lines for name, lines in lengths.items() if lines > LINES}
 
 
 def signatures() -> list[tuple[str, ast.FunctionDef]]:

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from fused_lowrank.kernels.common import N_ARRIVALS, aligned
+from fused_lowrank.kernels.tile_choice import DEFAULTS, select
 from fused_lowrank.kernels.tiles import (
-    DEFAULTS,
     KERNELS,
     MAX_RANK,
     RELAY_RANK,
@@ -23,7 +23,6 @@ from fused_lowrank.kernels.tiles import (
     is_bulk,
     is_valid,
     padded,
-    select,
 )
 
 PADDED = (16, 32, 64, 128, 256)

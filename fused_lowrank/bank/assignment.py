@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..compute.reference import RowCores
-from ..context.calls import Call, Learned, Spread, not_known, spread
+from ..context.calls import Call, Learned, Spread
 from ..context.declared import Owners, Said, place_of
 from ..context.recomputed import graph_task
+from ..context.whose_rows import not_known, spread
 from .inputs import ResolvedSlots
 from .tables import Tables
 

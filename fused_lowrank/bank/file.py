@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files.adapter import opened, replacing
+from ..files.contents import opened, replacing
 from ..files.fingerprint import FINGERPRINT
 from .sources import Found, check_core, check_names, checked, joined
 from .store import AdapterStore
@@ -136,7 +136,7 @@ def contents(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An adapter of a file, as `adapter_file.read` has one that was saved without frozen factors.
+    """An adapter of a file, as `contents.read` has one that was saved without frozen factors.
 
     Reads no other adapter. Raises ValueError for a name that is not there, and for LoRA-Mini, whose
     frozen factors are in no file of a bank and in no base model.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..context.elsewhere import here, is_known, tensors_of
 from ..files import peft_folder
-from ..files.adapter import read
+from ..files.contents import read
 from ..files.fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
 from ..files.other_base import refuse_other_base
 from ..methods import LowRankLinear

@@ -11,18 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.tiles import (
-    MANY,
-    MAX_RANK,
-    TARGETS,
-    Choice,
-    Spec,
-    Target,
-    TileConfig,
-    is_valid,
-    select,
-    variant,
-)
+from ..kernels.tile_choice import select, variant
+from ..kernels.tiles import MANY, MAX_RANK, TARGETS, Choice, Spec, Target, TileConfig, is_valid
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

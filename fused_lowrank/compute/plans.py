@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tiles import SLICES, VARIANTS
+from ..kernels.tile_choice import SLICES, VARIANTS
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work

@@ -15,18 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tiles import (
-    RELAY_RANK,
-    SLICES,
-    SMALL_M,
-    VARIANTS,
-    Spec,
-    TileConfig,
-    is_valid,
-    padded,
-    select,
-    variant,
-)
+from ..kernels.tile_choice import SLICES, VARIANTS, select, variant
+from ..kernels.tiles import RELAY_RANK, SMALL_M, Spec, TileConfig, is_valid, padded
 from . import costs, devices
 from .costs import Work
 from .dropout import Dropout, dropped

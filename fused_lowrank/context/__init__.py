@@ -3,7 +3,8 @@
     flags             attributes by which a model may choose what it runs
     following_rules   where an operation's result has the sequences that its inputs have
     following         a call's operations, followed by these rules
-    calls             the model's call, and which rows of a layer's input are whose
+    calls             the model's call, and what is remembered of it
+    whose_rows        which rows of a layer's input are whose
     declared          `declare_rows`: the same, as the caller says it
     recomputed        what a checkpoint computes again
     disabling         which layers are disabled in the calling context

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calls import SAID, Call, Learned, Spread, expansion, followed, shown
+from .calls import SAID, Call, Learned, Spread, expansion
 from .following_rules import Where
+from .whose_rows import followed, shown
 
 graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
 

@@ -3,6 +3,7 @@
     fingerprint       the weights that an adapter belongs to, known again
     other_base        `on_other_base="warn"`
     peft_folder       folders that PEFT writes
+    contents          what lies in an adapter's file: config and tensors
     adapter           `save_adapter`, `load_adapter`
     official          the checkpoints of LoRA-XS's authors
     lora_export       adapters as PEFT's plain LoRA

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,12 +43,10 @@ from ..models.ties import apply, changes_for, holders_in_part, refuse_views, tie
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
 from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
 from . import peft_folder
+from .contents import FORMAT, VERSION, read, replacing
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
-
-FORMAT, VERSION = "fused_lowrank", "1"
-ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
 
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
@@ -149,20 +144,6 @@ def require_whole(name: str, layer: LowRankLinear) -> None:
 def own_copy(tensor: Tensor) -> Tensor:
     """All of a tensor, on the CPU, sharing memory with nothing."""
     return whole(tensor.detach()).cpu().contiguous().clone()
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end and is gone if that fails."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_native_id()}.tmp")
-    try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -276,71 +257,6 @@ def install(
             apply(model, changes, trained_names(saved_modules(model), layers))
         fill(model, layers, tensors, saved)
     return model
-
-
-def opened(
-    path: str | os.PathLike[str],
-    kind: str,
-    form: str,
-    version: str,
-    only: Collection[str] | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors, or some of them, as they lie in the file.
-
-    Raises ValueError for a file of another format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = [key for key in file.keys() if only is None or key in only]  # noqa: SIM118
-            tensors = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
-    if metadata.get("format") != form:
-        raise ValueError(f"{path} is no {kind} of this library: its metadata do not say so")
-    if metadata.get("version") != version:
-        raise ValueError(
-            f"{path} is of format version {metadata.get('version')}; this library reads {version}"
-        )
-    try:
-        config = json.loads(metadata["config"])
-        for entry in config["layers"].values():
-            cls = METHODS[entry["method"]][0]
-            checked = cls(ANY_SIDE, ANY_SIDE, device="meta", **entry["settings"]).settings()
-            if missing := checked.keys() - entry["settings"].keys():
-                raise TypeError(f"no {', '.join(sorted(missing))}")
-            entry["settings"] = checked
-        if not config["layers"]:
-            raise TypeError("no layers")
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise unreadable(path, error) from error
-    return config, tensors
-
-
-def unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error of a config that this library did not write."""
-    return ValueError(f"{path}: its config cannot be read ({error!r})")
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of an adapter's file, or a ValueError that says what is wrong.
-
-    Of a folder of PEFT's, or the file with the tensors in one, those of its LoRA-XS or LoRA-Mini.
-    """
-    if peft_folder.is_folder(path):
-        return peft_folder.read(path)
-    config, tensors = opened(path, "adapter", FORMAT, VERSION)
-    try:
-        if config["bases"] not in (True, False):
-            raise TypeError("bases is neither true nor false")
-        config["modules_to_save"] = [str(name) for name in config["modules_to_save"]]
-        tied = config.get("tied")  # of files before there were ties: none
-        for name, source in ({} if tied is None else tied).items():
-            if not isinstance(source, str) or source not in tensors or name == source:
-                raise TypeError(f"{name} is tied to {source}, which is not there")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise unreadable(path, error) from error
-    return config, tensors
 
 
 def plan_of(

@@ -39,12 +39,11 @@ from .adapter import (
     complete_layers,
     own_copy,
     pop_fingerprints,
-    read,
-    replacing,
     require_path,
     require_whole,
     shapes_of,
 )
+from .contents import read, replacing
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 
 

@@ -78,7 +78,7 @@ def load_official_lora_xs(
 def read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint as `adapter_file.read` has ours, less fingerprints, and the base's tensors."""
+    """A checkpoint as `contents.read` has ours, less fingerprints, and the base's tensors."""
     file = file_of(path)
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}

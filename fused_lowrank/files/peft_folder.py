@@ -179,7 +179,7 @@ def whole_modules(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of LoRA-XS or LoRA-Mini, as `adapter_file.read` has ours.
+    """The config and tensors of LoRA-XS or LoRA-Mini, as `contents.read` has ours.
 
     The config says besides: `seed`, of the frozen factors; `partial`, the modules of which the file
     has some tensors, and the base model the others.

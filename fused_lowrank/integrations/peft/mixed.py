@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...compute.reference import NONE, RowCores
-from ...context.calls import SAID, Call, Learned, Spread, begin, call_of, end, not_known, spread
+from ...context.calls import SAID, Call, Learned, Spread, begin, call_of, end
 from ...context.declared import ANYWHERE, REASON, Owners, place_of, said_of
 from ...context.recomputed import (
     OUTSIDE,
@@ -24,6 +24,7 @@ from ...context.recomputed import (
     note,
     noted,
 )
+from ...context.whose_rows import not_known, spread
 
 BASE = "__base__"  # PEFT's name for no adapter
 
