@@ -37,7 +37,8 @@ from ..context.learns import warn_of_broken
 from ..methods import METHODS, LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES, why_no_weight
 from ..methods.tensors import is_sharded, whole
-from ..models.adapt import Plan, adapted_layers, build, place, refuse_peft, require_adapted
+from ..models.adapt import Plan, adapted_layers, build, place, require_adapted
+from ..models.refusals import refuse_peft
 from ..models.targets import modules_by_name, unwrapped
 from ..models.ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..context.called import refuse_passed_over, watch_gradients
 from ..context.disabling import disabled
-from ..context.elsewhere import brings_blocks, sharder_in
+from ..context.elsewhere import sharder_in
 from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
 from ..methods import METHODS, LowRankLinear
@@ -22,7 +22,7 @@ from ..methods.accept import clashes, why_no_weight
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
 from ..methods.state import refuse_wrong
-from ..methods.tensors import fsdp_error
+from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
 from .saving import forget_saving, watch_saving
 from .targets import (
     Patterns,
@@ -163,35 +163,6 @@ def build(
     return layers
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise for a model in a wrapper that has noted its parameters, and would not see new ones."""
-    for wrapper in ("DistributedDataParallel", "DeepSpeedEngine"):
-        if any(type(module).__name__ == wrapper for module in model.modules()):
-            raise ValueError(
-                f"the model is in {wrapper}, which would not reduce the gradients of parameters "
-                "that are made now: adapt the model first, then wrap it"
-            )
-
-
-def refuse_peft(model: nn.Module) -> None:
-    """Raise ValueError for a model that PEFT has adapted: what that trains would be frozen."""
-    peft: Any = sys.modules.get("peft")
-    if peft is None:
-        return
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (peft.PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
-    for name, module in named_modules(model):
-        if isinstance(module, kinds):
-            raise ValueError(
-                f"the model has adapters of PEFT ({name or 'it'} is a {type(module).__name__}), "
-                "which would be frozen, and in no file of save_adapter: add this one by PEFT as "
-                "well (fused_lowrank.integrations.peft), or take the plain model that its unload() "
-                "or merge_and_unload() returns"
-            )
-
-
 def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) -> None:
     """Put built layers in their places and freeze everything but them and the modules to save."""
     own = {id(getattr(m, name)) for m in layers.values() for name in m.train_names}
@@ -270,17 +241,6 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     keep_loaded(model)
     warn_of_nothing_learned(pending, stacklevel=3)
     return model
-
-
-def require_not_fsdp(model: nn.Module, what: str) -> None:
-    """Raise if FSDP, ZeRO-3 or a hook on a block would put back parameters of their own."""
-    if brings_blocks(model):
-        raise RuntimeError(
-            f"cannot {what} while accelerate brings whole blocks (preload_module_classes) with the "
-            "weights it knows: accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
-    if sharder := sharder_in(model):
-        raise fsdp_error(what, sharder)
 
 
 def require_known_base(layers: dict[str, LowRankLinear], what: str) -> None:

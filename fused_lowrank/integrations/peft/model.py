@@ -26,7 +26,7 @@ from ...context.elsewhere import bring_back, here, is_away, settle, valued
 from ...context.learns import warn_of_broken
 from ...context.readers import leave_fast_paths, readers, restore_fast_paths
 from ...methods.accept import is_parametrized
-from ...models.adapt import require_not_fsdp
+from ...models.refusals import require_not_fsdp
 from ...models.targets import left_out, matches, places_of, warn_of_left_out
 from ...models.ties import note_untied
 from ...models.unchanged import unchanged_on_error
