@@ -307,6 +307,18 @@ class Native(RuleBasedStateMachine):
         else:
             self.bank = AdapterBank.from_model(self.model, slots=slots)
 
+    @precondition(lambda self: self.free and self.account.adapter.how[0] != "lora")
+    @rule(bases=st.booleans())
+    def bank_of_a_file(self, bases: bool) -> None:
+        """A bank whose first adapter is the model's own, from a file."""
+        if self.account.adapter.head is not None:
+            return
+        self.save(bases)
+        self.make_bank(2)
+        path, adapter, _ = self.files[-1]
+        self.bank.add("u", path)
+        self.account.bank["u"] = adapter
+
     @precondition(lambda self: self.bank is not None)
     @rule(name=st.sampled_from("uvw"), data=st.data())
     def add(self, name: str, data: st.DataObject) -> None:

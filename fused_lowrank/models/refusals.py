@@ -1,4 +1,4 @@
-"""Models that are refused as a whole: wrapped for a distributed run, sharded, or adapted by PEFT."""
+"""Models that are refused as a whole: wrapped for distributed runs, sharded, adapted by PEFT."""
 
 import sys
 from typing import Any
