@@ -126,9 +126,9 @@ class Native(RuleBasedStateMachine):
         """Remove the files."""
         self.folder.cleanup()
 
-    @initialize(seed=st.integers(0, 3))
-    def begin(self, seed: int) -> None:
-        """A plain model."""
+    @initialize(seed=st.integers(0, 3), method=st.none() | methods, served=st.booleans())
+    def begin(self, seed: int, method: str | None, served: bool) -> None:
+        """A plain model, or one that was adapted and trained, maybe with a bank of its adapter."""
         torch.manual_seed(seed)
         self.model: nn.Module = Model().double()
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -136,6 +136,11 @@ class Native(RuleBasedStateMachine):
             {name: state[f"{name}.weight"] for name in (*LAYERS, "head")},
             {name: state[f"{name}.bias"] for name in LAYERS},
         )
+        if method is not None:
+            self.adapt(method, 3.0, head=False)
+            self.train(seed)
+            if served and method != "lora":
+                self.bank_of_a_file(bases=True)
 
     # --- what is there ---
 
@@ -307,12 +312,8 @@ class Native(RuleBasedStateMachine):
         else:
             self.bank = AdapterBank.from_model(self.model, slots=slots)
 
-    @precondition(lambda self: self.free and self.account.adapter.how[0] != "lora")
-    @rule(bases=st.booleans())
     def bank_of_a_file(self, bases: bool) -> None:
         """A bank whose first adapter is the model's own, from a file."""
-        if self.account.adapter.head is not None:
-            return
         self.save(bases)
         self.make_bank(2)
         path, adapter, _ = self.files[-1]
