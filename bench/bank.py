@@ -51,7 +51,7 @@ def equation(batch: Batch, which: str, convert: Callable[[Tensor], Tensor], scal
 
 
 def make_truth(batch: Batch, which: str) -> harness.Truth:
-    """What an equation gives in fp64, and in the case's dtype."""
+    """The result of an equation in fp64, and in the case's dtype."""
     same = equation(batch, which, lambda tensor: tensor, SCALE)
     exact = equation(batch, which, Tensor.double, SCALE)
     sizes = equation(batch, which, lambda tensor: tensor.double().abs(), SCALE)

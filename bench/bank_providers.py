@@ -1,4 +1,4 @@
-"""Who is measured on mixed batches: each provider makes, from one `Batch`, what is called with x.
+"""Providers for mixed batches: each makes, from one `Batch`, a function to be called with x.
 
 A provider computes the bare layer, the equation with a core for each row ("method"), or plain LoRA
 with a pair (A, B) for each row ("lora").
@@ -208,7 +208,7 @@ def no_plan(name: str, case: BankCase, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class BankProvider:
-    """Who computes, which equation, how it is built and why it may be absent."""
+    """A provider: its equation, how it is built and why it may be absent."""
 
     name: str
     equation: str  # "bare", "method" or "lora"

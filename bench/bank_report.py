@@ -24,7 +24,7 @@ def relative(device: Device, case: str, name: str) -> float | None:
 
 
 def excess(device: Device, case: str, name: str) -> str:
-    """What a provider adds to the bare layer, as a multiple of what `bank` adds."""
+    """The excess of a provider over the bare layer, as a multiple of that of `bank`."""
     own, other = relative(device, case, OURS), relative(device, case, name)
     return number((other - 1) / (own - 1), 1) if own and other and own > 1 else "–"
 

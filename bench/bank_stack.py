@@ -67,7 +67,7 @@ class Stack:
         return y
 
     def equation(self, xs: dict[int, Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the last projection gives, in another dtype."""
+        """The result of the last projection, in another dtype."""
         layer = self.layers[-1]
         x, w = xs[layer.weight.shape[1]].to(dtype), layer.weight.to(dtype)
         t = (x @ layer.down.to(dtype).t())[:, None]

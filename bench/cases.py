@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the named sets of them, most valuable first."""
+"""The cases to measure, and the named sets of them, most valuable first."""
 
 from __future__ import annotations
 

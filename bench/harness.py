@@ -37,7 +37,7 @@ PARTS = ("forward", "backward", "step")
 
 @dataclass
 class Settings:
-    """How often a case is repeated: as often as `seconds` allow, within bounds."""
+    """The bounds of a case's repetitions: as many as `seconds` allow, within them."""
 
     seconds: float = 10.0
     min_reps: int = 5
@@ -92,7 +92,7 @@ def saved_bytes(forward: Callable[[], Tensor], fixed: set[int]) -> int:
 
 @dataclass
 class Truth:
-    """What an equation gives in fp64, and the error of the reference in the case's dtype."""
+    """The result of an equation in fp64, and the error of the reference in the case's dtype."""
 
     exact: Results
     same: Results
@@ -116,7 +116,7 @@ class Truth:
 
 
 def keep_mask(case: Case, x: Tensor) -> Tensor:
-    """What torch's dropout keeps of x with our seed."""
+    """The mask that torch's dropout draws for x with our seed."""
     torch.manual_seed(SEED)
     return torch.nn.functional.dropout(torch.ones_like(x), case.dropout) != 0
 

@@ -164,7 +164,7 @@ def measure(kind: str, reps: int, dtype: str = "fp32") -> dict[str, dict[str, fl
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured with the stub: a call, and the plan that its passes are to have."""
+    """A call to be measured with the stub, and the plan that its passes are to have."""
 
     plan: str
     what: str  # "forward", "step" or "launch"

@@ -38,7 +38,7 @@ def dots(title: str, x_label: str, points: Points) -> Plot:
 
 
 def digest(plot: Plot) -> str:
-    """What a plot is drawn from, in short."""
+    """A digest of the data that a plot is drawn from."""
     return hashlib.sha256(json.dumps(plot, sort_keys=True).encode()).hexdigest()
 
 

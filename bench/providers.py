@@ -1,4 +1,4 @@
-"""Who is measured: each provider makes, from the same tensors, something that is called with x.
+"""Providers to measure: each makes, from the same tensors, a function to be called with x.
 
 A provider computes one of three equations: the bare layer, LoRA, or the case's own method.
 """
@@ -274,7 +274,7 @@ def our_gemm(plan: str) -> Callable[[Case, Tensors], Call]:
 
 @dataclass(frozen=True)
 class Provider:
-    """Who computes, which equation, how it is built and why it may be absent."""
+    """A provider: its equation, how it is built and why it may be absent."""
 
     name: str
     equation: str  # "bare", "lora" or "method"

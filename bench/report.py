@@ -51,7 +51,7 @@ def floor_ms(device: Device, case: Line) -> float | None:
 
 
 def note_of(device: Device, folder: Path) -> str:
-    """What is to be said of a device's results as long as they are of that code, if anything."""
+    """The note on a device's results for as long as they are of that code, if any."""
     path = folder / f"{slug(device.key['device'])}-{device.key['code']}.md"
     return f"\n{path.read_text().strip()}\n" if path.exists() else ""
 

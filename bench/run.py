@@ -27,7 +27,7 @@ Job = tuple[cases.Case, list[Provider]]
 
 
 def jobs(store: Store, chosen: Sequence[cases.Case], names: Sequence[str]) -> list[Job]:
-    """What is left to do. The bare layer is measured beside whatever is."""
+    """The jobs that are left to do. The bare layer is measured beside whatever is."""
     left: list[Job] = []
     for slow in (False, True):
         for case in chosen:

@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 def command_output(*command: str) -> str:
-    """What a command prints, or "" where it fails."""
+    """The output of a command, or "" where it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -67,7 +67,7 @@ def cpu_name() -> str:
 
 
 def make_key(device: torch.device) -> Line:
-    """What identifies a measurement. BENCH_COMMIT names the commit where there is no git."""
+    """The key of a measurement. BENCH_COMMIT names the commit where there is no git."""
     gpu = device.type == "cuda"
     triton_version = "absent"
     if HAS_TRITON:

@@ -39,7 +39,7 @@ REMEMBERED = ("CHOSEN", "LAUNCHES")  # the library's dicts of what it decided by
 
 
 class Utils:
-    """What Triton asks of CUDA; every launch ends in `launch`, which counts it."""
+    """The functions that Triton asks of CUDA; every launch ends in `launch`, which counts it."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -96,7 +96,7 @@ class Stub(DriverBase):
 
     @property
     def launches(self) -> int:
-        """How many there have been."""
+        """The number of launches so far."""
         return self.utils.launches
 
     @contextmanager
@@ -117,7 +117,7 @@ class Stub(DriverBase):
         return True
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
+        """The target that kernels are compiled for."""
         return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""What the results files say of each device, and its figures as tables."""
+"""The results files, read for each device, and its figures as tables."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def about(device: Device) -> str:
 
 
 def spread_line(device: Device, part: str = "step") -> str:
-    """How far the ratios moved between two runs."""
+    """A line on the distance that the ratios moved between two runs."""
     spread = device.spread(part)
     if not spread:
         return ""

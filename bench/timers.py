@@ -1,4 +1,4 @@
-"""How one repetition is timed: by the host's clock, or by device events; with a cold cache."""
+"""Timers of one repetition: by the host's clock, or by device events; with a cold cache."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def steps(task: Task) -> list[str]:
 
 
 def warm(tasks: Sequence[Task], processes: int) -> int:
-    """How many steps were taken, by that many processes; one that dies takes the rest along."""
+    """The steps taken, by that many processes; one that dies takes the rest along."""
     context = multiprocessing.get_context("spawn")
     count = 0
     with ProcessPoolExecutor(processes, mp_context=context) as pool:

@@ -1,4 +1,4 @@
-"""How calls are computed in this context: plan, tiles by kernel, batch invariance, dropout.
+"""The configuration of calls in a context: plan, tiles by kernel, batch invariance, dropout.
 
     with config.use(plan="split"):
         layer(x)  # and its backward, whenever and on whichever thread that runs
@@ -20,7 +20,7 @@ from .kernels.tiles import KERNELS, TileConfig
 
 @dataclass(frozen=True)
 class Config:
-    """What `use` sets. The default leaves everything to `choose`."""
+    """The settings of `use`. The default leaves everything to `choose`."""
 
     plan: str | None = None  # of every pass; None: the fastest
     tiles: tuple[tuple[str, TileConfig], ...] = ()  # (kernel, its tile)

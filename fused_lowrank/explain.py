@@ -55,7 +55,7 @@ class PassExplained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a training step of a layer is computed. `print` it, or read its parts."""
+    """The computation of a layer's training step, explained. `print` it, or read its parts."""
 
     layer: str  # what it is, and of how many rows the step
     note: str  # where no plan is chosen: what happens instead
@@ -68,7 +68,7 @@ class Explanation:
 
 
 def explain(layer: LowRankLinear, rows: int) -> Explanation:
-    """How a training step of the layer on `rows` rows is computed in this context, and its cost.
+    """Explain how a step of the layer on `rows` rows is computed in this context, at what cost.
 
     For the forward and the backward: the plan, why it is taken, the tiles of its kernels, and on
     paper its operations, bytes and time, beside the least that the adapted layer and the bare one
@@ -132,7 +132,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
 
 
 def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
-    """Why no plan is chosen for a call of x; empty where one is."""
+    """The reason why no plan is chosen for a call of x; empty where one is."""
     if layer.merged or layer.disabled:
         return "the adapter is merged or disabled: this is the bare layer"
     if layer.impl == "reference":
@@ -144,7 +144,7 @@ def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
 
 
 def of_pass(problem: Problem, impl: str) -> PassExplained:
-    """What there is to say of one pass."""
+    """The explanation of one pass."""
     settings = config.current()
     decision = choose.choose(problem, impl, settings)
     plan = PLANS[decision.plans[0]]

@@ -1,4 +1,4 @@
-"""For tests and benchmarks: operands, the error budget, pinned tiles."""
+"""Helpers for tests and benchmarks: operands, the error budget, pinned tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels share: the one `dot`, the one `cast`, dtypes, offsets, tile order, variants.
+"""Functions that the kernels share: the one `dot`, the one `cast`, offsets, variants.
 
 Triton's interpreter differs from its compiler in two ways that would make a test on a CPU
 meaningless: its bf16 dot is garbage (triton issue 5424) and its fp32 → bf16 conversion truncates.
@@ -147,7 +147,7 @@ def load_bits(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: 
 
 @triton.jit
 def kept(bits):
-    """Which elements of a tile of x its bytes say are kept: (BLOCK_M, BLOCK_K)."""
+    """A tile's mask, (BLOCK_M, BLOCK_K): true where the bytes of a tile of x keep it."""
     each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(each, (bits.shape[0], 8 * bits.shape[1])) != 0
 
@@ -160,7 +160,7 @@ def offset(index, stride):
 
 @triton.jit
 def step(count: tl.constexpr, stride):
-    """How far a pointer moves when its index moves by `count`, as int64."""
+    """The distance, as int64, that a pointer moves when its index moves by `count`."""
     return tl.full((), count, tl.int64) * stride
 
 
@@ -220,7 +220,7 @@ def variants(kernel: Callable, runtime: list[str]) -> dict[bool, Any]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many there are: as many programs as a persistent launch has."""
+    """The number of a device's multiprocessors: a persistent launch has as many programs."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     # The interpreter: few, for several tiles to a program. The compile gate: as many as a GPU has.
@@ -270,12 +270,12 @@ def arrivals(device: torch.device, stream: int | None = None) -> torch.Tensor:
 
 
 def mask_width(k: int) -> int:
-    """How many bytes a row of x (M, k) has in a mask of bits: an eighth of k, in whole 16s."""
+    """The bytes of a row of x (M, k) in a mask of bits: an eighth of k, in whole 16s."""
     return 16 * cdiv(k, 128)
 
 
 def threshold(dropout_p: float) -> int:
-    """What `kept` compares 16 random bits with: dropout_p to 2⁻¹⁷."""
+    """The number that `kept` compares 16 random bits with: dropout_p to 2⁻¹⁷."""
     return round(dropout_p * 65536)
 
 

@@ -133,7 +133,7 @@ def constants(p: int, q: int, mix: int, split: bool, config: TileConfig) -> dict
 
 
 def splits(tiles: int, m: int, device: torch.device) -> int:
-    """How many programs share the rows of a tile: so many that all tiles about fill the device."""
+    """The programs that share the rows of a tile: so many that tiles about fill the device."""
     return max(1, min(multiprocessors(device) // tiles, cdiv(m, MIN_ROWS), MAX_SPLITS))
 
 

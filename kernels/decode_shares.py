@@ -11,7 +11,7 @@ MIN_LOWS = 4  # programs that make x·downᵀ, where K is deep enough
 
 
 def lows(tiles: int, blocks: int, device: torch.device) -> int:
-    """How many programs share x·downᵀ, for so many column tiles of y and blocks of K.
+    """The number of programs that share x·downᵀ, for so many column tiles of y and blocks of K.
 
     Their slices are at most about twice as deep as those of y: there is less to read in them.
     """
@@ -20,7 +20,7 @@ def lows(tiles: int, blocks: int, device: torch.device) -> int:
 
 
 def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
-    """How many programs share a column tile's blocks of K.
+    """The number of programs that share a column tile's blocks of K.
 
     With the `others` of the launch there are at most two to a multiprocessor, which start at once.
     Each has at least MIN_BLOCKS. A tile that is not split needs no counter, so that there are
@@ -31,7 +31,7 @@ def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
 
 
 def rows_each(m: int, most: int, least: int, room: int) -> int:
-    """For how many of m rows a program makes u, where each row has a core of its own.
+    """The number of m rows for which a program makes u, where each row has its own core.
 
     It reads `least` of their cores at a time, one after the other, and each waits for memory. So
     rows are dealt out to as many programs as there is `room` for beside the others; powers of two.

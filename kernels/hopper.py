@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share. They are written in Gluon, Triton's lower language.
+"""Parts that the kernels for Hopper share. They are written in Gluon, Triton's lower language.
 
 A program runs on a multiprocessor for itself and makes tile after tile of y, 128 rows each. Its
 warps have jobs: two groups of four multiply, 64 rows of the tile each; one warp starts bulk copies
@@ -127,7 +127,7 @@ def right(buf, SUMMED_FIRST: gl.constexpr):
 
 @triton.constexpr_function
 def sums_layout(columns):
-    """How a group holds the sums of its 64 rows and so many columns."""
+    """The layout in which a group holds the sums of its 64 rows and so many columns."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
     )

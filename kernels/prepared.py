@@ -86,7 +86,7 @@ class Prepared:
         self.chains: list[Any] = [h if hasattr(h, "calls") else self for h in hooks]
 
     def recorded(self, given: list[Any], described: list[tuple[str, Any]]) -> list[Any]:
-        """What the function in C is called with, a mark in the place of each tensor map too."""
+        """The arguments of the function in C, a mark in the place of each tensor map too."""
         calls: list[tuple[Any, ...]] = []
         probe, native = copy.copy(self.compiled.run), self.compiled.run.launch
         probe.launch = lambda *args: calls.append(args)

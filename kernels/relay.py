@@ -29,7 +29,7 @@ def spec_of(
     bias: torch.Tensor | None,
     transposed: bool,
 ) -> Spec:
-    """What the launch of `relay` with these operands is."""
+    """The `Spec` of a launch of `relay` with these operands."""
     _, _, p, q, _ = unpacked(down, core, transposed)
     factors, products = (down, up), 1
     if core_dtype(core, x.dtype) != x.dtype:

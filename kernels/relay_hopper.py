@@ -352,7 +352,7 @@ REGISTERS = {"MAKER_REGISTERS": 224, "BRINGER_REGISTERS": 56}  # of a thread
 
 
 def rows_at_a_time(columns: int, most: int) -> int:
-    """Of a matrix that one warp moves: 16 numbers to a thread, or 32 of narrow ones."""
+    """The rows of a matrix that one warp moves at a time: 16 numbers to a thread, 32 if narrow."""
     return min(most, 64 if columns == 16 else 512 // columns)
 
 

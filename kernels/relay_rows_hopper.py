@@ -26,7 +26,7 @@ LINES = gl.constexpr(1 << 18)  # that are fetched ahead, of all programs: 32 MB 
 
 @triton.constexpr_function
 def cores_layout(columns, transposed):
-    """How a group holds (rows, STEP, columns) of its rows' cores; a thread has a piece of one."""
+    """The layout of (rows, STEP, columns) of a group's cores; a thread has a piece of one."""
     across = columns // COLUMNS.value
     order = [1, 2, 0] if transposed else [2, 1, 0]
     piece = [1, STEP.value, COLUMNS.value]

@@ -142,7 +142,7 @@ def is_rows(core: Any) -> bool:
 
 
 def mix(core: Any) -> int:
-    """How many cores a row has at most; 0: one core for all."""
+    """The most cores that a row has; 0: one core for all."""
     return core.handles.shape[1] if is_rows(core) else 0
 
 
@@ -154,7 +154,7 @@ def pointers(core: Any) -> tuple[torch.Tensor | None, ...]:
 
 
 def kind(core: Any) -> Any:
-    """What kind of core it is, which the shapes of its factors do not always tell."""
+    """The kind of a core, which the shapes of its factors do not always tell."""
     if core is None or isinstance(core, torch.Tensor):
         return "none" if core is None else "one"
     if not is_rows(core):

@@ -297,7 +297,7 @@ def constants(
 
 
 def splits(tiles: int, blocks: int, device: torch.device) -> int:
-    """How many programs share a row tile's blocks of K: so many that they about fill the device.
+    """The programs that share a row tile's blocks of K: so many that they about fill the device.
 
     Each has at least MIN_BLOCKS. Of more row tiles than multiprocessors none is split.
     """

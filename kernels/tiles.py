@@ -91,7 +91,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a launch is, as far as its tile depends on it."""
+    """A launch, as far as its tile depends on it."""
 
     kernel: str  # "shrink", "gemm_tail", "core_grad", "decode", "relay" or "dropped"
     itemsize: int  # of x, in bytes
@@ -121,7 +121,7 @@ def padded(rank: int) -> int:
 
 
 def rank_constants(p: int, q: int, r: int) -> dict[str, int]:
-    """What a kernel is told of the ranks; r is 0 where there is no pair, and -1 without a core."""
+    """The constants for a kernel's ranks; r is 0 where there is no pair, and -1 without a core."""
     return {
         "P": p,
         "Q": q,
@@ -150,7 +150,7 @@ def shared_bytes(config: TileConfig, target: Target, spec: Spec) -> int:
 
 
 def room(target: Target, spec: Spec) -> int:
-    """How many sums a thread may hold.
+    """The number of sums that a thread may hold.
 
     In `decode` those of t beside those of y leave room for the pointers of all three operands, and
     for the operands themselves where products are not on tensor cores.
@@ -253,7 +253,7 @@ def is_valid_hopper(config: TileConfig, target: Target, spec: Spec) -> bool:
 
 
 def most_makers(config: TileConfig, spec: Spec) -> int:
-    """How many columns of such tiles may make t: each has a slice of K, of one step at least."""
+    """The most columns of such tiles that may make t: each has a slice of K, a step at least."""
     if spec.kernel != "relay" or spec.by_row:
         return 1
     columns, steps = -(-(spec.n or MANY) // config.block_n), -(-(spec.k or MANY) // config.block_k)

@@ -18,6 +18,7 @@ PARAMETERS = 9  # at most, by position or by name; of public calls, by position
 ENTRIES = 15  # of a folder
 LINES = 430  # of a file at most
 FRAMES = 8  # of ours at most, from a layer's forward to a launch
+RIDDLES = ("What", "Who", "Whoever", "Whose")  # as subjects that name nothing
 
 # From the top to the bottom. A module's floor is that of its longest part that is named.
 FLOORS = (
@@ -207,6 +208,24 @@ def test_a_call_is_few_frames_deep(
         layer(x)
     assert len(depths) == len(asked) == 1
     assert depths[0] <= FRAMES
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(place, text) of every docstring in the package, the kernels and the benchmarks."""
+    for folder in (PACKAGE, ROOT / "kernels", ROOT / "bench"):
+        for path in sorted(folder.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    line = getattr(node, "lineno", 1)
+                    if text := ast.get_docstring(node):
+                        yield f"{path.relative_to(ROOT)}:{line}", text
+
+
+def test_docstrings_begin_with_a_thing() -> None:
+    """The first sentence names something in the code, or says what a function does to it."""
+    found = list(docstrings())
+    assert len(found) > 1000  # the files are where this looks for them
+    assert not [f"{place}: {text}" for place, text in found if text.split()[0] in RIDDLES]
 
 
 def test_public_calls_keep_their_names() -> None:

@@ -54,7 +54,7 @@ class Assignment:
 
     @property
     def version(self) -> int:
-        """It rises when the caller writes to the handles or the weights."""
+        """A number that rises when the caller writes to the handles or the weights."""
         version = 0
         for tensor in self.own:
             if not tensor.is_inference():
@@ -164,7 +164,7 @@ def find(head: Assignment | None, key: int) -> Assignment | None:
 
 
 class Use(ContextDecorator, AbstractContextManager[None]):
-    """Calls within it have the assignment that `assign` gives; it can be entered again later.
+    """A context in which calls have the assignment that `assign` gives; it can be entered again.
 
     A class, for a generator costs more at each call of a model.
     """

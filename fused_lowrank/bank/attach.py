@@ -82,7 +82,7 @@ class Watch:
         self.key = key
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before it."""
+        """Note that a module's call begins."""
         if torch.compiler.is_compiling():
             return
         found = find(ACTIVE.get(), self.key)
@@ -91,6 +91,6 @@ class Watch:
             begin(self.key, count, module, args, kwargs, found.learned)
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:
-        """After it, or after its error."""
+        """Note that a module's call is over, with a result or an error."""
         if not torch.compiler.is_compiling():
             end(self.key, module, result)

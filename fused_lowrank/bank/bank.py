@@ -147,14 +147,21 @@ class AdapterBank:
         self.put([name], cores, new=False)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out. Calls under way keep it; its slot is free after them."""
+        """Take an adapter out. Calls under way keep it; its slot is free after them.
+
+        Raises ValueError for a name that is not there.
+        """
         self.store.remove(name)
 
     def put(self, names: Sequence[str], cores: Cores, new: bool = True) -> None:
         """Put many adapters in at once, or none of them.
 
         `cores` has for each layer (left (n, P, Q), right None, scales (n,)), or left (n, P, r) and
-        right (n, r, Q) where the bank holds pairs, checked.
+        right (n, r, Q) where the bank holds pairs, checked. Without `new` they take the places of
+        adapters that are there.
+
+        Raises ValueError for names that are there, or without `new` are not, and RuntimeError where
+        there are too few slots.
         """
         self.store.put(names, cores, new)
 
@@ -165,11 +172,13 @@ class AdapterBank:
 
         They are valid until the name is replaced or removed, and calls that began before are over;
         after that they act as None, and `check` says so.
+
+        Raises ValueError for a name that is not there, or entries of different lengths.
         """
         return self.store.handles(names)
 
     def use(self, names: Names, weights: Tensor | None = None) -> Use:
-        """Within it, calls of the model in this context use the named adapters.
+        """A context within which calls of the model use the named adapters.
 
         Args:
             names: a name or None (the base model) for each sequence; or for each row of packed

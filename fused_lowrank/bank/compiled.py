@@ -55,7 +55,7 @@ class Ticket:
 
     @property
     def version(self) -> int:
-        """That of the assignment."""
+        """The version of the assignment."""
         return 0 if self.assignment is None else self.assignment.version
 
     def disable(self, layers: Mapping[str, LowRankLinear], base: Assignment) -> None:
@@ -193,7 +193,7 @@ def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
 
 
 class Needs(NamedTuple):
-    """Which operands of `banked` require a gradient, in the order of `banked_backward`'s result."""
+    """Flags of the operands of `banked` that require a gradient, in `banked_backward`'s order."""
 
     x: bool
     weight: bool

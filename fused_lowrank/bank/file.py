@@ -66,7 +66,7 @@ def save(store: AdapterStore, path: str | os.PathLike[str], names: Sequence[str]
 
 
 def parts(pairs: bool) -> tuple[str, ...]:
-    """What the tensors of a layer are called, in the order of `CoreTable`."""
+    """The names of a layer's tensors, in the order of `CoreTable`."""
     return ("left", "right", "scales") if pairs else ("core", "scales")
 
 

@@ -115,7 +115,7 @@ class BankedLayer(Computer):
         return compute(prepared(operands), layer.impl, isolated)
 
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:
-        """The same, with a follower that is told where the sequences of the result are."""
+        """The layer's call with a follower that is told where the sequences of the result are."""
         state = stated(layer) or follower.where(x)
         if may_recompute():  # maybe by a graph, which runs as written only in calls like this
             Ticket(self.key, current(self.key)).note()
@@ -125,7 +125,7 @@ class BankedLayer(Computer):
         return y
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
-        """The same as library ops, whatever the assignment will be."""
+        """The layer's call as library ops, whatever the assignment will be."""
         dropout_p = layer.dropout if layer.training else 0.0
         a, b = places(layer.core_factors)
         given = x, layer.weight, layer.down, layer.core_factors, layer.up, layer.bias, layer.scale

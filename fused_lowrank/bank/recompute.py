@@ -148,7 +148,7 @@ def purge() -> None:
 
 
 def running_node(task: int) -> tuple[int, int]:
-    """Where a backward is, without keeping its graph alive: a recomputation is within one node."""
+    """The place of a backward, its graph not kept alive: a recomputation is within one node."""
     node = torch._C._current_autograd_node()
     return task, -1 if node is None else node._sequence_nr()
 
@@ -184,7 +184,7 @@ def current(key: int) -> Assignment | None:
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch.utils.checkpoint's `context_fn`: the recomputation has this call's assignment."""
+    """Contexts for torch.utils.checkpoint's `context_fn`: a recomputation has this assignment."""
     head, said = ACTIVE.get(), SAID.get()
     version = 0 if head is None else head.version
 

@@ -32,7 +32,7 @@ class Stamp(NamedTuple):
         return cls(tensors, marks)
 
     def samples(self) -> list[Tensor]:
-        """Some elements of each, (n,), in its own memory."""
+        """Views of some elements of each tensor, (n,), in its own memory."""
         return [some_of(tensor) for tensor in self.tensors if not tensor.is_meta]
 
     def same(self, other: Stamp) -> bool:
@@ -53,7 +53,7 @@ def sampled(samples: list[Tensor]) -> Tensor:
 
 
 def versions(tensors: list[Tensor]) -> list[int]:
-    """How often each was written to."""
+    """The versions of tensors, which tell how often each was written to."""
     return list(map(VERSION, tensors))
 
 

@@ -1,4 +1,4 @@
-"""What adapters are put into a bank from: a file, a state_dict or a model, checked against it."""
+"""Sources of a bank's adapters: a file, a state_dict or a model, checked against the bank."""
 
 from __future__ import annotations
 

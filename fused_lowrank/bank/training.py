@@ -28,7 +28,7 @@ Entries = Sequence[str | None]
 
 
 class Trainable:
-    """Some adapters of a bank, as Parameters. Given out by `AdapterBank.trainable`.
+    """Adapters of a bank as Parameters, to be trained. Given out by `AdapterBank.trainable`.
 
         trainable = bank.trainable(["alice", "bob"])
         optimizer = trainable.optimizer(lr=4e-3)
@@ -91,7 +91,7 @@ class Trainable:
 
     @contextmanager
     def use(self, names: Entries | str | None) -> Iterator[None]:
-        """As `AdapterBank.use`, over the adapters in training: a name or None for each sequence.
+        """A context like `AdapterBank.use`, over adapters in training: a name or None per sequence.
 
         Raises:
             ValueError: a name that is not in training; none at all.
@@ -244,7 +244,7 @@ class Trainable:
             )
 
     def _lost(self, names: Sequence[str], slots: Sequence[int], cores: Any) -> list[str]:
-        """Those whose first update is mostly lost to rounding in the bank's tables."""
+        """The adapters whose first update is mostly lost to rounding in the bank's tables."""
         where = torch.tensor(slots, dtype=torch.int64, device=self.device)
         moved = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         lost = moved.clone()
@@ -335,7 +335,7 @@ class AdapterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the adapters in the losses since the last.
+        """Make one step of the adapters in the losses since the last.
 
         Raises RuntimeError where no loss of `Trainable.loss` has been differentiated since.
         """
@@ -382,12 +382,12 @@ class AdapterAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"][where] = square
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; a step that follows is of the adapters in the losses after it."""
+        """Clear the gradients, as torch's; the next step is of the adapters in later losses."""
         super().zero_grad(set_to_none)
         self.trainable.present.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; raises ValueError for the state of other adapters."""
+        """Load a state, as torch's does; raises ValueError for the state of other adapters."""
         if any(g.get("adapters") != self.trainable.names for g in state_dict["param_groups"]):
             raise ValueError(
                 "the state is of other adapters, or of these in another order: its param_groups "

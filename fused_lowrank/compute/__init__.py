@@ -1,4 +1,4 @@
-"""How a call is computed: one equation, its operands as one object, and plans as rows of a table.
+"""The computation of a call: an equation, its operands as an object, plans as rows of a table.
 
     reference         the equation in plain torch, and cores by row (`RowCores`)
     dropout           what a dropout is; a mask from a seed, in plain torch

@@ -35,7 +35,7 @@ OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotati
 
 
 class Needs(NamedTuple):
-    """Which of the operands require a gradient, in the order of `backward`'s result."""
+    """Flags of the operands that require a gradient, in the order of `backward`'s result."""
 
     x: bool
     weight: bool
@@ -161,7 +161,7 @@ def on_meta(core: Tensor | tuple[Tensor, Tensor] | RowCores) -> bool:
 
 
 class Call(NamedTuple):
-    """What an eager call is besides its tensors."""
+    """The part of an eager call that is no tensor."""
 
     scale: float
     dropout_p: float

@@ -1,4 +1,4 @@
-"""Which plan a pass takes, and why: the one place that decides, which `explain` asks too.
+"""The choice of a pass's plan, and its reason: the one place, which `explain` asks too.
 
 An implementation is what a caller asks for:
 
@@ -218,7 +218,7 @@ def decide(problem: Problem, impl: str, compute: Compute | None = None, mode: st
 
 
 def predict(plan: Plan, problem: Problem) -> costs.Cost:
-    """What a plan costs on paper."""
+    """The cost of a plan on paper."""
     return costs.total(plan.work(problem), problem)
 
 

@@ -1,4 +1,4 @@
-"""What a plan costs on paper: operations, bytes and launches, against what a device can do.
+"""The cost of a plan on paper: operations, bytes and launches, against what a device can do.
 
 Each plan is a few steps, one after the other. A step takes the longest of three, its operations at
 the matrix rate, its bytes at the bandwidth, and its tiles in waves of as many as a GPU has
@@ -30,7 +30,7 @@ Sides = tuple[int, int]  # rows and columns of a tile
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device can do."""
+    """The peaks of a device: its rates, bandwidth, price of a launch and processors."""
 
     wide: float  # operations per second, float32
     narrow: float  # 16 bits, on matrix units
@@ -146,7 +146,7 @@ class Cost(NamedTuple):
 
 
 def total(parts: Sequence[Work], problem: Problem) -> Cost:
-    """What the parts of a plan cost together, one after the other."""
+    """The cost of the parts of a plan together, one after the other."""
     peak = peaks(problem.device)
     rate = peak.rate(problem.dtype)
     seconds = sum(
@@ -213,7 +213,7 @@ def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) ->
 
 
 def shrink(problem: Problem, tile: TileConfig | None) -> Work:
-    """x is read once, by as many programs as there are for it."""
+    """The work of `shrink`: x is read once, by as many programs as there are for it."""
     (m, k, _, p, q), size = problem[2:7], problem.dtype.itemsize
     cores = m * p * q if problem.by_row else 0
     moved = (m * k + p * k + m * p + m * q + cores) * size
@@ -233,7 +233,7 @@ def shrink(problem: Problem, tile: TileConfig | None) -> Work:
 
 
 def gemm_tail(problem: Problem, tile: TileConfig | None) -> Work:
-    """A GEMM with some more steps of its loop."""
+    """The work of `gemm_tail`: a GEMM with some more steps of its loop."""
     (m, k, n, _, q), size = problem[2:7], problem.dtype.itemsize
     moved = float((m * k + n * k + m * n + m * q + n * q) * size)
     if problem.dropout and problem.transposed:
@@ -250,7 +250,7 @@ def gemm_tail(problem: Problem, tile: TileConfig | None) -> Work:
 
 
 def relay(problem: Problem, tile: TileConfig | None) -> Work:
-    """Everything once, by a GEMM with a tail whose other columns wait for the first."""
+    """The work of `relay`: everything once, by a GEMM whose other columns wait for the first."""
     p, tail = problem.p, TAIL * problem.q
     operations, moved = together(problem)
     if tile is None:
@@ -265,7 +265,7 @@ def relay(problem: Problem, tile: TileConfig | None) -> Work:
 
 
 def decode(problem: Problem) -> Work:
-    """Everything once, by programs that meet: K is split over them."""
+    """The work of `decode`: everything once, by programs that meet: K is split over them."""
     own = problem.m * OWN_CORE if problem.by_row else 0.0
     return Work(*together(problem), UNHIDDEN, MEETING + own)
 

@@ -1,4 +1,4 @@
-"""What can run where: Triton, the kernels, and the tiles that a device takes."""
+"""Devices: whether Triton and the kernels run on one, and the tiles that it takes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def with_gluon(target: Target) -> Target:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> str | None:
-    """Why the kernels cannot compute this, or None if they can."""
+    """The reason why the kernels cannot compute this, or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if target(device) is None:
@@ -92,7 +92,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> 
 
 @functools.lru_cache(maxsize=256)
 def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
-    """How launches on `device` choose their tiles: by a set of that name, and by pins before that.
+    """The choice of tiles for launches on `device`: by a set of that name, and by pins before that.
 
     One object for the same device, name and pins. The names are those of `VARIANTS` and `SLICES`
     in kernels/tiles.py, "" for the defaults and "fixed" for tiles that do not follow the rows.

@@ -75,7 +75,7 @@ def packed(mask: Tensor) -> Tensor:
 
 
 def no_bits(seed: Tensor, m: int, k: int) -> Tensor:
-    """What is saved in place of the bits of a mask of x (m, k): of their shape, without memory.
+    """A stand-in, without memory, for the bits of a mask of x (m, k): of their shape.
 
     A checkpoint's recomputation must save what the forward has saved, tensor for tensor, and may
     run on a thread of autograd's own, where it does not see the forward's `redraw_dropout`.

@@ -61,7 +61,7 @@ def name_of(problem: Problem) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is."""
+    """A GPU's name, or a CPU's architecture, capability and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -70,7 +70,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def identity(device: torch.device) -> dict[str, str]:
-    """What measured times are valid for."""
+    """The names and versions that measured times are valid for."""
     from .. import kernels
 
     digest = hashlib.sha256()
@@ -110,7 +110,7 @@ def warn_once(text: str) -> None:
 
 
 def read(device: torch.device) -> dict[str, Times]:
-    """What the file has, or nothing and a warning if it cannot be used."""
+    """The times in the file of a device, or nothing and a warning if it cannot be used."""
     path = path_of(device)
     try:
         content = json.loads(path.read_text())
@@ -136,7 +136,7 @@ def read(device: torch.device) -> dict[str, Times]:
 
 @functools.cache
 def known(device: torch.device) -> dict[str, Times]:
-    """What the file had when it was first asked for, and what was measured since."""
+    """The times in the file when it was first asked for, and those measured since."""
     return read(device)
 
 

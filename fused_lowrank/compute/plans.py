@@ -58,7 +58,7 @@ class Plan:
         return OUR_MASK if self.ours else LIBRARY_MASK
 
     def why_not(self, problem: Problem) -> str | None:
-        """Why this plan cannot compute the pass, or None if it can."""
+        """The reason why this plan cannot compute the pass, or None if it can."""
         for step in self.steps:
             if reason := step.why_not(problem):
                 return reason
@@ -72,7 +72,7 @@ class Plan:
         return known and not self.why_not(problem)
 
     def work(self, problem: Problem) -> list[Work]:
-        """What its steps do, on paper."""
+        """The work of the plan's steps, on paper."""
         times = problem.m if self.alone else 1
         part = problem._replace(m=1) if self.alone else problem
         return times * [work for step in self.steps for work in step.work(part)]

@@ -55,7 +55,7 @@ class RowCores(NamedTuple):
         return slot.where(valid, 0).t(), valid.t()
 
     def turned(self) -> RowCores:
-        """The same with every core transposed."""
+        """The row cores with every core transposed."""
         if self.right is None:
             return self._replace(table=self.table.mT)
         return self._replace(table=self.right.mT, right=self.table.mT)

@@ -38,7 +38,7 @@ def run(
     want_u: bool,
     want_bits: bool = False,
 ) -> Done:
-    """One pass. t is there where it is wanted, u where it is wanted or was made on the way.
+    """Compute a pass. t is there where it is wanted, u where it is wanted or was made on the way.
 
     bits, the mask of the dropout, are there where they are wanted and it is the kernels'.
     """

@@ -38,7 +38,7 @@ class Kernel(Step):
         return getattr(module, self.kernels[0])
 
     def why_not(self, problem: Problem) -> str | None:
-        """Where the kernels cannot run."""
+        """The reason why the kernels cannot run, or None if they can."""
         reason = devices.why_not_triton(problem.device, problem.dtype, problem.p, problem.q)
         if not reason and problem.doubles and not devices.interpreted():
             return "a factor is torch.float64: the kernels take float32, float16 and bfloat16"
@@ -99,7 +99,7 @@ class OneLaunch(Kernel):
         return self.launch(x, weight, *factors, bias, scale, transposed, want_t, choose)
 
     def why_not(self, problem: Problem) -> str | None:
-        """Where the kernel is not for so many rows, for such ranks, or for this device."""
+        """The reason against so many rows, such ranks or this device; None if there is none."""
         (kernel,), reason = self.kernels, super().why_not(problem)
         where = None if reason else devices.target(problem.device)
         if kernel == "relay" and (where is None or not where.gluon):
@@ -130,7 +130,7 @@ class OneLaunch(Kernel):
         return None
 
     def work(self, problem: Problem) -> list[Work]:
-        """Everything once, and a wait."""
+        """The work of the whole pass: everything once, and a wait."""
         if self.kernels[0] == "decode":
             return [costs.decode(problem)]
         return [costs.relay(problem, tile_of("relay", problem))]
@@ -187,7 +187,7 @@ def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
 
 
 def why_not_tiles(problem: Problem, name: str) -> str | None:
-    """Why a pass cannot take the set of tiles of that name, or None if it can."""
+    """The reason why a pass cannot take the set of tiles of that name, or None if it can."""
     where, tiles = devices.target(problem.device), VARIANTS.get(name)
     if name in SLICES:
         tile = where and variant(name, where, spec_of("relay", problem), problem.m)

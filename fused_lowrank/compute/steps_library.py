@@ -38,11 +38,11 @@ class Step:
     kernels: tuple[str, ...] = ()  # those of this library that it launches
 
     def why_not(self, problem: Problem) -> str | None:
-        """Why this step cannot be a part of the pass, or None if it can."""
+        """The reason why this step cannot be a part of the pass, or None if it can."""
         return None
 
     def work(self, problem: Problem) -> list[Work]:
-        """What it does, in the order in which it is done."""
+        """The work of the step, in the order in which it is done."""
         raise NotImplementedError
 
 
@@ -77,7 +77,7 @@ class Shrink(Step):
         return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype), None
 
     def work(self, problem: Problem) -> list[Work]:
-        """Two products."""
+        """The work of two products."""
         size, m = problem.dtype.itemsize, problem.m
         x, t, u = m * problem.k * size, m * problem.p * size, m * problem.q * size
         cores = m * problem.p * problem.q * size if problem.by_row else 0
@@ -124,7 +124,7 @@ class TailFirst(Step):
         return y.addmm_(x, weight.t())
 
     def why_not(self, problem: Problem) -> str | None:
-        """Where a mask lies between the two, there is nothing to add to."""
+        """The reason against a core for each row or a mask on the way back; None without them."""
         if problem.by_row:
             return "it has no core for each row"
         if problem.dropout and problem.transposed:

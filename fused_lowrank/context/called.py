@@ -34,7 +34,7 @@ PRODUCT = nn.Linear.forward.__code__
 
 
 class Reader(NamedTuple):
-    """Who has read the weight of a layer, since it was called last or at all."""
+    """The code that has read the weight of a layer, since it was called last or at all."""
 
     where: str
     holds: bool  # whether it is a method of the module that holds the layer: the model's own code
@@ -125,7 +125,7 @@ def waits(factor: Tensor) -> bool:
 
 
 def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list[str]:
-    """Of layers and their trained factors, those that were called, or read, in training in vain."""
+    """The layers, of these with their trained factors, called or read in training in vain."""
     factors = [factor for _, own in layers.values() for factor in own]
     if not any(hasattr(factor, "_lowrank_learned") for factor in factors):
         return []
@@ -139,8 +139,8 @@ def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list
 def warn_of_passed_over(
     layers: Mapping[str, tuple[Any, Sequence[Tensor]]], stacklevel: int
 ) -> None:
-    """One UserWarning that names the layers, of these with their trained factors, that are passed
-    over or learn nothing.
+    """Warn once, naming the layers, of these with their trained factors, that are passed over or
+    learn nothing.
     """
     said = []
     if found := passed_over({name: layer for name, (layer, _) in layers.items()}):

@@ -53,12 +53,12 @@ class Spread(NamedTuple):
     repeat: int
 
     def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
-        """What there is of each line, again and again."""
+        """The entries of the lines, again and again."""
         return torch.cat([lines] * self.outer, dim)
 
 
 class Layout(NamedTuple):
-    """Which of the dimensions before K has the sequences."""
+    """The dimension before K that has the sequences."""
 
     dim: int
     inner: bool = False  # whether something lies within them in that dimension,
@@ -72,7 +72,7 @@ Layouts = dict[tuple[int, int], Layout | str]
 
 @dataclass
 class Learned:
-    """What is remembered of a model, for all of its layers."""
+    """Facts that are remembered of a model, for all of its layers."""
 
     kinds: set[Any] = field(default_factory=set)  # of calls that have been followed
     layouts: dict[str, Layouts] = field(default_factory=dict)  # by layer
@@ -84,12 +84,12 @@ class Learned:
     eager: bool = False  # whether compiled models run as they were written meanwhile
 
     def first_use(self) -> None:
-        """Before adapters by line are used first: a compiled model's call could not be followed."""
+        """Have compiled models run as written from now on: their calls could not be followed."""
         self.fresh, self.eager = False, True
         eagerly(1)
 
     def used(self) -> None:
-        """At the end of the first use."""
+        """End the first use: compiled models run compiled again."""
         if self.eager:
             self.eager = False
             eagerly(-1)
@@ -186,7 +186,7 @@ _lock = threading.Lock()
 
 
 def eagerly(more: int) -> None:
-    """While calls are followed, their compiled parts run as they were written."""
+    """Count the calls that are followed: while there are any, compiled parts run as written."""
     with _lock:
         before, _stance[0] = _stance[0], _stance[0] + more
         if before == 0:
@@ -233,7 +233,7 @@ def main_input(args: Any, kwargs: Any) -> tuple[str, Tensor | None]:
 
 
 def inputs_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, State]]:
-    """What is known of the inputs: those with a row for each sequence, and others."""
+    """The inputs with their states: those with a row for each sequence, and others."""
     yield main, Where(call.axis)
     lead = main.shape[: call.axis + 1]
     for name, value in [("", value) for value in args] + list(kwargs.items()):
@@ -278,7 +278,7 @@ def paired(module: nn.Module, text: Tensor) -> bool:
 
 
 def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
-    """What calls have in common that run the same code, as far as can be seen.
+    """The key that calls have in common that run the same code, as far as can be seen.
 
     Where positions are as many as sequences, sizes could not show that a layer is called in another
     way than the one that is remembered; so such calls are of a kind of their own.
@@ -292,7 +292,7 @@ def kind_of(call: Call, main: Tensor, args: Any, kwargs: Any) -> Any:
 
 
 def flags_of(module: nn.Module, learned: Learned) -> tuple[Any, ...]:
-    """What the attributes of a module that is called may choose; also whether it is in training."""
+    """The choices by the attributes of a called module; also whether it is in training."""
     flags = learned.flags.get(id(module))
     if flags is None or flags.module() is not module:
         flags = learned.flags[id(module)] = Flags(module)
@@ -307,7 +307,7 @@ def choice(value: Any) -> Any:
 
 
 def expansion() -> int:
-    """What transformers' `generate` makes of each sequence, where it is what calls: beams, samples.
+    """The copies that `generate`, where it is the caller, makes of each sequence: beams, samples.
 
     It repeats each one so often in its place.
     """

@@ -1,4 +1,4 @@
-"""Which rows of a module's input are whose, as the caller says it: where it cannot be followed.
+"""Declarations of the rows of a module's input by the caller, where they cannot be followed.
 
 What is said belongs to the calling thread or asyncio task, and is asked for by layers that get
 adapters by sequence. A recomputation in a backward goes by what was said within it, or else by what
@@ -46,7 +46,7 @@ class Numbers:
         self._there: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """All of them in a row, on a device."""
+        """The numbers in a row, on a device."""
         found = self._there.get(device)
         if found is None:
             with torch.inference_mode(False):
@@ -64,7 +64,7 @@ Given = int | Tensor | Sequence[int] | Callable[[Tensor], Any]
 
 
 def said_by(rows: Any) -> Said:
-    """What was said, checked."""
+    """A declaration, checked."""
     if isinstance(rows, Tensor | list | tuple | range):
         return Numbers(rows)
     if isinstance(rows, bool):
@@ -90,7 +90,7 @@ class Owners:
     __hash__ = None  # type: ignore[assignment]
 
     def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
-        """What there is of each line, for each of the numbers."""
+        """The entries of the lines, one for each of the numbers."""
         return lines.index_select(dim, self.numbers.on(lines.device))
 
 
@@ -98,7 +98,7 @@ class Owners:
 
 
 class Entry(NamedTuple):
-    """What has been said in a context, and what before it."""
+    """A declaration that holds in a context, and the one around it."""
 
     modules: set[nn.Module]
     rows: Said | Callable[[Tensor], Any]
@@ -180,7 +180,7 @@ def counted(more: int) -> None:
 
 @contextmanager
 def said_again(head: Entry | None) -> Any:
-    """Within it, in a recomputation, what was said when its forward ran."""
+    """A context, in a recomputation, in which the declaration of its forward holds."""
     entries = []
     while head is not None:
         entries.append(head)
@@ -198,32 +198,32 @@ def said_again(head: Entry | None) -> Any:
 
 
 def entry_of(head: Entry | None, module: nn.Module, task: int = -1) -> Entry | None:
-    """What was said last of a module's input; within a backward, if one is named."""
+    """The entry made last for a module's input; within a backward, if one is named."""
     while head is not None and (module not in head.modules or task not in (-1, head.task)):
         head = head.outer
     return head
 
 
 def entry_here(module: nn.Module) -> Entry | None:
-    """What the running context says of it; in a recomputation, what was said within that."""
+    """The entry of the running context for a module; in a recomputation, one made within that."""
     return entry_of(SAID.get(), module, graph_task())
 
 
 def stated(module: nn.Module) -> Where | None:
-    """Where the sequences of a module's result are, where a dimension of its x was said."""
+    """The place of the sequences in a module's result, where a dimension of its x was said."""
     entry = entry_here(module)
     return Where(entry.rows) if entry and isinstance(entry.rows, int) else None
 
 
 def said_of(module: nn.Module, layer: str, x: Tensor) -> Said | None:
-    """What is said of a module's x here and now, if anything."""
+    """The declaration that holds for a module's x here and now, if any."""
     if SAID.get() is None:
         return None
     return said_in(entry_here(module), layer, x)
 
 
 def said_in(entry: Entry | None, layer: str, x: Tensor | None) -> Said | None:
-    """What an entry says of a layer's x."""
+    """The declaration of an entry for a layer's x."""
     if entry is None:
         return None
     if isinstance(entry.rows, int | Numbers):
@@ -247,7 +247,7 @@ def place_of(
     learned: Learned,
     x: Tensor | None,
 ) -> Spread | Owners:
-    """Which rows of a layer's x, (*lead, K), are whose, as is said; arguments as `calls.spread`'s.
+    """The spread of a layer's x, (*lead, K), as is said; arguments as `calls.spread`'s.
 
     Raises ValueError where it does not fit, or following has found something else.
     """
@@ -276,7 +276,7 @@ def place_of(
 
 
 def by_dimension(dim: int, lead: Sequence[int], lines: int, call: Call | None) -> Spread | str:
-    """The sequences are in one of x's dimensions."""
+    """The spread of sequences in one of x's dimensions."""
     if not 0 <= dim < len(lead):
         return f"x has the dimensions 0 to {len(lead) - 1} before K, and it names {dim}"
     if call is not None and call.fits:
@@ -292,7 +292,7 @@ def by_dimension(dim: int, lead: Sequence[int], lines: int, call: Call | None) -
 
 
 def by_number(numbers: Numbers, lead: Sequence[int], lines: int) -> Owners | str:
-    """Each of x's rows, or of its first dimensions' indices, is of the sequence of its number."""
+    """The spread of x's rows, or of its first dimensions' indices, by the number given for each."""
     shape = tuple(numbers.host.shape)
     if shape != tuple(lead[: len(shape)]):
         return f"it has numbers of {shape}, which are not x's first dimensions"

@@ -1,4 +1,4 @@
-"""Which layers are disabled in the calling thread or asyncio task."""
+"""The layers that are disabled in the calling thread or asyncio task."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def disabled(layers: Sequence[Any]) -> Iterator[None]:
-    """Within it the layers are disabled, for calls of this context."""
+    """A context within which the layers are disabled, for its own calls."""
     switches = []
     with _lock:
         for layer in layers:

@@ -31,7 +31,7 @@ def hook_of(module: nn.Module) -> Any:
 
 @contextmanager
 def here(*modules: nn.Module) -> Iterator[None]:
-    """Within it the modules' own tensors are where the modules compute."""
+    """A context within which the modules' own tensors are where the modules compute."""
     with ExitStack() as stack:
         for module in modules:
             hook = hook_of(module)
@@ -58,7 +58,7 @@ def value_of(module: nn.Module, name: str) -> Tensor:
 
 
 def device_of(module: nn.Module, name: str = "weight") -> torch.device:
-    """Where a module's own tensor is when the module computes."""
+    """The device of a module's own tensor when the module computes."""
     own: Tensor = getattr(module, name)
     hook = hook_of(module)
     if not own.is_meta or hook is None:
@@ -104,7 +104,7 @@ def fill_in(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def valued(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Some of a model's state_dict, with values for what is elsewhere."""
+    """Entries of a model's state_dict, with values for what is elsewhere."""
     found = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -155,7 +155,7 @@ GATHER = {
 
 
 def sharder_of(matrix: Any) -> str | None:
-    """Who has left this process a part of a matrix, which is no matrix then, or nothing of it.
+    """The library that has left this process a part of a matrix, which is then none, or nothing.
 
     None if it is whole; a DTensor says itself that it is not.
     """
@@ -172,7 +172,7 @@ def require_matrices(name: str, *tensors: Tensor) -> None:
 
 
 def sharder_in(model: nn.Module) -> str | None:
-    """Who shards the parameters of a model, and would put back its own: FSDP, ZeRO-3, or None."""
+    """The library that shards a model, and would put back its own: FSDP, ZeRO-3, or None."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
@@ -183,7 +183,7 @@ def sharder_in(model: nn.Module) -> str | None:
 
 
 def units_of(model: nn.Module) -> dict[int, Any]:
-    """By the id of a module, the FullyShardedDataParallel that has its parameters."""
+    """The FullyShardedDataParallel units that have the modules' parameters, by module id."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     found: dict[int, Any] = {}
 
@@ -202,8 +202,8 @@ def units_of(model: nn.Module) -> dict[int, Any]:
 
 @contextmanager
 def gathered(unit: Any) -> Iterator[None]:
-    """Within it a unit of FullyShardedDataParallel has its parameters whole, on every rank; all
-    ranks must come here. Changes are lost.
+    """A context in which a unit of FullyShardedDataParallel has its parameters whole, on every
+    rank; all ranks must come here. Changes are lost.
     """
     if unit is None:
         yield

@@ -30,7 +30,7 @@ class Flags:
         ]
 
     def values(self, choice: Callable[[Any], Any]) -> tuple[Any, ...]:
-        """What `choice` makes of each of them now."""
+        """The result of `choice` for each of them now."""
         found: list[Any] = []
         for place, (ref, size, names) in enumerate(self.seen):
             module = ref()

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch are in a tensor, followed through the operations of a model.
+"""The places of a batch's sequences in tensors, followed through the operations of a model.
 
 Sizes do not tell: (4, 4, K) may be four sequences of four positions, or four positions of four
 sequences. So a `Follower` watches a call: it knows where the sequences are in the model's inputs,
@@ -39,7 +39,7 @@ class Follower(TorchDispatchMode):
     # --- what is known of a tensor ---
 
     def where(self, x: Tensor) -> State:
-        """Where the sequences are in a tensor."""
+        """The place of the sequences in a tensor."""
         found = self._steps.get(address_of(x))
         if found is None:
             return NOBODY
@@ -66,7 +66,7 @@ class Follower(TorchDispatchMode):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Within it nothing is followed: who computes says where the result's sequences are."""
+        """A context in which nothing is followed: its user says where a result's sequences are."""
         before, self.paused = self.paused, True
         try:
             yield
@@ -135,7 +135,7 @@ def address_of(x: Tensor) -> int:
 
 
 def digit(x: Tensor, step: int, n: int) -> State:
-    """Where (offset // step) % n is in a tensor's dimensions; `step` in elements."""
+    """The place of the digit (offset // step) % n in a tensor's dimensions; `step` in elements."""
     low = x.storage_offset() % step
     found = None
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):

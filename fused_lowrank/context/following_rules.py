@@ -1,4 +1,4 @@
-"""Where the sequences are in what an operation makes, from where they were in what it was given.
+"""Rules that give the place of the sequences in an operation's results.
 
 One rule for each kind of operation that makes new storage; `Follower` has the rest.
 """
@@ -21,7 +21,7 @@ class Where(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """What is known instead."""
+    """A tensor's state where the sequences have no known place in it, with the reason."""
 
     why: str
 
@@ -50,11 +50,11 @@ class Op:
         self.args, self.kwargs, self.states = args, kwargs, states
 
     def state(self, x: Any) -> State:
-        """Where the sequences were in an argument."""
+        """The place of the sequences in an argument."""
         return self.states.get(id(x), NOBODY)
 
     def state_of(self, out: Tensor) -> State:
-        """Where the sequences are in one of the results."""
+        """The place of the sequences in one of the results."""
         known = set(self.states.values())
         if self.name.endswith("_like") or self.name.startswith(("new_", "empty")):
             return LOST if "empty" in self.name else NOBODY
@@ -89,7 +89,7 @@ class Op:
 
 
 def joined(states: list[State]) -> State:
-    """Of what is put together element by element: who knows, says."""
+    """The place in a result that is put together element by element: who knows, says."""
     places = {state for state in states if isinstance(state, Where)}
     if len(places) == 1:
         return places.pop()
@@ -99,7 +99,7 @@ def joined(states: list[State]) -> State:
 
 
 def aligned(x: Any, state: State, out: Tensor) -> State:
-    """A place in x as one in what x is broadcast to."""
+    """A place in x as one in the tensor that x is broadcast to."""
     if not isinstance(state, Where):
         return state
     dim = state.dim + out.dim() - x.dim()
@@ -112,7 +112,7 @@ def pointwise(op: Op, out: Tensor) -> State:
 
 
 def along(op: Op, out: Tensor) -> State:
-    """Along dimensions that are not the sequences'; the others stay as they are."""
+    """The place after an operation along dimensions that are not the sequences'."""
     x = op.args[0]
     state = op.state(x)
     if not isinstance(state, Where):
@@ -122,7 +122,7 @@ def along(op: Op, out: Tensor) -> State:
 
 
 def first(op: Op, out: Tensor) -> State:
-    """Of the first argument, whose first dimensions stay as they are."""
+    """The place in the first argument, whose first dimensions stay as they are."""
     x = op.args[0]
     state = op.state(x)
     if not isinstance(state, Where):
@@ -167,7 +167,7 @@ def product(op: Op, out: Tensor) -> State:
 
 
 def attention(op: Op, out: Tensor) -> State:
-    """Of queries, keys and values, (…, positions, size)."""
+    """The place in the result of queries, keys and values, (…, positions, size)."""
     own = [op.state(x) for x in op.args[:3] if isinstance(x, Tensor)]
     state = joined(own)
     if isinstance(state, Where) and state.dim >= out.dim() - 2 and out.dim() == op.args[0].dim():
@@ -246,7 +246,7 @@ def indexed(op: Op, out: Tensor) -> State:
 
 
 def put(op: Op, out: Tensor) -> State:
-    """What is written into x here and there: x stays as it is if that goes where it belongs."""
+    """The place in x after a write here and there: unchanged if that goes where it belongs."""
     state = op.state(op.args[0])
     written = [x for x in tensors_in(op.args[1:]) if op.state(x) is not NOBODY]
     place = LOST if not written or state is MIXED else written_to(op, state, written[-1], out)
@@ -256,7 +256,7 @@ def put(op: Op, out: Tensor) -> State:
 
 
 def written_to(op: Op, state: State, source: Tensor, out: Tensor) -> State:
-    """Where the sequences of what is written are in the result; LOST where nothing says so."""
+    """The place of the sequences of a written tensor in the result; LOST where nothing says so."""
     own, dim = op.state(source), op.argument("dim", 1)
     index = op.args[1] if isinstance(op.args[1], list | tuple) else {dim: op.argument("index", 2)}
     indices = dict(enumerate(index)) if not isinstance(index, dict) else index

@@ -19,7 +19,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def warn_of_nothing_learned(layers: Mapping[str, Any], stacklevel: int) -> None:
-    """One UserWarning each for layers of scale 0, and for those with a frozen factor of zeros."""
+    """Warn once each of layers of scale 0, and of those with a frozen factor of zeros."""
     trained = {name: layer for name, layer in layers.items() if layer.trained_factors}
     frozen = {
         name: [getattr(m, f) for f in ("down", "up") if f not in m.train_names]
@@ -31,7 +31,7 @@ def warn_of_nothing_learned(layers: Mapping[str, Any], stacklevel: int) -> None:
 
 
 def warn_of_scales(scales: Mapping[str, float], stacklevel: int, word: str = "alpha") -> None:
-    """One UserWarning that names the layers whose scale is 0."""
+    """Warn once, naming the layers whose scale is 0."""
     if zero := [name for name, scale in scales.items() if scale == 0]:
         warnings.warn(
             f"{word} is 0 in {named(zero)}: the scale is 0, so that nothing is ever learned there; "
@@ -41,7 +41,7 @@ def warn_of_scales(scales: Mapping[str, float], stacklevel: int, word: str = "al
 
 
 def warn_of_zeros(frozen: Mapping[str, Iterable[Tensor]], stacklevel: int) -> None:
-    """One UserWarning that names the layers with a frozen factor of zeros alone."""
+    """Warn once, naming the layers with a frozen factor of zeros alone."""
     if zero := [name for name, own in frozen.items() if not all(map(has_values, own))]:
         warnings.warn(
             f"the frozen factors of {named(zero)} are zero, for the weight that they are taken "
@@ -57,7 +57,7 @@ def has_values(factor: Tensor) -> bool:
 
 
 def warn_of_narrow(parameters: Iterable[tuple[str, Tensor]], stacklevel: int) -> None:
-    """One UserWarning that names the parameters, of these to be trained, that are in 16 bits."""
+    """Warn once, naming the parameters, of these to be trained, that are in 16 bits."""
     narrow = [(name, own.dtype) for name, own in parameters if own.dtype in NARROW]
     if not narrow:
         return
@@ -73,7 +73,7 @@ def warn_of_narrow(parameters: Iterable[tuple[str, Tensor]], stacklevel: int) ->
 
 
 def warn_of_broken(tensors: Mapping[str, Tensor], stacklevel: int) -> None:
-    """One UserWarning that names the modules whose tensors, to be saved, hold NaN or Inf."""
+    """Warn once, naming the modules whose tensors, to be saved, hold NaN or Inf."""
     there = (key for key, value in tensors.items() if value.is_floating_point())
     bad = [key.rpartition(".")[0] for key in there if not tensors[key].isfinite().all()]
     if bad := list(dict.fromkeys(bad)):

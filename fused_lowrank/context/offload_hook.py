@@ -69,7 +69,7 @@ class PartHook(AlignDevicesHook):
         return self._part
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """accelerate's, where hooks are put together anew."""
+        """Prepare the module, as accelerate does where hooks are put together anew."""
         super().init_hook(self._lent(module))
         module._parameters.update(self._part._parameters)
         return module

@@ -39,7 +39,7 @@ class Read(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What a method does with its module's attributes."""
+    """The uses that a method makes of its module's attributes."""
 
     reads: tuple[Read, ...] = ()
     names: frozenset[str] = frozenset()  # of those it mentions, methods among them
@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
 
 def readers(model: nn.Module) -> dict[int, str]:
-    """Of each linear layer whose weight the model's code reads, by its id, where that is."""
+    """The places where the model's code reads a linear layer's weight, by the layer's id."""
     found: dict[int, str] = {}
     # torch's own call their layers, or are known: see `never_called` and below.
     modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
@@ -68,8 +68,8 @@ def readers(model: nn.Module) -> dict[int, str]:
 
 
 def called_methods(modules: Sequence[nn.Module]) -> dict[type[nn.Module], set[str]]:
-    """Of each class, the methods that are called from outside: forward, and those that a method
-    in use names, of a submodule.
+    """The methods of each class called from outside: forward, and those that a method in use names,
+    of a submodule.
     """
     called: dict[type[nn.Module], set[str]] = {type(module): {"forward"} for module in modules}
     before = 0
@@ -120,7 +120,7 @@ def methods_from(module: nn.Module, called: Iterable[str]) -> Iterator[tuple[str
 
 @functools.cache
 def method_of(code: CodeType) -> Method:
-    """What a method's source says; nothing where there is no source."""
+    """The uses that a method's source shows; nothing where there is no source."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
     except (OSError, TypeError, SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""What a checkpoint has computed, by the checkpoint, for its recomputation to be the same.
+"""Notes for a checkpoint, by which its recomputation is the same as its forward.
 
 A checkpoint calls its function once more in the backward: in nobody's context, maybe on another
 thread, when a `with` around the forward may be over. So what a call has from its context is noted
@@ -50,9 +50,7 @@ OUTSIDE = Entered(-1, ())
 
 
 def note(key: Hashable, value: Any, entered: Entered = OUTSIDE) -> list[Any]:
-    """Note something for the checkpoints around the running call, but for those around the `with`
-    that it is from; these.
-    """
+    """Note something for the checkpoints around the running call, and return these."""
     outer = [checkpoint() for checkpoint in entered.around]
     found = [one for one in around() if not any(one is each for each in outer)]
     for checkpoint in found:
@@ -61,7 +59,7 @@ def note(key: Hashable, value: Any, entered: Entered = OUTSIDE) -> list[Any]:
 
 
 def noted(key: Hashable) -> Any:
-    """What was noted for the checkpoint that is computing again here, or None."""
+    """The value noted for the checkpoint that is computing again here, or None."""
     return NOTES.get(again(), {}).get(key)
 
 

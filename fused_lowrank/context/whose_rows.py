@@ -22,7 +22,7 @@ def spread(
     learned: Learned,
     x: Tensor | None,
 ) -> Spread | str:
-    """Which rows of a layer's x, (*lead, K), are whose; or why that is not known.
+    """The `Spread` of a layer's x, (*lead, K), or the reason why it is not known.
 
     Args:
         layer: its name.
@@ -68,7 +68,7 @@ def followed(
     learned: Learned,
     x: Tensor | None,
 ) -> Spread | None:
-    """What following has found of a layer's x, now or before; arguments as `spread`'s.
+    """The spread that following has found of a layer's x, now or before; arguments as `spread`'s.
 
     That it has found nothing there is remembered as well: later calls may not go by sizes.
     """
@@ -92,14 +92,14 @@ def followed(
 
 
 def nowhere(state: State, lead: Sequence[int]) -> str:
-    """Why a layer's rows are of no one sequence, where that is known."""
+    """The reason why a layer's rows are of no one sequence, where that is known."""
     if state == MIXED or (isinstance(state, Where) and state.dim == len(lead)):
         return f"it {MIXED.why}"
     return f"it {NOBODY.why}" if state == NOBODY and len(lead) < 2 else ""
 
 
 def by_state(state: Where, lead: Sequence[int], lines: int, n: int) -> Spread:
-    """By where the sequences were found."""
+    """The spread by the place at which following found the sequences."""
     repeat = state.inner * math.prod(lead[state.dim + 1 :]) * (n // lines)
     return Spread(math.prod(lead) // (lines * repeat), repeat)
 
@@ -141,7 +141,7 @@ def learn(
 
 
 def by_layout(layout: Layout | str, lead: Sequence[int], lines: int, n: int) -> Spread | str:
-    """By where the sequences were before."""
+    """The spread by the dimension in which the sequences were before."""
     if isinstance(layout, str):
         return layout
     if layout is VARIES:
@@ -155,7 +155,7 @@ def by_layout(layout: Layout | str, lead: Sequence[int], lines: int, n: int) -> 
 
 
 def by_size(lead: Sequence[int], lines: int, n: int, axis: int) -> Spread | str:
-    """By sizes alone, where nothing else can be known: no other dimension may be as many."""
+    """The spread by sizes alone, where all else is unknown: no other dimension may be as many."""
     if len(lead) <= axis or lead[axis] != n or any(size != 1 for size in lead[:axis]):
         return f"dimension {axis} of x is not {n}"
     if n in lead[axis + 1 :]:

@@ -143,7 +143,7 @@ def require_whole(name: str, layer: LowRankLinear) -> None:
 
 
 def own_copy(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU, sharing memory with nothing."""
+    """A copy of all of a tensor, on the CPU, sharing memory with nothing."""
     return whole(tensor.detach()).cpu().contiguous().clone()
 
 

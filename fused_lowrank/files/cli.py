@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(what: str, message: object) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     words = " ".join(str(message).split())
     words = words.replace("on_other_base='warn'", "--on-other-base warn")  # as it is called here
     print(f"fused-lowrank: {what}: {words}", file=sys.stderr)

@@ -55,7 +55,7 @@ def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> b
 
 
 def differing(ours: Tensor, theirs: Tensor, p: int, q: int) -> list[str]:
-    """Which of "weight", "down" and "up" two fingerprints of the same P and Q differ in."""
+    """The ones of "weight", "down", "up" in which two fingerprints of the same P and Q differ."""
     (down, up, weight), (their_down, their_up, their_weight) = (
         one.split([p, q, 1 + WEIGHT_PROBES]) for one in (ours, theirs)
     )

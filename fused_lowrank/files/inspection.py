@@ -1,4 +1,4 @@
-"""What a file or folder with adapters is, and what there is to say about it."""
+"""Descriptions of files and folders with adapters: their kind, and the rows to print of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = list[tuple[str, str]]
 
 
 def kind_of(path: Path) -> str:
-    """One of KINDS; ValueError for whatever else."""
+    """The one of KINDS that a path is; ValueError for anything else."""
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
     file = peft_folder.file_of(path)
@@ -69,7 +69,7 @@ def describe(path: Path) -> Rows:
 
 
 def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
-    """What is said of one adapter."""
+    """The rows to print of one adapter."""
     entries = config["layers"]
     trained: dict[str, None] = {}
     frozen: dict[str, None] = {}
@@ -93,7 +93,7 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
 
 
 def of_layers(entries: dict[str, Any]) -> Rows:
-    """What the settings of the layers say."""
+    """The rows to print of the layers' settings."""
     settings = [entry["settings"] for entry in entries.values()]
     rows = [
         ("method", listed(entry["method"] for entry in entries.values())),
@@ -105,7 +105,7 @@ def of_layers(entries: dict[str, Any]) -> Rows:
 
 
 def of_bank(path: Path) -> Rows:
-    """What is said of a bank, of whose adapters none is read."""
+    """The rows to print of a bank, of whose adapters none is read."""
     config, names = bank_file.contents(path)
     with safe_open(path, "pt") as file:
         keys = [key for key in file.keys() if key.endswith((".core", ".left"))]  # noqa: SIM118
@@ -133,6 +133,6 @@ def listed(values: Iterable[object]) -> str:
 
 
 def shown(names: list[str]) -> str:
-    """How many, and the first of them."""
+    """The number of names, and the first of them."""
     more = ", …" if len(names) > SHOWN else ""
     return f"{len(names):,}: {', '.join(name[:80] for name in names[:SHOWN])}{more}"

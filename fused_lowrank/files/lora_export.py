@@ -49,7 +49,7 @@ from .peft_folder import CONFIG, PREFIX, WEIGHTS
 
 @dataclass
 class Part:
-    """What an adapter adds to one layer: alpha / r · up·coreᵀ·down."""
+    """The term that an adapter adds to one layer: alpha / r · up·coreᵀ·down."""
 
     down: Tensor
     core: Core
@@ -364,7 +364,7 @@ def number(value: Fraction) -> int | float:
 
 
 def base_name(model: nn.Module | None) -> str | None:
-    """Where the base model came from, as transformers knows it."""
+    """The origin of the base model, as transformers knows it."""
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 

@@ -77,7 +77,7 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
 
 
 def config_of(file: Path) -> dict[str, Any]:
-    """What adapter_config.json beside a file says."""
+    """The contents of adapter_config.json beside a file."""
     place = file.parent / CONFIG
     if not place.is_file():
         raise ValueError(
@@ -107,7 +107,7 @@ def refuse(config: dict[str, Any], names: Iterable[str], path: Any) -> None:
 
 @contextmanager
 def reading(path: Any) -> Iterator[None]:
-    """Within it, whatever a config of other types than PEFT's leads to is a ValueError."""
+    """A context within which any error of a config of other types than PEFT's is a ValueError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
@@ -128,7 +128,7 @@ def scaling(config: dict[str, Any], name: str, path: Any) -> tuple[int, float]:
 
 
 def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """What a rank_pattern or an alpha_pattern says of a layer; the first that matches counts."""
+    """The value that a rank_pattern or alpha_pattern has for a layer; the first match counts."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -136,7 +136,7 @@ def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
 
 
 def heads_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """What the names of modules trained whole end with."""
+    """The ends of the names of modules trained whole."""
     heads = config.get("modules_to_save") or HEADS
     if not isinstance(heads, list | set | tuple) or not all(isinstance(h, str) for h in heads):
         raise ValueError(f"modules_to_save is {heads!r} in {CONFIG}: it must be a list of names")
@@ -199,7 +199,7 @@ def is_model(model: Any) -> bool:
 
 
 def of_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `read` would return of the folder that a model of PEFT's would save: its active adapter.
+    """The result of `read` for the folder that a model of PEFT's would save: its active adapter.
 
     Raises ValueError where several are active.
     """

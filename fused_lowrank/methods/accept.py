@@ -1,4 +1,4 @@
-"""Which linear layers can be adapted, and what an adapted one takes over from them.
+"""The linear layers that can be adapted, and the parts that an adapted one takes over from them.
 
 Both ways into the library ask here: `adapt` and the layers, and the methods in PEFT.
 """
@@ -66,7 +66,7 @@ def special_tensor(weight: Any) -> str | None:
 
 
 def why_no_weight(weight: Any) -> str | None:
-    """Why a tensor cannot be the weight of an adapted layer, as an end of "it has", or None."""
+    """The reason why a tensor cannot be an adapted layer's weight, to end "it has", or None."""
     if kind := special_tensor(weight):
         return (
             f"a weight that is a {kind}: quantised and other special tensors are not supported; "
@@ -154,7 +154,7 @@ def values(shape: tuple[int, ...]) -> Tensor:
 
 
 def why_not_plain(linear: nn.Linear) -> str | None:
-    """Why a layer is not the x·Wᵀ + bias that an adapted layer computes in its place, or None."""
+    """The reason why a layer is not the x·Wᵀ + bias that an adapted one computes, or None."""
     kind = type(linear).__name__
     if is_parametrized(linear):
         return "is parametrised (or pruned, or weight-normed): remove that first"
@@ -173,7 +173,7 @@ def why_not_plain(linear: nn.Linear) -> str | None:
 
 
 def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
-    """Why a module that is not adapted yet cannot be, or None if it can."""
+    """The reason why a module that is not adapted yet cannot be, or None if it can."""
     kind = type(module).__name__
     if kind == "Conv1D":
         return (
@@ -197,7 +197,7 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
 
 
 def why_not_carried(linear: nn.Linear) -> str | None:
-    """Why a replaced forward cannot be that of an adapted layer as well, or None."""
+    """The reason why a replaced forward cannot be that of an adapted layer as well, or None."""
     hook = vars(linear).get("_hf_hook")
     if hook is None:
         return (
@@ -217,7 +217,7 @@ def why_not_carried(linear: nn.Linear) -> str | None:
 
 
 def extras(linear: nn.Linear) -> dict[str, list[str]]:
-    """What a layer has beside what every nn.Linear has: attributes, and what it holds, by kind."""
+    """The attributes of a layer that not every nn.Linear has, and what it holds, by kind."""
     usual = vars(nn.Module()).keys() | OWN | FORWARD
     found = {"": [name for name in vars(linear) if name not in usual]}
     for kind in HELD:
@@ -226,7 +226,7 @@ def extras(linear: nn.Linear) -> dict[str, list[str]]:
 
 
 def clashes(linear: nn.Linear, layer: nn.Module) -> str | None:
-    """Why something of a linear layer cannot be taken over by this adapted one, or None."""
+    """The reason why something of a linear layer cannot go to this adapted one, or None."""
     names = [name for kind in extras(linear).values() for name in kind if hasattr(layer, name)]
     if names:
         return (

@@ -1,4 +1,4 @@
-"""The keywords of layers: which a method has, what others call them, and what ranks are."""
+"""The keywords of layers: those that a method has, the names others give them, and the ranks."""
 
 from __future__ import annotations
 

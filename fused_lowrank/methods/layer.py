@@ -1,4 +1,4 @@
-"""What all adapted linear layers share."""
+"""The class that all adapted linear layers share."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ class LowRankLinear(MergingLinear):
             return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the layer is in no bank."""
+        """The state for a copy of the layer, which is in no bank."""
         state = super().__getstate__()
         if self.in_bank:
             del state["computed_by"]
@@ -327,7 +327,7 @@ class LowRankLinear(MergingLinear):
         return super()._apply(fn, recurse)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As PyTorch's; a bank that the layer is in looks at its factors again."""
+        """Register a Parameter; a bank that the layer is in looks at its factors again."""
         super().register_parameter(name, param)
         if self.computed_by is not None:
             self.computed_by.look_again()
@@ -359,7 +359,7 @@ class LowRankLinear(MergingLinear):
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:
-    """Why a module cannot be adapted, or None if it can."""
+    """The reason why a module cannot be adapted, or None if it can."""
     if isinstance(module, LowRankLinear):
         return f"is a {type(module).__name__}: it is adapted already; unload it first"
     return why_not_linear(module, defer_bases)

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 class LoraLinear(LowRankLinear):
-    """LoRA in plain PyTorch.
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) in plain PyTorch.
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
     is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
+    `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
+    the weight's.
     `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
-    Raises ValueError for r outside 1 … min(in, out), and for a `train` that could never learn.
+    Raises ValueError for r outside 1 … min(in, out), an alpha that is not finite, a dropout outside
+    [0, 1), an unknown impl, and a `train` that could never learn or names what is not there.
     """
 
     method = "lora"
@@ -63,6 +67,9 @@ class LoraLinear(LowRankLinear):
 
 
 class FusedLoraLinear(LoraLinear):
-    """`LoraLinear` through the fused kernels: same constructor, parameters and state_dict."""
+    """`LoraLinear` through the fused kernels: same constructor, parameters and state_dict.
+
+    A call has the shapes, dtypes and errors of `lowrank_linear`.
+    """
 
     impl = "auto"

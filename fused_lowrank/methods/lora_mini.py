@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 
 class LoraMiniLinear(LowRankLinear):
-    """LoRA-Mini in plain PyTorch.
+    """LoRA-Mini (Singh et al. 2024, arXiv 2411.15804) in plain PyTorch.
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (a, in), which
     is Aauxᵀ, a_train (a, r), b_train (r, b) and up (out, b), which is Bauxᵀ. All four start
     Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
     init="identity" sets b_train to zero, so that training starts from the base model.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
+    `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
+    the weight's.
     `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for a outside 1 … in, b outside 1 … out, r outside 1 … min(a, b), an unknown
-    init, and a `train` that could never learn.
+    init or impl, an alpha that is not finite, a dropout outside [0, 1), and a `train` that could
+    never learn or names what is not there.
     """
 
     method = "lora_mini"
@@ -106,6 +110,9 @@ class LoraMiniLinear(LowRankLinear):
 
 
 class FusedLoraMiniLinear(LoraMiniLinear):
-    """`LoraMiniLinear` through the fused kernels: same constructor, parameters and state_dict."""
+    """`LoraMiniLinear` through the fused kernels: same constructor, parameters and state_dict.
+
+    A call has the shapes, dtypes and errors of `lowrank_linear`.
+    """
 
     impl = "auto"

@@ -173,7 +173,7 @@ def lost_to_rounding(delta: Tensor, before: Tensor, after: Tensor) -> float:
 
 
 def why_not_finite(delta: Tensor, before: Tensor, after: Tensor) -> str | None:
-    """Why a sum `after` = `before` + ΔW holds NaN or Inf where `before` does not, or None."""
+    """The reason why a sum `after` = `before` + ΔW is not finite where `before` is, or None."""
     if is_finite(after):
         return None
     if not is_finite(delta):

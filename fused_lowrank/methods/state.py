@@ -1,4 +1,4 @@
-"""What a layer's state_dict means: whether its weight is W or, of a merged layer, W + ΔW."""
+"""The meaning of a layer's state_dict: its weight is W or, of a merged layer, W + ΔW."""
 
 from __future__ import annotations
 

@@ -225,8 +225,10 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
 
     For models built on the meta device: build, `adapt(..., defer_bases=True)` if it is not built of
     adapted layers, `to_empty`, load the weights, then this. Layers that are initialised are left as
-    they are. Raises ValueError if a weight is still on the meta device, or if LoRA-XS is to take
-    its factors from one with NaN or Inf.
+    they are. Returns the model.
+
+    Raises ValueError if there are no adapted layers, if a weight is still on the meta device, or if
+    LoRA-XS is to take its factors from one with NaN or Inf.
     """
     pending = {name: m for name, m in require_adapted(model).items() if m.bases_pending}
     for name, layer in pending.items():
@@ -258,9 +260,11 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
     With merge=True their weights are W + ΔW instead, modules trained whole keep what they have
     learned, and the config of a transformers model says so if its embeddings are tied no more. What
-    is frozen stays frozen. Raises ValueError where a bank of the layers is open, and where the
-    inside of a module trained whole was replaced by something of another size, and what it was is
-    not known; the model is then as it was.
+    is frozen stays frozen. Returns the model.
+
+    Raises ValueError where there are no adapted layers, where a bank of the layers is open, and
+    where the inside of a module trained whole was replaced by something of another size, and what
+    it was is not known; with merge=True as `merge` does. The model is then as it was.
     """
     layers = require_adapted(model)
     for layer in layers.values():
@@ -290,6 +294,8 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
 def merge(model: nn.Module) -> nn.Module:
     """Make every adapted layer's weight W + ΔW, in new storage; `unmerge` undoes it.
+
+    Returns the model.
 
     One UserWarning says how much of ΔW was lost to rounding, where the weights are below float32,
     and another which weights were tied to others: those others keep W.
@@ -357,7 +363,10 @@ def merged_whole(layers: dict[str, LowRankLinear]) -> dict[str, float]:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put back every weight as it was before `merge`, bit for bit."""
+    """Put back every weight as it was before `merge`, bit for bit; return the model.
+
+    A layer that is not merged is left as it is. Raises ValueError if there are no adapted layers.
+    """
     for layer in require_adapted(model).values():
         layer.unmerge()
     return model
@@ -365,7 +374,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the model is the one it was before `adapt`: the reference model of DPO, say.
+    """A context in which the model is as before `adapt`: the reference model of DPO, say.
 
     That holds for calls of the same thread or asyncio task. Modules that are trained whole, and
     graphs of torch.compile outside a bank, are disabled for all of the process. Of a vocabulary
@@ -383,7 +392,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def describe(model: nn.Module) -> str:
-    """What is trained, of how much, and with which learning rate to start."""
+    """The parameters that are trained, of how many, and a learning rate to start from."""
     layers = require_adapted(model)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

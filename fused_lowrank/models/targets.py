@@ -1,4 +1,4 @@
-"""Which modules of a model `adapt` replaces, and which it leaves alone."""
+"""The modules of a model that `adapt` replaces, and those that it leaves alone."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def turned(modules: dict[str, nn.Module]) -> str:
-    """What to say of transformers' Conv1D layers, if there are any."""
+    """A message about transformers' Conv1D layers, if there are any."""
     names = {n.rpartition(".")[2] for n, m in modules.items() if type(m).__name__ == "Conv1D"}
     if not names:
         return ""
@@ -285,7 +285,7 @@ def is_router(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def sizes(experts: nn.Module) -> set[int]:
-    """How many experts a module may hold: its length, or that of its Parameters of experts."""
+    """The numbers of experts a module may hold: its length, or that of its own Parameters."""
     count = {len(experts)} if isinstance(experts, nn.ModuleList | nn.ModuleDict) else set()
     return count | {p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3}
 
@@ -298,7 +298,7 @@ def holder_of(name: str) -> str:
 def never_called(
     modules: Mapping[str, nn.Module], name: str, read: Mapping[int, str]
 ) -> str | None:
-    """Why a replacement of this module would never be called, or not always, or None.
+    """The reason why a replacement of this module would never be called, or not always, or None.
 
     `read` is what `readers` found in the model.
     """

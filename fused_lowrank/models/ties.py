@@ -42,7 +42,7 @@ def present(holder: nn.Module, part: str) -> Any:
 
 
 def memory(tensor: Tensor) -> Any:
-    """What two tensors have in common if and only if they are one: their place in memory."""
+    """A key that two tensors have in common if and only if they are one: their place in memory."""
     with suppress(RuntimeError, NotImplementedError):  # of subclasses
         if tensor.data_ptr():
             return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -61,7 +61,7 @@ def trained_names(saved: Mapping[str, nn.Module], layers: Mapping[str, LowRankLi
 
 
 def ties_of(model: nn.Module, names: Iterable[str]) -> Ties:
-    """Which tensors are tied to those of these names, or these to each other."""
+    """The tensors that are tied to those of these names, or these to each other."""
     there, first = tensors_by_name(model), dict[Any, str]()
     known = [name for name in names if name in there]
     for name in known:
@@ -106,7 +106,7 @@ def refuse_views(
 
 @dataclass
 class Changes:
-    """What is to be done to the ties of a model for it to hold what a file holds."""
+    """The changes to the ties of a model by which it can hold what a file holds."""
 
     apart: list[list[str]] = field(default_factory=list)  # names that are to share a new Parameter
     together: Ties = field(default_factory=dict)
@@ -123,7 +123,7 @@ class Changes:
 def changes_for(
     model: nn.Module, tied: Ties | None, tensors: Mapping[str, Tensor], path: Any
 ) -> Changes:
-    """How the ties of the model differ from those of a file, where that makes a difference.
+    """The changes by which a model's ties become those of a file, where that makes a difference.
 
     Raises ValueError if the model has not the tensors that were tied.
     """

@@ -35,7 +35,7 @@ class Kept:
 
 @dataclass
 class Base:
-    """What has to be put back for the model to be what it was."""
+    """The values and modules to put back for the model to be what it was."""
 
     values: dict[Tensor, Tensor] = field(default_factory=dict)  # tensor → its value as it was
     places: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # dict, key, value
@@ -158,7 +158,7 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def forgotten(model: nn.Module) -> list[str]:
-    """What is trained inside an adapted model and of no layer or module that is saved.
+    """The Parameters trained inside an adapted model, but of no layer or module that is saved.
 
     What stands around it is not, nor a model that was built of adapted layers: they are trained as
     their owner likes.
@@ -176,7 +176,7 @@ def forgotten(model: nn.Module) -> list[str]:
 
 
 def warn_of_forgotten(model: nn.Module, stacklevel: int) -> None:
-    """One warning of what is trained and would not be saved."""
+    """Warn once of Parameters that are trained and would not be saved."""
     warn_of_names(forgotten(model), stacklevel + 1)
 
 
@@ -196,7 +196,7 @@ def warn_of_names(names: list[str], stacklevel: int) -> None:
 
 
 def base_of(model: nn.Module) -> Base:
-    """What the modules trained whole were, whatever stands in their places now."""
+    """The base of the modules trained whole, whatever stands in their places now."""
     base, known = Base(), list(places(model))
     rows = vocabularies(model) if known else set()
     for name, parent, child, kept in known:
@@ -227,7 +227,7 @@ def base_of(model: nn.Module) -> Base:
 
 
 def vocabularies(model: nn.Module) -> set[int]:
-    """How many tokens the model knows: the sizes that resizing its vocabulary gave to tensors."""
+    """The numbers of tokens that the model knows: sizes that resizing gave to tensors."""
     tables = list(saved_modules(model).values())
     for module in model.modules():
         with suppress(AttributeError, NotImplementedError):
@@ -255,7 +255,7 @@ def fitted(value: Tensor, present: Any, rows: set[int], otherwise: Any = None) -
 
 @contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within it the modules trained whole, and whatever is tied to them, are what they were.
+    """A context in which the modules trained whole, and their tied tensors, are as they were.
 
     So a state_dict would not hold what they have learned; taking one is an error.
     """

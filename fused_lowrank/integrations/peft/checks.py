@@ -127,8 +127,8 @@ def check_merge(
 
 
 def warn_of_loss(layers: Any) -> None:
-    """One UserWarning for all layers, of the one that lost most of its ΔW to rounding; or of those
-    whose merged weights are not finite.
+    """Warn once for all layers, of the one that lost most of its ΔW to rounding; or of those whose
+    merged weights are not finite.
     """
     found = list(layers_of(layers) if isinstance(layers, nn.Module) else layers)
     if broken := [layer.key for layer in found if layer.lost == math.inf]:

@@ -30,7 +30,7 @@ NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused
 
 @dataclass
 class LowRankConfig(PeftConfig):
-    """What the configurations of both methods share.
+    """The settings that the configurations of both methods share.
 
     Args:
         r: rank of what is trained. A rank above a layer's smaller side is taken down to it, with

@@ -1,4 +1,4 @@
-"""What an adapter's file holds besides the trained factors, and what is checked on loading it.
+"""The contents of an adapter's file besides the trained factors, and the checks on loading it.
 
 <module>.basis_down, basis_up    the frozen factors, as far as the adapter uses them
 <module>.basis_fingerprint       of these and of the weight (`fingerprint.fingerprint`)
@@ -58,7 +58,7 @@ def require_whole(key: str, tensors: dict[str, Tensor], layer: PeftLowRankLinear
 def own_tensors(
     model: nn.Module, adapter: str, state: dict[str, Tensor], bias: str
 ) -> dict[str, Tensor]:
-    """Those of a state_dict that are an adapter's: trained and frozen factors, trained biases."""
+    """The tensors of a state_dict that are an adapter's: trained and frozen factors, biases."""
     found = {}
     for name, layer in named_layers(model, adapter):
         own = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
@@ -69,7 +69,7 @@ def own_tensors(
 
 
 def dropped(model: nn.Module, tensors: dict[str, Tensor], others: list[str]) -> dict[str, Tensor]:
-    """What PEFT has left out of a state_dict, as of other adapters, for a part of its name alone.
+    """The tensors that PEFT left out of a state_dict as others', by a part of the name alone.
 
     A module may be called as an adapter is: `x.q_proj.basis_down` is not of the adapter "q_proj".
     """
@@ -144,7 +144,7 @@ def to_save(
 
 
 def warn_of_forgotten(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """One warning of what is trained and neither among the tensors of a file nor of an adapter."""
+    """Warn once of trained Parameters among neither the tensors of a file nor an adapter's."""
     known = set()
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -164,7 +164,7 @@ def warn_of_forgotten(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def still_pending(layers: Iterable[PeftLowRankLinear]) -> Iterator[None]:
-    """Within it a state_dict makes no frozen factors that are to be made later."""
+    """A context within which a state_dict makes no frozen factors that are to be made later."""
     seeds = [(layer, layer.pending_seed) for layer in layers]
     try:
         for layer, _ in seeds:

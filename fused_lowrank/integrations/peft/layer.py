@@ -194,7 +194,7 @@ class PeftLowRankLinear(Switched, SharedLayer):
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """PyTorch's; the layer alone while it is `closed`."""
+        """The modules, as PyTorch's gives them; the layer alone while it is `closed`."""
         inside = super().named_modules(memo, prefix, remove_duplicate)
         return itertools.islice(inside, 1) if self.closed else inside
 
@@ -303,7 +303,7 @@ class PeftLowRankLinear(Switched, SharedLayer):
         return [parameters[adapter] for adapter in adapters]  # type: ignore[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own table."""
+        """The state for a copy, which makes its own table."""
         return {**super().__getstate__(), "_kept": None}
 
     # --- merging ---
@@ -319,7 +319,7 @@ class PeftLowRankLinear(Switched, SharedLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def __repr__(self) -> str:
-        """As PEFT's layers show themselves, with the prefix of the method."""
+        """The layer as PEFT's layers show themselves, with the prefix of the method."""
         return f"{self.prefix}{super().__repr__()}"
 
 
@@ -336,5 +336,5 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def own(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    """What a rank_pattern or an alpha_pattern says of a module."""
+    """The value that a rank_pattern or an alpha_pattern has for a module."""
     return pattern.get(get_pattern_key(list(pattern), key), default)

@@ -89,7 +89,7 @@ class FusedLinear(Switched, Linear):
         return super().forward(x, *args, **kwargs)
 
     def again(self, x: Tensor, off: bool, names: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """What a checkpoint computes again: disabled or not, and with the names, as it was."""
+        """The forward that a checkpoint computes again: disabled or not, with names, as it was."""
         before, kwargs = self._disable_adapters, {**kwargs, "adapter_names": names}
         if names is None:
             del kwargs["adapter_names"]
@@ -189,7 +189,7 @@ def parts(layer: Linear, adapter: str) -> tuple[Any, Any, Any, Any]:
 
 
 def why_not_fused(layer: Linear, adapter: str) -> str | None:
-    """Why PEFT's own forward computes a layer with this adapter, or None."""
+    """The reason why PEFT's own forward computes a layer with this adapter, or None."""
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"whose adapter {adapter!r} is no plain LoRA ({variant})"
@@ -302,7 +302,7 @@ def unfuse_lora(model: Model) -> Model:
 
 
 def reasons(layer: Any) -> list[str]:
-    """Why calls of a layer are left to PEFT."""
+    """The reasons why calls of a layer are left to PEFT."""
     if type(layer) not in (Linear, FusedLinear):
         return [f"of another kind ({type(layer).__name__})"]
     if is_replaced(layer) and "_old_forward" not in vars(layer):

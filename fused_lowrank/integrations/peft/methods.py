@@ -1,4 +1,4 @@
-"""The two methods: which factors are trained, how they start, where the frozen ones come from."""
+"""The layers of the two methods: trained factors, their start, and the frozen ones' source."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PeftLoraXSLinear(PeftLowRankLinear):
             raise ValueError(f"{self.key}: {error}") from None
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Those there are, and the leading triples of what they leave of the weight."""
+        """The bases there are, and the leading triples of what they leave of the weight."""
         down, up = self.basis_down, self.basis_up
         basis, _ = torch.linalg.qr(up.to(wide(up.dtype)))
         weight = self.unmerged_weight.to(basis.dtype)
@@ -84,7 +84,7 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
             b_train.zero_()
 
     def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
-        """Theirs side by side; where that is wider than the sum of their products, this."""
+        """The adapters' factors side by side; this where that is wider than their products' sum."""
         p, q = self.common_sides([name for name, _ in shares])
         left, right = [], []
         for name, weight in shares:
@@ -102,7 +102,7 @@ class PeftLoraMiniLinear(PeftLowRankLinear):
         return seeded_bases(p, self.in_features, self.out_features, q, self.key, seed)
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Those there are, and more of the same size."""
+        """The bases there are, and more of the same size."""
         new = []
         sides = p, self.in_features, self.out_features, q
         there = self.basis_down, self.basis_up

@@ -49,7 +49,7 @@ class Lines(list[str]):
         return None if self.model is None else call_of(self.model)
 
     def spread(self, module: nn.Module, layer: str, x: Tensor) -> Spread | Owners:
-        """Which rows of a layer's x are whose; raises ValueError where that is not known."""
+        """The spread of a layer's x; raises ValueError where it is not known whose its rows are."""
         lead, lines = x.shape[:-1], len(self)
         compiling = torch.compiler.is_compiling()
         said = None if compiling or SAID.get() is None else said_of(module, layer, x)
@@ -154,7 +154,7 @@ def refuse_under_way(model: Any, what: str, adapter: str | None = None) -> None:
 
 @torch.compiler.disable(reason=REASON)
 def uncompiled(call: Callable[..., Any], *args: Any) -> Any:
-    """The same, as it is written: what is said of a call's rows is not to become a graph's."""
+    """Make a call as it is written: what is said of a call's rows is not to become a graph's."""
     return call(*args)
 
 
@@ -166,7 +166,7 @@ class Hooks:
 
     @contextmanager
     def entered(self, roots: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Within it calls of `roots` are the model's, and `layers` get their names."""
+        """A context within which calls of `roots` are the model's, and `layers` get their names."""
         token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.lines})
         UNDER_WAY[id(self.lines)] = self.lines
         handles: list[Any] = []
@@ -189,17 +189,17 @@ class Hooks:
         return (ACTIVE.get() or {}).get(self.model) is self.lines
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a model's call."""
+        """Note that a model's call begins."""
         if not torch.compiler.is_compiling() and self.here and len(self.lines) > 1:
             begin(self.model, len(self.lines), module, args, kwargs, self.lines.learned)
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:
-        """After it."""
+        """Note that a model's call is over."""
         if not torch.compiler.is_compiling() and self.here:
             end(self.model, module, result)
 
     def give(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before a layer's call: the adapter of each sequence."""
+        """Give a layer's call the adapter of each sequence."""
         if not torch.compiler.is_compiling() and not self.here:
             return None  # another thread's hook
         if not self.lines and args and len(args[0]) == 0:
@@ -214,7 +214,7 @@ class Hooks:
         return args, {**kwargs, "adapter_names": names}
 
     def each(self, module: nn.Module, x: Tensor) -> list[str]:
-        """The name of each of x's first dimension."""
+        """The name for each index of x's first dimension."""
         if may_recompute() and any(True for _ in around()):
             raise RuntimeError(LOST.format(f"a {type(module).__name__}"))
         place = self.lines.spread(module, f"{type(module).__name__} {id(module):x}", x)
@@ -232,7 +232,7 @@ class Hooks:
 
 @contextmanager
 def hooked(tuner: Any, names: Any, there: set[str], kind: type[nn.Module]) -> Iterator[None]:
-    """Within it calls of a tuner's model, in this context, are with adapter_names.
+    """A context within which calls of a tuner's model are with adapter_names.
 
     Args:
         tuner: with `model`, and the `learned` of it.

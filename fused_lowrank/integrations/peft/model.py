@@ -89,7 +89,7 @@ class LowRankModel(BaseTuner):
     def _all_linear(
         self, peft_config: LowRankConfig, model: nn.Module, modules: dict[str, nn.Module]
     ) -> set[str] | str:
-        """What PEFT means by "all-linear", less what has no use for an adapter."""
+        """The layers that PEFT means by "all-linear", less those without a use for an adapter."""
         config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         linears = [
             name
@@ -141,7 +141,7 @@ class LowRankModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's, and one warning for all layers in which a rank did not fit.
+        """Inject an adapter as PEFT does, with one warning for all layers whose rank did not fit.
 
         What is trained of other adapters stays trained. If anything is raised, the model is as it
         was; a name that an adapter cannot have is a ValueError.
@@ -214,7 +214,7 @@ class LowRankModel(BaseTuner):
             layer.closed = True
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's; ValueError for a name that is not there, before anything is changed."""
+        """Activate adapters, as PEFT's; ValueError before any change for a name not there."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ValueError(
@@ -232,7 +232,7 @@ class LowRankModel(BaseTuner):
             self.biases.disable(self.model)
 
     def disable_adapter_layers(self) -> None:
-        """PEFT's, with the base model's biases; its warning that they are not is for others."""
+        """Disable the adapters, as PEFT's, with the base's biases; silence its warning of them."""
         self.take_back()
         with warnings.catch_warnings():
             if self.biases.are_known(self.model):
@@ -298,7 +298,7 @@ class LowRankModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """PEFT's, of our factors alone: the name may be a module's or a parameter's as well."""
+        """The key as PEFT gives it, for our factors alone: the name may be a module's as well."""
         rest, _, last = key.rpartition(".")
         factor = rest.rpartition(".")[2]
         ours = factor in cls.tuner_layer_cls.adapter_layer_names
@@ -350,7 +350,7 @@ class LowRankModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """PEFT's; one warning says how much of ΔW was lost to rounding, below float32.
+        """Merge adapters; one warning says how much of ΔW was lost to rounding, below float32.
 
         Another says if merged weights are not finite; with `safe_merge` that is a ValueError, and
         the model as it was. Raises RuntimeError under fully_shard, which would put back the weights
@@ -362,7 +362,7 @@ class LowRankModel(BaseTuner):
         warn_of_loss(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; raises RuntimeError while a mixed batch with the adapter is under way."""
+        """Delete an adapter, as PEFT's; RuntimeError while a mixed batch with it is under way."""
         refuse_under_way(self, f"delete {adapter_name}", adapter_name)
         super().delete_adapter(adapter_name)
 

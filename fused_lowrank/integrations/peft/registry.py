@@ -1,4 +1,4 @@
-"""What PEFT must have for LoRA-XS and LoRA-Mini to be its methods, and their names in PeftType."""
+"""The parts of PEFT that the two methods need, and their names in PeftType."""
 
 from __future__ import annotations
 

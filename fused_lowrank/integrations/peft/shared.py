@@ -68,7 +68,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The same, beginning with those that are there."""
+        """The bases for larger sides, beginning with those that are there."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
             self.checked = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """PyTorch's; ValueError for a frozen factor that is not that of adapters there before."""
+        """Register a Parameter; ValueError for a frozen factor unlike that of adapters there."""
         if name in self.base_names and param is not None and not self.checked:
             check_shared(self, name, param, list(self.scaling)[:-1])  # the last is being loaded
         super().register_parameter(name, param)

@@ -1,4 +1,4 @@
-"""What a state_dict means for a layer: whose its frozen factors are, and whether W is W + ΔW."""
+"""The meaning of a state_dict for a layer: whose its frozen factors are, and W or W + ΔW."""
 
 from __future__ import annotations
 
