@@ -63,7 +63,8 @@ def note(key: Hashable, value: Any, entered: Entered = OUTSIDE) -> list[Any]:
 
 def noted(key: Hashable) -> Any:
     """What was noted for the checkpoint that is computing again here, or None."""
-    return NOTES.get(again(), {}).get(key)
+    found = again()
+    return None if found is None else NOTES.get(found, {}).get(key)
 
 
 def stack() -> Iterator[tuple[str, FrameType]]:
