@@ -167,3 +167,27 @@ def test_disabled_within_disabled_of_peft(method: str) -> None:
         y.backward()
         found.append(own.grad)
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_compiled_layer_that_is_disabled(method: str, fullgraph: bool) -> None:
+    """Its graph is whole, and notes it for checkpoints around it."""
+    layer = tuned(method).get_base_model().first
+    torch._dynamo.reset()
+    graph: Call = torch.compile(layer, backend="aot_eager", fullgraph=fullgraph)
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+
+    def grad(call: Call, within: Callable[[Call, Tensor], Tensor]) -> Any:
+        own = x.clone().requires_grad_()
+        layer.enable_adapters(False)
+        y = within(call, own).square().sum()
+        layer.enable_adapters(True)
+        y.backward()
+        return own.grad
+
+    kinds = [lambda call, x: call(x)]
+    kinds += [] if fullgraph else [*CHECKPOINTS.values()]
+    expected = grad(layer, kinds[0])
+    for within in (*kinds, *kinds):
+        torch.testing.assert_close(grad(graph, within), expected)

@@ -28,7 +28,7 @@ from ..functional import compute, draw_seed, prepared
 from ..methods.computer import Computer
 from ..methods.layer import LowRankLinear
 from .compiled import STORES, Ticket, banked, route
-from .recompute import current, remember_storage
+from .recompute import current, note_for, remember_storage
 from .store import AdapterStore
 
 
@@ -84,6 +84,7 @@ class BankedLayer(Computer):
         if wants_grad or layer.training or may_recompute():
             remember_storage(x)
         assignment = current(self.key)
+        note_for(self.key, assignment)
         isolated = isolation.is_needed(x, self.sizes) and layer.impl != "triton"
         core: AnyCore
         if assignment is None:

@@ -1,9 +1,10 @@
 """The assignment of a call that a checkpoint computes again.
 
 What activation checkpointing recomputes runs later, in the backward, on whatever thread and in
-nobody's context; so modules that hold layers of a bank remember with which assignment they were
-called on which storage (`remember`). A checkpoint keeps the storage, calls the module on it again,
-and the assignment is found by it.
+nobody's context. So a layer's assignment is noted for the checkpoints around its call (`note_for`)
+and asked for there again. For those that are not found on the stack, modules that hold layers of a
+bank remember with which assignment they were called on which storage (`remember`): a checkpoint
+keeps the storage, calls the module on it again, and the assignment is found by it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..compute.choose import transformed
 from ..context.calls import SAID
 from ..context.declared import said_again
-from ..context.recomputed import graph_task, may_recompute
+from ..context.recomputed import (
+    NOTES,
+    around,
+    closed_over,
+    graph_task,
+    may_recompute,
+    noted,
+    saving,
+)
 from .assignment import ACTIVE, LOST, Assignment, find
 
 WRITTEN = (
@@ -153,11 +162,72 @@ def running_node(task: int) -> tuple[int, int]:
     return task, -1 if node is None else node._sequence_nr()
 
 
+class Around(NamedTuple):
+    """The assignment of a bank around a checkpoint, as far as calls within it have shown."""
+
+    assignment: Assignment | None
+    version: int  # of it then
+
+    def beside(self, found: Assignment | None, key: int) -> Around:
+        """After one more call; either may have been in a `with` within the checkpoint."""
+        outer, inner = self.assignment, found
+        while outer is not None and inner is not outer:
+            inner = found
+            while inner is not None and inner is not outer:
+                inner = outside(inner, key)
+            if inner is None:
+                outer = outside(outer, key)
+        return self if outer is self.assignment else Around(outer, version_of(outer))
+
+
+def outside(inner: Assignment, key: int) -> Assignment | None:
+    """The assignment around a `with`; that of the forward around what is computed again."""
+    outer, task = find(inner.outer, key), graph_task()
+    if inner.task < 0 or (outer is not None and outer.task == inner.task):
+        return outer
+    if inner.task != task:
+        raise RuntimeError(LOST)  # of a recomputation that is over
+    return recalled(task, key)
+
+
+def version_of(assignment: Assignment | None) -> int:
+    """That of one, and of none."""
+    return 0 if assignment is None else assignment.version
+
+
+def note_for(key: int, found: Assignment | None) -> None:
+    """Note a call's assignment for the checkpoints around it, if any.
+
+    Where gradients are wanted, the innermost is found by its hook for saved tensors, and what was
+    noted for that was for all of them: only a new assignment has the stack looked at.
+    """
+    if torch.is_grad_enabled():
+        hooks = saving(True)
+        if hooks is None:
+            return
+        own = closed_over(hooks[0])
+        before = None if own is None else NOTES.get(own, {}).get((Around, key))
+        if before is not None and before.assignment is found:
+            return
+    elif not may_recompute():
+        return
+    for checkpoint in around():
+        notes = NOTES.setdefault(checkpoint, {})
+        before = notes.get((Around, key))
+        new = Around(found, version_of(found)) if before is None else before.beside(found, key)
+        notes[Around, key] = new
+
+
 def recalled(task: int, key: int) -> Assignment | None:
     """The assignment of the forward that the running backward recomputes."""
     context = getattr(_thread, "context", None)
     if context is not None:
         return find(context[0], key)
+    note: Around | None = noted((Around, key))
+    if note is not None:
+        if version_of(note.assignment) != note.version:
+            raise RuntimeError(WRITTEN)
+        return note.assignment
     address, *there = getattr(_thread, "place", (0, -1, -1))
     memory = MEMORIES.get(address)
     if memory is not None and tuple(there) == running_node(task):

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
+saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # the innermost hooks, or None
 has_forward_mode = torch._C._is_fwd_grad_enabled
 NOTES: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
@@ -60,7 +61,8 @@ def note(key: Hashable, value: Any, entered: Entered = OUTSIDE) -> list[Any]:
 
 def noted(key: Hashable) -> Any:
     """The value noted for the checkpoint that is computing again here, or None."""
-    return NOTES.get(again(), {}).get(key)
+    found = again()
+    return None if found is None else NOTES.get(found, {}).get(key)
 
 
 def stack() -> Iterator[tuple[str, FrameType]]:
@@ -73,7 +75,7 @@ def stack() -> Iterator[tuple[str, FrameType]]:
 
 def around() -> Iterator[Any]:
     """The checkpoints whose forward this is, up to one that is computing again."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saving(True)
     if hooks is not None and (own := closed_over(hooks[0])) is not None:
         yield own
     for name, frame in stack():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -108,10 +110,17 @@ def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
     """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
     of its forward, which is noted where it was with either, or of what is within the checkpoint.
     """
+    if off and torch.compiler.is_compiling() and not layer.noted:
+        torch.ops.fused_lowrank.note_off(layer.number)
+        return off, names
+    if torch.compiler.is_compiling():
+        return uncompiled(as_before, layer, off, names)
     entered = layer.switched if off else getattr(names, "entered", OUTSIDE)
     task = graph_task()
     if task >= 0 and entered.task != task and again() is not None:
         before = noted(layer)
+        if before is not None and may_recompute():
+            note(layer, before)  # for checkpoints within it, which are new
         return before is OFF, before if isinstance(before, Lines) else None
     if (off or isinstance(names, Lines)) and may_recompute():
         layer.noted |= bool(note(layer, OFF if off else names, entered))
@@ -122,6 +131,7 @@ class Switched:
     """A layer of PEFT that knows where it was disabled, as checkpoints ask."""
 
     switched = OUTSIDE
+    number = -1  # by which a compiled graph knows it
 
     def enable_adapters(self, enabled: bool) -> None:
         """PEFT's."""
@@ -129,6 +139,9 @@ class Switched:
         super().enable_adapters(enabled)  # type: ignore[misc]
         before = vars(self).pop("switched", OUTSIDE)
         if not enabled:
+            if DISABLED.get(self.number) is not self:  # a copy has its original's
+                self.number = next(_numbers)
+                DISABLED[self.number] = self
             now = Entered.now()
             entered = now._replace(around=before.around) if off else now
             if entered != OUTSIDE:
@@ -136,6 +149,28 @@ class Switched:
 
 
 OFF = object()  # noted for a layer that was disabled
+DISABLED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # once, by number
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("fused_lowrank::note_off", mutates_args=())
+def note_off(number: int) -> None:
+    """Note in a compiled graph that a layer is disabled, for the checkpoints around it.
+
+    From then on the layer asks at each call, for which the graph is broken.
+    """
+    layer = DISABLED[number]
+    if may_recompute():
+        found = map(type, note(layer, OFF, layer.switched))
+        layer.noted |= any(not kind.__name__.startswith("CompiledFunction") for kind in found)
+
+
+@note_off.register_fake
+def _(number):  # type: ignore[no-untyped-def]
+    return None
+
+
+torch.fx.node.has_side_effect(torch.ops.fused_lowrank.note_off.default)
 # Of the calling thread or task: the lines of the models that are called with adapter_names.
 ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
 UNDER_WAY: dict[int, Lines] = {}  # of all threads, by identity
