@@ -1,7 +1,6 @@
 """AdapterBank.save and load: round trips, and files that are refused and leave no trace."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bank_cases import bank_of, close, kinds, model_of, picture, x_of
+from failures import Watched
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -317,26 +317,6 @@ def test_an_error_in_the_middle(kind: str, path: Path, monkeypatch: pytest.Monke
 # --- saving that is interrupted ---
 
 
-class Watched:
-    """A file that does something before one of its writes."""
-
-    def __init__(self, file: Any, at: int, then: Callable[[], Any]) -> None:
-        self.file, self.left, self.then = file, at, then
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def write(self, data: Any) -> None:
-        """Write, and count."""
-        self.left -= 1
-        if not self.left:
-            self.then()
-        self.file.write(data)
-
-
 def watch(monkeypatch: pytest.MonkeyPatch, at: int, then: Callable[[], Any]) -> None:
     """Do something in the middle of a save."""
     watched = lambda *args: Watched(open(*args), at, then)  # noqa: E731, SIM115
@@ -367,10 +347,10 @@ def test_a_full_disk(at: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = sys.argv[1].split(os.pathsep)
+sys.path.insert(0, sys.argv[1])
 from bank_cases import bank_of
 from fused_lowrank.bank import file as bank_file
-from test_bank_file import Watched
+from failures import Watched
 path, at = sys.argv[2], int(sys.argv[3])
 bank = bank_of(names="ab")[1]
 bank.save(path)
@@ -386,10 +366,9 @@ bank.save(path)
 @pytest.mark.parametrize("at", [2, 5, 100])
 def test_killed_while_saving(at: int, path: Path) -> None:
     """The old file stays whole: killed in the middle, and before the new one takes its place."""
-    here = Path(__file__).parent
-    places = os.pathsep.join([str(here), str(here.parent / "support")])
-    command = [sys.executable, "-c", KILLED, places, str(path), str(at)]
-    done = subprocess.run(command, cwd=here.parents[1], capture_output=True, text=True, timeout=120)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(root / "tests/support"), str(path), str(at)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout == "saved\n"
     bank = bank_of()[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_readers import Head, fused_loss_forward, native, randomise, ways
+from reader_cases import Head, fused_loss_forward, native, randomise, ways
 from torch import Tensor, nn
 from torch.nn import functional as F
 

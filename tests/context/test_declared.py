@@ -17,7 +17,7 @@ from declared_cases import (
     expected,
     said,
 )
-from test_whose_rows import NAMES, K, Model, Native, ways
+from rows_cases import NAMES, K, Model, Native, ways
 from torch import Tensor, nn
 
 from fused_lowrank import declare_rows

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from offload_cases import CLOSE, Offload, Q, Tied, accelerate, adapted, losses, peft_model, saved
+from offload_cases import offload as offload
 from peft_cases import config, inputs, mlp, peft
-from test_elsewhere import CLOSE, Offload, Q, Tied, accelerate, adapted, losses, peft_model, saved
-from test_elsewhere import offload as offload
 
 import fused_lowrank
 from fused_lowrank import adapt, load_adapter

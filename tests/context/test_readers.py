@@ -7,32 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft_cases import CONFIGS, integration, peft
+from peft_cases import integration, peft
+from reader_cases import SETTINGS, D, Head, fused_loss_forward, in_peft, native, randomise, ways
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_lowrank import adapt, merge
+from fused_lowrank import merge
 from fused_lowrank.context.readers import readers
 from fused_lowrank.models.adapt import adapted_layers
 
-D = 12
-SETTINGS: dict[str, dict[str, Any]] = {"lora_xs": {"r": 3}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
-
-
-def native(model: nn.Module, method: str, targets: Any, **rest: Any) -> nn.Module:
-    """By `adapt`."""
-    settings = {**SETTINGS[method], **rest}
-    return adapt(model, method, target_modules=targets, progress=False, **settings)
-
-
-def in_peft(model: nn.Module, method: str, targets: Any, **rest: Any) -> nn.Module:
-    """By PEFT."""
-    settings = {**SETTINGS[method], **rest}
-    return peft.get_peft_model(model, CONFIGS[method](target_modules=targets, **settings))
-
-
-WAYS = {"native": native, "peft": in_peft}
-ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 methods = pytest.mark.parametrize("method", SETTINGS)
 
 
@@ -41,14 +24,6 @@ def names(model: nn.Module) -> list[str]:
     model = getattr(getattr(model, "base_model", model), "model", model)
     own = [name for name, _ in adapted_layers(model)]
     return own or [name for name, m in model.named_modules() if hasattr(m, "basis_down")]
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Give what is trained values that show."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 # --- models that read ---
@@ -187,23 +162,6 @@ def test_mamba(way: Callable[..., nn.Module], method: str) -> None:
     y = model.eval()(input_ids=ids).logits
     merge(model) if way is native else model.merge_adapter()
     torch.testing.assert_close(model(input_ids=ids).logits, y, rtol=1e-3, atol=1e-4)
-
-
-class Head(nn.Module):
-    """Calls its head, until somebody replaces the forward by one that reads it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(D, D), nn.Linear(D, 2 * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def fused_loss_forward(self: Any, x: Tensor) -> Tensor:
-    """As Liger's patches have it."""
-    hidden = self.body(x)
-    return F.linear(hidden, self.head.weight) if self.training else self.head(hidden)
 
 
 @ways

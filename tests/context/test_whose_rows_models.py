@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_whose_rows import NAMES, K, Model, Native, Peft, ways
+from rows_cases import NAMES, K, Model, Native, Peft, ways
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from failures import OutOfMemoryError, everything, failing
 from safetensors.torch import load_file, save_file
-from test_adapted_model import SETTINGS, VOCABULARY, Tiny, methods, same, train
+from tiny_model import SETTINGS, VOCABULARY, Tiny, methods, same, train
 from torch import nn
 
 from fused_lowrank import (
@@ -444,31 +445,6 @@ def test_a_bank_under_another_dtype(banked: Any) -> None:
 
 
 # --- failures half way ---
-
-
-class OutOfMemoryError(RuntimeError):
-    """What a device would raise."""
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
-    """Have the call number `at` of a method raise."""
-    real, left = getattr(owner, name), [at]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OutOfMemoryError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, call)
-
-
-def everything(model: nn.Module) -> list[Any]:
-    """Modules, attributes, Parameters, their flags and values."""
-    modules = [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()]
-    hooks = [sorted(m._load_state_dict_pre_hooks) for m in model.modules()]
-    parameters = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
-    return [modules, hooks, parameters, [(n, v.tolist()) for n, v in model.state_dict().items()]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ PROGRAMS=5000 python -m pytest tests/models/test_programs.py      so many, in pl
 """
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from program_cases import LAYERS, SETTINGS, Model, Weights, X, close, computed
 from torch import Tensor, nn
 
 from fused_lowrank import (
@@ -30,34 +29,11 @@ from fused_lowrank import (
 )
 from fused_lowrank.models.adapt import adapted_layers
 
-D = 6
-LAYERS = ("a", "b")
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},
     "lora_xs": {"r": 3},
     "lora_mini": {"r": 2, "a": 4, "b": 3},
 }
-X = torch.randn(5, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-Weights = dict[str, Tensor]  # of the layers and the head
-
-
-class Model(nn.Module):
-    """Two linear layers and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) to (…, 3)."""
-        return self.head(self.b(torch.tanh(self.a(x))))
-
-
-def computed(weights: Weights, biases: Weights, x: Tensor = X) -> Tensor:
-    """What `Model` computes."""
-    a = torch.tanh(x @ weights["a"].t() + biases["a"])
-    b = a @ weights["b"].t() + biases["b"]
-    return b @ weights["head"].t()
 
 
 def deltas_of(model: nn.Module) -> Weights:
@@ -103,11 +79,6 @@ class Account:
 
 
 SCALES = 2**-23  # to which a bank keeps its adapters' scales, which are float32
-
-
-def close(actual: Tensor, expected: Tensor, error: float = 1e-9) -> None:
-    """Equal but for rounding, in float64 if nothing else is said."""
-    torch.testing.assert_close(actual, expected, rtol=error, atol=error)
 
 
 methods = st.sampled_from(sorted(METHODS))
@@ -366,13 +337,5 @@ class Native(RuleBasedStateMachine):
         self.account.bank = {}
 
 
-SETTINGS = settings(
-    max_examples=int(os.environ.get("PROGRAMS", "250")),
-    stateful_step_count=14,
-    deadline=None,
-    database=None,
-    derandomize="PROGRAMS" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
 Native.TestCase.settings = SETTINGS
 TestNative = Native.TestCase

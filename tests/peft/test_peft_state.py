@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from failures import OutOfMemoryError, everything, failing
 from peft_cases import CONFIGS, config, inputs, integration, layers, methods, mlp, peft, same, state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_state import OutOfMemoryError, everything, failing
 from torch import nn
 
 WEIGHTS = "adapter_model.safetensors"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_programs import LAYERS, SETTINGS, Model, Weights, X, close, computed
+from program_cases import LAYERS, SETTINGS, Model, Weights, X, close, computed
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")

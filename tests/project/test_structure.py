@@ -139,6 +139,23 @@ def test_no_folder_is_full() -> None:
         assert len(entries) <= ENTRIES, folder
 
 
+def test_what_tests_share_is_in_support() -> None:
+    """No test module is imported: it would be there twice. A folder of tests has tests alone."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                named |= {node.module or "", *(alias.name for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+        tests = [name for name in named if name.rpartition(".")[2].startswith("test_")]
+        assert not tests, path
+        if path.parent.name not in ("support", "gate"):
+            assert path.name.startswith("test_") or path == ROOT / "tests" / "conftest.py", path
+        else:
+            assert not path.name.startswith("test_"), path
+
+
 def signatures() -> list[tuple[str, ast.FunctionDef]]:
     """Every function in fused_lowrank/ that is not the body of a library op."""
     found = []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from test_whose_rows import K, experts
+from rows_cases import K, experts
 from torch import Tensor, nn
 
 from fused_lowrank import declare_rows
