@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bank_cases import bank_of, x_of
-from test_peft_recomputed import CONFIGS, tuned
+from peft_checkpoint_cases import CONFIGS, tuned
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
