@@ -49,19 +49,19 @@ train-many: $(READY)
 	$(RUN) examples/train_many.py $(if $(MODEL),--model $(MODEL))
 
 test: lint
-	$(RUN) tests/gate.py --changed
+	$(RUN) tests/gate/gate.py --changed
 	$(RUN) bench/report.py --check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 sweep: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) tests/sweep.py
+	OMP_NUM_THREADS=1 $(RUN) tests/support/sweep.py
 
 test-peft: $(READY)
 ifneq ($(ENV),current)
 	$(RUN) -m pip install --quiet -r requirements-peft.txt
 endif
-	OMP_NUM_THREADS=1 $(RUN) tests/peft_suite.py $(PEFT_FOLDER) -n 2
+	OMP_NUM_THREADS=1 $(RUN) tests/support/peft_suite.py $(PEFT_FOLDER) -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -69,7 +69,7 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 gate: $(READY)
-	$(RUN) tests/gate.py
+	$(RUN) tests/gate/gate.py
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) bench/run.py --set cpu --device cpu --out $(RESULTS)

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, harness, timers
-from bench.bank_cases import BANK_SETS, SCALE, BankCase, Batch, make_batch, select
-from bench.bank_providers import BANK_PROVIDERS, BankProvider
-from bench.store import BANK_PREFIX, Line, Refused, Store, make_key
+from bench.support import cases, harness, timers
+from bench.support.bank_cases import BANK_SETS, SCALE, BankCase, Batch, make_batch, select
+from bench.support.bank_providers import BANK_PROVIDERS, BankProvider
+from bench.support.store import BANK_PREFIX, Line, Refused, Store, make_key
 
 CHUNK = 256  # rows whose factors are gathered in fp64 at a time
 

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import harness, timers
-from bench.bank_cases import BLOCK, RANK, SCALE
-from bench.bank_providers import memory
-from bench.cases import known
-from bench.store import BANK_PREFIX, Line, Refused, Store, make_key
+from bench.support import harness, timers
+from bench.support.bank_cases import BLOCK, RANK, SCALE
+from bench.support.bank_providers import memory
+from bench.support.cases import known
+from bench.support.store import BANK_PREFIX, Line, Refused, Store, make_key
 from fused_lowrank import AdapterBank, adapt
 from fused_lowrank.methods import LowRankLinear
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, harness, timers
-from bench.store import Refused, Store, make_key
+from bench.support import cases, harness, timers
+from bench.support.store import Refused, Store, make_key
 from fused_lowrank import adapt
 
 PROJECTIONS = ["q", "k", "v", "o", "gate", "up", "down"]

@@ -7,11 +7,11 @@ replaces; below the fused layer stand the steps that it is made of.
     python bench/host.py --stub [--reps N] [--out FILE]
 
 measures what every plan costs the host of an H100 instead, on a machine without a GPU: Triton
-compiles the kernels, and `bench/stub.py` launches none of them. It prints JSON, one line for each
-plan, or layer without one, and `what` is called: its "forward" without gradients; a "step", which
-is the forward and the gradients of x and of what is trained, the core or PEFT's two factors; or a
-single "launch", its results allocated. us, q1 and q3 are the median and the quartiles of
-microseconds, ratio is to the eager layer's same call, for a launch to its forward, m is the rows
+compiles the kernels, and `bench/support/stub.py` launches none of them. It prints JSON, one line
+for each plan, or layer without one, and `what` is called: its "forward" without gradients; a
+"step", which is the forward and the gradients of x and of what is trained, the core or PEFT's two
+factors; or a single "launch", its results allocated. us, q1 and q3 are the median and the quartiles
+of microseconds, ratio is to the eager layer's same call, for a launch to its forward, m is the rows
 of x and launches are the kernel launches in one call.
 
 K = N = 32, r = 16 and bf16 throughout: what is really computed, by the layers without a plan and
@@ -49,17 +49,17 @@ from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.bank_cases import BankCase, make_batch
-from bench.cases import Case, parse
-from bench.providers import PROVIDERS, Tensors, layer, make_tensors
-from bench.store import HOST_PREFIX, Store, make_key
+from bench.support.bank_cases import BankCase, make_batch
+from bench.support.cases import Case, parse
+from bench.support.providers import PROVIDERS, Tensors, layer, make_tensors
+from bench.support.store import HOST_PREFIX, Store, make_key
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute.autograd import chain, join
 from fused_lowrank.compute.operands import Operands
 from fused_lowrank.testing import pinned_plan
 
 if TYPE_CHECKING:
-    from bench.stub import Stub
+    from bench.support.stub import Stub
 
 Calls = dict[str, Callable[[], Any]]
 KINDS = ("xs4", "mini4x8", "lora4")
@@ -268,7 +268,7 @@ def warmed(row: Row, driver: Stub) -> int:
 
 def measure_stub(reps: int) -> list[dict[str, Any]]:
     """The lines that --stub prints."""
-    from bench.stub import stub
+    from bench.support.stub import stub
 
     os.environ["FUSED_LOWRANK_TUNE"] = "off"
     lines: list[dict[str, Any]] = []

@@ -14,9 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import bank_report, plots
-from bench.store import BANK_PREFIX, HOST_PREFIX, ROOT, Line, Refused, slug
-from bench.tables import (
+from bench.support import bank_report, plots
+from bench.support.store import BANK_PREFIX, HOST_PREFIX, ROOT, Line, Refused, slug
+from bench.support.tables import (
     Device,
     about,
     by_case,

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, harness, timers
-from bench.providers import PROVIDERS, Provider, planned
-from bench.store import Line, Refused, Store, make_key
-from bench.warm import warm
+from bench.support import cases, harness, timers
+from bench.support.providers import PROVIDERS, Provider, planned
+from bench.support.store import Line, Refused, Store, make_key
+from bench.support.warm import warm
 
 Job = tuple[cases.Case, list[Provider]]
 

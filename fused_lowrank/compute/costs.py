@@ -7,7 +7,7 @@ decides only where nothing has been measured on the device (`measured`).
 
 The constants of GPUs are from one NVIDIA H200 with torch 2.11.0 and triton 3.6.0, at commit
 1cd22e1, and for `RELAY` and `GLUON` from prototypes measured on it. Other GPUs start from them,
-with their own peaks. `tests/test_planner_measured.py` holds what is chosen against that.
+with their own peaks. `tests/compute/test_planner_measured.py` holds what is chosen against that.
 """
 
 from __future__ import annotations

@@ -1,0 +1,336 @@
+"""Providers to measure: each makes, from the same tensors, a function to be called with x.
+
+A provider computes one of three equations: the bare layer, LoRA, or the case's own method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fused_lowrank.compute import choose, devices
+from fused_lowrank.compute.operands import Operands, Problem, bucket
+from fused_lowrank.compute.plans import MEASURED, PLANS
+from fused_lowrank.kernels.tiles import SMALL_M
+from fused_lowrank.methods import METHODS
+from fused_lowrank.methods.layer import LowRankLinear
+from fused_lowrank.testing import pinned_plan
+
+from .cases import Case
+
+Call = Callable[[Tensor], Tensor]
+PEERS = Path(__file__).parents[1] / "peers"  # checkouts of others' code, ignored by git
+SETS_OF_INPUTS = 2  # x and dy rotate among these
+
+
+@dataclass
+class Tensors:
+    """The tensors of a case, which every provider shares. Factors are (down, core…, up)."""
+
+    case: Case
+    xs: list[Tensor]
+    dys: list[Tensor]
+    weight: nn.Parameter
+    method: dict[str, nn.Parameter]  # the factors of the case's method, by the layer's names
+    lora: dict[str, nn.Parameter]
+    scale: float = 0.5
+
+    def factors(self, equation: str) -> dict[str, nn.Parameter]:
+        """The factors of an equation."""
+        return {"bare": {}, "lora": self.lora, "method": self.method}[equation]
+
+    def trained(self, equation: str) -> dict[str, nn.Parameter]:
+        """Those of them that require a gradient."""
+        return {name: p for name, p in self.factors(equation).items() if p.requires_grad}
+
+    def fixed_storages(self) -> set[int]:
+        """Addresses of what is there anyway: weight and factors, not x."""
+        kept = [self.weight, *self.method.values(), *self.lora.values()]
+        return {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
+def make_tensors(case: Case, device: torch.device) -> Tensors:
+    """Random operands of the order of one, so that no sum leaves fp16; seeded by the sizes."""
+    generator = torch.Generator(device).manual_seed(case.rows * 7919 + case.k * 31 + case.n)
+
+    def normal(*size: int, fan: int = 1, dtype: torch.dtype = case.torch_dtype) -> Tensor:
+        values = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+        return values.div_(math.sqrt(fan)).to(dtype)
+
+    def frozen(value: Tensor, train: bool = False) -> nn.Parameter:
+        return nn.Parameter(value, requires_grad=train)
+
+    # A core is trained in fp32, as from_linear makes it beside a 16-bit weight.
+    core = torch.promote_types(case.torch_dtype, torch.float32)
+    m, k, n, p, r = case.rows, case.k, case.n, case.p, case.r
+    weight = frozen(normal(n, k, fan=k))
+    lora = {
+        "down": frozen(normal(r, k, fan=k), True),
+        "up": frozen(normal(n, r, fan=r), True),
+    }
+    if case.method == "lora":
+        method = lora
+    else:
+        method = {"down": frozen(normal(p, k, fan=k)), "up": frozen(normal(n, p, fan=p))}
+        if case.method == "lora_xs":
+            method["core"] = frozen(normal(r, r, fan=r, dtype=core), True)
+        else:
+            method["a_train"] = frozen(normal(p, r, fan=p, dtype=core), True)
+            method["b_train"] = frozen(normal(r, p, fan=r, dtype=core), True)
+    xs = [normal(m, k).requires_grad_() for _ in range(SETS_OF_INPUTS)]
+    dys = [normal(m, n) for _ in range(SETS_OF_INPUTS)]
+    return Tensors(case, xs, dys, weight, method, lora)
+
+
+def linear_of(tensors: Tensors) -> nn.Linear:
+    """An nn.Linear whose weight is the case's."""
+    n, k = tensors.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = tensors.weight
+    return linear
+
+
+def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, Tensors], Call]:
+    """A builder of this library's layer, reference or fused; method "" is the case's."""
+
+    def build(case: Case, tensors: Tensors) -> Call:
+        kind: type[LowRankLinear] = METHODS[method or case.method][fused]
+        keywords: dict[str, Any] = {"r": case.r, "dropout": case.dropout}
+        if issubclass(kind, METHODS["lora_mini"][0]):
+            keywords |= {"a": case.ab, "b": case.ab}
+        made = kind.from_linear(
+            linear_of(tensors), alpha=tensors.scale * case.r, defer_bases=True, **keywords
+        )
+        for name, factor in tensors.factors(factors).items():
+            setattr(made, name, factor)
+        made.bases_pending = False
+        setattr(made, "impl", impl)  # noqa: B010 - a class variable, set for one layer
+        return made.train()
+
+    return build
+
+
+def compiled(build: Callable[[Case, Tensors], Call]) -> Callable[[Case, Tensors], Call]:
+    """torch.compile of what a builder builds, for the case's shapes alone."""
+
+    def build_compiled(case: Case, tensors: Tensors) -> Call:
+        return torch.compile(build(case, tensors), fullgraph=True, dynamic=False)
+
+    return build_compiled
+
+
+def peft_layer(case: Case, tensors: Tensors) -> Call:
+    """PEFT's LoRA layer as `inject_adapter_in_model` puts it there, on our tensors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.Module()
+    model.proj = linear_of(tensors)
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=cast(Any, tensors.scale * case.r),  # PEFT divides by r, whatever the type
+        lora_dropout=case.dropout,
+        target_modules=["proj"],
+    )
+    made: Any = inject_adapter_in_model(config, model).proj
+    made.lora_A["default"].weight = tensors.lora["down"]
+    made.lora_B["default"].weight = tensors.lora["up"]
+    return made.train()
+
+
+def fused_peft_layer(case: Case, tensors: Tensors) -> Call:
+    """That layer through our kernels."""
+    from fused_lowrank.integrations.peft import fuse_lora
+
+    return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+
+
+def lorafusion_layer(case: Case, tensors: Tensors) -> Call:
+    """LoRAFusion's fused LoRA; it takes (batch, rows, K), and its backward needs dropout."""
+    function = importlib.import_module("lorafusion.ops.lora_v1").FusedLinearLoRA
+    down, up = tensors.lora["down"], tensors.lora["up"]
+
+    def call(x: Tensor) -> Tensor:
+        operands = (x.unsqueeze(0), tensors.weight, down, up, tensors.scale, case.dropout)
+        return function.apply(*operands).squeeze(0)
+
+    return call
+
+
+def unsloth_layer(case: Case, tensors: Tensors) -> Call:
+    """Unsloth's `LoRA_W`, an autograd Function over library GEMMs; it takes (batch, rows, K)."""
+    function = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
+    down, up = tensors.lora["down"], tensors.lora["up"]
+
+    def call(x: Tensor) -> Tensor:
+        y = function.apply(x.unsqueeze(0), tensors.weight, None, down, up, tensors.scale)
+        return y.squeeze(0)
+
+    return call
+
+
+def no_compiler(case: Case, device: torch.device) -> str | None:
+    """Why torch.compile cannot run: on a CPU it needs a C++ compiler."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            return f"no C++ compiler ({type(error).__name__})"
+    return None
+
+
+def passes(case: Case, device: torch.device) -> tuple[Problem, Problem]:
+    """The forward and the backward of a case, as plans are chosen for them."""
+    m, dropout = bucket(case.rows), case.dropout > 0.0
+    regular = device.type == "cuda" and (case.k | case.n) % 16 == 0
+    kind, p = (device, case.torch_dtype, m), case.p
+    trains_down = case.method == "lora"
+    bulk = device.type == "cuda" and case.torch_dtype.itemsize == 2 and not trains_down
+    bulk = bulk and (case.k | case.n | p) % 8 == 0 and m > SMALL_M
+    forward = Problem(*kind, case.k, case.n, p, p, False, regular, dropout, False, False, bulk)
+    flags = True, regular, dropout, trains_down, False, bulk
+    return forward, Problem(*kind, case.n, case.k, p, p, *flags)
+
+
+def planned(case: Case, device: torch.device) -> list[str]:
+    """The plans that would be chosen on paper, forward and backward; "auto" for none."""
+    x = torch.empty(1, case.k, device=device, dtype=case.torch_dtype).expand(case.rows, case.k)
+    if choose.small(x) and not case.dropout:
+        return ["auto", "auto"]
+    pair = passes(case, device)
+    return [choose.decide(at, "auto", mode="off").plans[0] for at in pair]
+
+
+def no_plan(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a plan cannot compute a case; kernels that are interpreted are not timed."""
+    if PLANS[name].ours and device.type != "cuda":
+        return "needs a GPU"
+    return next(filter(None, (PLANS[name].why_not(at) for at in passes(case, device))), None)
+
+
+def not_importable(module: str, gpu: bool, dropout: bool | None = None) -> Any:
+    """Why a peer is not there. `dropout`: the only kind of case that it takes, None for both."""
+
+    def why(case: Case, device: torch.device) -> str | None:
+        if gpu and device.type != "cuda":
+            return "needs a GPU"
+        if str(PEERS) not in sys.path:
+            sys.path.append(str(PEERS))
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            return "not installed"
+        if dropout is not None and dropout != bool(case.dropout):
+            return f"takes dropout {'above' if dropout else 'of'} 0 only"
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            return f"cannot be imported ({type(error).__name__}: {str(error)[:80]})"
+        return None
+
+    return why
+
+
+def bare(case: Case, tensors: Tensors) -> Call:
+    """The floor: the layer without an adapter."""
+    return linear_of(tensors)
+
+
+NO_ADAPTER = None, None, None, None, 1.0  # down, core, up, bias, scale
+
+
+def our_gemm(plan: str) -> Callable[[Case, Tensors], Call]:
+    """A builder of the bare layer by our own GEMM, which a plan can be no faster than."""
+    gemm, tiles = PLANS[plan].up.run, PLANS[plan].tiles
+
+    class Gemm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            operands = Operands(x, weight, *NO_ADAPTER)  # type: ignore[arg-type]
+            return gemm(operands, devices.tiles(x.device, tiles), None)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            (weight,) = ctx.saved_tensors
+            operands = Operands(dy, weight.t(), *NO_ADAPTER, transposed=True)  # type: ignore
+            return gemm(operands, devices.tiles(dy.device, tiles), None), None
+
+    def build(case: Case, tensors: Tensors) -> Call:
+        return lambda x: Gemm.apply(x, tensors.weight)
+
+    return build
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider: its equation, how it is built and why it may be absent."""
+
+    name: str
+    equation: str  # "bare", "lora" or "method"
+    build: Callable[[Case, Tensors], Call]
+    absent: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
+    own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
+    slow: bool = False  # to set up: measured after everything else
+    plan: str = ""  # computes by this one, whatever the planner would choose
+
+    def why_absent(self, case: Case, device: torch.device) -> str | None:
+        """Why it cannot be measured here, or None if it can."""
+        if self.plan:
+            return no_plan(self.plan, case, device)
+        return self.absent(case, device)
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """Inside, the provider's plan is taken."""
+        return pinned_plan(self.plan) if self.plan else nullcontext()
+
+
+EAGER, LORA = layer("", False, "reference", "method"), layer("lora", False, "reference", "lora")
+AUTO = layer("", True, "auto", "method")
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Provider("bare", "bare", bare),
+        *(
+            Provider(plan.replace("split", "gemm"), "bare", our_gemm(plan), partial(no_plan, plan))
+            for plan in ("split", "split:deep", "split:narrow", "split:pointers")
+        ),
+        Provider("eager", "method", EAGER),
+        *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in MEASURED),
+        Provider("auto", "method", AUTO, own_mask=True),
+        Provider("eager-lora", "lora", LORA),
+        Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
+        Provider(
+            "peft-lora-fused",
+            "lora",
+            fused_peft_layer,
+            not_importable("peft", gpu=False),
+            own_mask=True,
+        ),
+        Provider(
+            "lorafusion",
+            "lora",
+            lorafusion_layer,
+            not_importable("lorafusion.ops.lora_v1", gpu=True, dropout=True),
+            own_mask=True,
+        ),
+        Provider(
+            "unsloth",
+            "lora",
+            unsloth_layer,
+            not_importable("unsloth.kernels.fast_lora", gpu=True, dropout=False),
+        ),
+        Provider("compiled", "method", compiled(EAGER), no_compiler, own_mask=True, slow=True),
+        Provider("compiled-lora", "lora", compiled(LORA), no_compiler, own_mask=True, slow=True),
+    )
+}
