@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_no_file_is_long() -> None:
     }
     assert {"kernels/tiles.py", "tests/project/test_structure.py"} <= lengths.keys()
     assert not {name: lines for name, lines in lengths.items() if lines > LINES}
+
+
+def test_the_map_has_every_file() -> None:
+    """Below its folder's heading, with the first sentence of its docstring."""
+    text = (ROOT / "docs" / "MAP.md").read_text()
+    for folder in ("fused_lowrank", "kernels", "bench", "examples", "tests/gate", "tests/support"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name != "__init__.py" and not path.name.startswith("test_"):
+                heading = f"## {path.parent.relative_to(ROOT).as_posix()}/\n"
+                assert heading in text
+                rows = text[text.index(heading) + len(heading) :].split("\n## ")[0]
+                said = ast.get_docstring(ast.parse(path.read_text())) or ""
+                said = " ".join(said.split("\n\n")[0].split())
+                row = re.search(rf"^\| `{re.escape(path.name)}` \| (.+) \|$", rows, re.MULTILINE)
+                assert row, path
+                assert said.startswith(row[1].replace("\\|", "|")), path
 
 
 def test_what_tests_share_is_in_support() -> None:

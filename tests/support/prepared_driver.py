@@ -22,7 +22,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver as drivers
 from triton.runtime.jit import JITFunction
 
-from bench import stub as stubs
+from bench.support import stub as stubs
 from fused_lowrank.kernels import common, launch
 from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
