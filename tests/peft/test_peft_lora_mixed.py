@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraModel
 
 from fused_lowrank import declare_rows
 from fused_lowrank.integrations.peft import fuse_lora, unfuse_lora
+from fused_lowrank.integrations.peft.mixed import Hooks, Lines
 
 
 class TimeFirst(nn.Module):
@@ -121,6 +122,15 @@ def test_two_threads() -> None:
         thread.join()
     handle.remove()
     assert not errors, errors
+
+
+@pytest.mark.parametrize("hook", ["begin", "give"])
+def test_hooks_that_are_half_registered(hook: str) -> None:
+    """PyTorch calls one without keywords on another thread, in the moment of its registration."""
+    model = tuned()
+    assert (
+        getattr(Hooks(Lines(["a", "b"], model.base_model)), hook)(model, (torch.ones(2),)) is None
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module, torch.Tensor], object], str]] = {

@@ -223,7 +223,10 @@ class Hooks:
         """Whether these are the names of the running context."""
         return (ACTIVE.get() or {}).get(self.model) is self.lines
 
-    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    # PyTorch tells a hook of keywords after it has listed it, and lists it a moment longer: without
+    # them it is called by another thread, for which it does nothing.
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Note that a model's call begins."""
         if not torch.compiler.is_compiling() and self.here and len(self.lines) > 1:
             begin(self.model, len(self.lines), module, args, kwargs, self.lines.learned)
@@ -233,7 +236,7 @@ class Hooks:
         if not torch.compiler.is_compiling() and self.here:
             end(self.model, module, result)
 
-    def give(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def give(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         """Give a layer's call the adapter of each sequence."""
         if not torch.compiler.is_compiling() and not self.here:
             return None  # another thread's hook
@@ -246,6 +249,7 @@ class Hooks:
             names = (
                 uncompiled(self.each, module, args[0]) if compiled else self.each(module, args[0])
             )
+        assert kwargs is not None
         return args, {**kwargs, "adapter_names": names}
 
     def each(self, module: nn.Module, x: Tensor) -> list[str]:
