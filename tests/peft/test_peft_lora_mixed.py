@@ -127,10 +127,8 @@ def test_two_threads() -> None:
 @pytest.mark.parametrize("hook", ["begin", "give"])
 def test_hooks_that_are_half_registered(hook: str) -> None:
     """PyTorch calls one without keywords on another thread, in the moment of its registration."""
-    model = tuned()
-    assert (
-        getattr(Hooks(Lines(["a", "b"], model.base_model)), hook)(model, (torch.ones(2),)) is None
-    )
+    call = getattr(Hooks(Lines(["a", "b"])), hook)
+    assert call(nn.Linear(2, 2), (torch.ones(2),)) is None
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module, torch.Tensor], object], str]] = {
