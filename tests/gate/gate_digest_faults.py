@@ -14,6 +14,7 @@ from unittest import mock
 
 import gate
 import gate_digest
+import gate_read
 import triton
 from gate_cases import Case, cases
 from gate_faults import GEMM, SHRINK, SM_80, SM_90
@@ -195,3 +196,12 @@ def check_a_digest_is_of_the_code() -> None:
     ):
         assert OTHER.count(old) == 1, old
         assert of(CODE, OTHER.replace(old, new)) != sound, old
+
+
+def check_a_digest_is_the_same_wherever_triton_lies() -> None:
+    """The code that judges finds Triton's own programs by its path."""
+    sound = gate_digest.said(gate_read.judged)
+    gate_digest.code_digest.cache_clear()
+    with mock.patch.object(triton, "__file__", "/elsewhere/triton/__init__.py"):
+        assert gate_digest.said(gate_read.judged) == sound
+    gate_digest.code_digest.cache_clear()
