@@ -5,8 +5,8 @@
     following         a call's operations, followed by these rules
     calls             the model's call, and what is remembered of it
     whose_rows        which rows of a layer's input are whose
-    declared          `declare_rows`: the same, as the caller says it
     recomputed        what a checkpoint computes again
+    declared          `declare_rows`: the same, as the caller says it
     disabling         which layers are disabled in the calling context
     readers           layers whose weights a model's code reads
     called            adapted layers that are read, or never called: named

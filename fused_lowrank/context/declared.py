@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from .calls import SAID, Call, Learned, Spread, expansion
 from .following_rules import Where
+from .recomputed import graph_task
 from .whose_rows import followed, shown
-
-graph_task = torch._C._current_graph_task_id  # of the backward that runs here; -1: none
 
 
 class Numbers:
