@@ -312,3 +312,45 @@ def test_a_trained_core_beside_a_library_that_leaks(
     now = trained_step(bank, model, spoiled.requires_grad_(dx), names, spoiled_dy)
     assert torch.equal(bits(grads["0"][0]), bits(now["0"][0]))
     assert grads["0"][0].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [40, 200, 2500])
+@pytest.mark.parametrize("plan", ["decode", "relay", "split"])
+def test_on_a_gpu_a_named_plan_is_right_and_keeps_rows_apart(
+    plan: str, rows: int, device: torch.device
+) -> None:
+    """y and dx beside the reference's error; the same bits again and again, and beside NaN."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter runs no kernel for Hopper")
+    if plan == "relay" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the relay is a kernel for Hopper")
+    if plan == "decode" and rows > 64 or plan == "relay" and rows <= 64:
+        pytest.skip("not of so many rows")
+    model, layer = one_layer(device, "auto", torch.bfloat16, k=1032, n=776, r=16)
+    bank = filled(model, 300)
+    names = [None if i % 7 == 6 else str(i % 299) for i in range(rows)]
+    x = (torch.randn(rows, 1032, device=device) / 32).bfloat16()
+    dy = (torch.randn(rows, 776, device=device) / 32).bfloat16()
+    layer.impl = "reference"
+    reference = step(bank, model, x, names, dy)
+    exact_model, _ = one_layer(device, "reference", torch.float64, k=1032, n=776, r=16)
+    exact_model.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    exact_bank = filled(exact_model, 300)
+    table = bank.store.tables["0"]
+    exact_bank.store.tables["0"] = exact_bank.store.tables["0"]._replace(
+        left=table.left.double(), scales=table.scales
+    )
+    exact = step(exact_bank, exact_model, x.double(), names, dy.double())
+    layer.impl = "auto"
+    with pinned_plan(plan):
+        first = step(bank, model, x, names, dy)
+        for got, same, truth in zip(first, reference, exact, strict=True):
+            assert (got.double() - truth).norm() <= 1.05 * (same.double() - truth).norm()
+        for _ in range(5):
+            assert all(map(torch.equal, step(bank, model, x, names, dy), first))
+        others = torch.arange(rows, device=device) % 2 == 0
+        spoiled, spoiled_dy = (t.masked_fill(others[:, None], torch.nan) for t in (x, dy))
+        for got, before in zip(step(bank, model, spoiled, names, spoiled_dy), first, strict=True):
+            assert torch.equal(bits(got[~others]), bits(before[~others]))
+            assert got[others].isnan().all()
+    bank.check()
