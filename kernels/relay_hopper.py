@@ -174,8 +174,10 @@ def make(
         pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
         first_m = pid_m * BLOCK_M + GROUP * ROWS
         if pid_n == 0:
+            # `here`: with one `index` in both branches ptxas 12.8 computes addresses of the first
+            # step's operands in this one alone, and the other multiplies what it finds.
             acc, low, index, phase = multiply_both(
-                acc, x_bufs, w_bufs, down_bufs, ready, empty, index, phase, steps,
+                acc, x_bufs, w_bufs, down_bufs, ready, empty, here(index), phase, steps,
                 GROUP, W_ROWS_ARE_K, TRANSPOSED, PAD_P, STAGES,
             )  # fmt: skip
             rows_t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_t))

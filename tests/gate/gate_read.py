@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 from gate_cases import DTYPES, Case
+from gate_sass import stale_descriptors
 
 from fused_lowrank.kernels import decode
 from fused_lowrank.kernels.tiles import Target, TileConfig, padded
@@ -191,6 +192,12 @@ def problems_of_hopper(kernel: Any, figures: Figures, case: Case, tile: TileConf
     return found
 
 
+def problems_of_products(kernel: Any) -> list[str]:
+    """What is wrong with the matrix products of a kernel for sm_90 as ptxas has made it."""
+    stale = stale_descriptors(cuobjdump("-sass", kernel.asm["cubin"]))
+    return [f"operands of another branch: {stale[0]}; {len(stale)} in all"] if stale else []
+
+
 def copies(ptx: str, loads: str) -> list[int]:
     """Bytes of each asynchronous copy that was made of the lines of kernels/decode.py with `loads`.
 
@@ -240,6 +247,8 @@ def judged(
     wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
     if tile.hopper:
         wrong += problems_of_hopper(kernel, figures, case, tile)
+    if target.name == "sm_90" and (sass or tile.hopper):
+        wrong += problems_of_products(kernel)
     if case.kernel == "decode" and case.aligned and target.backend == "cuda":
         wrong += problems_of_decode(kernel, case, tile)
     return figures, wrong
