@@ -1,7 +1,7 @@
 """The tile that a launch takes by itself, and sets of others to be measured beside it.
 
-`select` gives the default for a shape and a device kind, `variant` that of a set; everything they
-can give is compiled by the compile gate.
+`select` gives the default for a shape and a kind of device, `experimental_tile` the one of a named
+set. The compile gate compiles everything that the two can give.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ DEFAULTS = (
 
 # Tile sets to be measured beside the defaults, by kernel, for operands that are aligned: of 16 bits
 # on sm_90 and sm_100 and, for "tf32x3", of fp32 on CUDA.
-VARIANTS: dict[str, dict[str, TileConfig]] = {
+EXPERIMENTAL_TILES: dict[str, dict[str, TileConfig]] = {
     "pointers": {"gemm_tail": replace(PERSISTENT, persistent=False)},
     "deep": {"gemm_tail": replace(PERSISTENT, num_stages=4)},
     "narrow": {"gemm_tail": replace(PERSISTENT, block_n=128, num_warps=4, num_stages=4)},
@@ -180,13 +180,13 @@ def hopper_tile(spec: Spec, m: int) -> TileConfig:
     return next(t for t in tiles_of_parts if hopper_bytes(t, spec) <= HOPPER_SHARED)
 
 
-def variant(name: str, target: Target, spec: Spec, m: int) -> TileConfig | None:
+def experimental_tile(name: str, target: Target, spec: Spec, m: int) -> TileConfig | None:
     """The tile for this launch in the set of that name, None where it has none for the kernel.
 
     It need not be valid, and is the default one where `relay` can have but one maker of t.
     """
     if name not in SLICES:
-        return VARIANTS.get(name, {}).get(spec.kernel)
+        return EXPERIMENTAL_TILES.get(name, {}).get(spec.kernel)
     if spec.kernel != "relay" or not has_hopper(target, spec):
         return None
     tile = hopper_tile(spec, m)

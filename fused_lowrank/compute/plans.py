@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tile_choice import SLICES, VARIANTS
+from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work
@@ -92,7 +92,7 @@ ROWS = (
     Plan("split", _our_shrink, _gemm_tail, ours=True),
     *(
         Plan(f"split:{name}", _our_shrink, _gemm_tail, ours=True, tiles=name, automatic=False)
-        for name in VARIANTS
+        for name in EXPERIMENTAL_TILES
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
