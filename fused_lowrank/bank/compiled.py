@@ -28,7 +28,7 @@ from ..compute.autograd import (
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
 from ..context.calls import SAID, call_of
-from ..context.declared import entry_of, said_in
+from ..context.declared import declaration_of, said_in
 from ..context.disabling import OFF, Switch
 from ..context.recomputed import NOTES, around, graph_task, may_recompute, noted
 from ..methods.layer import LowRankLinear
@@ -148,9 +148,9 @@ def resolve(
         return Banked(join(*assignment.single_core(name)), 1.0, "")
     said = None
     if ticket.said is not None:
-        entry = entry_of(ticket.said, STORES[assignment.key].layers[name])
-        if graph_task() < 0 or not callable(entry and entry.rows):  # else what the forward found
-            said = said_in(entry, name, None if x is None else x.view(*lead, x.shape[-1]))
+        last = declaration_of(ticket.said, STORES[assignment.key].layers[name])
+        if graph_task() < 0 or not callable(last and last.rows):  # else what the forward found
+            said = said_in(last, name, None if x is None else x.view(*lead, x.shape[-1]))
     rows = assignment.row_cores(name, lead, call_of(assignment.key), None, said)
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")

@@ -25,7 +25,7 @@ from ...context.declared import ANYWHERE, Owners, by_row, stated
 from ...context.readers import leave_fast_paths, restore_fast_paths
 from ...functional import DTYPES, lowrank_linear
 from ...methods.accept import TENSORS, is_hooked, is_replaced
-from .mixed import Lines, Switched, as_before, hooked, uncompiled
+from .mixed import Entries, Switched, as_before, hooked, uncompiled
 from .registry import TESTED
 
 try:
@@ -66,7 +66,7 @@ class FusedLinear(Switched, Linear):
     """`peft.tuners.lora.layer.Linear` through the fused kernels, where these compute the same."""
 
     impl: ClassVar[str] = "auto"  # as in `lowrank_linear`
-    takes_lines: ClassVar[bool] = True
+    takes_entries: ClassVar[bool] = True
     noted: bool = False  # whether a checkpoint was told how it was called
     _disable_adapters: bool
 
@@ -83,7 +83,7 @@ class FusedLinear(Switched, Linear):
                 y = self.fused(x, here[0])
                 if y is not None:
                     return y
-        if isinstance(names := kwargs.get("adapter_names"), Lines):
+        if isinstance(names := kwargs.get("adapter_names"), Entries):
             as_before(self, False, names)
             return self.mixed(x, names, args, kwargs)
         return super().forward(x, *args, **kwargs)
@@ -127,25 +127,25 @@ class FusedLinear(Switched, Linear):
             impl=self.impl,
         )
 
-    def mixed(self, x: Tensor, lines: Lines, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def mixed(self, x: Tensor, entries: Entries, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's forward with a name for each of x's first dimension, or for each row."""
         if torch.compiler.is_compiling() and ANYWHERE[0]:
-            return uncompiled(self.mixed, x, lines, args, kwargs)
-        call = None if torch.compiler.is_compiling() else lines.call
+            return uncompiled(self.mixed, x, entries, args, kwargs)
+        call = None if torch.compiler.is_compiling() else entries.call
         if call is not None and call.follower is not None and not call.follower.paused:
             state = stated(self) or call.follower.where(x)
             with call.follower.pause():
-                y = self.mixed(x, lines, args, kwargs)
+                y = self.mixed(x, entries, args, kwargs)
             call.follower.mark(y, state)
             return y
-        place = lines.spread(self, f"a {type(self).__name__} {id(self):x}", x)
-        each, left = divmod(len(x), max(1, len(lines)))
+        place = entries.spread(self, f"a {type(self).__name__} {id(self):x}", x)
+        each, left = divmod(len(x), max(1, len(entries)))
         rows = x if place.outer == 1 and not left else fold(x)
         if isinstance(place, Owners):
-            names = [lines[number] for number in by_row(place, len(rows), len(lines)).tolist()]
+            names = [entries[number] for number in by_row(place, len(rows), len(entries)).tolist()]
         else:
             times = each if rows is x else place.repeat
-            names = [name for name in lines for _ in range(times)]
+            names = [name for name in entries for _ in range(times)]
             names *= 1 if rows is x else place.outer
         y = super().forward(rows, *args, **{**kwargs, "adapter_names": names})
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
