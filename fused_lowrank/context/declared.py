@@ -136,9 +136,10 @@ class declare_rows(AbstractContextManager[None]):
     graph enter it before the calls that warm up, and capture within it.
 
     Raises:
-        TypeError, ValueError: when it is entered: rows of another kind, or negative ones. When a
-            layer is called, by its name: what does not fit its x, numbers a sequence that has no
-            name, or is not what following found. Nothing of that call is computed by it.
+        TypeError, ValueError: when it is entered, for a module or rows of another kind, or rows
+            below 0. When a layer is called, naming it, for rows that do not fit its x, that number
+            a sequence without a name, or that are not what following found; nothing of that call
+            is computed then.
         RuntimeError: it is entered a second time.
     """
 

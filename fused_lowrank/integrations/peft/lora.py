@@ -240,11 +240,12 @@ def fuse_lora(model: Model) -> Model:
 
     Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
     lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
-    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. So are
-    mixed batches, but for which rows are whose: `adapter_names` are of the calling thread or task,
-    and followed to each layer's rows, as with the methods of this library. One UserWarning names
-    the layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
-    brings new layers, call this again. Call it before `fully_shard`.
+    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. Mixed
+    batches are left to it as well, but the rows of each adapter are found as with the methods of
+    this library: `adapter_names` belong to the calling thread or task, and are followed to each
+    layer's rows. One UserWarning names the layers that are left, and why. Adapters may be added,
+    changed and deleted afterwards; if one brings new layers, call this again. Call it before
+    `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
@@ -257,6 +258,7 @@ def fuse_lora(model: Model) -> Model:
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.
+        ImportError: PEFT's LoRA layer is not as it is used here; raised by the import.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not layers:

@@ -405,14 +405,20 @@ class LowRankModel(BaseTuner):
 
 
 class LoraXSModel(LowRankModel):
-    """A model with adapters of LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604)."""
+    """A model with adapters of LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): PEFT's tuner.
+
+    `peft.get_peft_model(model, LoraXSConfig(…))` makes it; `LoraXSConfig` has the equation.
+    """
 
     prefix = PeftLoraXSLinear.prefix
     tuner_layer_cls = PeftLoraXSLinear
 
 
 class LoraMiniModel(LowRankModel):
-    """A model with adapters of LoRA-Mini (Singh et al. 2024, arXiv 2411.15804)."""
+    """A model with adapters of LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): PEFT's tuner.
+
+    `peft.get_peft_model(model, LoraMiniConfig(…))` makes it; `LoraMiniConfig` has the equation.
+    """
 
     prefix = PeftLoraMiniLinear.prefix
     tuner_layer_cls = PeftLoraMiniLinear
