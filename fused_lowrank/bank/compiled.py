@@ -44,9 +44,9 @@ OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
 
 
 class Ticket:
-    """The assignment of a call, if any, for which a token stands, and that of disabled layers.
+    """A call as a token stands for it: its assignment, if any, and its declarations.
 
-    And what has been said of whose its rows are.
+    `disabled` has the assignment to no adapter for the layers that are disabled, by name.
     """
 
     def __init__(self, key: int, assignment: Assignment | None) -> None:
@@ -59,7 +59,7 @@ class Ticket:
         return 0 if self.assignment is None else self.assignment.version
 
     def disable(self, layers: Mapping[str, LowRankLinear], base: Assignment) -> None:
-        """Note the layers that are disabled, which calls of checkpoints are told."""
+        """Note the layers that are disabled here, for the checkpoints around the call as well."""
         for name, layer in layers.items():
             if layer.disabled:
                 self.disabled[name] = base
@@ -67,7 +67,7 @@ class Ticket:
                     layer.disabled.note()
 
     def note(self) -> None:
-        """Note it for the checkpoints around the running call; of two assignments, none."""
+        """Note this for the checkpoints around the running call; None where they had another."""
         for checkpoint in around():
             notes = NOTES.setdefault(checkpoint, {})
             before, _ = notes.get(self.key, (self, 0))

@@ -255,7 +255,7 @@ def place_of(
     learned: Learned,
     x: Tensor | None,
 ) -> Spread | Owners:
-    """The spread of a layer's x, (*lead, K), as is said; arguments as `calls.spread`'s.
+    """The spread of a layer's x, (*lead, K), as is said; arguments as `whose_rows.spread`'s.
 
     Raises ValueError where it does not fit, or following has found something else.
     """

@@ -89,7 +89,7 @@ class Op:
 
 
 def joined(states: list[State]) -> State:
-    """The place in a result that is put together element by element: who knows, says."""
+    """The place in a result that is computed element by element, from those that are known."""
     places = {state for state in states if isinstance(state, Where)}
     if len(places) == 1:
         return places.pop()

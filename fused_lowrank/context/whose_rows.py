@@ -105,7 +105,7 @@ def by_state(state: Where, lead: Sequence[int], entries: int, n: int) -> Spread:
 
 
 def uncalled(lead: Sequence[int], entries: int, layouts: Layouts, own: bool) -> Spread | str:
-    """`spread` where no call of a model is known: x is the caller's, or in a compiled graph."""
+    """`spread` outside a model's call: the caller calls the layer, or a compiled graph does."""
     if not lead:
         return "it has one row"
     n, rows = entries, math.prod(lead)

@@ -117,7 +117,7 @@ def require_here(whole: nn.Module) -> None:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a module has that hook."""
+    """Whether a module has the hook `stay`."""
     return stay in module._forward_pre_hooks.values()
 
 
@@ -158,10 +158,10 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def forgotten(model: nn.Module) -> list[str]:
-    """The Parameters trained inside an adapted model, but of no layer or module that is saved.
+    """The Parameters trained in a model after `adapt` that no file would hold.
 
-    What stands around it is not, nor a model that was built of adapted layers: they are trained as
-    their owner likes.
+    Those of modules around that model do not count, nor those of a model that was built of adapted
+    layers: these are trained as their owner likes.
     """
     inside = {id(p) for m in model.modules() if KEPT in vars(m) for p in m.parameters()}
     inside -= {id(tensor) for m in saved_modules(model).values() for tensor in m.parameters()}

@@ -40,7 +40,7 @@ class Biases:
                 self.holders.append((module, bias))
 
     def take_back(self, model: nn.Module) -> None:
-        """Have those that were offloaded since here for good."""
+        """Bring the biases that were offloaded since here for good."""
         for place, (module, bias) in enumerate(self.holders if not self.away else ()):
             own = module._parameters.get("bias")
             if own is not None and own.is_meta and not bias.is_meta:
@@ -50,13 +50,13 @@ class Biases:
                     self.holders[place] = module, own
 
     def are_known(self, model: nn.Module) -> bool:
-        """Whether those that are trained are still in their places; sharding puts others there."""
+        """Whether the trained biases are still in their places; sharding puts others there."""
         present = {module._parameters.get("bias") for module in model.modules()}
         here = present | {bias for _, bias in self.away}
         return bool(self.kept) and self.kept.keys() <= here
 
     def disable(self, model: nn.Module) -> None:
-        """Put the base model's in their places."""
+        """Put the base model's biases in the places of the trained ones."""
         if self.away:
             return
         for module in model.modules():
@@ -67,14 +67,14 @@ class Biases:
                 self.away.append((module._parameters, bias))
 
     def enable(self) -> None:
-        """Put the trained ones back."""
+        """Put the trained biases back."""
         for slot, bias in self.away:
             slot["bias"] = bias
         self.away = []
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the trained ones the base model's values, for good."""
+        """Give the trained biases the base model's values, for good."""
         self.enable()
         for bias, value in self.kept.items():
             bias.copy_(value)

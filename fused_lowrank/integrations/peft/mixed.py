@@ -107,8 +107,10 @@ LOST = (
 
 
 def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
-    """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
-    of its forward, which is noted where it was with either, or of what is within the checkpoint.
+    """(disabled, adapter_names) of a layer's call.
+
+    A call that a checkpoint computes again has those of its forward, which were noted if it was
+    disabled or had names, unless a `with` within the checkpoint says it anew.
     """
     if off and torch.compiler.is_compiling() and not layer.noted:
         torch.ops.fused_lowrank.note_off(layer.number)
@@ -134,7 +136,7 @@ class Switched:
     number = -1  # by which a compiled graph knows it
 
     def enable_adapters(self, enabled: bool) -> None:
-        """PEFT's."""
+        """Enable or disable the adapters, as PEFT does, and note where that was done."""
         off = self.disable_adapters  # type: ignore[attr-defined]
         super().enable_adapters(enabled)  # type: ignore[misc]
         before = vars(self).pop("switched", OUTSIDE)
