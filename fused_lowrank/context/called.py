@@ -34,7 +34,7 @@ PRODUCT = nn.Linear.forward.__code__
 
 
 class Reader(NamedTuple):
-    """A place in code that has read a layer's weight, and has not called the layer since."""
+    """A place in code that has read a layer's weight since the layer was last called, if ever."""
 
     where: str
     holds: bool  # whether it is a method of the module that holds the layer: the model's own code
