@@ -217,12 +217,12 @@ class Launch:
                 counters = arrivals(device, stream)  # held until the launch is made
                 values.append(counters.data_ptr())
             values += varying
-            for at, fill, kept in maps:  # what is in a map follows from the address alone
+            for at, fill, filled_before in maps:  # what is in a map follows from the address alone
                 address = values[at]
-                if (filled := kept.get(address)) is None:
-                    if len(kept) >= MOST_MAPS:
-                        kept.clear()
-                    filled = kept[address] = fill(address)
+                if (filled := filled_before.get(address)) is None:
+                    if len(filled_before) >= MOST_MAPS:
+                        filled_before.clear()
+                    filled = filled_before[address] = fill(address)
                 values.append(filled)
             launch(values)
             return made

@@ -68,8 +68,8 @@ class Plan:
 
     def is_candidate(self, problem: Problem) -> bool:
         """Whether it can compute the pass and may be chosen for it, without being named."""
-        known = self.automatic and (self.automatic_by_row or not problem.by_row)
-        return known and not self.why_not(problem)
+        automatic = self.automatic and (self.automatic_by_row or not problem.by_row)
+        return automatic and not self.why_not(problem)
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of the plan's steps, on paper."""

@@ -271,9 +271,9 @@ def place_of(
         raise ValueError(
             f"declare_rows does not fit {layer}, called with x of {shown(lead)}: {found}"
         )
-    known = followed(layer, lead, entries, call, learned, x) if rows else None
-    if known is not None and not torch.equal(
-        by_row(known, rows, entries), by_row(found, rows, entries)
+    as_followed = followed(layer, lead, entries, call, learned, x) if rows else None
+    if as_followed is not None and not torch.equal(
+        by_row(as_followed, rows, entries), by_row(found, rows, entries)
     ):
         raise ValueError(
             f"declare_rows says something else of {layer}, called with x of {shown(lead)}, than "

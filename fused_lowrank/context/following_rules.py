@@ -55,10 +55,10 @@ class Op:
 
     def state_of(self, out: Tensor) -> State:
         """The place of the sequences in one of the results."""
-        known = set(self.states.values())
+        states = set(self.states.values())
         if self.name.endswith("_like") or self.name.startswith(("new_", "empty")):
             return LOST if "empty" in self.name else NOBODY
-        if known <= {NOBODY}:
+        if states <= {NOBODY}:
             return NOBODY
         rule = RULES.get(self.name)
         if rule is None:

@@ -123,8 +123,8 @@ def watched(module: nn.Module) -> bool:
 
 def keep_loaded(model: nn.Module) -> None:
     """Keep copies of modules that were on the meta device when they began to be trained whole."""
-    known = places(model)
-    keep(model, [n for n, *_, kept in known if any(t.is_meta for t in kept.tensors.values())], {})
+    wholes = places(model)
+    keep(model, [n for n, *_, kept in wholes if any(t.is_meta for t in kept.tensors.values())], {})
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def warn_of_names(names: list[str], stacklevel: int) -> None:
 
 def base_of(model: nn.Module) -> Base:
     """The base of the modules trained whole, whatever stands in their places now."""
-    base, known = Base(), list(places(model))
-    rows = vocabularies(model) if known else set()
-    for name, parent, child, kept in known:
+    base, wholes = Base(), list(places(model))
+    rows = vocabularies(model) if wholes else set()
+    for name, parent, child, kept in wholes:
         present: Any = parent._modules[child]
         tensors = state_of(present)
         values = {key: fitted(v, tensors.get(key), rows) for key, v in kept.tensors.items()}

@@ -315,7 +315,7 @@ def reasons(layer: Any) -> list[str]:
 def change_class(layer: Linear, kind: type[Linear]) -> None:
     """Make the layer one of that class, also where accelerate's hooks have kept its forward."""
     for name in "forward", "_old_forward":
-        kept = vars(layer).get(name)
-        if getattr(kept, "__func__", None) is type(layer).forward:
+        bound = vars(layer).get(name)
+        if getattr(bound, "__func__", None) is type(layer).forward:
             vars(layer)[name] = kind.forward.__get__(layer)
     layer.__class__ = kind
