@@ -20,7 +20,12 @@ from .methods.layer import LowRankLinear
 
 @dataclass(frozen=True)
 class PassExplained:
-    """One pass of a step: the forward's, or the backward's to dx."""
+    """One pass of a step, explained: the forward's, or the backward's to dx.
+
+    `print` it, or read its parts. A cost on paper (`cost`, `floor`, `bare`) has `operations` (of
+    multiplying and adding, each counted), `bytes` moved in memory, `launches` and `seconds`; the
+    formulas and constants are in `fused_lowrank.compute.costs`.
+    """
 
     problem: Problem
     plan: str  # its name
@@ -55,7 +60,11 @@ class PassExplained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The computation of a layer's training step, explained. `print` it, or read its parts."""
+    """The computation of a layer's training step, explained. `print` it, or read its parts.
+
+    Made by `explain`. Times that it prints are in milliseconds, sizes in MB (10⁶ bytes), work in
+    GFLOP (10⁹ operations); see `PassExplained` for the parts of a pass.
+    """
 
     layer: str  # what it is, and of how many rows the step
     note: str  # where no plan is chosen: what happens instead
@@ -74,8 +83,8 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     paper its operations, bytes and time, beside the least that the adapted layer and the bare one
     could take on this device. The GPU's times on paper are predictions, not measurements. Nothing
     is computed or measured; the plans are chosen by the very call by which a step's are, under the
-    same `config.use` and batch invariance. Of a layer in a bank it is a step in which each row has
-    an adapter of its own.
+    same `config.use` and batch invariance. For a layer in a bank, a step is explained in which each
+    row has an adapter of its own.
 
     Args:
         layer: a fused layer (`FusedLoraXSLinear`, …).
@@ -87,8 +96,9 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
 
     Raises:
         TypeError: the layer is not a low-rank layer, or `rows` no int.
-        ValueError: fewer than one row; a plan in `config.use` that is none.
-        RuntimeError: the plan in `config.use`, or batch invariance, cannot compute the step.
+        ValueError: fewer than one row; a sharded layer; an unknown plan in `config.use`.
+        RuntimeError: the plan in `config.use`, batch invariance or the layer's `impl` cannot
+            compute the step.
     """
     if not isinstance(layer, LowRankLinear):
         raise TypeError(

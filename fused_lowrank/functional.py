@@ -64,7 +64,7 @@ def lowrank_linear(
 
     Raises:
         ValueError: shapes that do not chain, devices that differ, an unknown implementation, a
-            probability that is none.
+            `dropout_p` outside [0, 1), a seed of another shape, dtype or device.
         TypeError: operands that are not tensors, a scale that is no number, dtypes that do not mix.
         RuntimeError: impl="triton" where the kernels cannot run; a second differentiation
             (impl="reference" can be differentiated twice).

@@ -4,8 +4,9 @@
     da = dcore·bᵀ,  db = aᵀ·dcore   for LoRA-Mini's core a (P, r) · b (r, Q)
 
 The rows are split over programs; each stores its partial sum, and the last to arrive adds them in
-the order of their index, so the result is bitwise reproducible. Of a pair's tiles the last to have
-its sum goes on from dcore to the two gradients. Both meetings are at `arrivals`.
+the order of their index, so the result is bitwise reproducible. For a pair, the program that
+completes the last tile of dcore goes on to the two gradients. Programs count themselves in the
+counters of `arrivals` both times.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def factor_grad_tile(
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of out[i, r] = sum over j of dcore[i, j]·other[j, r], each of its own strides."""
+    """One tile of out[i, r] = sum over j of dcore[i, j]·other[j, r]; each has its own strides."""
     acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
     offs_i, offs_r = i + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
     mask_r = offs_r[None, :] < R

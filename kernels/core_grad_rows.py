@@ -51,7 +51,7 @@ def core_grad_rows_kernel(
     Q: tl.constexpr,
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
-    MIX: tl.constexpr,  # handles to a line
+    MIX: tl.constexpr,  # handles to an entry
     SPLIT: tl.constexpr,  # the rows, over programs of `rows` each
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,

@@ -11,8 +11,8 @@ index, so y is bitwise reproducible.
 
 u is made by programs of their own, while those of y read W: some for a slice of K of x·downᵀ each,
 and some that add these up and go through the core, for some rows each. They have the first tickets.
-So whoever waits, for all of x·downᵀ or of u, waits for programs with smaller tickets: they are
-running, in whatever order the device starts programs.
+So a program that waits, for all of x·downᵀ or of u, waits for programs with smaller tickets: these
+are running, in whatever order the device starts programs.
 """
 
 from __future__ import annotations

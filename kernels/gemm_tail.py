@@ -67,10 +67,10 @@ def add_tail(
     TF32X3: tl.constexpr = False,
     bias=None,
 ):
-    """acc + u·upᵀ + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of the tile, say so.
+    """acc + u·upᵀ + bias of one tile; with DROPOUT u·upᵀ is added only where `bits` keep y's place.
 
-    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. Who
-    has to wait for u may bring `bias` first.
+    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. A
+    caller that has to wait for u can load `bias` before and pass it.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)

@@ -3,8 +3,8 @@
     y = x·Wᵀ + bias + u·upᵀ        x (M, K)   W (N, K)   bias (N,)   u (M, Q)   up (N, Q)   y (M, N)
 
 A tile is as many steps as BLOCK_K goes into K, and then as many as BLOCK_Q goes into PAD_Q, in
-which u and up lie where x and W did. So to those who multiply the tail is a few more steps, and the
-copies of the next tile start while this one is being stored.
+which u and up lie where x and W did. So for the warps that multiply, the tail is only a few more
+steps, and the copies of the next tile start while this one is being stored.
 """
 
 from __future__ import annotations

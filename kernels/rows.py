@@ -78,8 +78,9 @@ def store_u_of_rows(
 ):
     """u of BLOCK_M rows, from their t in memory.
 
-    `bank` is what `arguments` gives. A row without a valid handle gets zeros by selection. A handle
-    that is refused reads nothing that is not in the tables.
+    `bank` has the arguments named in POINTERS, then `repeat` and `slots`. A row without a valid
+    handle gets zeros by selection. For a handle that is refused nothing is read but what is in the
+    tables.
     """
     handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots = bank
     dtype: tl.constexpr = u_ptr.dtype.element_ty
@@ -170,9 +171,9 @@ def sizes(core: Any) -> dict[str, float | None]:
 
 
 def row_blocks(p: int, q: int, r: int, block: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q): `block` numbers of the rows' cores at a time.
+    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q), for `block` numbers of the rows' cores at a time.
 
-    The pair's r is not divided; only a large one makes them more.
+    A pair's r is not divided, so that with a large r they are more.
     """
     pad_p, pad_q = padded(p), padded(q)
     if r > 0:

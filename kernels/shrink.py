@@ -80,7 +80,7 @@ def store_t_and_u(
     BLOCK_ROWS: tl.constexpr = 1,
     bank=None,
 ):
-    """t and u of BLOCK_M rows, from the sum x·downᵀ as the dots left it."""
+    """Store t and u of BLOCK_M rows; `acc` is their x·downᵀ, not yet rounded."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_p = tl.arange(0, PAD_P)
@@ -321,12 +321,13 @@ def shrink(
 ) -> tuple[Any, ...]:
     """(t, u), and with `want_bits` a third: the mask of the dropout, as bits.
 
-    t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype. u is zero beyond Q.
-    What is not wanted is not stored, and None. x (M, K) of any strides, M and K at least 1; down
-    (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any float dtype. If
-    `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and (r, P). A core for
-    each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x is dropout(x); the
-    mask is uint8 (M, mask_width(K)): bit i of the byte [m, j] says whether x[m, 8·j + i] is kept.
+    t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype. u is zero beyond Q. A
+    result that is not wanted is not stored: it is None. x (M, K) of any strides, M and K at least
+    1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any float dtype.
+    If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and (r, P). A core for
+    each row lies as `rows` says, `transposed` or not. With `dropout` (seed, p), x is dropout(x);
+    the mask is uint8 (M, mask_width(K)): bit i of the byte [m, j] says whether x[m, 8·j + i] is
+    kept.
     """
     left, right = sides(down, core, transposed)
     seed, drop_p = (None, None) if dropout is None else dropout

@@ -20,7 +20,7 @@ MANY = 1 << 20  # rows or columns, as many as fill any device
 
 @dataclass(frozen=True)
 class Target:
-    """A device kind that the kernels are proven for."""
+    """A kind of device for which the compile gate compiles every kernel."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -188,7 +188,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
 
 
 def has_descriptors(target: Target, spec: Spec) -> bool:
-    """Whether a launch can go through tensor descriptors, and pays for it."""
+    """Whether a launch can go through tensor descriptors, and gains by it."""
     there = target.name in TENSOR and spec.kernel == "gemm_tail"
     return there and spec.itemsize == 2 and spec.aligned
 

@@ -33,7 +33,7 @@ from .store import AdapterStore
 
 
 class BankedLayer(Computer):
-    """The place of a layer in a bank; called by the layer instead of its own forward."""
+    """The place of a layer in a bank, which the layer calls instead of its own forward."""
 
     is_bank = True
 

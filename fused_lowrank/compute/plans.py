@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tile_choice import SLICES, VARIANTS
+from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work
@@ -68,8 +68,8 @@ class Plan:
 
     def is_candidate(self, problem: Problem) -> bool:
         """Whether it can compute the pass and may be chosen for it, without being named."""
-        known = self.automatic and (self.automatic_by_row or not problem.by_row)
-        return known and not self.why_not(problem)
+        automatic = self.automatic and (self.automatic_by_row or not problem.by_row)
+        return automatic and not self.why_not(problem)
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of the plan's steps, on paper."""
@@ -92,7 +92,7 @@ ROWS = (
     Plan("split", _our_shrink, _gemm_tail, ours=True),
     *(
         Plan(f"split:{name}", _our_shrink, _gemm_tail, ours=True, tiles=name, automatic=False)
-        for name in VARIANTS
+        for name in EXPERIMENTAL_TILES
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),

@@ -103,9 +103,9 @@ def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Do
     for m, row in enumerate(operands.x.split(1)):
         own = core
         if isinstance(core, RowCores):
-            line = slice(m // core.repeat, m // core.repeat + 1)
-            weights = None if core.weights is None else core.weights[line]
-            handles = core.handles[line]
+            entry = slice(m // core.repeat, m // core.repeat + 1)
+            weights = None if core.weights is None else core.weights[entry]
+            handles = core.handles[entry]
             own = core._replace(handles=handles, weights=weights, repeat=1, resolved_slots=None)
         alone = operands._replace(x=row, core=own)
         t, u, _ = plan.down.run(alone, None, want_t, True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tile_choice import SLICES, VARIANTS, select, variant
+from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES, experimental_tile, select
 from ..kernels.tiles import RELAY_RANK, SMALL_M, Spec, TileConfig, is_valid, padded
 from . import costs, devices
 from .costs import Work
@@ -188,9 +188,9 @@ def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
 
 def why_not_tiles(problem: Problem, name: str) -> str | None:
     """The reason why a pass cannot take the set of tiles of that name, or None if it can."""
-    where, tiles = devices.target(problem.device), VARIANTS.get(name)
+    where, tiles = devices.target(problem.device), EXPERIMENTAL_TILES.get(name)
     if name in SLICES:
-        tile = where and variant(name, where, spec_of("relay", problem), problem.m)
+        tile = where and experimental_tile(name, where, spec_of("relay", problem), problem.m)
         if tile and tile.makers > 1:
             return None
         return f"{name!r} is for one core, more than one column of tiles and one step of K"

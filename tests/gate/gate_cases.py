@@ -7,6 +7,7 @@ reduction is said where it is made. `sampled` puts the reductions to the test, a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_lowrank.kernels.tile_choice import SLICES, VARIANTS
+from fused_lowrank.kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
 from fused_lowrank.kernels.tiles import RELAY_RANK, SMALL_M
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,19 +61,24 @@ SAME, CORE, ALL = ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")
 SAME_16, CORE_16 = ("fp16", "fp16"), ("fp16", "fp32")
 
 
-def shrink_cases() -> Iterator[Case]:
-    def some(
-        x: str,
-        factors: list[tuple[str, str]],
-        layouts: Layouts,
-        ranks: Ranks,
-        smalls: Iterable[bool] = (False,),
-        flags: str = "tu",
-    ) -> Iterator[Case]:
-        product = itertools.product(factors, layouts, ranks, smalls)
-        for (down, core), (layout, aligned), (p, q, r, even), small in product:
-            yield Case("shrink", x, down, core, layout, aligned, p, q, r, flags, even, small)
+def combinations(
+    kernel: str,
+    x: str,
+    factors: list[tuple[str, str]],
+    layouts: Layouts,
+    ranks: Ranks,
+    smalls: Iterable[bool] = (False,),
+    *,
+    flags: str,
+) -> Iterator[Case]:
+    """Launches of `shrink` or `decode`: one for every combination of what is listed."""
+    product = itertools.product(factors, layouts, ranks, smalls)
+    for (down, core), (layout, aligned), (p, q, r, even), small in product:
+        yield Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 
+
+def shrink_cases() -> Iterator[Case]:
+    some = functools.partial(combinations, "shrink", flags="tu")
     # Storing t and u is the most a launch can do: it stands for all.
     yield from some("bf16", [SAME], ALIGNED, FULL + PARTIAL)
     yield from some("bf16", [CORE], ALIGNED, FULL[:5] + PARTIAL[1:])
@@ -237,18 +243,7 @@ def hopper_cases() -> Iterator[Case]:
 
 
 def decode_cases() -> Iterator[Case]:
-    def some(
-        x: str,
-        factors: list[tuple[str, str]],
-        layouts: Layouts,
-        ranks: Ranks,
-        smalls: Iterable[bool] = (False,),
-        flags: str = "tbs",
-    ) -> Iterator[Case]:
-        product = itertools.product(factors, layouts, ranks, smalls)
-        for (down, core), (layout, aligned), (p, q, r, even), small in product:
-            yield Case("decode", x, down, core, layout, aligned, p, q, r, flags, even, small)
-
+    some = functools.partial(combinations, "decode", flags="tbs")
     # Sharing K adds to a launch; so do t and a bias. P has what every target holds.
     both, few = (False, True), (True,)
     yield from some("bf16", [CORE], ALIGNED, [FULL[1], PARTIAL[1]], both)
@@ -276,7 +271,7 @@ def dropped_cases() -> Iterator[Case]:
 
 
 def variant_cases() -> Iterator[Case]:
-    for variant, tiles in VARIANTS.items():
+    for variant, tiles in EXPERIMENTAL_TILES.items():
         dtypes = ("fp32",) if variant == "tf32x3" else ("bf16", "fp16")
         for (layout, aligned), rank, dtype in itertools.product(ALIGNED, (16, 48, 64), dtypes):
             if rank == 64 or dtype != "fp16":

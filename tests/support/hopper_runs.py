@@ -62,7 +62,7 @@ class Case:
     turned: bool = False  # W lies the other way round than it does in such a pass
     mix: int = 0  # relay: cores to a row, each of a bank's; 0: one core for all
     weighted: bool = False
-    repeat: int = 1  # rows to a line of the bank's
+    repeat: int = 1  # rows to an entry of the bank's
     r: int = 8  # of a pair
 
 
