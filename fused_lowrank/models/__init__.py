@@ -8,6 +8,8 @@
     whole_modules     modules trained whole, known by their places
     ties              weights that several modules share
     adapt             `adapt`, `unload`, `merge`, `disable_adapters`
+    groups            parameters in groups for an optimiser: LoRA+
+    restarts          ReLoRA's restart: adapters merged for good, and begun anew
 
 A module imports those above it in this list.
 """
