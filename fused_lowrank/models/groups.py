@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..context.elsewhere import sharder_in
+from ..context.elsewhere import FSDP1, ZERO, sharder_in
 from ..methods import LowRankLinear
 from .adapt import require_adapted
 from .targets import named_modules
@@ -50,7 +50,7 @@ def parameter_groups(
             "optimiser for its LoRA"
         )
     require_adapted(model)
-    if sharder := sharder_in(model):
+    if (sharder := sharder_in(model)) in (FSDP1, ZERO):
         raise ValueError(
             f"{sharder} has cut up the parameters, whose shapes are not known here: take "
             "fully_shard, or make the groups before"

@@ -156,6 +156,7 @@ def test_restart_under_ddp(results, both):
             assert torch.equal(own, other)
     assert first["losses"][-1] < first["losses"][0]
     assert "cannot merge and restart under fully_shard" in first["said"]
+    assert first["groups"] == {"factors": 14, "output_factors": 14}
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -147,6 +147,9 @@ def test_models_of_which_nothing_is_to_be_had() -> None:
     model = adapt(plain(), "lora", target_modules=["1"], r=2, progress=False)
     with pytest.raises(ValueError, match="nothing in the model is trained"):
         parameter_groups(model.requires_grad_(False), 1e-3)
+    model[1].up.requires_grad_(True).ds_id = 3  # as ZeRO-3 marks what it has cut up
+    with pytest.raises(ValueError, match=r"ZeRO-3.* has cut up the parameters"):
+        parameter_groups(model, 1e-3)
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["1"]))
     with pytest.raises(ValueError, match="create_loraplus_optimizer"):

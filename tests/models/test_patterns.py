@@ -269,6 +269,7 @@ def test_merged_and_unloaded_like_any_other() -> None:
 BAD = {
     "no match": ({"rank_pattern": {"k_proj": 2}}, ValueError, r"'k_proj' matches none of the l"),
     "part of a word": ({"alpha_pattern": {"proj": 2}}, ValueError, "its end from a dot on"),
+    "no end": ({"rank_pattern": {"layers.0": 2}}, ValueError, "'layers.0' matches none"),
     "not adapted": ({"rank_pattern": {"head": 2}}, ValueError, "rank_pattern: 'head' matches"),
     "no regex": ({"rank_pattern": {"(": 2}}, ValueError, r"'\(' is no regular expression"),
     "no rank": ({"rank_pattern": {"q_proj": 1.5}}, ValueError, r"\['q_proj'\] is 1.5: it must"),

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lowrank import adapt, load_adapter, merge_and_restart, save_adapter
+from fused_lowrank import adapt, load_adapter, merge_and_restart, parameter_groups, save_adapter
 from fused_lowrank.files.lora_export import export_lora
 from fused_lowrank.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
@@ -369,9 +369,10 @@ def restart(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     begun = [factor.detach().clone() for factor in trained(model)]
     out = train(model, optimizer, range(2, STEPS), sharded_data=True)
     sharded = sharded_by_fsdp(adapted("lora", r=3))
+    groups = {g["name"]: len(g["params"]) for g in parameter_groups(sharded, 1e-3)}
     try:
         merge_and_restart(sharded, optimizer_of(sharded), progress=False)
         said = "nothing"
     except RuntimeError as error:
         said = str(error)
-    return {**out, "before": before, "after": after, "begun": begun, "said": said}
+    return {**out, "before": before, "after": after, "begun": begun, "said": said, "groups": groups}
