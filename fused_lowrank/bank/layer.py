@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import config
 from ..compute import choose, isolation
 from ..compute.autograd import chain, fold, join, places
-from ..compute.dropout import Dropout
+from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
 from ..context.called import note_call
@@ -106,6 +106,8 @@ class BankedLayer(Computer):
             said = None if SAID.get() is None else said_of(layer, self.name, x)
             core, scale = assignment.row_cores(self.name, x.shape[:-1], call, x, said), 1.0
         weight, down, up, bias = layer.own_tensors()
+        if layer.rank_dropout and layer.training:
+            core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
         operands = Operands(x, weight, down, core, up, bias, scale, dropout)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
@@ -131,6 +133,8 @@ class BankedLayer(Computer):
         a, b = places(layer.core_factors)
         given = x, layer.weight, layer.down, layer.core_factors, layer.up, layer.bias, layer.scale
         x, weight, down, _, up, bias, scale, *_ = prepared(Operands(*given))
+        if layer.rank_dropout and layer.training:
+            _, up = without_ranks(None, up, layer.rank_dropout)
         lead = x.shape[:-1]
         trained = self.store.trained
         tables = (None, None) if trained is None else trained.tables[self.name][:2]

@@ -19,12 +19,13 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "lora_dropout": "it is called dropout",
     "lora_r": "it is called r",
     "rank": "it is called r",
-    "use_rslora": f"it is alpha = lora_alpha·√r here; {PEFT}",
-    "rank_pattern": f"all layers of an adapt have one r, where they have room for it; {PEFT}",
-    "alpha_pattern": f"all layers of an adapt have one alpha; {PEFT}",
+    "use_rslora": "adapt takes it; of one layer it is alpha = lora_alpha·√r",
+    "rank_pattern": "adapt takes it; one layer has one r",
+    "alpha_pattern": "adapt takes it; one layer has one alpha",
     "bias": 'biases are trained if train names them, as train=("core", "bias") does',
-    "layers_to_transform": f"target_modules takes a regular expression instead; {PEFT}",
-    "layers_pattern": f"target_modules takes a regular expression instead; {PEFT}",
+    "layers_to_transform": "adapt takes it",
+    "layers_pattern": "adapt takes it",
+    "rank_dropout_scale": "rank_dropout scales what it keeps by 1 / (1 - p)",
     "init_lora_weights": "how factors start is init, which LoRA-Mini has",
     "init_weights": "how factors start is init, which LoRA-Mini has",
     "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
@@ -43,6 +44,7 @@ class Shared(TypedDict, total=False):
 
     alpha: float | None
     dropout: float
+    rank_dropout: float
     impl: str | None
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -53,6 +55,7 @@ class Shared(TypedDict, total=False):
 DEFAULTS: Shared = {
     "alpha": None,
     "dropout": 0.0,
+    "rank_dropout": 0.0,
     "impl": None,
     "device": None,
     "dtype": None,
@@ -65,7 +68,7 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 def takes_shared(constructor: Constructor) -> Constructor:
     """The constructor of a method, with the shared keywords in the place of its `**shared`.
 
-    Its signature names them where users look for them: ranks, alpha, dropout, what is the method's
+    Its signature names them where users look for them: ranks, alpha, dropouts, what is the method's
     own, the rest. Others are a TypeError, as in Python, before anything is looked at.
     """
     signature = inspect.signature(constructor)
@@ -77,7 +80,7 @@ def takes_shared(constructor: Constructor) -> Constructor:
         Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name])
         for name, value in DEFAULTS.items()
     ]
-    known = signature.replace(parameters=[*own[:first], *shared[:2], *own[first:], *shared[2:]])
+    known = signature.replace(parameters=[*own[:first], *shared[:3], *own[first:], *shared[3:]])
 
     @functools.wraps(constructor)
     def checked(self: Any, *sizes: Any, **keywords: Any) -> None:

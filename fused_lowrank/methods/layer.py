@@ -11,9 +11,9 @@ from torch.nn.functional import linear as dense
 
 from ..compute import choose
 from ..compute.autograd import chain
-from ..compute.dropout import Dropout
+from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import Core
+from ..compute.reference import AnyCore, Core
 from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
@@ -41,6 +41,8 @@ class LowRankLinear(MergingLinear):
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
+    output_factors: ClassVar[tuple[str, ...]] = ("up",)  # those on the output's side of the core
+    rank_dropout: float = 0.0
     by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
     _hf_hook = HookSlot()
 
@@ -69,6 +71,7 @@ class LowRankLinear(MergingLinear):
         self.in_features, self.out_features = in_features, out_features
         self.r, self.alpha = r, float(r if alpha is None else alpha)
         self.dropout, self.train_names = float(given["dropout"]), tuple(train)
+        self.rank_dropout = float(given["rank_dropout"])
         if given["impl"] is not None:
             self.impl = given["impl"]
         self._check_settings()
@@ -110,6 +113,9 @@ class LowRankLinear(MergingLinear):
             raise ValueError(f"alpha is {self.alpha}: it must be finite")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not 0.0 <= self.rank_dropout < 1.0:
+            said = f"rank_dropout is {self.rank_dropout}"
+            raise ValueError(f"{said}: it must be at least 0 and below 1")
 
     @classmethod
     def _check_learns(cls, train: tuple[str, ...], zero: str) -> None:
@@ -174,6 +180,7 @@ class LowRankLinear(MergingLinear):
             "r": self.r,
             "alpha": self.alpha,
             "dropout": self.dropout,
+            **({"rank_dropout": self.rank_dropout} if self.rank_dropout else {}),
             "train": self.train_names,
         }
 
@@ -277,12 +284,14 @@ class LowRankLinear(MergingLinear):
         x: Tensor,
         weight: Tensor,
         down: Tensor,
-        core: Core,
+        core: AnyCore,
         up: Tensor,
         bias: Tensor | None,
         seed: Tensor | None = None,
     ) -> Tensor:
-        """y of these operands by this layer's implementation, with its scale and dropout."""
+        """y of these operands by this layer's implementation, with its scale and dropouts."""
+        if self.rank_dropout and self.training:
+            core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
         if dropout is None and self.impl == "auto":

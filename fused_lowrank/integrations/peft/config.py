@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ...methods.keywords import integer
+from ...models.patterns import check_number, check_rank
 from ...models.targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
@@ -165,25 +165,6 @@ class LoraMiniConfig(LowRankConfig):
 
     method: ClassVar[str] = "lora_mini"
     ranks: ClassVar[tuple[str, ...]] = ("r", "a", "b")
-
-
-def check_rank(name: str, value: Any) -> int:
-    """A rank as Python's integer; ValueError if it is none."""
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-    return value
-
-
-def check_number(name: str, value: Any) -> float:
-    """A finite number as one of Python's, which a config's file can hold; ValueError otherwise."""
-    try:
-        number = value if isinstance(value, int) else float(value)
-        if isinstance(value, str | bool) or not math.isfinite(number):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number") from None
-    return number
 
 
 def check_mix(
