@@ -349,10 +349,11 @@ def test_offsets_beyond_int32(big: str, device: torch.device) -> None:
     assert torch.equal(lowrank_linear(**{**made, big: far}, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("core", ["core", "diagonal"])
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
-def test_dropout(impl: str, device: torch.device) -> None:
+def test_dropout(impl: str, core: str, device: torch.device) -> None:
     """On the low-rank input alone, in training alone, with one mask forward and backward."""
-    made = operands(device, train=("x", "down", "core"))
+    made = operands(device, core, train=("x", "down", "core"))
     ones = torch.ones_like(made["x"])
     torch.manual_seed(1)
     if impl == "reference":
@@ -369,8 +370,9 @@ def test_dropout(impl: str, device: torch.device) -> None:
         return lowrank_linear(**call, impl=impl, dropout_p=0.25, training=True)
 
     def expected(x, weight, down, core, up, bias):
+        matrix = torch.diag(core) if core.dim() == 1 else core
         low = x * mask.to(x.dtype)
-        return torch.nn.functional.linear(x, weight, bias) + low @ down.t() @ core @ up.t()
+        return torch.nn.functional.linear(x, weight, bias) + low @ down.t() @ matrix @ up.t()
 
     dy = torch.randn(37, 20, device=device)
     errors = measure(dropped, expected, made, dy)
