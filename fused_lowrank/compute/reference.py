@@ -147,8 +147,8 @@ def through_rows(t: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
 def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
     """dcore of each slot, (slots, P, Q): scale · Σ over its rows of factor[m] · t[m]ᵀ·g[m].
 
-    Of diagonals it is (slots, r): the diagonal of that alone. In float32 or wider. A slot's rows are
-    added in their order, and no other row reaches it.
+    Of diagonals it is (slots, r), the diagonal of that alone. In float32 or wider. A slot's rows
+    are added in their order, and no other row reaches it.
     """
     wide = torch.promote_types(rows.table.dtype, torch.float32)
     all_slots, valid = rows.slots()

@@ -107,8 +107,6 @@ class OneLaunch(Kernel):
             return reason if reason and problem.device.type == "cuda" else alone
         if reason:
             return reason
-        if kernel == "relay" and problem.diagonal:
-            return "it has no diagonal for a core"
         from ..kernels.relay import is_possible
 
         spec = spec_of(kernel, problem)

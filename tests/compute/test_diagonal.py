@@ -17,7 +17,6 @@ from fused_lowrank.compute.operands import Operands, problem_of
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.compute.reference import NONE, SLOT_BITS, RowCores
 from fused_lowrank.kernels import core_grad, core_grad_rows, decode, launch, relay, shrink
-from fused_lowrank.kernels.tiles import TARGETS
 from fused_lowrank.testing import pinned_plan
 
 K, N, SLOTS = 23, 19, 4
@@ -46,7 +45,7 @@ def rows_of(table: Tensor, lines: list[list[int]], repeat: int, weighted: bool) 
 def operands(
     device: torch.device, lines: list[list[int]], *, r: int, dtype: torch.dtype, repeat: int = 3
 ) -> Operands:
-    """Operands of a call with a diagonal for each row, and their gradients wanted but the base's."""
+    """Operands of a call with a diagonal for each row; x and the table require a gradient."""
     made = torch.Generator(device).manual_seed(r)
 
     def values(*size: int) -> Tensor:
@@ -138,7 +137,7 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_row_is_kept_from_the_others(way: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Its y, dx and its adapter's gradient keep their bits beside NaN in all others' x, dy, core."""
+    """Its y, dx and its adapter's gradient have the same bits beside NaN in all others."""
     lines = [[i % SLOTS] for i in range(12)]
     given = operands(device, lines, r=16, dtype=dtype)
     dy = torch.randn(36, N, device=device).to(dtype)
