@@ -12,6 +12,7 @@ from . import config
 from .compute import choose, costs, devices, measured
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
+from .compute.reference import is_diagonal
 from .compute.steps_kernels import spec_of
 from .context.elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
@@ -132,11 +133,12 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     bulk = bulk and rows > SMALL_M
     factors = layer.down, layer.core_factors, layer.up
     doubles = kernels and has_doubles(Operands(x, layer.weight, *factors, None, 1.0))
+    diagonal = is_diagonal(layer.core_factors)
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
         want_u, by_row = transposed and trains_down, layer.in_bank
-        flags = transposed, regular, dropout, want_u, by_row, bulk, doubles
+        flags = transposed, regular, dropout, want_u, by_row, bulk, doubles, diagonal
         passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
     return Explanation(name, "", tuple(passes))
 

@@ -35,14 +35,16 @@ def lowrank_linear(
 
     The forward of a linear layer with a low-rank adapter: LoRA (core None; Hu et al. 2021,
     arXiv 2106.09685), LoRA-XS (core R; Bałazy et al. 2024, arXiv 2405.17604), LoRA-Mini (core
-    (Atrain, Btrain); Singh et al. 2024, arXiv 2411.15804).
+    (Atrain, Btrain); Singh et al. 2024, arXiv 2411.15804), AdaLoRA and VeRA (core a diagonal; Zhang
+    et al. 2023, arXiv 2303.10512; Kopiczko et al. 2023, arXiv 2310.11454).
 
     Args:
         x: (..., K), float32, float16, bfloat16 or float64.
         weight: (N, K), of x's dtype (after autocast, where it is on).
         down: (P, K), of any float dtype; used in x's.
-        core: (P, Q), or the pair (a (P, r), b (r, Q)) whose product it is, or None for the
-            identity (then P = Q). Of any float dtype: the product with it is taken in its own.
+        core: (P, Q), or the pair (a (P, r), b (r, Q)) whose product it is, or a diagonal (r,), or
+            None for the identity (of both then P = Q = r). Of any float dtype: the product with it
+            is taken in its own.
         up: (N, Q), of any float dtype; used in x's.
         bias: (N,) of x's dtype, or None.
         scale: factor of the low-rank term.
@@ -211,7 +213,8 @@ def fits(operands: Operands) -> bool:
         if left is None:
             through = p == q
         elif right is None:
-            through = left.shape[first:] == (p, q)
+            sizes = left.shape[first:]
+            through = sizes == (p, q) or (sizes == (p,) and p == q)
         else:
             (p_left, r), (r_right, q_right) = left.shape[first:], right.shape[first:]
             through = p_left == p and r == r_right and q_right == q
@@ -255,8 +258,17 @@ def check(operands: Operands) -> None:
         if p != q:
             raise ValueError(f"core is None, but down has P={p} and up has Q={q}: they must agree")
     elif b is None:
-        if (a.shape[1:] if of_rows else a.shape) != (p, q):
-            raise ValueError(f"core is {shape(a)}: it must be ({p}, {q}), as down and up say")
+        sizes = tuple(a.shape[1:] if of_rows else a.shape)
+        if len(sizes) == 1 and p != q:
+            raise ValueError(
+                f"core is {shape(a)}, a diagonal, but down has P={p} and up has Q={q}: they must "
+                f"agree, or core be ({p}, {q})"
+            )
+        diagonal = f" or, of a diagonal, ({p},)" if p == q else ""
+        if sizes != (p, q) and not (diagonal and sizes == (p,)):
+            raise ValueError(
+                f"core is {shape(a)}: it must be ({p}, {q}){diagonal}, as down and up say"
+            )
     elif of_rows:
         if a.shape[1] != p or b.shape[1:] != (a.shape[2], q):
             raise ValueError(f"tables are {shape(a)}·{shape(b)}: they must be of ({p}, r)·(r, {q})")

@@ -1,8 +1,8 @@
 """decode: the whole layer for few rows, in one launch.
 
     y = x·Wᵀ + bias + u·upᵀ         x (M, K)   W (N, K)   bias (N,)   up (N, Q)   y (M, N)
-    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or 1,
-                                    or a core for each row (`rows`)
+    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or a
+                                    diagonal (P,), or 1, or a core for each row (`rows`)
 
 All rows are one tile, and reading W is what takes the time, so K is split over programs until they
 fill the device. A program is one slice of K of one column tile of y; the last slice of each tile to
@@ -191,7 +191,7 @@ def decode_kernel(
     stride_wk,
     P: tl.constexpr,
     Q: tl.constexpr,
-    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the one matrix `left`; -1: the core is 1
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
     PAD_R: tl.constexpr,
@@ -370,7 +370,7 @@ def planned(
     tiles, blocks = cdiv(n, config.block_n), cdiv(k, config.block_k)
     low_depth = cdiv(blocks, lows(tiles, blocks, x.device))
     low_parts = cdiv(blocks, low_depth)  # none without a block
-    store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
+    store_t = want_t or by_row > 0 or (r >= 0 and padded(p) > WHOLE)
     new_t = (m, p), x.dtype
     values = constants(p, q, r, k, transposed, bias is not None, store_t, by_row, config)
     makers = cdiv(m, values["BLOCK_T"])

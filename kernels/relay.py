@@ -49,10 +49,12 @@ def spec_of(
 
 
 def core_dtype(core: Core, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the core; of one that is 1, or of each row's own, x's."""
+    """The dtype of the core as a matrix; of a diagonal, of 1, or of each row's own, x's."""
     if core is None or is_rows(core):
         return dtype
     left, right = core if isinstance(core, tuple) else (core, core)
+    if left.dim() == 1:  # a diagonal is not multiplied as a matrix
+        return dtype
     return torch.promote_types(left.dtype, right.dtype)
 
 

@@ -3,7 +3,7 @@
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
-    or a core for each row (`relay_rows_hopper`)
+    or a diagonal (P,), or a core for each row (`relay_rows_hopper`)
 
 The tiles of y's first column, which come before all others, multiply x by down as well, from the x
 that they have brought anyway. Each group of warps rounds its 64 rows of t, forms u of them, stores
@@ -203,6 +203,9 @@ def make(
             else:
                 if R < 0:
                     u_wide = low * scale
+                    if R == -2:
+                        diagonal = gl.load(left_ptr + offs_q, mask=offs_q < Q, other=0.0)
+                        u_wide = u_wide * diagonal.to(gl.float32)[None, :]
                 else:
                     u_wide = scale * through_core(
                         t, core_bufs, core_ready, PAD_Q, SPLIT, CHUNKS, TRANSPOSED
@@ -273,7 +276,7 @@ def relay_hopper_kernel(
     K,
     P: gl.constexpr,
     Q: gl.constexpr,
-    R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
+    R: gl.constexpr,  # of the pair; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: gl.constexpr,
     PAD_Q: gl.constexpr,
     PAD_R: gl.constexpr,

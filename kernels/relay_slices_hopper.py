@@ -3,6 +3,7 @@
     t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
+    or a diagonal (P,)
 
 In `relay_hopper` the first column makes t over its whole K-loop, and in the first wave all others
 wait for it. Here a row of tiles has MAKERS makers, the tiles of its first columns. The K-loop of
@@ -136,7 +137,7 @@ def hand_out(
     PAD_Q: gl.constexpr = u_bufs.shape[2]
     dtype: gl.constexpr = u_bufs.dtype
     PIECES: gl.constexpr = PAD_P // PIECE
-    # A core of 1 leaves the sums where they are: then they are taken as a whole.
+    # A core of 1, or a diagonal, leaves the sums where they are: then they are taken as a whole.
     TAKEN: gl.constexpr = 1 if R < 0 else PIECES
     COLUMNS: gl.constexpr = PAD_P // TAKEN
     offs_m = gl.arange(0, rows, layout=gl.SliceLayout(1, WARP))
@@ -174,6 +175,9 @@ def hand_out(
                             gl.store(t_ptrs + offs_p[None, :], t, mask=mask)
                     u = low if R < 0 else through_piece(t, u, core_bufs, part, SPLIT, PIECES)
                 u *= scale
+                if R == -2:
+                    diagonal = gl.load(left_ptr + offs_q, mask=offs_q < Q, other=0.0)
+                    u *= diagonal.to(gl.float32)[None, :]
                 if Q < PAD_Q:
                     u = gl.where((offs_q < Q)[None, :], u, 0.0)
                 u_bufs.index(group * (ROWS // rows) + chunk).store(u.to(dtype))
@@ -280,7 +284,7 @@ def relay_slices_hopper_kernel(
     MAKERS: gl.constexpr,  # columns of tiles that make t, a slice of K each: at least 2
     P: gl.constexpr,
     Q: gl.constexpr,
-    R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
+    R: gl.constexpr,  # of the pair; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: gl.constexpr,
     PAD_Q: gl.constexpr,
     SPLIT: gl.constexpr,  # the core is multiplied as two bf16 matrices

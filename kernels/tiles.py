@@ -121,7 +121,7 @@ def padded(rank: int) -> int:
 
 
 def rank_constants(p: int, q: int, r: int) -> dict[str, int]:
-    """The constants for a kernel's ranks; r is 0 where there is no pair, and -1 without a core."""
+    """The constants for a kernel's ranks; r is 0 of a matrix, -1 of no core, -2 of a diagonal."""
     return {
         "P": p,
         "Q": q,

@@ -26,7 +26,7 @@ from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
 from .operands import Operands, has_doubles
 from .plans import PLANS
-from .reference import AnyCore, RowCores, like, product, through_core, through_rows
+from .reference import AnyCore, RowCores, like, product, through_core, through_product, through_rows
 from .run import is_foreign, no_autocast, on_device, run
 from .steps_library import Wanted
 
@@ -144,7 +144,7 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
         u = through_rows(t, core, 1.0)
     else:
         matrix = product(core)
-        u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
+        u = t if matrix is None else like(through_product(t, matrix), x.dtype)
     y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from ..kernels.tiles import SMALL_M, is_bulk
 from .devices import has_kernels
 from .dropout import Dropout
-from .reference import AnyCore, RowCores
+from .reference import AnyCore, RowCores, is_diagonal
 
 
 class Operands(NamedTuple):
     """The operands of y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ, for one pass.
 
-    x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `RowCores`, or
-    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or says where its mask
-    comes from.
+    x (M, K), weight (N, K), down (P, K), core (P, Q), or a diagonal (r,), or the pair (P, r),
+    (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None,
+    or says where its mask comes from.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:
@@ -74,6 +74,12 @@ class Problem(NamedTuple):
     by_row: bool = False  # a core for each row, not one for all
     bulk: bool = False  # of many rows: bulk copies can move x, W, down, up and y: `is_bulk`
     doubles: bool = False  # a factor is in float64, and x is not
+    diagonal: bool = False  # the core, or that of each row
+
+    @property
+    def core_size(self) -> int:
+        """The numbers of a core."""
+        return self.p if self.diagonal else self.p * self.q
 
 
 def bucket(rows: int) -> int:
@@ -110,6 +116,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         isinstance(operands.core, RowCores),
         bulk,
         doubles,
+        is_diagonal(operands.core),
     )
 
 

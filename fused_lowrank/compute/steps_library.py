@@ -23,9 +23,11 @@ from .reference import (
     AnyCore,
     Products,
     RowCores,
+    is_diagonal,
     like,
     product,
     rows_grad,
+    through_product,
     through_rows,
 )
 
@@ -73,19 +75,19 @@ class Shrink(Step):
         matrix = product(core)
         if matrix is None:
             return t, (t if scale == 1.0 else t * scale), None
-        u = self.products.matmul(like(t, matrix.dtype), matrix.t() if transposed else matrix)
+        u = through_product(t, matrix.t() if transposed else matrix, self.products)
         return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype), None
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of two products."""
         size, m = problem.dtype.itemsize, problem.m
         x, t, u = m * problem.k * size, m * problem.p * size, m * problem.q * size
-        cores = m * problem.p * problem.q * size if problem.by_row else 0
+        cores = m * problem.core_size * size if problem.by_row else 0
         down = problem.p * problem.k * size
         calls = ROWS_CALLS if problem.by_row else CORE_CALLS
         return [
             skinny(problem, 2.0 * m * problem.k * problem.p, x + down + t),
-            skinny(problem, 2.0 * m * problem.p * problem.q, t + u + 3 * cores, calls),
+            skinny(problem, 2.0 * m * problem.core_size, t + u + 3 * cores, calls),
         ]
 
 
@@ -149,6 +151,9 @@ class CoreGrad(Step):
         """(dcore, None), or for a pair (da, db), those that are wanted."""
         if isinstance(core, RowCores):
             return of_tables(rows_grad(t, g, core, scale), core, want)
+        if is_diagonal(core):
+            wide = torch.promote_types(core.dtype, torch.float32)
+            return like((like(t, wide) * like(g, wide)).sum(0).mul_(scale), core.dtype), None
         a, b = core if isinstance(core, tuple) else (core, core)
         dtype = torch.promote_types(a.dtype, b.dtype)
         dcore = t.t().to(dtype) @ g.to(dtype)

@@ -155,7 +155,7 @@ def problems(
         mma, opcode = wanted_mma(target, tile.block_m)
         if kernel == "core_grad" and not figures.n_mma:
             found.append("no tensor core instruction")
-        gemm = kernel not in ("core_grad", "dropped", "drawn")
+        gemm = kernel not in ("core_grad", "diagonal", "dropped", "drawn")
         if gemm and mma not in figures.mma.split("+"):
             found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
         if gemm and figures.sass and f"{opcode}:" not in figures.sass:
@@ -244,7 +244,9 @@ def judged(
     """The figures of the case's compiled launch, and what is wrong with it."""
     figures = read(kernel, target, sass)
     itemsize = DTYPES[case.x].itemsize
-    wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    # A diagonal's gradient is no product of matrices.
+    kind = "diagonal" if (case.kernel, case.r) == ("core_grad", -2) else case.kernel
+    wrong = problems(figures, target, kind, tile, itemsize, case.aligned)
     if tile.hopper:
         wrong += problems_of_hopper(kernel, figures, case, tile)
     if target.name == "sm_90" and (sass or tile.hopper):

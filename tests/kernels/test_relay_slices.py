@@ -38,6 +38,8 @@ CASES = (
     Case("relay", makers=4, transposed=True, p=64, q=64, width=64, bias=True),
     Case("relay", makers=2, core="one", p=32, q=32, want_t=False),
     Case("relay", makers=3, transposed=True, core="one", p=16, q=16, width=64, turned=True),
+    Case("relay", makers=2, core="diagonal fp32", p=24, q=24),
+    Case("relay", makers=3, transposed=True, core="diagonal", p=64, q=64, width=64, infinite=True),
     Case("relay", makers=2, core="fp32", p=40, q=16, turned=True),
     Case("relay", makers=4, transposed=True, core="fp32", p=16, q=64, width=64),
     Case("relay", makers=2, core="pair", p=48, q=64, group_m=1),
