@@ -166,12 +166,12 @@ def in_layers(targets: list[str], patterns: Any, layers: Layers | None) -> list[
 
     Raises ValueError for a number that no target has.
     """
-    if layers is None:
+    if layers is None or not targets:
         return targets
     numbers, lists = layers
     found = {name: number_of(name, lists) for name in targets}
     there = {number for number in found.values() if number is not None}
-    if targets and not there:
+    if not there:
         where = f"after {' or '.join(lists)}" if lists else "after two other parts"
         raise ValueError(
             f"layers_to_transform: {shown(targets)} have no number {where} in their names; "
@@ -180,6 +180,6 @@ def in_layers(targets: list[str], patterns: Any, layers: Layers | None) -> list[
     if missing := numbers - there:
         absent, present = (", ".join(map(str, sorted(own))) for own in (missing, there))
         raise ValueError(
-            f"layers_to_transform: no target is in layer {absent}; they are in {present or 'none'}"
+            f"layers_to_transform: no target is in layer {absent}; they are in {present}"
         )
     return [name for name in targets if name in patterns or found[name] in numbers]

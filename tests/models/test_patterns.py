@@ -291,6 +291,11 @@ BAD = {
         ValueError,
         "no target is in layer 7; .* 0, 1, 2",
     ),
+    "none left": (
+        {"layers_to_transform": 0, "exclude_modules": ["q_proj"]},
+        ValueError,
+        "leaves no module to adapt",
+    ),
     "negative": ({"layers_to_transform": -1}, ValueError, "no target is in layer -1"),
     "no index": ({"layers_to_transform": ["0"]}, ValueError, "layers_to_transform is '0'"),
     "bool": ({"layers_to_transform": True}, ValueError, "layers_to_transform is True"),
