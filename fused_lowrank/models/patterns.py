@@ -166,20 +166,20 @@ def in_layers(targets: list[str], patterns: Any, layers: Layers | None) -> list[
 
     Raises ValueError for a number that no target has.
     """
-    if layers is None:
+    if layers is None or not targets:
         return targets
     numbers, lists = layers
-    found = {name: number_of(name, lists) for name in targets if name not in patterns}
+    found = {name: number_of(name, lists) for name in targets}
     there = {number for number in found.values() if number is not None}
-    if found and not there:
+    if not there:
         where = f"after {' or '.join(lists)}" if lists else "after two other parts"
         raise ValueError(
-            f"layers_to_transform: {shown(list(found))} have no number {where} in their names; "
+            f"layers_to_transform: {shown(targets)} have no number {where} in their names; "
             "layers_pattern is the name of the nn.ModuleList that numbers the layers"
         )
     if missing := numbers - there:
         absent, present = (", ".join(map(str, sorted(own))) for own in (missing, there))
         raise ValueError(
-            f"layers_to_transform: no target is in layer {absent}; they are in {present or 'none'}"
+            f"layers_to_transform: no target is in layer {absent}; they are in {present}"
         )
-    return [name for name in targets if name not in found or found[name] in numbers]
+    return [name for name in targets if name in patterns or found[name] in numbers]

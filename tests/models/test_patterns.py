@@ -125,6 +125,8 @@ def test_a_whole_name_is_taken_whatever_its_layer() -> None:
     model = adapt(plain(), r=2, progress=False, **given)
     assert set(layers_of(model)) == set(theirs)
     assert set(theirs) == {"model.layers.0.q_proj", "model.layers.2.v_proj", "head"}
+    given["target_modules"] = ["model.layers.0.q_proj"]
+    assert list(layers_of(adapt(plain(), r=2, progress=False, **given))) == given["target_modules"]
 
 
 @METHOD
@@ -288,6 +290,11 @@ BAD = {
         {"layers_to_transform": [0, 7]},
         ValueError,
         "no target is in layer 7; .* 0, 1, 2",
+    ),
+    "none left": (
+        {"layers_to_transform": 0, "exclude_modules": ["q_proj"]},
+        ValueError,
+        "leaves no module to adapt",
     ),
     "negative": ({"layers_to_transform": -1}, ValueError, "no target is in layer -1"),
     "no index": ({"layers_to_transform": ["0"]}, ValueError, "layers_to_transform is '0'"),
