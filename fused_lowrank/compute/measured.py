@@ -42,6 +42,7 @@ FLAGS = {  # of a problem → as the file has it
     "want_u": "want_u",
     "by_row": "rows",
     "bulk": "bulk",
+    "gain": "gain",
 }
 
 
