@@ -10,9 +10,10 @@
 Where there is a gain, dy ⊙ gain is in dy's place there, and the gain's gradient is had from y.
 
 Saved for backward is t (M, P), x only if down or the weight is trained, and y if the gain is: it is
-the result. Operands are 2-D here; the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone. Its mask is
-a function of a seed: our kernels draw it in the forward, and an eager call saves it as bits, M·K/8
-bytes, where x or down needs a gradient; elsewhere it is made again in the backward.
+the result. Operands are 2-D here; the core is a, or the pair a·b, or None. Dropout is of the
+low-rank path's input alone. Its mask is a function of a seed: our kernels draw it in the forward,
+and an eager call saves it as bits, M·K/8 bytes, where x or down needs a gradient; elsewhere it is
+made again in the backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -241,7 +242,7 @@ class LowRankFunction(torch.autograd.Function):
 
 
 def saved_tensors(ctx: Any) -> Any:
-    """What an eager call has saved; where y was written to, the error says what to do."""
+    """The tensors that an eager call saved; where y was written to, the error says what to do."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -391,7 +392,7 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(x, weight, down, *others, gain=None):  # type: ignore[no-untyped-def]
+def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
     return fake_results(x, weight, down, others[8])
 
 
@@ -420,8 +421,8 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(dy, t, x, weight, down, a, b, up, seed, scale, dropout_p, impl, needs, gain=None, *of_gain):  # type: ignore[no-untyped-def]
-    return fake_gradients(dy, (down, a, b, up), needs, gain)
+def _(dy, t, x, weight, down, a, b, up, *others):  # type: ignore[no-untyped-def]
+    return fake_gradients(dy, (down, a, b, up), *others[4:6])
 
 
 connect(forward_op, backward_op, count=7, has_gain=True)

@@ -130,7 +130,7 @@ class TailFirst(Step):
         return y.addmm_(x, weight.t())
 
     def why_not(self, problem: Problem) -> str | None:
-        """The reason against a core for each row, a mask on the way back or a gain; None without."""
+        """The reason against a core for each row, a mask on the way back or a gain, or None."""
         if problem.by_row:
             return "it has no core for each row"
         if problem.dropout and problem.transposed:

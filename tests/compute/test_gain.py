@@ -255,9 +255,9 @@ def test_compiled(train: tuple[str, ...], device: torch.device) -> None:
     """A graph gives the values and gradients of an eager call, and takes calls without a gain."""
     made = operands(device, train=train)
     compiled = torch.compile(lowrank_linear, fullgraph=True, backend="aot_eager")
-    for given in (made, {**made, "gain": None}):
-        leaves = [given[name] for name in train if given[name] is not None]
-        found, expected = (call(**given, impl="aten") for call in (compiled, lowrank_linear))
+    for call_of in (made, {**made, "gain": None}):
+        leaves = [call_of[name] for name in train if call_of[name] is not None]
+        found, expected = (call(**call_of, impl="aten") for call in (compiled, lowrank_linear))
         torch.testing.assert_close(found, expected)
         dy = torch.randn_like(expected)
         for one, other in zip(

@@ -44,8 +44,8 @@ FAULTS = {
     "gain after the bias": (
         "kernels/gemm_tail.py",
         "        acc += bias[None, :].to(acc.dtype)\n    return acc",
-        "        acc += bias[None, :].to(acc.dtype)\n        acc *= gain[None, :] if HAS_GAIN else 1"
-        "\n    return acc",
+        "        acc += bias[None, :].to(acc.dtype)\n        if HAS_GAIN:\n"
+        "            acc *= gain[None, :]\n    return acc",
         f"{GAIN}[split]",
     ),
     "bias left in the way back through the gain": (
