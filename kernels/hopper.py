@@ -160,17 +160,21 @@ def multiply(
 
 @gluon.jit
 def store(
-    acc, y_desc, bias_ptr, y_bufs, m, n, N,
-    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, FIRST: gl.constexpr, PARTS: gl.constexpr,
+    acc, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr, FIRST: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Store acc + bias as PARTS parts of y, of equal columns, the first of them number FIRST.
+    """Store gain ⊙ acc + bias as PARTS parts of y, of equal columns, the first of number FIRST.
 
-    They go through the group's buffers in turn: a tile as a whole would take a stage's room. The
-    bias is added to a part: for a whole tile it would take a quarter of a thread's registers.
+    They go through the group's buffers in turn: a tile as a whole would take a stage's room. Gain
+    and bias are read for a part: for a whole tile each took a quarter of a thread's registers.
     """
     if PARTS == 1:
         columns: gl.constexpr = acc.shape[1]
         first_n = n + FIRST * columns
+        if HAS_GAIN:
+            gain_n = first_n + gl.arange(0, columns, layout=gl.SliceLayout(0, acc.type.layout))
+            gain = gl.load(gain_ptr + gain_n, mask=gain_n < N, other=0.0)
+            acc *= gain[None, :]
         if HAS_BIAS:
             offs_n = first_n + gl.arange(0, columns, layout=gl.SliceLayout(0, acc.type.layout))
             bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -184,8 +188,14 @@ def store(
         half: gl.constexpr = PARTS // 2
         halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1])
         low, high = gl.split(halves)
-        store(low, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, FIRST, half)
-        store(high, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, FIRST + half, half)
+        store(
+            low, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN,
+            FIRST, half,
+        )  # fmt: skip
+        store(
+            high, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN,
+            FIRST + half, half,
+        )  # fmt: skip
 
 
 def describe(base: Any, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:

@@ -1,6 +1,6 @@
 """`relay` for Hopper, in Gluon: the whole layer in one launch, for many rows.
 
-    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+    t = x·downᵀ    u = scale · t · core    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
     or a diagonal (P,), or a core for each row (`relay_rows_hopper`)
@@ -150,13 +150,14 @@ def through_core(
 
 @gluon.jit
 def make(
-    up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr, flags_ptr, x_bufs,
-    w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty,
-    scale, M, N, K, GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr,
+    up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr, u_ptr, flags_ptr,
+    x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready,
+    u_empty, scale, M, N, K, GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr,
     PAD_P: gl.constexpr, PAD_Q: gl.constexpr, PAD_R: gl.constexpr, MIX: gl.constexpr,
     SPLIT: gl.constexpr, CHUNKS: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
+    STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_GAIN: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile, and in the first column t and u."""
     M, N, K = here(M), here(N), here(K)
@@ -244,8 +245,10 @@ def make(
             mbarrier.arrive(u_empty.index(GROUP), count=1)
             u_phase = u_phase ^ 1
         index, phase = advance(index, phase, STAGES)
-        n = pid_n * BLOCK_N
-        store(acc, y_desc, bias_ptr, y_bufs, first_m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+        store(
+            acc, y_desc, bias_ptr, gain_ptr, y_bufs, first_m, pid_n * BLOCK_N, N, GROUP, HAS_BIAS,
+            HAS_GAIN, 0, PARTS,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -258,6 +261,7 @@ def relay_hopper_kernel(
     right_ptr,
     up_desc,
     bias_ptr,
+    gain_ptr,
     t_ptr,
     u_ptr,
     y_desc,
@@ -286,6 +290,7 @@ def relay_hopper_kernel(
     TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
     STORE_T: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -324,18 +329,20 @@ def relay_hopper_kernel(
     gl.warp_specialize(
         [
             (make, (
-                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
-                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
-                core_ready, u_ready, u_empty, scale,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr,
+                u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready,
+                empty, core_ready, u_ready, u_empty, scale,
                 M, N, K, 0, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
-                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                TRANSPOSED, STORE_T, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
+                GROUP_M,
             )),
             (make, (
-                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
-                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
-                core_ready, u_ready, u_empty, scale,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr,
+                u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready,
+                empty, core_ready, u_ready, u_empty, scale,
                 M, N, K, 1, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
-                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                TRANSPOSED, STORE_T, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
+                GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
@@ -352,7 +359,7 @@ def relay_hopper_kernel(
     )  # fmt: skip
 
 
-INPUTS = ("x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_desc", "bias_ptr")
+INPUTS = "x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_desc", "bias_ptr", "gain_ptr"
 REGISTERS = {"MAKER_REGISTERS": 224, "BRINGER_REGISTERS": 56}  # of a thread
 
 
@@ -372,6 +379,7 @@ def planned(
     want_t: bool,
     split: bool,
     config: TileConfig,
+    gain: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of a call of `relay`, its operands `is_bulk`."""
     (m, k), n, way = x.shape, weight.shape[0], -1 if transposed else 1
@@ -403,6 +411,7 @@ def planned(
             "TRANSPOSED": transposed,
             "STORE_T": want_t or by_row > 0,
             "HAS_BIAS": bias is not None,
+            "HAS_GAIN": gain is not None,
             "U_ROWS": rows_at_a_time(pad_q, rows),
             "CORE_ROWS": rows_at_a_time(*((pad_p, pad_q) if transposed else (pad_q, pad_p))),
             **constants(config),

@@ -1,6 +1,6 @@
 """`relay` for Hopper, in Gluon, with t made by several columns: each multiplies a slice of K.
 
-    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+    t = x·downᵀ    u = scale · t · core    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
     or a diagonal (P,)
@@ -210,11 +210,11 @@ def multiply_on(
 
 @gluon.jit
 def make(
-    up_desc, y_desc, bias_ptr, sums_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, u_bufs, y_bufs,
-    ready, empty, u_ready, u_empty, M, N, K, GROUP: gl.constexpr, MAKERS: gl.constexpr,
+    up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, u_bufs,
+    y_bufs, ready, empty, u_ready, u_empty, M, N, K, GROUP: gl.constexpr, MAKERS: gl.constexpr,
     PAD_P: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_GAIN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile, and a maker's part of t."""
     M, N, K = here(M), here(N), here(K)
@@ -260,7 +260,7 @@ def make(
         u_phase = u_phase ^ 1
         index, phase = advance(index, phase, STAGES)
         m, n = pid_m * BLOCK_M + GROUP * ROWS, pid_n * BLOCK_N
-        store(acc, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+        store(acc, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN, 0, PARTS)
     tma.store_wait(0)
 
 
@@ -273,6 +273,7 @@ def relay_slices_hopper_kernel(
     right_ptr,
     up_desc,
     bias_ptr,
+    gain_ptr,
     t_ptr,
     sums_ptr,
     y_desc,
@@ -292,6 +293,7 @@ def relay_slices_hopper_kernel(
     TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
     STORE_T: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -325,16 +327,16 @@ def relay_slices_hopper_kernel(
     gl.warp_specialize(
         [
             (make, (
-                up_desc, y_desc, bias_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 0, MAKERS, PAD_P,
-                W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
-                GROUP_M,
+                up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs,
+                down_bufs, u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 0, MAKERS,
+                PAD_P, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K,
+                STAGES, PARTS, GROUP_M,
             )),
             (make, (
-                up_desc, y_desc, bias_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 1, MAKERS, PAD_P,
-                W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
-                GROUP_M,
+                up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs,
+                down_bufs, u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 1, MAKERS,
+                PAD_P, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K,
+                STAGES, PARTS, GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
@@ -366,6 +368,7 @@ def planned(
     want_t: bool,
     split: bool,
     config: TileConfig,
+    gain: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of a call of `relay`, its operands `is_bulk`, by a tile that has makers.
 
@@ -401,6 +404,7 @@ def planned(
             "TRANSPOSED": transposed,
             "STORE_T": want_t,
             "HAS_BIAS": bias is not None,
+            "HAS_GAIN": gain is not None,
             "U_ROWS": 32 if max(pad_p, pad_q) == 16 else 16,
             **constants(config),
             **(WIDEST if config.block_n == 256 else OTHERS),

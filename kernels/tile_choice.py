@@ -130,6 +130,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),
     Default("dropped", TileConfig(16, 16, 256, 4, 1)),
+    Default("gain_back", TileConfig(32, 16, 128, 4, 2)),
     Default("core_grad", TileConfig(128, 32, 16, 4, 3), CUDA, 2, True, rank=64, by_row=False),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),

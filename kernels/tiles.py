@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped")
+KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped", "gain_back")
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 MAKERS = 8  # of t at most, in a relay
@@ -59,7 +59,7 @@ class TileConfig:
     makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
     makes tiles as `gemm_tail` does, and holds all of P beside those of the first column. `decode`
     makes block_m × block_n of y, and in some programs all of t, with all rows in the one tile.
-    `dropped` makes block_m × block_k.
+    `dropped` makes block_m × block_k, `gain_back` so much at a time.
     """
 
     block_m: int
@@ -93,7 +93,7 @@ class TileConfig:
 class Spec:
     """A launch, as far as its tile depends on it."""
 
-    kernel: str  # "shrink", "gemm_tail", "core_grad", "decode", "relay" or "dropped"
+    kernel: str  # one of KERNELS
     itemsize: int  # of x, in bytes
     factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
@@ -171,7 +171,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     held = {"gemm_tail": m * n, "core_grad": n * n}.get(spec.kernel, m * (spec.pad_p + n))
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
-    loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k}
+    loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k, "gain_back": m * k}
     return (
         all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
         and config.num_warps in (1, 2, 4, 8)

@@ -43,6 +43,7 @@ FLAGS = {  # of a problem → as the file has it
     "by_row": "rows",
     "bulk": "bulk",
     "diagonal": "diagonal",
+    "gain": "gain",
 }
 
 

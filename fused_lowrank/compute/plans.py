@@ -1,6 +1,6 @@
 """The plans: ways to compute a pass, as rows of a table.
 
-    t, u = shrink(x, down, core, scale)        y = gemm_tail(x, W, u, up, bias)
+    t, u = shrink(x, down, core, scale)        y = gemm_tail(x, W, u, up, bias, gain)
 
 | plan | way down | way up |
 |---|---|---|
@@ -53,6 +53,11 @@ class Plan:
         return OUR_CORE_GRAD if self.ours else LIBRARY_CORE_GRAD
 
     @property
+    def gain_back(self) -> Any:
+        """The step (dy, y, gain, bias, choose) → dy ⊙ gain and the gradient of the gain."""
+        return OUR_GAIN if self.ours else LIBRARY_GAIN
+
+    @property
     def masked(self) -> Any:
         """The step (x, dropout, choose) → x under the mask that the plan's shrink sees."""
         return OUR_MASK if self.ours else LIBRARY_MASK
@@ -78,6 +83,7 @@ class Plan:
         return times * [work for step in self.steps for work in step.work(part)]
 
 
+OUR_GAIN, LIBRARY_GAIN = kernels.GainBack("gain_back"), library.GainBack()
 OUR_CORE_GRAD, LIBRARY_CORE_GRAD = kernels.CoreGrad("core_grad"), library.CoreGrad()
 OUR_MASK, LIBRARY_MASK = kernels.Masked("dropped", "dropout"), library.Masked()
 

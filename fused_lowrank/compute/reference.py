@@ -1,10 +1,11 @@
 """The equation in plain torch, on any device and in any float dtype: the truth that the rest is
 measured against.
 
-    y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ
+    y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias
 
-The core is one for all rows or, in a bank of adapters, one for each (`RowCores`). A diagonal is
-given as its r numbers, and is never made a matrix: (t · core)[m, p] = t[m, p] · core[p].
+The gain is 1 where there is none. The core is one for all rows or, in a bank of adapters, one for
+each (`RowCores`). A diagonal is given as its r numbers, and is never made a matrix:
+(t · core)[m, p] = t[m, p] · core[p].
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ def is_diagonal(core: AnyCore) -> bool:
     if isinstance(core, RowCores):
         return core.table.dim() == 2
     return isinstance(core, torch.Tensor) and core.dim() == 1
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gain is used beside an x of this one: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def product(core: Core) -> torch.Tensor | None:
@@ -188,14 +194,21 @@ def lowrank_linear_reference(
     scale: float = 1.0,
     low: torch.Tensor | None = None,
     products: Products = TORCH,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
+    """y = gain ⊙ (x·Wᵀ + scale · ((low·downᵀ) · core) · upᵀ) + bias; low is x, or x after dropout.
 
     x (..., K), weight (N, K), down (P, K), core (P, Q) or a diagonal (r,) or the pair (P, r),
-    (r, Q) or None, up (N, Q), bias (N,) → (..., N); or a core for each row (`RowCores`). down and
-    up are used in x's dtype; the product with core is taken in core's. Differentiable any number of
-    times. `products` are torch's own by default.
+    (r, Q) or None, up (N, Q), bias (N,), gain (N,) or None for 1 → (..., N); or a core for each row
+    (`RowCores`). down and up are used in x's dtype; the product with core is taken in core's, that
+    with gain in float32 or wider. Differentiable any number of times. `products` are torch's own by
+    default.
     """
     t = products.linear(x if low is None else low, like(down, x.dtype))
     u = through_core(t, core, scale, products)
-    return products.linear(x, weight, bias) + products.linear(u, like(up, x.dtype))
+    tail = products.linear(u, like(up, x.dtype))
+    if gain is None:
+        return products.linear(x, weight, bias) + tail
+    wide = wide_dtype(x.dtype)
+    y = like(products.linear(x, weight, None) + tail, wide) * like(gain, wide)
+    return like(y if bias is None else y + bias, x.dtype)

@@ -87,7 +87,7 @@ def bits_of(operands: Operands, drawn: bool) -> Tensor:
 
     It is of x, or in a backward of the y of this pass.
     """
-    x, weight, _, _, _, _, _, dropout, transposed = operands
+    x, weight, _, _, _, _, _, dropout, transposed, _ = operands
     assert dropout is not None
     m, k = x.shape[0], (weight.shape[0] if transposed else x.shape[1])
     if drawn:

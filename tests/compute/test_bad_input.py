@@ -89,6 +89,9 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias length": ({"bias": ones(N + 1)}, ValueError, r"bias is \(7\).*\(6,\)"),
     "bias 2-D": ({"bias": ones(1, N)}, ValueError, r"bias is \(1, 6\)"),
     "bias 0-D": ({"bias": torch.tensor(1.0)}, ValueError, r"bias is \(\)"),
+    "gain length": ({"gain": ones(N + 1)}, ValueError, r"gain is \(7\).*\(6,\)"),
+    "gain 2-D": ({"gain": ones(1, N)}, ValueError, r"gain is \(1, 6\)"),
+    "gain 0-D": ({"gain": torch.tensor(1.0)}, ValueError, r"gain is \(\)"),
     # dtypes
     "x integer": ({"x": ones(2, K, dtype=torch.int64)}, TypeError, r"x is torch\.int64.*float32"),
     "x bool": ({"x": ones(2, K, dtype=torch.bool)}, TypeError, r"x is torch\.bool"),
@@ -103,6 +106,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias narrower": ({"bias": ones(N).half()}, (TypeError, ValueError), r"bias.*torch\.float16"),
     "down int": ({"down": ones(P, K, dtype=torch.int32)}, TypeError, r"down is torch\.int32"),
     "core int": ({"core": ones(P, Q, dtype=torch.int32)}, TypeError, r"core is torch\.int32"),
+    "gain int": ({"gain": ones(N, dtype=torch.int32)}, TypeError, r"gain is torch\.int32"),
     "up int": ({"up": ones(N, Q, dtype=torch.int32)}, TypeError, r"up is torch\.int32"),
     # devices
     **{
@@ -117,14 +121,15 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "core": (P, Q),
             "up": (N, Q),
             "bias": (N,),
+            "gain": (N,),
         }.items()
     },
     # what is no tensor
     **{
         f"{name} {kind}": ({name: value}, TypeError, rf"\b{name}\b")
-        for name in ("x", "weight", "down", "up", "bias")
+        for name in ("x", "weight", "down", "up", "bias", "gain")
         for kind, value in (("list", [[1.0]]), ("None", None), ("number", 1.0))
-        if (name, kind) != ("bias", "None")
+        if (name, kind) not in (("bias", "None"), ("gain", "None"))
     },
     "core number": ({"core": 1.0}, TypeError, r"\bcore\b"),
     "core of one": ({"core": (ones(P, Q),)}, (TypeError, ValueError), r"\bcore\b"),
