@@ -15,11 +15,10 @@ for each tile of another column waits for the flags and brings u, up to a tile a
 who multiply never poll. u is read by ordinary loads: bulk copies are not ordered by the flag.
 
 Nobody waits for ever. Tiles of the first column wait for nobody, and a program makes its own of
-them before it makes others. All programs run at the same time: they are as many as there are
-multiprocessors, at most, and a cooperative launch is refused where they would not all find room.
+them before it makes others. All programs run at the same time, or the cooperative launch is refused.
 
-The flags lie in `arrivals`, two for a row of tiles. The group that has made u adds one; each tile
-that has seen it adds one more, and the last of them sets it to zero.
+Two flags for a row of tiles lie in `arrivals`. A group that has made u adds one to its own, each
+tile that has seen it one more; the last sets it to zero.
 """
 
 from __future__ import annotations
@@ -175,8 +174,7 @@ def make(
         pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
         first_m = pid_m * BLOCK_M + GROUP * ROWS
         if pid_n == 0:
-            # `here`: with one `index` in both branches ptxas 12.8 computes addresses of the first
-            # step's operands in this one alone, and the other multiplies what it finds.
+            # `here`: of one `index` for both branches ptxas makes wrong code (`gate_sass`).
             acc, low, index, phase = multiply_both(
                 acc, x_bufs, w_bufs, down_bufs, ready, empty, here(index), phase, steps,
                 GROUP, W_ROWS_ARE_K, TRANSPOSED, PAD_P, STAGES,
@@ -192,9 +190,8 @@ def make(
                 gl.store(t_ptrs, t, mask=mask)
             rows_u = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_u))
             offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout_u))
-            u_ptrs = (
-                u_ptr + first_m.to(gl.int64) * PAD_Q + rows_u[:, None] * PAD_Q + offs_q[None, :]
-            )
+            u_ptrs = u_ptr + first_m.to(gl.int64) * PAD_Q
+            u_ptrs = u_ptrs + rows_u[:, None] * PAD_Q + offs_q[None, :]
             if MIX > 0:
                 job_barrier()  # t is stored: it is read again, some rows at a time
                 store_u_of_rows(
@@ -219,8 +216,7 @@ def make(
             if tiles_n > 1:  # else nobody would set the flag back
                 gl.atomic_add(flags_ptr + GROUPS * pid_m + GROUP, 1, sem="release", scope="gpu")
             if MIX > 0:
-                mask_u = (first_m + rows_u < M)[:, None]
-                u = gl.load(u_ptrs, mask=mask_u, other=0.0)  # as the tail takes it
+                u = gl.load(u_ptrs, mask=(first_m + rows_u < M)[:, None], other=0.0)
             u_operand = gl.convert_layout(u, gl.DotOperandLayout(0, layout, 2))
             mbarrier.wait(ready.index(index), phase)
             up = right(in_place_of(w_bufs.index(index), up_desc), TRANSPOSED)

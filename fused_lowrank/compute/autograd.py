@@ -34,6 +34,7 @@ from .reference import (
     AnyCore,
     RowCores,
     like,
+    on_meta,
     product,
     through_core,
     through_product,
@@ -177,14 +178,6 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
         y = y * like(gain, wide_dtype(x.dtype))
         y = like(y if bias is None else y + bias, x.dtype)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def on_meta(core: Tensor | tuple[Tensor, Tensor] | RowCores) -> bool:
-    """Whether a core has no values."""
-    if isinstance(core, Tensor):
-        return core.is_meta
-    a, b = core[:2]  # the pair, or the tables of rows
-    return a.is_meta or (b is not None and b.is_meta)
 
 
 # --- eager ---

@@ -95,6 +95,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_meta(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | RowCores) -> bool:
+    """Whether a core has no values."""
+    if isinstance(core, torch.Tensor):
+        return core.is_meta
+    a, b = core[:2]  # the pair, or the tables of rows
+    return a.is_meta or (b is not None and b.is_meta)
+
+
 def product(core: Core) -> torch.Tensor | None:
     """The core as one tensor: itself, or a·b in the wider of their dtypes."""
     if not isinstance(core, tuple):
