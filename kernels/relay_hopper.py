@@ -15,7 +15,7 @@ for each tile of another column waits for the flags and brings u, up to a tile a
 who multiply never poll. u is read by ordinary loads: bulk copies are not ordered by the flag.
 
 Nobody waits for ever. Tiles of the first column wait for nobody, and a program makes its own of
-them before it makes others. All programs run at the same time, or the cooperative launch is refused.
+them before it makes others. All programs run at the same time, or the launch is refused.
 
 Two flags for a row of tiles lie in `arrivals`. A group that has made u adds one to its own, each
 tile that has seen it one more; the last sets it to zero.
