@@ -111,6 +111,9 @@ def test_rows_with_diagonals_are_materialised_ones(
     for ours, expected in zip(got, materialised(given, dy), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
     assert not given.core.refused.any()
+    with torch.no_grad(), pinned_plan(way if way in PLANS else None):  # where nobody wants t
+        y = functional.compute(functional.prepared(given), "triton" if way in WAYS[2:] else way)
+    torch.testing.assert_close(y, got[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", WAYS)
