@@ -99,6 +99,7 @@ def test_training_is_that_of_matrices(impl: str) -> None:
         results.append((norms, held))
         trainable.close()
     (norms, held), (matrix_norms, matrices) = results
+    assert norms.shape == (2,)
     close(norms, matrix_norms)
     for layer, table in held.store.tables.items():
         for name in NAMES:
