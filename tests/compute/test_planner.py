@@ -26,7 +26,7 @@ def tune(tmp_path, monkeypatch):
         monkeypatch.setenv("FUSED_LOWRANK_TUNE", mode)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         choose.CHOSEN.clear()
-        for cached in (tuning.known, tuning.identity, tuning.warn_once):
+        for cached in (tuning.times_of, tuning.identity, tuning.warn_once):
             cached.cache_clear()
 
     yield start
@@ -185,11 +185,11 @@ def test_two_processes_write_beside_each_other(tune) -> None:
     """Neither loses what the other has put there; nothing half-written is left."""
     tune("full")
     Fake(a=0.0, b=0.0).carry_out(at())
-    known = dict(tuning.known(CPU))
+    times = dict(tuning.times_of(CPU))
     tune("full")
-    tuning.known(CPU).clear()  # read before the other wrote
+    tuning.times_of(CPU).clear()  # read before the other wrote
     Fake(a=0.0, b=0.0).carry_out(at(m=64))
-    assert set(tuning.read(CPU)) == {*known, tuning.name_of(at(m=64))}
+    assert set(tuning.read(CPU)) == {*times, tuning.name_of(at(m=64))}
     assert [p.name for p in tuning.path_of(CPU).parent.iterdir()] == [tuning.path_of(CPU).name]
 
 
