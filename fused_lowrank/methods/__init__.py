@@ -1,6 +1,9 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
-    initialisers      first values of factors, by name
+    initialisers      first values of factors, as functions
+    starts            those by the names that rows give them
+    bases             frozen factors that a seed determines, for PEFT
+    method            a method as a row of data: Factor, Parts, Method
     keywords          keywords that all layers take, those by other names, integers of any kind
     tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
@@ -8,20 +11,24 @@
     computer          the slot of a layer for who computes it in its place
     merging           W, and W + ΔW in its place
     layer             what all layers have in common
-    lora, lora_xs     the methods themselves, one a file
-    lora_mini
+    family.lora       the methods themselves, one a file
+    family.lora_xs
+    family.lora_mini
 
 A module imports those above it in this list.
 """
 
+from .family.lora import FusedLoraLinear, LoraLinear
+from .family.lora_mini import FusedLoraMiniLinear, LoraMiniLinear
+from .family.lora_xs import FusedLoraXSLinear, LoraXSLinear
 from .layer import LowRankLinear
-from .lora import FusedLoraLinear, LoraLinear
-from .lora_mini import FusedLoraMiniLinear, LoraMiniLinear
-from .lora_xs import FusedLoraXSLinear, LoraXSLinear
 
 # method → (reference layer, fused layer)
 METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
-    "lora": (LoraLinear, FusedLoraLinear),
-    "lora_xs": (LoraXSLinear, FusedLoraXSLinear),
-    "lora_mini": (LoraMiniLinear, FusedLoraMiniLinear),
+    cls.method: (cls, fused)
+    for cls, fused in (
+        (LoraLinear, FusedLoraLinear),
+        (LoraXSLinear, FusedLoraXSLinear),
+        (LoraMiniLinear, FusedLoraMiniLinear),
+    )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,24 +21,27 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
-from .keywords import DEFAULTS, Shared, check_keywords
+from .keywords import check_keywords, chosen, constructor_of, sized
 from .merging import MergingLinear
+from .method import Method, Parts
+from .starts import FILLS, PAIRS, ZERO
 from .state import MERGED, is_other, product_of, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
 
 class LowRankLinear(MergingLinear):
     """A linear layer with a low-rank term: y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ.
 
-    Subclasses are methods: they say which `factors` they have, of which shapes, and how these
-    start. `impl` says how the layer is computed: the reference layers in plain torch, the fused
+    Subclasses are methods: each has its `row`, which says which factors it has, of which shapes,
+    how these start and what they make. `impl` says how the layer is computed: the reference layers in plain torch, the fused
     ones by `lowrank_linear(impl="auto")`. Weight and bias stay the Parameters they were.
     """
 
-    method: ClassVar[str]
+    row: ClassVar[Method]
+    method: ClassVar[str]  # the row's name, and what else of it is asked for often
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
@@ -51,28 +55,37 @@ class LowRankLinear(MergingLinear):
     bias: nn.Parameter | None
     down: nn.Parameter
     up: nn.Parameter
+    r: int
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        shapes: dict[str, tuple[int, int]],
-        *,
-        r: int,
-        train: tuple[str, ...],
-        **shared: Unpack[Shared],
-    ) -> None:
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if row is not None:
+            cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
+            cls.learning_rate = row.learning_rate
+            cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
+            if row.parts is None and row.core:
+                cls.core_factors = property(operator.attrgetter(*row.core))  # type: ignore
+        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
+            cls.by_attributes = True
+
+    def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
+        """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        given: Shared = {**DEFAULTS, **shared}
-        alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
+        row, train = self.row, tuple(given["train"])
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.alpha = r, float(r if alpha is None else alpha)
-        self.dropout, self.train_names = float(given["dropout"]), tuple(train)
+        sizes = sized(row, in_features, out_features, given)
+        self.ranks = {name: sizes[name] for name in row.ranks}
+        vars(self).update(self.ranks)
+        self.options = chosen(row, given)
+        vars(self).update(self.options)
+        self.train_names, self.dropout = train, float(given["dropout"])
+        self._check_learns()
+        alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
+        self.alpha = float(self.r if alpha is None else alpha)
         if given["impl"] is not None:
             self.impl = given["impl"]
         self._check_settings()
-        self.scale = self.alpha / r
+        self.scale = self.alpha / self.r
         self.disabled: bool | Switch = False  # in all contexts, or in some
 
         own_linear = linear is not None
@@ -80,26 +93,23 @@ class LowRankLinear(MergingLinear):
             linear = nn.Linear(in_features, out_features, bias, given["device"], dtype)
             trained_dtype = linear.weight.dtype
             if not linear.weight.is_meta and not set(train).isdisjoint(self.factors):
-                warn_of_scales({"": self.scale}, stacklevel=5)
+                warn_of_scales({"": self.scale}, stacklevel=4)
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", linear.bias)
-        for name, size in shapes.items():
-            kind = trained_dtype if name in self.train_names else self.weight.dtype
-            factor = torch.empty(size, dtype=kind, device=self.weight.device)
+        for name in self.factors:
+            kind = trained_dtype if name in train else self.weight.dtype
+            factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self.train_names)
+            parameter.requires_grad_(name in train)
         self.bases_pending = given["_defer"] or self.weight.is_meta
         if own_linear and not self.bases_pending:
             self.keep_base()
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
-            cls.by_attributes = True
+        if not self.bases_pending:
+            self.init_factors()
 
     def _check_settings(self) -> None:
         known = ("weight", "bias", *self.factors)
@@ -111,14 +121,20 @@ class LowRankLinear(MergingLinear):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
 
-    @classmethod
-    def _check_learns(cls, train: tuple[str, ...], zero: str) -> None:
-        """Raise if factors are trained beside `zero`, which starts at 0 and is not."""
-        others = [name for name in train if name in cls.factors]
-        if others and zero not in others:
+    @property
+    def inits(self) -> dict[str, str]:
+        """The names of the factors' first values, by factor."""
+        return self.row.inits(self.options.get("init"))
+
+    def _check_learns(self) -> None:
+        """Raise if factors are trained beside one that starts at 0 and is not."""
+        others = [name for name in self.train_names if name in self.factors]
+        zero = [name for name, init in self.inits.items() if init in ZERO]
+        if others and (frozen := [name for name in zero if name not in others]):
             raise ValueError(
-                f"train is {train}, but {zero} starts at zero: as long as it is not "
-                f"trained, the gradients of the other factors are zero. Add {zero!r} to train"
+                f"train is {self.train_names}, but {frozen[0]} starts at zero: as long as it is "
+                "not trained, the gradients of the other factors are zero. Add "
+                f"{frozen[0]!r} to train"
             )
 
     @torch.no_grad()
@@ -147,16 +163,32 @@ class LowRankLinear(MergingLinear):
             own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
     def _init_factors(self) -> None:
-        raise NotImplementedError
+        pairs: dict[str, dict[str, Tensor]] = {}
+        for name, init in self.inits.items():
+            factor = getattr(self, name)
+            if init in PAIRS:
+                if init not in pairs:
+                    down, up = PAIRS[init](self.weight, self.r, self.options)
+                    pairs[init] = {"down": down, "up": up}
+                factor.copy_(pairs[init][name])
+            else:
+                FILLS[init](factor, self.options)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
-        raise NotImplementedError
+        parts = core if isinstance(core, tuple) else (core,)
+        for name, part in zip(self.row.core, parts, strict=True):
+            FILLS[self.inits[name]](part, self.options)
 
     @property
     def core_factors(self) -> Core:
         """The core as `lowrank_linear` takes it."""
-        raise NotImplementedError
+        return self.parts().core if self.row.parts is not None else None
+
+    def parts(self) -> Parts:
+        """The equation's down, core, up and gain."""
+        own = {name: getattr(self, name) for name in self.factors}
+        return self.row.made(own, self.base_weight, self.scale)
 
     @property
     def in_bank(self) -> bool:
@@ -175,6 +207,8 @@ class LowRankLinear(MergingLinear):
             "alpha": self.alpha,
             "dropout": self.dropout,
             "train": self.train_names,
+            **{name: rank for name, rank in self.ranks.items() if name != "r"},
+            **self.options,
         }
 
     @classmethod

@@ -238,7 +238,7 @@ def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:
         ("fused_lowrank.models.adapt", "keep"),
         ("fused_lowrank.models.adapt", "replace_modules"),
         ("fused_lowrank.models.adapt", "leave_fast_paths"),
-        ("fused_lowrank.methods.lora_xs.LoraXSLinear", "_init_factors"),
+        ("fused_lowrank.methods.layer.LowRankLinear", "_init_factors"),
     ],
 )
 def test_adapt_that_fails(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

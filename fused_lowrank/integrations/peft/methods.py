@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...methods.initialisers import kaiming, seeded_bases, seeded_uniform, svd_bases
-from ...methods.lora_xs import CORE_STD
+from ...methods.starts import CORE_STD
 from .layer import PeftLowRankLinear, Sides, wide
 
 

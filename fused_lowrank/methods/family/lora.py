@@ -1,0 +1,39 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x·Wᵀ + bias + scale · (x·downᵀ)·upᵀ."""
+
+from __future__ import annotations
+
+from ..layer import LowRankLinear
+from ..method import Factor, Method
+
+LORA = Method(
+    name="lora",
+    title="LoRA",
+    ranks={"r": 16},
+    factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
+    learning_rate=5e-4,
+)
+
+
+class LoraLinear(LowRankLinear, row=LORA):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) in plain PyTorch.
+
+    Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
+    is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
+    scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
+    `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
+    the weight's.
+    `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
+
+    Raises ValueError for r outside 1 … min(in, out), an alpha that is not finite, a dropout outside
+    [0, 1), an unknown impl, and a `train` that could never learn or names what is not there.
+    """
+
+
+class FusedLoraLinear(LoraLinear):
+    """`LoraLinear` through the fused kernels: same constructor, parameters and state_dict.
+
+    A call has the shapes, dtypes and errors of `lowrank_linear`.
+    """
+
+    impl = "auto"

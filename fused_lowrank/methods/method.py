@@ -1,0 +1,117 @@
+"""A method as a row of data: its factors, their sides and first values, and the parts they make.
+
+Constructors, rank checks, files, PEFT's configurations and layers, sharding and inspection read the
+row; nothing else says what a method is. `fused_lowrank.methods.METHODS` has all rows' layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..compute.reference import Core
+
+SIDES = {"K": "the layer's in_features", "N": "the layer's out_features"}
+BOTH = "the layer's smaller side"
+
+
+class Parts(NamedTuple):
+    """The factors of y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias."""
+
+    down: Tensor  # (P, K)
+    core: Core  # (P, Q), or the pair (P, r), (r, Q), or None: P = Q, and the core is 1
+    up: Tensor  # (N, Q)
+    gain: Tensor | None = None  # (N,); None: 1
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One tensor of a method.
+
+    `sides` has a letter for each dimension: K is in_features, N out_features, others are ranks or
+    what `Method.sizes` makes of them. A `shared` factor is one for all layers of a model: K and N
+    are then the largest of theirs.
+    """
+
+    sides: str
+    init: str  # of `starts.FILLS`, `starts.PAIRS` or, of a shared one, `starts.DRAWS`
+    trained: bool = False
+    shared: bool = False
+    saved: bool = True  # whether files and a state_dict have it; otherwise it is made from a seed
+
+
+Sizes = Mapping[str, int]  # letter → size
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: a row. `factors` are in the order of the state_dict.
+
+    `parts` makes the equation's parts of (factors by name, weight, scale), differentiably; None:
+    they are the factors "down", "up" and those named in `core`.
+    """
+
+    name: str
+    title: str  # as papers write it
+    ranks: Mapping[str, int]  # keyword → default
+    factors: Mapping[str, Factor]
+    learning_rate: float  # to start from, with AdamW
+    core: tuple[str, ...] = ()  # the factors that the core is made of
+    parts: Callable[[Mapping[str, Tensor], Tensor, float], Parts] | None = None
+    limits: Mapping[str, str] = field(default_factory=lambda: {"r": "KN"})  # rank → the sides above
+    options: Mapping[str, Any] = field(default_factory=dict)  # keyword → its values, the first
+    # the default, where it is a tuple; otherwise a number, the default itself
+    starts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # word → other inits
+    bases: Any = None  # `bases.Bases` of down and up, where a seed and the weight determine them
+    divides: str = ""  # the rank of which K and N must be multiples
+    sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added
+    slices: bool = True  # whether a rank with a slice of K or N computes a slice of the layer
+    residual: bool = False  # whether the base weight is W less the factors' first product
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The factors that are trained unless `train` names others."""
+        return tuple(name for name, factor in self.factors.items() if factor.trained)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The factors that all layers of a model have in common."""
+        return tuple(name for name, factor in self.factors.items() if factor.shared)
+
+    def inits(self, word: Any = None) -> dict[str, str]:
+        """The first values of the factors, by name, under a word of `starts`."""
+        own = {name: factor.init for name, factor in self.factors.items()}
+        return {**own, **self.starts.get(word, {})}
+
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        """The shape of a factor, of the sizes of K, N and the ranks."""
+        letters = self.sizes(dict(sizes))
+        return tuple(letters[side] for side in self.factors[name].sides)
+
+    def limit(self, rank: str, sizes: Sizes) -> int:
+        """The most that a rank can be; `sizes` has K, N and the ranks that limit it."""
+        return min((sizes[side] for side in self.limits.get(rank, "")), default=2**31 - 1)
+
+    def limit_is(self, rank: str) -> str:
+        """The limit of a rank in words."""
+        sides = self.limits.get(rank, "")
+        if sides == "KN":
+            return BOTH
+        if sides in SIDES:
+            return SIDES[sides]
+        return f"the smaller of {' and '.join(sides)}" if sides else "what a tensor can hold"
+
+    def made(self, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
+        """The equation's parts of these factors."""
+        if self.parts is not None:
+            return self.parts(factors, weight, scale)
+        return Parts(factors["down"], self.core_of(factors), factors["up"])
+
+    def core_of(self, factors: Mapping[str, Tensor]) -> Core:
+        """The core of these factors as `lowrank_linear` takes it."""
+        if len(self.core) == 2:
+            return factors[self.core[0]], factors[self.core[1]]
+        return factors[self.core[0]] if self.core else None

@@ -1,0 +1,52 @@
+"""First values of factors, by the names that rows give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .initialisers import kaiming, svd_bases
+
+CORE_STD = 1e-5  # of LoRA-XS's core, as published
+Options = Mapping[str, Any]
+
+
+def drawn_zeros(tensor: Tensor, options: Options) -> None:
+    """Zeros, where the generator goes on as if they had been drawn."""
+    kaiming(tensor.t())
+    tensor.zero_()
+
+
+# name → fills a tensor in place
+FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
+    "kaiming": lambda tensor, options: kaiming(tensor),
+    "kaiming_in": lambda tensor, options: kaiming(tensor.t()),  # of x·F, not x·Fᵀ
+    "drawn_zeros": drawn_zeros,
+    "zeros": lambda tensor, options: tensor.zero_(),
+    "silence": lambda tensor, options: nn.init.normal_(tensor, std=0.0),
+    "ones": lambda tensor, options: tensor.fill_(1.0),
+    "noise": lambda tensor, options: nn.init.normal_(tensor, std=CORE_STD),
+    "normal": lambda tensor, options: nn.init.normal_(tensor),
+}
+ZERO = ("zeros", "drawn_zeros", "silence")
+
+# name → (down, up) of a weight and the rank r
+PAIRS: dict[str, Callable[[Tensor, int, Options], tuple[Tensor, Tensor]]] = {
+    "svd": lambda weight, r, options: svd_bases(weight, r, options["svd"]),
+}
+
+
+def kaiming_relu(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform for a ReLU, within √(6 / fan-in), as PEFT draws VeRA's matrices."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+# name → a shared factor, drawn from a generator of its own on the CPU, float32
+DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "kaiming_relu": kaiming_relu,
+}
