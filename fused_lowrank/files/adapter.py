@@ -188,7 +188,7 @@ def load_contents(
     peft_folder.complete(model, config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
-        bases: tuple[Tensor, Tensor] = layer.down, layer.up
+        bases = layer.bases
         if seeded := not config["bases"] and "seed" in config:
             bases = peft_folder.frozen_factors(layer, name, config["seed"])
         weight = originals.get(layer.base_weight, layer.base_weight)
@@ -249,7 +249,8 @@ def install(
             with here(layer):
                 check(name, layer)
                 if layer.computed_by is not None:
-                    own = {factor: tensors.get(f"{name}.{factor}") for factor in ("down", "up")}
+                    common = [f for f in layer.factors if f not in layer.row.core]
+                    own = {factor: tensors.get(f"{name}.{factor}") for factor in common}
                     layer.computed_by.refuse_other(own)
                 if layer.bases_pending:  # its weight and bias are the base model's
                     layer.keep_base()
@@ -371,7 +372,8 @@ def check_fingerprint(
     path: Any,
 ) -> None:
     """Raise if the file was made for another weight or, being without them, for other bases."""
-    sides = layer.down.shape[0], layer.up.shape[1]
+    down, up = layer.bases
+    sides = down.shape[0], up.shape[1]
     if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
     found = differing(ours, there, *sides)
@@ -401,7 +403,8 @@ def fill(
     """Copy the values, checked before, into the model; all of them or none."""
     changed = []
     for name, layer in layers.items():
-        frozen = ("down", "up") if layer.in_bank else ()  # a bank's, and alike
+        own = {*layer.factors} - {*layer.row.core}
+        frozen = own if layer.in_bank else ()  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
             if (key := f"{name}.{part}") in tensors and part not in frozen:
                 changed.append((layer, part, tensors[key]))

@@ -95,10 +95,12 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
 def of_layers(entries: dict[str, Any]) -> Rows:
     """The rows to print of the layers' settings."""
     settings = [entry["settings"] for entry in entries.values()]
+    rows_of = (METHODS[entry["method"]][0].row for entry in entries.values())
+    ranks = dict.fromkeys(rank for row in rows_of for rank in row.ranks)
     rows = [
         ("method", listed(entry["method"] for entry in entries.values())),
         ("layers", shown(list(entries))),
-        *((key, listed(own[key] for own in settings if key in own)) for key in ("r", "a", "b")),
+        *((key, listed(own[key] for own in settings if key in own)) for key in ranks),
     ]
     rows.append(("scale", listed(f"{own['alpha'] / own['r']:g}" for own in settings)))
     return [row for row in rows if row[1]]

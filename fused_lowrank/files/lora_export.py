@@ -123,8 +123,10 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
     if "weight" in layer.train_names:
         raise ValueError(f"{name} trains its weight, which plain LoRA cannot hold: merge instead")
     bias = layer.bias if "bias" in layer.train_names else None
-    core = layer.core_factors
-    return Part(layer.down, core, layer.up, layer.alpha, layer.r, layer.dropout, bias)
+    down, core, up, gain = layer.parts()
+    if gain is not None:
+        raise ValueError(f"{name} scales its outputs, which plain LoRA cannot hold: merge instead")
+    return Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias)
 
 
 def own_part(part: Part) -> Part:
@@ -316,6 +318,8 @@ def factored(
     )
     if len(wide) == 2:
         a, b = wide[0].t() @ a, b @ wide[1].t()
+    elif wide and wide[0].dim() == 1:
+        b = b * wide[0]
     elif wide and a.shape[0] <= b.shape[1]:
         b = b @ wide[0].t()
     elif wide:

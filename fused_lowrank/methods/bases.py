@@ -63,9 +63,7 @@ def seeded_new(source: Source, p: int, q: int) -> Pair:
 def seeded_more(source: Source, there: Pair, p: int, q: int) -> Pair:
     """The bases there are, and more of the same size."""
     new, (n, k) = [], source.weight.shape
-    for drawn, old in zip(
-        seeded_uniform(p, k, n, q, source.key, source.seed), there, strict=True
-    ):
+    for drawn, old in zip(seeded_uniform(p, k, n, q, source.key, source.seed), there, strict=True):
         rows, columns = old.shape
         drawn *= float(old.float().norm() / drawn[:rows, :columns].norm())
         drawn = drawn.to(old)

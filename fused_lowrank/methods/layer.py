@@ -25,7 +25,7 @@ from .keywords import check_keywords, chosen, constructor_of, sized
 from .merging import MergingLinear
 from .method import Method, Parts
 from .starts import FILLS, PAIRS, ZERO
-from .state import MERGED, is_other, product_of, refuse_wrong, unmerged
+from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ class LowRankLinear(MergingLinear):
     """A linear layer with a low-rank term: y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ.
 
     Subclasses are methods: each has its `row`, which says which factors it has, of which shapes,
-    how these start and what they make. `impl` says how the layer is computed: the reference layers in plain torch, the fused
-    ones by `lowrank_linear(impl="auto")`. Weight and bias stay the Parameters they were.
+    how these start and what they make. `impl` says how the layer is computed: the reference layers
+    in plain torch, the fused ones by `lowrank_linear(impl="auto")`. Weight and bias stay the
+    Parameters they were.
     """
 
     row: ClassVar[Method]
@@ -45,7 +46,7 @@ class LowRankLinear(MergingLinear):
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
-    by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
+    by_attributes: ClassVar[bool] = False  # whether the parts are more than Parameters of theirs
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -57,13 +58,20 @@ class LowRankLinear(MergingLinear):
     up: nn.Parameter
     r: int
 
+    if TYPE_CHECKING:  # each row's class has its own, which names its keywords
+
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, **keywords: Any
+        ) -> None: ...
+
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if row is not None:
             cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
             cls.learning_rate = row.learning_rate
             cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
-            if row.parts is None and row.core:
+            cls.by_attributes = row.parts is not None
+            if row.parts is None and row.core:  # the way that costs the host least
                 cls.core_factors = property(operator.attrgetter(*row.core))  # type: ignore
         if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
@@ -187,8 +195,26 @@ class LowRankLinear(MergingLinear):
 
     def parts(self) -> Parts:
         """The equation's down, core, up and gain."""
-        own = {name: getattr(self, name) for name in self.factors}
-        return self.row.made(own, self.base_weight, self.scale)
+        return self.row.made(self.factors_now(), self.base_weight, self.scale)
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """down (P, K) and up (N, Q) as a fingerprint knows them: of factors, and cut to K and N.
+
+        P or Q is 0 where the method has no factor of that side.
+        """
+        return self.row.bases_of(self.factors_now(), self.base_weight)
+
+    def shared_parts(self) -> tuple[Tensor, Tensor]:
+        """down and up of the equation, which all adapters in a bank have in common."""
+        if self.row.parts is None:
+            return self.down, self.up
+        down, _, up, _ = self.parts()
+        return down, up
+
+    def factors_now(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        return {name: getattr(self, name) for name in self.factors}
 
     @property
     def in_bank(self) -> bool:
@@ -278,18 +304,19 @@ class LowRankLinear(MergingLinear):
             return self.own(x)
         if self.uncalled:
             note_call(self)
-        weight, down, up, bias = self.own_tensors()
-        return self.compute(x, weight, down, self.core_factors, up, bias)
+        weight, down, core, up, bias, gain = self.own_tensors()
+        return self.compute(x, weight, down, core, up, bias, None, gain)
 
-    def own_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(weight, down, up, bias), by the way that costs the host least."""
+    def own_tensors(self) -> tuple[Tensor, Tensor, Core, Tensor, Tensor | None, Tensor | None]:
+        """(weight, down, core, up, bias, gain), by the way that costs the host least."""
         if not self.by_attributes:
             own: Any = self._parameters
             try:
-                return own["weight"], own["down"], own["up"], own["bias"]
+                return own["weight"], own["down"], self.core_factors, own["up"], own["bias"], None
             except KeyError:  # parametrised, or pruned, since
                 pass
-        return self.weight, self.down, self.up, self.bias
+        down, core, up, gain = self.parts()
+        return self.weight, down, core, up, self.bias, gain
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whoever else computes it."""
@@ -304,7 +331,8 @@ class LowRankLinear(MergingLinear):
             return dense(x, present(self, self.weight), self.bias)
         if self.bases_pending:
             self._require_factors()
-        return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
+        down, core, up, gain = self.parts()
+        return self.compute(x, self.weight, down, core, up, self.bias, None, gain)
 
     def compute(
         self,
@@ -315,8 +343,12 @@ class LowRankLinear(MergingLinear):
         up: Tensor,
         bias: Tensor | None,
         seed: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> Tensor:
         """y of these operands by this layer's implementation, with its scale and dropout."""
+        if gain is not None:
+            y = self.compute(x, weight, down, core, up, None, seed) * gain.to(x.dtype)
+            return y if bias is None else y + bias
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
         if dropout is None and self.impl == "auto":
@@ -345,8 +377,9 @@ class LowRankLinear(MergingLinear):
         self._require_factors()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with here(self):
-            present(self, self.up)
-            return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
+            for name in self.factors:
+                present(self, getattr(self, name))
+            return delta_of(self, self.factors_now(), self.base_weight, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy of the layer, which is in no bank."""
@@ -379,7 +412,7 @@ class LowRankLinear(MergingLinear):
             state_dict = unmerged(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
         values = [(state_dict.get(prefix + name), getattr(self, name)) for name in self.factors]
-        if not self.down.is_meta and all(is_other(value, own) for value, own in values):
+        if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
             self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
             self.bases_pending = False
 

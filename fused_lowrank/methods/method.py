@@ -77,6 +77,11 @@ class Method:
         return tuple(name for name, factor in self.factors.items() if factor.trained)
 
     @property
+    def common(self) -> set[str]:
+        """The names of what all adapters in a bank have in common: all but the core."""
+        return {*self.factors, "weight", "bias"} - {*self.core}
+
+    @property
     def shared(self) -> tuple[str, ...]:
         """The factors that all layers of a model have in common."""
         return tuple(name for name, factor in self.factors.items() if factor.shared)
@@ -94,6 +99,13 @@ class Method:
     def limit(self, rank: str, sizes: Sizes) -> int:
         """The most that a rank can be; `sizes` has K, N and the ranks that limit it."""
         return min((sizes[side] for side in self.limits.get(rank, "")), default=2**31 - 1)
+
+    def fitted(self, k: int, n: int, ranks: Sizes) -> dict[str, int]:
+        """The sizes of K, N and the ranks, these taken down to what such a layer has room for."""
+        sizes = {"K": k, "N": n}
+        for name in (*self.limits, *(name for name in ranks if name not in self.limits)):
+            sizes[name] = min(ranks[name], self.limit(name, sizes))
+        return sizes
 
     def limit_is(self, rank: str) -> str:
         """The limit of a rank in words."""
@@ -115,3 +127,17 @@ class Method:
         if len(self.core) == 2:
             return factors[self.core[0]], factors[self.core[1]]
         return factors[self.core[0]] if self.core else None
+
+    def bases_of(self, factors: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+        """down (P, K) and up (N, Q) among these factors, cut to the weight's sides; or of no rows.
+
+        They are what a fingerprint is of: a file's factors are known by it where it lacks them.
+        """
+        n, k = weight.shape
+        down, up = factors.get("down"), factors.get("up")
+        has_down = down is not None and self.factors["down"].sides[1:] == "K"
+        has_up = up is not None and self.factors["up"].sides[:1] == "N"
+        return (
+            down[:, :k] if has_down and down is not None else weight.new_empty(0, k),
+            up[:n] if has_up and up is not None else weight.new_empty(n, 0),
+        )

@@ -110,7 +110,7 @@ def adapt(
     refuse_peft(model)
     cls = METHODS[method][fused]
     check_keywords(cls, method_keywords)
-    for rank in {"r", "a", "b"} & method_keywords.keys():
+    for rank in cls.row.ranks.keys() & method_keywords.keys():
         method_keywords[rank] = integer(rank, method_keywords[rank])
     check_patterns("target_modules", target_modules)
     check_patterns("exclude_modules", exclude_modules or ())
@@ -120,7 +120,7 @@ def adapt(
     saved = match_saved(model, modules_to_save or ())
     targets = match_targets(model, target_modules, exclude_modules, saved)
     if target_modules == "all-linear":
-        own = fitted(model, targets, cls, method_keywords)
+        own = fitted(model, targets, cls.row, method_keywords)
         plan = {name: (cls, keywords) for name, keywords in own.items()}
     else:
         plan = dict.fromkeys(targets, (cls, method_keywords))

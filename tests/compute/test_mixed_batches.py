@@ -324,7 +324,7 @@ def test_on_a_gpu_a_named_plan_is_right_and_keeps_rows_apart(
         pytest.skip("the interpreter runs no kernel for Hopper")
     if plan == "relay" and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the relay is a kernel for Hopper")
-    if plan == "decode" and rows > 64 or plan == "relay" and rows <= 64:
+    if (plan == "decode" and rows > 64) or (plan == "relay" and rows <= 64):
         pytest.skip("not of so many rows")
     model, layer = one_layer(device, "auto", torch.bfloat16, k=1032, n=776, r=16)
     bank = filled(model, 300)

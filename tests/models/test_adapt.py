@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, unmerge
-from fused_lowrank.methods import METHODS, LowRankLinear, lora_xs
+from fused_lowrank.methods import METHODS, LowRankLinear, starts
 
 D = 16
 SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
@@ -249,7 +249,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain_model()
     model.first.up.weight.requires_grad = False
     if case == "late failure":
-        svd, left = lora_xs.svd_bases, [2]
+        svd, left = starts.svd_bases, [2]
 
         def fails(*arguments: object) -> object:
             left[0] -= 1
@@ -257,7 +257,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise torch.linalg.LinAlgError("diverged")
             return svd(*arguments)
 
-        monkeypatch.setattr(lora_xs, "svd_bases", fails)
+        monkeypatch.setattr(starts, "svd_bases", fails)
     before = picture(model)
     with pytest.raises(error, match=message):
         adapt(model, **{"r": 2, **keywords})
