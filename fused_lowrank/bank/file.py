@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..files.contents import opened, replacing
 from ..files.fingerprint import FINGERPRINT
+from ..methods import METHODS
 from .sources import Found, check_core, check_names, checked, joined
 from .store import AdapterStore
 from .tables import index_of
@@ -147,7 +148,7 @@ def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[s
     layers, tensors, where = {}, {}, slice(names.index(name), names.index(name) + 1)
     with safe_open(path, "pt") as file:
         for layer, entry in config["layers"].items():
-            if entry["method"] != "lora_xs":
+            if "svd" not in METHODS[entry["method"]][0].row.options:
                 raise ValueError(
                     f"{path} is of {entry['method']}, whose frozen factors are random and in no "
                     "file of a bank: load it into the model it was saved from"

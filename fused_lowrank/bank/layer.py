@@ -68,8 +68,8 @@ class BankedLayer(Computer):
                 same = value is own or alike(own, value, tolerance)
             if not same:
                 raise ValueError(
-                    f"{self.name} is in a bank, whose adapters share its weight and frozen factors, "
-                    f"and {name} is to be another: close() the bank first"
+                    f"{self.name} is in a bank, whose adapters share its weight and frozen "
+                    f"factors, and {name} is to be another: close() the bank first"
                 )
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from ..methods import METHODS
 from . import adapter as adapter_file
 from . import official, peft_folder
 
+TITLES = " or ".join(METHODS[name][0].row.title for name in peft_folder.TYPES.values())
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",
     "bank": "bank of fused_lowrank, by AdapterBank.save",
-    "peft": "LoRA-XS or LoRA-Mini in PEFT's format",
+    "peft": f"{TITLES} in PEFT's format",
     "official": "LoRA-XS checkpoint of the authors' code",
     "lora": "plain LoRA in PEFT's format",
 }

@@ -11,7 +11,8 @@
     computer          the slot of a layer for who computes it in its place
     merging           W, and W + ΔW in its place
     layer             what all layers have in common
-    family.lora       the methods themselves, one a file
+    family            the methods themselves, one a file
+    family.lora
     family.lora_xs
     family.lora_mini
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -24,7 +23,7 @@ from .accept import carry, clashes, give_back, why_not_linear
 from .keywords import check_keywords, chosen, constructor_of, sized
 from .merging import MergingLinear
 from .method import Method, Parts
-from .starts import FILLS, PAIRS, ZERO
+from .starts import FILLS, check_learns, fill
 from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 
@@ -72,7 +71,7 @@ class LowRankLinear(MergingLinear):
             cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
             cls.by_attributes = row.parts is not None
             if row.parts is None and row.core:  # the way that costs the host least
-                cls.core_factors = property(operator.attrgetter(*row.core))  # type: ignore
+                cls.core_factors = getter(row.core)  # type: ignore[assignment]
         if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
 
@@ -87,7 +86,7 @@ class LowRankLinear(MergingLinear):
         self.options = chosen(row, given)
         vars(self).update(self.options)
         self.train_names, self.dropout = train, float(given["dropout"])
-        self._check_learns()
+        check_learns(self)
         alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
         self.alpha = float(self.r if alpha is None else alpha)
         if given["impl"] is not None:
@@ -134,17 +133,6 @@ class LowRankLinear(MergingLinear):
         """The names of the factors' first values, by factor."""
         return self.row.inits(self.options.get("init"))
 
-    def _check_learns(self) -> None:
-        """Raise if factors are trained beside one that starts at 0 and is not."""
-        others = [name for name in self.train_names if name in self.factors]
-        zero = [name for name, init in self.inits.items() if init in ZERO]
-        if others and (frozen := [name for name in zero if name not in others]):
-            raise ValueError(
-                f"train is {self.train_names}, but {frozen[0]} starts at zero: as long as it is "
-                "not trained, the gradients of the other factors are zero. Add "
-                f"{frozen[0]!r} to train"
-            )
-
     @torch.no_grad()
     def init_factors(self) -> None:
         """Give the factors their initial values; LoRA-XS takes its bases from the weight.
@@ -171,16 +159,7 @@ class LowRankLinear(MergingLinear):
             own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
     def _init_factors(self) -> None:
-        pairs: dict[str, dict[str, Tensor]] = {}
-        for name, init in self.inits.items():
-            factor = getattr(self, name)
-            if init in PAIRS:
-                if init not in pairs:
-                    down, up = PAIRS[init](self.weight, self.r, self.options)
-                    pairs[init] = {"down": down, "up": up}
-                factor.copy_(pairs[init][name])
-            else:
-                FILLS[init](factor, self.options)
+        fill(self)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
@@ -423,6 +402,14 @@ class LowRankLinear(MergingLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {sizes}"
         )
+
+
+def getter(names: tuple[str, ...]) -> property:
+    """The property that gives one Parameter, or the pair, of these names."""
+    first, last = names[0], names[-1]
+    if len(names) == 2:
+        return property(lambda self: (getattr(self, first), getattr(self, last)))
+    return property(lambda self: getattr(self, first))
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:

@@ -50,3 +50,28 @@ def kaiming_relu(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "kaiming_relu": kaiming_relu,
 }
+
+
+def check_learns(layer: Any) -> None:
+    """Raise ValueError if factors are trained beside one that starts at 0 and is not."""
+    others = [name for name in layer.train_names if name in layer.factors]
+    zero = [name for name, init in layer.inits.items() if init in ZERO]
+    if others and (frozen := [name for name in zero if name not in others]):
+        raise ValueError(
+            f"train is {layer.train_names}, but {frozen[0]} starts at zero: as long as it is not "
+            f"trained, the gradients of the other factors are zero. Add {frozen[0]!r} to train"
+        )
+
+
+def fill(layer: Any) -> None:
+    """Give a layer's factors their first values, in their order."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, init in layer.inits.items():
+        factor = getattr(layer, name)
+        if init in PAIRS:
+            if init not in pairs:
+                down, up = PAIRS[init](layer.weight, layer.r, layer.options)
+                pairs[init] = {"down": down, "up": up}
+            factor.copy_(pairs[init][name])
+        else:
+            FILLS[init](factor, layer.options)
