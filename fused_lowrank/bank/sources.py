@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Found:
     up: Tensor | None = None  # (N, q)
     weight: Tensor | None = None  # (N, K)
     fingerprint: Tensor | None = None
+    others: dict[str, Tensor | None] = field(default_factory=dict)  # factors beside these
 
 
 def cores_of(store: AdapterStore, model: nn.Module, source: Any) -> Cores:
@@ -178,6 +179,13 @@ def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
     ):
         if theirs is not None and not alike(ours, theirs):
             raise ValueError(f"{another}{label} of {name} is not the bank's, nor the first of it")
+    for label, theirs in part.others.items():
+        if theirs is None or not alike(getattr(layer, label), theirs):
+            raise ValueError(
+                f"{what} has another {label} of {name} than the bank, whose adapters share it, or "
+                f"does not say which: a bank of {layer.method} holds adapters that train the core, "
+                f"{', '.join(layer.row.core)}, alone"
+            )
     if part.weight is not None and not alike(layer.base_weight, part.weight, WEIGHT_TOLERANCE):
         refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
@@ -226,11 +234,13 @@ def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
         if layer.bases_pending or not is_known(layer):
             raise ValueError(f"{what}: {name} is not initialised: load its weights and init_bases")
         core, scales = single(layer.core_factors), torch.tensor([layer.scale])
-        found[name] = Found(core, scales)
+        others = {label: getattr(layer, label) for label in others_of(layer)}
+        found[name] = Found(core, scales, others=others)
         if any(own.is_meta for own in tensors_of(layer)):  # they stay there: one layer at a time
             found[name].fingerprint = fingerprint_of(layer)
         else:
-            found[name] = Found(core, scales, *layer.bases, layer.base_weight)
+            weight = layer.base_weight
+            found[name] = Found(core, scales, *layer.bases, weight, others=others)
     return found
 
 
@@ -279,8 +289,14 @@ def of_tensors(
         raise ValueError(f"{what} lacks {' or '.join(f'{name}.{factor}' for factor in names)}")
     core = single(layer.row.core_of(values))
     check_core(core, 1, name, what)
-    rest = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
-    return Found(core, torch.tensor([layer.scale]), *rest)
+    down, up, weight = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
+    others = {label: get(f"{name}.{label}") for label in others_of(layer)}
+    return Found(core, torch.tensor([layer.scale]), down, up, weight, others=others)
+
+
+def others_of(layer: LowRankLinear) -> list[str]:
+    """The factors of a layer that are neither its core's, nor down or up."""
+    return [name for name in layer.factors if name not in (*layer.row.core, "down", "up")]
 
 
 def check_trained(

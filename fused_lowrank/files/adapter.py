@@ -2,6 +2,7 @@
 
 <module>.<factor>     the factors; the frozen ones unless saved with bases=False
 <module>.weight       and .bias, where they are trained
+*.<factor>            a factor that all layers have in common
 <module>.fingerprint  of the frozen factors and of the weight, (P + Q + 4,) float64
 <module>.<tensor>     of each module trained whole
 metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
@@ -44,7 +45,7 @@ from ..models.ties import apply, changes_for, holders_in_part, refuse_views, tie
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
 from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
 from . import peft_folder
-from .contents import FORMAT, VERSION, read, replacing
+from .contents import FORMAT, VERSION, read, replacing, require_path, sizes_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
@@ -52,7 +53,8 @@ from .other_base import refuse_other_base
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
     """The tensors of a layer that a file holds, by name: what is trained and, with bases, more."""
-    names = [name for name in layer.factors if bases or name in train]
+    known = (name for name, factor in layer.row.factors.items() if factor.saved)
+    names = [name for name in known if bases or name in train]
     own = {name: getattr(layer, name) for name in names}
     if "weight" in train:
         own["weight"] = layer.base_weight
@@ -87,7 +89,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     for name, layer in each_here(model, layers):
         require_whole(name, layer)
         for part, tensor in parts(layer, layer.train_names, bases).items():
-            tensors[f"{name}.{part}"] = own_copy(tensor)
+            key = layer.row.key(name, part)
+            tensors[key] = tensors[key] if key in tensors else own_copy(tensor)
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer, originals)
     saved = saved_modules(model)
     for name, module in each_here(model, saved):
@@ -96,7 +99,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     tied = ties_of(model, trained_names(saved, layers))
     config = {
         "layers": {
-            name: {"method": layer.method, "settings": layer.settings()}
+            name: {"method": layer.method, "settings": layer.settings(), **sizes_of(layer)}
             for name, layer in layers.items()
         },
         "modules_to_save": list(saved),
@@ -108,12 +111,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     warn_of_broken(tensors, stacklevel=3)
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata)
-
-
-def require_path(path: Any, call: str) -> None:
-    """Raise TypeError for what is no path, as where arguments were swapped; `call` says how."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path is a {type(path).__name__}: it must be a path; call {call}")
 
 
 def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -138,8 +135,9 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 def require_whole(name: str, layer: LowRankLinear) -> None:
     """Raise ValueError where this process has but a part of a layer's values."""
-    factors = (getattr(layer, factor) for factor in layer.factors)
-    require_matrices(name, layer.base_weight, *factors)
+    factors = layer.row.factors.items()
+    matrices = (getattr(layer, name) for name, factor in factors if len(factor.sides) == 2)
+    require_matrices(name, layer.base_weight, *matrices)
 
 
 def own_copy(tensor: Tensor) -> Tensor:
@@ -250,7 +248,7 @@ def install(
                 check(name, layer)
                 if layer.computed_by is not None:
                     common = [f for f in layer.factors if f not in layer.row.core]
-                    own = {factor: tensors.get(f"{name}.{factor}") for factor in common}
+                    own = {part: tensors.get(layer.row.key(name, part)) for part in common}
                     layer.computed_by.refuse_other(own)
                 if layer.bases_pending:  # its weight and bias are the base model's
                     layer.keep_base()
@@ -271,7 +269,8 @@ def plan_of(
         if name not in modules:
             raise ValueError(f"{path} adapts {name}, but this model has no such module")
         cls, settings = METHODS[entry["method"]][fused], entry["settings"]
-        trained = [tensors.get(f"{name}.{f}") for f in cls.factors if f in settings["train"]]
+        keys = [cls.row.key(name, f) for f in cls.factors if f in settings["train"]]
+        trained = [tensors.get(key) for key in keys]
         dtypes = [tensor.dtype for tensor in trained if tensor is not None]
         dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
         plan[name] = cls, {**settings, "dtype": dtype}
@@ -334,7 +333,7 @@ def shapes_of(layers: Mapping[str, LowRankLinear], config: dict[str, Any]) -> di
     for name, layer in layers.items():
         trained = config["layers"][name]["settings"]["train"]
         for part, tensor in parts(layer, trained, config["bases"]).items():
-            expected[f"{name}.{part}"] = tensor.shape
+            expected[layer.row.key(name, part)] = tensor.shape
     return expected
 
 
@@ -382,11 +381,11 @@ def check_fingerprint(
             name,
             f"{path} was made for another base model: the weight of {name} differs from the one it "
             "was trained on",
-            all(f"{name}.{factor}" in tensors for factor in ("down", "up")),
+            all(layer.row.key(name, factor) in tensors for factor in ("down", "up")),
         )
     option = "save_projection" if peft_folder.is_folder(path) else "bases"
     for factor in ("down", "up"):
-        if factor in found and f"{name}.{factor}" not in tensors:
+        if factor in found and layer.row.key(name, factor) not in tensors:
             raise ValueError(
                 f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
                 f"is not the one it was trained with; save it with {option}=True"
@@ -406,7 +405,7 @@ def fill(
         own = {*layer.factors} - {*layer.row.core}
         frozen = own if layer.in_bank else ()  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
-            if (key := f"{name}.{part}") in tensors and part not in frozen:
+            if (key := layer.row.key(name, part)) in tensors and part not in frozen:
                 changed.append((layer, part, tensors[key]))
     modules = modules_by_name(model)
     before = [getattr(layer, part) for layer, part, _ in changed]

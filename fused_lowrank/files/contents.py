@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..methods import METHODS
+from ..methods import METHODS, LowRankLinear
 from . import peft_folder
 
 FORMAT, VERSION = "fused_lowrank", "1"
@@ -32,6 +32,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sizes_of(layer: LowRankLinear) -> dict[str, Any]:
+    """The entry of a file with the sizes of a layer whose factors do not tell them."""
+    if layer.row.parts is None:
+        return {}
+    return {"sizes": [layer.in_features, layer.out_features]}
+
+
+def require_path(path: Any, call: str) -> None:
+    """Raise TypeError for what is no path, as where arguments were swapped; `call` says how."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}: it must be a path; call {call}")
 
 
 def opened(

@@ -77,7 +77,7 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
     count = 0
     for name, entry in entries.items():
         for part in (*METHODS[entry["method"]][0].factors, "weight", "bias"):
-            tensor = tensors.get(f"{name}.{part}")
+            tensor = tensors.get(METHODS[entry["method"]][0].row.key(name, part))
             kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "not inside"
             if part in entry["settings"]["train"]:
                 trained[f"{part} {kind}"] = None

@@ -5,6 +5,7 @@
     bases             frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
     keywords          keywords that all layers take, those by other names, integers of any kind
+    shared            factors that all layers of a model have in common
     tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
     state             what a state_dict of a layer means, merged or not
@@ -13,15 +14,19 @@
     layer             what all layers have in common
     family            the methods themselves, one a file
     family.lora
+    family.lora_fa
     family.lora_xs
     family.lora_mini
+    family.vera
 
 A module imports those above it in this list.
 """
 
 from .family.lora import FusedLoraLinear, LoraLinear
+from .family.lora_fa import FusedLoraFALinear, LoraFALinear
 from .family.lora_mini import FusedLoraMiniLinear, LoraMiniLinear
 from .family.lora_xs import FusedLoraXSLinear, LoraXSLinear
+from .family.vera import FusedVeraLinear, VeraLinear
 from .layer import LowRankLinear
 
 # method → (reference layer, fused layer)
@@ -31,5 +36,9 @@ METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
         (LoraLinear, FusedLoraLinear),
         (LoraXSLinear, FusedLoraXSLinear),
         (LoraMiniLinear, FusedLoraMiniLinear),
+        (LoraFALinear, FusedLoraFALinear),
+        (VeraLinear, FusedVeraLinear),
     )
 }
+
+__all__ = [cls.__name__ for pair in METHODS.values() for cls in pair]

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from ..compute import choose
 from .method import Method
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
@@ -136,13 +137,34 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values, tuple):
             if value not in values:
                 known = " or ".join(map(repr, values))
-                raise ValueError(f"{name} is {value!r}: it must be {known}")
+                hint = row.hints.get(name, "")
+                raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
         elif isinstance(values, int):
             value = integer(name, value)
         else:
             value = number(name, value)
         found[name] = value
     return found
+
+
+def getter(names: tuple[str, ...]) -> property:
+    """The property that gives one Parameter, or the pair, of these names."""
+    first, last = names[0], names[-1]
+    if len(names) == 2:
+        return property(lambda self: (getattr(self, first), getattr(self, last)))
+    return property(lambda self: getattr(self, first))
+
+
+def check_settings(layer: Any) -> None:
+    """Raise ValueError for settings that all methods have, and that are out of range."""
+    known = ("weight", "bias", *layer.factors)
+    if unknown := [name for name in layer.train_names if name not in known]:
+        raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
+    choose.check_known(layer.impl)
+    if not math.isfinite(layer.alpha):
+        raise ValueError(f"alpha is {layer.alpha}: it must be finite")
+    if not 0.0 <= layer.dropout < 1.0:
+        raise ValueError(f"dropout is {layer.dropout}: it must be at least 0 and below 1")
 
 
 def known_keywords(cls: type) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,9 +19,10 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
-from .keywords import check_keywords, chosen, constructor_of, sized
+from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
 from .method import Method, Parts
+from .shared import fill_shared, leave_to_others
 from .starts import FILLS, check_learns, fill
 from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
@@ -91,7 +91,7 @@ class LowRankLinear(MergingLinear):
         self.alpha = float(self.r if alpha is None else alpha)
         if given["impl"] is not None:
             self.impl = given["impl"]
-        self._check_settings()
+        check_settings(self)
         self.scale = self.alpha / self.r
         self.disabled: bool | Switch = False  # in all contexts, or in some
 
@@ -106,7 +106,11 @@ class LowRankLinear(MergingLinear):
             self.train(linear.training)
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", linear.bias)
+        given_shared = given.get("_shared") or {}
         for name in self.factors:
+            if name in given_shared:
+                self.register_parameter(name, given_shared[name])
+                continue
             kind = trained_dtype if name in train else self.weight.dtype
             factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(factor))
@@ -116,17 +120,7 @@ class LowRankLinear(MergingLinear):
         if own_linear and not self.bases_pending:
             self.keep_base()
         if not self.bases_pending:
-            self.init_factors()
-
-    def _check_settings(self) -> None:
-        known = ("weight", "bias", *self.factors)
-        if unknown := [name for name in self.train_names if name not in known]:
-            raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
-        choose.check_known(self.impl)
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}: it must be finite")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+            self.init_factors(with_shared=not given_shared)
 
     @property
     def inits(self) -> dict[str, str]:
@@ -134,8 +128,10 @@ class LowRankLinear(MergingLinear):
         return self.row.inits(self.options.get("init"))
 
     @torch.no_grad()
-    def init_factors(self) -> None:
+    def init_factors(self, with_shared: bool = True) -> None:
         """Give the factors their initial values; LoRA-XS takes its bases from the weight.
+
+        `with_shared` says whether those that other layers have as well are among them.
 
         Of a layer that is sharded, every rank must call this: its weight is gathered for it, and
         the first rank's values are taken.
@@ -145,6 +141,8 @@ class LowRankLinear(MergingLinear):
             self._init_sharded()
         else:
             self._init_factors()
+            if with_shared:
+                fill_shared(self.row, self.factors_now(), self.options)
         self.bases_pending = False
 
     def _init_sharded(self) -> None:
@@ -239,16 +237,21 @@ class LowRankLinear(MergingLinear):
         return layer
 
     @classmethod
-    def _around(cls, linear: nn.Linear, defer_bases: bool, keywords: dict[str, Any]) -> Self:
-        """`from_linear`, which leaves its warnings to the caller."""
+    def _around(
+        cls, linear: nn.Linear, defer_bases: bool, keywords: dict[str, Any], own: Any = None
+    ) -> Self:
+        """`from_linear`, which leaves its warnings to the caller.
+
+        `own` has keywords of the constructor that users do not give.
+        """
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         check_keywords(cls, keywords)
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
         with here(linear):
-            layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)
+            given = {**keywords, "_linear": linear, "_defer": defer_bases, **(own or {})}
+            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **given)
             if reason := clashes(linear, layer):
                 raise TypeError(f"linear {reason}")
             carry(linear, layer)
@@ -382,6 +385,7 @@ class LowRankLinear(MergingLinear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        leave_to_others(self, destination, prefix)
         if self.merged:
             destination[prefix + MERGED] = torch.ones(1, dtype=torch.uint8)
 
@@ -390,7 +394,10 @@ class LowRankLinear(MergingLinear):
         if prefix + MERGED in state_dict:
             state_dict = unmerged(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in self.factors]
+        unsaved = {prefix + name for name, f in self.row.factors.items() if not f.saved}
+        rest[2][:] = [key for key in rest[2] if key not in unsaved]
+        own = [name for name in self.factors if name not in self.row.elsewhere]
+        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in own]
         if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
             self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
             self.bases_pending = False
@@ -402,14 +409,6 @@ class LowRankLinear(MergingLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {sizes}"
         )
-
-
-def getter(names: tuple[str, ...]) -> property:
-    """The property that gives one Parameter, or the pair, of these names."""
-    first, last = names[0], names[-1]
-    if len(names) == 2:
-        return property(lambda self: (getattr(self, first), getattr(self, last)))
-    return property(lambda self: getattr(self, first))
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..compute.reference import Core
 
 SIDES = {"K": "the layer's in_features", "N": "the layer's out_features"}
+SHARED = "*"  # in place of a layer's name, in keys of files
 BOTH = "the layer's smaller side"
 
 
@@ -43,6 +45,11 @@ class Factor:
     saved: bool = True  # whether files and a state_dict have it; otherwise it is made from a seed
 
 
+def diagonal(values: Tensor) -> Tensor:
+    """The core (r, r) with these values (r,) on its diagonal."""
+    return torch.diag(values)
+
+
 Sizes = Mapping[str, int]  # letter → size
 
 
@@ -64,6 +71,7 @@ class Method:
     limits: Mapping[str, str] = field(default_factory=lambda: {"r": "KN"})  # rank → the sides above
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword → its values, the first
     # the default, where it is a tuple; otherwise a number, the default itself
+    hints: Mapping[str, str] = field(default_factory=dict)  # option → why it has no other values
     starts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # word → other inits
     bases: Any = None  # `bases.Bases` of down and up, where a seed and the weight determine them
     divides: str = ""  # the rank of which K and N must be multiples
@@ -85,6 +93,16 @@ class Method:
     def shared(self) -> tuple[str, ...]:
         """The factors that all layers of a model have in common."""
         return tuple(name for name, factor in self.factors.items() if factor.shared)
+
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The factors that a layer's own state_dict or file part need not have."""
+        return tuple(name for name, f in self.factors.items() if f.shared or not f.saved)
+
+    def key(self, layer: str, part: str) -> str:
+        """The key that a part of a layer has in a file: its own, or that of all layers."""
+        factor = self.factors.get(part)
+        return f"{SHARED}.{part}" if factor is not None and factor.shared else f"{layer}.{part}"
 
     def inits(self, word: Any = None) -> dict[str, str]:
         """The first values of the factors, by name, under a word of `starts`."""
@@ -126,7 +144,8 @@ class Method:
         """The core of these factors as `lowrank_linear` takes it."""
         if len(self.core) == 2:
             return factors[self.core[0]], factors[self.core[1]]
-        return factors[self.core[0]] if self.core else None
+        core = factors[self.core[0]] if self.core else None
+        return diagonal(core) if core is not None and core.dim() == 1 else core
 
     def bases_of(self, factors: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """down (P, K) and up (N, Q) among these factors, cut to the weight's sides; or of no rows.

@@ -29,6 +29,8 @@ FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
     "zeros": lambda tensor, options: tensor.zero_(),
     "silence": lambda tensor, options: nn.init.normal_(tensor, std=0.0),
     "ones": lambda tensor, options: tensor.fill_(1.0),
+    "d_initial": lambda tensor, options: tensor.fill_(options["d_initial"]),
+    "b_initial": lambda tensor, options: tensor.fill_(options["b_initial"]),
     "noise": lambda tensor, options: nn.init.normal_(tensor, std=CORE_STD),
     "normal": lambda tensor, options: nn.init.normal_(tensor),
 }
@@ -55,7 +57,10 @@ DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
 def check_learns(layer: Any) -> None:
     """Raise ValueError if factors are trained beside one that starts at 0 and is not."""
     others = [name for name in layer.train_names if name in layer.factors]
-    zero = [name for name, init in layer.inits.items() if init in ZERO]
+    inits, options = layer.inits.items(), layer.options
+    zero = [name for name, init in inits if init in ZERO or options.get(init) == 0]
+    if len(zero) > 1 and layer.row.parts is not None:
+        raise ValueError(f"{' and '.join(zero)} both start at zero: nothing would ever be learned")
     if others and (frozen := [name for name in zero if name not in others]):
         raise ValueError(
             f"train is {layer.train_names}, but {frozen[0]} starts at zero: as long as it is not "
@@ -64,10 +69,12 @@ def check_learns(layer: Any) -> None:
 
 
 def fill(layer: Any) -> None:
-    """Give a layer's factors their first values, in their order."""
+    """Give a layer's factors their first values, in their order; not the shared ones."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, init in layer.inits.items():
         factor = getattr(layer, name)
+        if layer.row.factors[name].shared:
+            continue
         if init in PAIRS:
             if init not in pairs:
                 down, up = PAIRS[init](layer.weight, layer.r, layer.options)

@@ -35,6 +35,9 @@ def unmerged(
     state = {key: value for key, value in state.items() if key != prefix + MERGED}
     merged, own = state.get(prefix + "weight"), layer.weight
     factors: dict[str, Any] = {name: state.get(prefix + name) for name in layer.factors}
+    for name in layer.row.elsewhere:  # another layer has it, and it is loaded already
+        if factors[name] is None:
+            factors[name] = getattr(layer, name).detach()
     if merged is None:
         return state
     if any(factor is None for factor in factors.values()):

@@ -21,6 +21,7 @@ from ..methods import METHODS, LowRankLinear
 from ..methods.accept import clashes, why_no_weight
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
+from ..methods.shared import not_missing, shared_by, tie
 from ..methods.state import refuse_wrong
 from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
 from .saving import forget_saving, watch_saving
@@ -65,7 +66,7 @@ def adapt(
 
     Args:
         model: any module; it keeps its class.
-        method: "lora", "lora_xs" or "lora_mini".
+        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`.
         target_modules: a list of module names or of their last parts; or a regular expression that
             must match whole names; or "all-linear": every nn.Linear but the output layer (what
             model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
@@ -153,11 +154,14 @@ def build(
             raise ValueError(f"{name}: {error}{hint}") from None
         if reason := clashes(linear, trial):
             raise TypeError(f"{name} {reason}")
-    method = next(iter(plan.values()))[0].method
+    first, given = next(iter(plan.values()))
+    shared = shared_by(first.row, [modules[name] for name in plan], given, defer_bases)
+    own = {"_shared": shared} if shared else {}
     layers = {}
-    for name, (cls, keywords) in tqdm(plan.items(), method, disable=not progress, unit="layer"):
+    bar = tqdm(plan.items(), first.method, disable=not progress, unit="layer")
+    for name, (cls, keywords) in bar:
         try:
-            layers[name] = cls._around(modules[name], defer_bases, keywords)
+            layers[name] = cls._around(modules[name], defer_bases, keywords, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}{hint}") from None
     return layers
@@ -178,6 +182,8 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     keep(model, saved, copies)
     leave_fast_paths(model, LowRankLinear)
     model.register_load_state_dict_pre_hook(refuse_wrong_within)
+    if any(layer.row.shared for layer in layers.values()):
+        model.register_load_state_dict_post_hook(tie_within)
     watch_saving(model)
 
 
@@ -197,6 +203,13 @@ def refuse_wrong_within(module: nn.Module, state: Mapping[str, Any], prefix: str
     for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(layer, LowRankLinear):
             refuse_wrong(layer, state, f"{name}." if name else "")
+
+
+def tie_within(module: nn.Module, keys: Any) -> None:
+    """A `load_state_dict` post-hook: the layers have one set of shared factors again."""
+    layers = dict(adapted_layers(module))
+    not_missing(layers, keys.missing_keys)
+    tie(layers.values())
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -234,6 +247,7 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     for name, layer in pending.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
+    tie(pending.values())
     for name, layer in tqdm(pending.items(), "init_bases", disable=not progress, unit="layer"):
         try:
             layer.init_factors()
@@ -289,6 +303,9 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         hooks: dict[int, Any] = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if hook.hook is refuse_wrong_within]:
             del hooks[key]
+        after: dict[int, Any] = module._load_state_dict_post_hooks
+        for key in [key for key, hook in after.items() if hook is tie_within]:
+            del after[key]
     return model
 
 

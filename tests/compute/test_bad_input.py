@@ -143,7 +143,13 @@ def test_triton_that_cannot(device: torch.device) -> None:
 
 # --- layers ---
 
-GOOD = {"lora": {"r": 2}, "lora_xs": {"r": 2}, "lora_mini": {"r": 2, "a": 3, "b": 4}}
+GOOD = {
+    "lora": {"r": 2},
+    "lora_xs": {"r": 2},
+    "lora_mini": {"r": 2, "a": 3, "b": 4},
+    "lora_fa": {"r": 2},
+    "vera": {"r": 2},
+}
 EVERY = tuple(METHODS)
 # the methods concerned, the keywords, the error, its message
 SETTINGS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [

@@ -25,7 +25,13 @@ from fused_lowrank.files import adapter as adapter_file
 from fused_lowrank.methods import METHODS, LowRankLinear
 
 D = 16
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+}
 methods = pytest.mark.parametrize("method", METHODS)
 
 

@@ -42,6 +42,8 @@ def test_parameters(method: str, cls: type[LowRankLinear], device: torch.device)
         "lora": {"down": (r, K), "up": (N, r)},
         "lora_xs": {"down": (r, K), "core": (r, r), "up": (N, r)},
         "lora_mini": {"down": (a, K), "a_train": (a, r), "b_train": (r, b), "up": (N, b)},
+        "lora_fa": {"down": (r, K), "up": (N, r)},
+        "vera": {"down": (r, K), "up": (N, r), "d": (r,), "b": (N,)},
     }[method]
     expected = {"weight": (N, K), "bias": (N,), **shapes}
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
@@ -90,7 +92,7 @@ def test_trained_factors_dtype(method: str, dtype: torch.dtype, device: torch.de
 @classes
 def test_gradients_of_train(method: str, cls: type[LowRankLinear], device: torch.device) -> None:
     """For every subset of names: gradients for exactly those; what never could learn is refused."""
-    zero = {"lora": "up", "lora_mini": "b_train"}.get(method)
+    zero = {"lora": "up", "lora_fa": "up", "lora_mini": "b_train", "vera": "b"}.get(method)
     names = ("weight", "bias", *cls.factors)
     for size in range(len(names) + 1):
         for train in itertools.combinations(names, size):

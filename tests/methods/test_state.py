@@ -26,6 +26,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
+from fused_lowrank.methods import METHODS
 from fused_lowrank.models.whole_modules import KEPT
 
 
@@ -37,9 +38,7 @@ def ids(device: torch.device) -> torch.Tensor:
 
 def names(method: str) -> tuple[str, ...]:
     """What a method trains by itself."""
-    return {"lora": ("down", "up"), "lora_xs": ("core",), "lora_mini": ("a_train", "b_train")}[
-        method
-    ]
+    return METHODS[method][0].row.trained
 
 
 # --- the base, where weight and bias are trained ---

@@ -12,7 +12,13 @@ from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, un
 from fused_lowrank.methods import METHODS, LowRankLinear, starts
 
 D = 16
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+}
 methods = pytest.mark.parametrize("method", METHODS)
 
 

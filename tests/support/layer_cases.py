@@ -16,6 +16,8 @@ SETTINGS = {
     "lora": {"r": 4, "alpha": 6.0},
     "lora_xs": {"r": 4, "alpha": 6.0},
     "lora_mini": {"r": 3, "a": 6, "b": 5, "alpha": 6.0},
+    "lora_fa": {"r": 4, "alpha": 6.0},
+    "vera": {"r": 4, "alpha": 6.0},
 }
 
 
@@ -38,11 +40,12 @@ def layer_of(cls: type[LowRankLinear], device: torch.device, **keywords: object)
 
 def delta(layer: LowRankLinear) -> torch.Tensor:
     """ΔW in float64, written out here."""
-    core = layer.core_factors
+    wide = {name: factor.double() for name, factor in layer.factors_now().items()}
+    down, core, up, _ = layer.row.made(wide, layer.base_weight, layer.scale)
     if isinstance(core, tuple):
         core = core[0].double().cpu() @ core[1].double().cpu()
     core = torch.eye(layer.r) if core is None else core
-    up, down = layer.up.double().cpu(), layer.down.double().cpu()
+    up, down = up.double().cpu(), down.double().cpu()
     return (layer.alpha / layer.r * up @ core.double().cpu().T @ down).detach()
 
 

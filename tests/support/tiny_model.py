@@ -9,7 +9,13 @@ from torch import nn
 from fused_lowrank.methods import METHODS
 
 D, VOCABULARY = 16, 11
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+}
 methods = pytest.mark.parametrize("method", METHODS)
 
 

@@ -26,7 +26,11 @@ LORA_MINI = Method(
     },
     learning_rate=1e-2,
     core=("a_train", "b_train"),
-    options={"init": ("identity", "paper")},  # both factors zero would never learn
+    options={"init": ("identity", "paper")},
+    hints={
+        "init": " (with both trained factors zero, both gradients would be zero and nothing would "
+        "ever be learned)"
+    },
     starts={"identity": {"b_train": "drawn_zeros"}},
     bases=SEEDED,
 )
