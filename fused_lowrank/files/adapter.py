@@ -189,6 +189,8 @@ def load_contents(
         bases = layer.bases
         if seeded := not config["bases"] and "seed" in config:
             bases = peft_folder.frozen_factors(layer, name, config["seed"])
+        if "unprinted" in config:  # of PEFT's own methods
+            return
         weight = originals.get(layer.base_weight, layer.base_weight)
         ours = fingerprint(weight, *bases)
         check_fingerprint(name, layer, ours, prints[name], tensors, path)
@@ -296,6 +298,13 @@ def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], 
                 f"{path} does not fit this adapted model: alpha and train of {name} are "
                 f"{layer.alpha}, {layer.train_names} here and {alpha}, {train} there; "
                 "unload(model) to take the file's own layers"
+            )
+        unsaved = any(not factor.saved for factor in layer.row.factors.values())
+        if unsaved and settings["seed"] != layer.options["seed"]:
+            raise ValueError(
+                f"{path} does not fit this adapted model: seed of {name} is "
+                f"{layer.options['seed']} here and {settings['seed']} there, and so are its random "
+                "factors; unload(model) to take the file's own layers"
             )
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge(model) before loading an adapter")

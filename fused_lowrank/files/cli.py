@@ -148,7 +148,7 @@ def convert(args: argparse.Namespace) -> None:
     config, tensors = contents(args, kind)
     for name, entry in config["layers"].items():
         row = METHODS[entry["method"]][0].row
-        for factor in (factor for factor, kind in row.factors.items() if kind.saved):
+        for factor in row.factors:
             if row.key(name, factor) not in tensors:
                 raise ValueError(
                     f"{args.source} has no {name}.{factor}: to compute its frozen factors give its "

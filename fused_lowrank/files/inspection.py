@@ -13,8 +13,10 @@ from ..bank import file as bank_file
 from ..methods import METHODS
 from . import adapter as adapter_file
 from . import official, peft_folder
+from .peft_others import OTHERS
 
 TITLES = " or ".join(METHODS[name][0].row.title for name in peft_folder.TYPES.values())
+TITLES += "".join(f" or {row.title}" for row in OTHERS.values())
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",
     "bank": "bank of fused_lowrank, by AdapterBank.save",
@@ -42,7 +44,7 @@ def kind_of(path: Path) -> str:
             if form == module.FORMAT:
                 return kind
     method = str(peft_folder.config_of(file).get("peft_type"))
-    if method in peft_folder.TYPES:
+    if method in peft_folder.TYPES or method in OTHERS:
         return "peft"
     if method != "LORA":
         raise ValueError(f"{path} is an adapter of PEFT's {method}, which is not known here")

@@ -268,7 +268,7 @@ def sizes_in(
 ) -> tuple[int, int]:
     """(in_features, out_features) of a layer that a file describes."""
     row = METHODS[entry["method"]][0].row
-    for factor in (factor for factor, kind in row.factors.items() if kind.saved):
+    for factor in row.factors:
         if row.key(name, factor) not in tensors:
             raise ValueError(
                 f"{path} has no {name}.{factor}: a file saved without its frozen factors has to be "

@@ -1,5 +1,7 @@
 """Folders of adapters in PEFT's format, read without PEFT.
 
+`peft_others` reads those of PEFT's own VeRA and AdaLoRA. Of the methods here:
+
 adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
   base_model.model.<module>.lora_xs_core         of `LoraXSConfig`
@@ -36,6 +38,7 @@ from ..methods.bases import Bases, Source
 from ..models.adapt import adapted_layers
 from ..models.targets import check_places, modules_by_name
 from ..models.ties import ties_of
+from . import peft_others
 from .fingerprint import FINGERPRINT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -222,10 +225,18 @@ def parsed(
             "through the kernels here; a checkpoint of the LoRA-XS authors' code is loaded by "
             "load_official_lora_xs"
         )
+    if kind in peft_others.OTHERS:
+        refuse(config, ["fan_in_fan_out"], path)
+        contents, tensors, rest = peft_others.parsed(config, state, path)
+        saved, found = whole_modules(rest, config, path)
+        partial = [name for name in saved if not name.endswith(heads_of(config))]
+        contents |= {"modules_to_save": saved, "tied": {}, "partial": partial}
+        return contents, {**tensors, **found}
     if kind not in TYPES:
         raise ValueError(
-            f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}; PEFT loads the "
-            "others, and load_official_lora_xs those of the LoRA-XS authors' code"
+            f"{path} is an adapter of {kind}: it must be "
+            f"{' or '.join([*TYPES, *peft_others.OTHERS])}; PEFT loads the others, and "
+            "load_official_lora_xs those of the LoRA-XS authors' code"
         )
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]
@@ -253,7 +264,7 @@ def parsed(
     if not entries:
         raise ValueError(f"{path} adapts no layers: it is damaged")
     tensors = {f"{name}.{part}": t for name, parts in layers.items() for part, t in parts.items()}
-    contents: dict[str, Any] = {"layers": entries, "modules_to_save": saved, "bases": bases}
+    contents = {"layers": entries, "modules_to_save": saved, "bases": bases}
     contents["tied"] = {}  # PEFT trains copies of modules, tied to nothing
     contents["seed"] = config.get("projection_seed", 42)
     contents["partial"] = [name for name in saved if not name.endswith(heads_of(config))]

@@ -17,15 +17,23 @@
     family.lora_fa
     family.lora_xs
     family.lora_mini
+    family.tied_lora
+    family.melora
+    family.nola
+    family.adalora
     family.vera
 
 A module imports those above it in this list.
 """
 
+from .family.adalora import AdaLoraLinear, FusedAdaLoraLinear
 from .family.lora import FusedLoraLinear, LoraLinear
 from .family.lora_fa import FusedLoraFALinear, LoraFALinear
 from .family.lora_mini import FusedLoraMiniLinear, LoraMiniLinear
 from .family.lora_xs import FusedLoraXSLinear, LoraXSLinear
+from .family.melora import FusedMeloraLinear, MeloraLinear
+from .family.nola import FusedNolaLinear, NolaLinear
+from .family.tied_lora import FusedTiedLoraLinear, TiedLoraLinear
 from .family.vera import FusedVeraLinear, VeraLinear
 from .layer import LowRankLinear
 
@@ -38,6 +46,10 @@ METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
         (LoraMiniLinear, FusedLoraMiniLinear),
         (LoraFALinear, FusedLoraFALinear),
         (VeraLinear, FusedVeraLinear),
+        (TiedLoraLinear, FusedTiedLoraLinear),
+        (MeloraLinear, FusedMeloraLinear),
+        (NolaLinear, FusedNolaLinear),
+        (AdaLoraLinear, FusedAdaLoraLinear),
     )
 }
 

@@ -157,7 +157,8 @@ def getter(names: tuple[str, ...]) -> property:
 
 def check_settings(layer: Any) -> None:
     """Raise ValueError for settings that all methods have, and that are out of range."""
-    known = ("weight", "bias", *layer.factors)
+    saved = (name for name, factor in layer.row.factors.items() if factor.saved)
+    known = ("weight", "bias", *saved)
     if unknown := [name for name in layer.train_names if name not in known]:
         raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
     choose.check_known(layer.impl)

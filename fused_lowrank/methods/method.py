@@ -50,6 +50,16 @@ def diagonal(values: Tensor) -> Tensor:
     return torch.diag(values)
 
 
+@dataclass(frozen=True)
+class PeftNames:
+    """The names that PEFT's own implementation of a method has for its factors, in files."""
+
+    kind: str  # its PeftType
+    factors: Mapping[str, str]  # factor → the last part of PEFT's key
+    settings: Callable[[Mapping[str, Any], int], dict[str, Any]]  # (config, rank) → keywords
+    shared: Mapping[str, str] = field(default_factory=dict)  # factor → PEFT's key
+
+
 Sizes = Mapping[str, int]  # letter → size
 
 
@@ -73,6 +83,7 @@ class Method:
     # the default, where it is a tuple; otherwise a number, the default itself
     hints: Mapping[str, str] = field(default_factory=dict)  # option → why it has no other values
     starts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # word → other inits
+    peft: PeftNames | None = None  # where PEFT has the method as well
     bases: Any = None  # `bases.Bases` of down and up, where a seed and the weight determine them
     divides: str = ""  # the rank of which K and N must be multiples
     sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added

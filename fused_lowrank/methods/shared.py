@@ -61,7 +61,7 @@ def shared_by(
         kind = wide if trained else weight.dtype
         value = torch.empty(row.shape(name, sizes), dtype=kind, device=weight.device)
         found[name] = nn.Parameter(value, requires_grad=trained)
-    if not defer:
+    if not defer or any(not row.factors[name].saved for name in row.shared):
         fill_shared(row, found, options)
     return found
 

@@ -32,6 +32,7 @@ FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
     "d_initial": lambda tensor, options: tensor.fill_(options["d_initial"]),
     "b_initial": lambda tensor, options: tensor.fill_(options["b_initial"]),
     "noise": lambda tensor, options: nn.init.normal_(tensor, std=CORE_STD),
+    "small": lambda tensor, options: nn.init.normal_(tensor, std=0.02),
     "normal": lambda tensor, options: nn.init.normal_(tensor),
 }
 ZERO = ("zeros", "drawn_zeros", "silence")
@@ -51,6 +52,9 @@ def kaiming_relu(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 # name → a shared factor, drawn from a generator of its own on the CPU, float32
 DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "kaiming_relu": kaiming_relu,
+    "uniform": lambda shape, generator: (
+        (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-1])
+    ),
 }
 
 

@@ -7,6 +7,7 @@
     whole_modules     modules trained whole, known by their places
     ties              weights that several modules share
     adapt             `adapt`, `unload`, `merge`, `disable_adapters`
+    budget            AdaLoRA's ranks, given to the layers that use them
 
 A module imports those above it in this list.
 """

@@ -149,6 +149,10 @@ GOOD = {
     "lora_mini": {"r": 2, "a": 3, "b": 4},
     "lora_fa": {"r": 2},
     "vera": {"r": 2},
+    "tied_lora": {"r": 2},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 2, "m": 3},
+    "adalora": {"r": 2},
 }
 EVERY = tuple(METHODS)
 # the methods concerned, the keywords, the error, its message

@@ -20,6 +20,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora_mini": {"r": 2, "a": 4, "b": 4},
     "lora_fa": {"r": 3},
     "vera": {"r": 3},
+    "tied_lora": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 4, "m": 5},
+    "adalora": {"r": 4},
 }
 methods = pytest.mark.parametrize("method", METHODS)
 

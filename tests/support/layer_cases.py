@@ -18,6 +18,10 @@ SETTINGS = {
     "lora_mini": {"r": 3, "a": 6, "b": 5, "alpha": 6.0},
     "lora_fa": {"r": 4, "alpha": 6.0},
     "vera": {"r": 4, "alpha": 6.0},
+    "tied_lora": {"r": 4, "alpha": 6.0},
+    "melora": {"r": 2, "n": 2, "alpha": 6.0},
+    "nola": {"r": 4, "m": 5, "alpha": 6.0},
+    "adalora": {"r": 4, "alpha": 6.0},
 }
 
 

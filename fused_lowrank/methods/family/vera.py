@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layer import LowRankLinear
-from ..method import Factor, Method, Parts, diagonal
+from ..method import Factor, Method, Parts, PeftNames, diagonal
 
 
 def vera_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
@@ -38,6 +38,18 @@ VERA = Method(
     parts=vera_parts,
     options={"d_initial": 0.1, "b_initial": 0.0, "seed": 0},
     slices=False,
+    peft=PeftNames(
+        "VERA",
+        {"d": "vera_lambda_d", "b": "vera_lambda_b"},
+        lambda config, r: {
+            "alpha": float(r),
+            "dropout": float(config.get("vera_dropout") or 0.0),
+            "d_initial": float(config.get("d_initial", 0.1)) or 0.1,
+            "b_initial": 0.0,
+            "seed": int(config.get("projection_prng_key") or 0),
+        },
+        {"down": "base_model.vera_A", "up": "base_model.vera_B"},
+    ),
 )
 
 
