@@ -16,6 +16,8 @@ from .files.official import load_official_lora_xs
 from .functional import lowrank_linear
 from .methods import *  # noqa: F403 - the layers of every method
 from .models.adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
+from .models.groups import parameter_groups
+from .models.restarts import merge_and_restart
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "load_official_lora_xs",
     "lowrank_linear",
     "merge",
+    "merge_and_restart",
+    "parameter_groups",
     "save_adapter",
     "unload",
     "unmerge",

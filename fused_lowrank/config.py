@@ -50,17 +50,17 @@ def use(
     batch_invariance: bool | None = None,
     redraw_dropout: bool | None = None,
 ) -> Iterator[None]:
-    """Compute calls in this context as told; what is None stays as it was outside.
+    """A context in which calls are computed as told; an argument that is None changes nothing.
 
     Args:
         plan: the name of a plan (`fused_lowrank.compute.plans.PLANS`: "aten", "split", "decode", …)
             for every pass of every layer, whatever its `impl` is, "reference" excepted.
         tiles: the tile with which a kernel is launched, by the kernel's name.
         batch_invariance: as `use_batch_invariance`, but for this context alone.
-        redraw_dropout: draw a dropout's mask again in the backward. Otherwise our kernels' is kept
-            as bits from the forward, M·K/8 bytes a layer, and drawing it again is a launch more.
-            The numbers are the same. A compiled graph, and library products, always do so. A
-            checkpoint's recomputation may keep them, for as long as its own backward takes.
+        redraw_dropout: draw a dropout's mask again in the backward, by a launch more. Otherwise
+            the mask of our kernels is kept as bits from the forward, M·K/8 bytes a layer. The
+            numbers are the same. Compiled graphs and library products always draw it again. A
+            checkpoint's recomputation may keep the bits, for as long as its own backward takes.
 
     Raises ValueError for an unknown plan or an invalid tile, and RuntimeError for a plan that
     cannot compute a pass, when a layer is called.
@@ -90,7 +90,12 @@ def use_batch_invariance(mode: bool) -> None:
     Otherwise a row's bits may depend on how many rows there are, though never on what they hold:
     tiles, the splitting of K and libraries' own kernels follow the shape. With this a GPU takes the
     tiles for many rows always, and library GEMMs are called for one row at a time, which is many
-    times slower than the batch. It is of y and of dx; a core's gradient is a sum over the rows.
-    `config.use(batch_invariance=True)` is for one context.
+    times slower than the batch. It holds for y and for dx; a core's gradient is a sum over the
+    rows. `config.use(batch_invariance=True)` is for one context.
+
+    Args:
+        mode: True switches it on, False off again.
+
+    A layer's call raises RuntimeError where it cannot be kept: by library GEMMs with dropout.
     """
     DEFAULT[0] = replace(DEFAULT[0], batch_invariance=True if mode else None)

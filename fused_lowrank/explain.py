@@ -12,6 +12,7 @@ from . import config
 from .compute import choose, costs, devices, measured
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
+from .compute.reference import is_diagonal
 from .compute.steps_kernels import spec_of
 from .context.elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
@@ -20,7 +21,12 @@ from .methods.layer import LowRankLinear
 
 @dataclass(frozen=True)
 class PassExplained:
-    """One pass of a step: the forward's, or the backward's to dx."""
+    """One pass of a step, explained: the forward's, or the backward's to dx.
+
+    `print` it, or read its parts. A cost on paper (`cost`, `floor`, `bare`) has `operations` (of
+    multiplying and adding, each counted), `bytes` moved in memory, `launches` and `seconds`; the
+    formulas and constants are in `fused_lowrank.compute.costs`.
+    """
 
     problem: Problem
     plan: str  # its name
@@ -55,7 +61,11 @@ class PassExplained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The computation of a layer's training step, explained. `print` it, or read its parts."""
+    """The computation of a layer's training step, explained. `print` it, or read its parts.
+
+    Made by `explain`. Times that it prints are in milliseconds, sizes in MB (10⁶ bytes), work in
+    GFLOP (10⁹ operations); see `PassExplained` for the parts of a pass.
+    """
 
     layer: str  # what it is, and of how many rows the step
     note: str  # where no plan is chosen: what happens instead
@@ -74,8 +84,8 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     paper its operations, bytes and time, beside the least that the adapted layer and the bare one
     could take on this device. The GPU's times on paper are predictions, not measurements. Nothing
     is computed or measured; the plans are chosen by the very call by which a step's are, under the
-    same `config.use` and batch invariance. Of a layer in a bank it is a step in which each row has
-    an adapter of its own.
+    same `config.use` and batch invariance. For a layer in a bank, a step is explained in which each
+    row has an adapter of its own.
 
     Args:
         layer: a fused layer (`FusedLoraXSLinear`, …).
@@ -87,8 +97,9 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
 
     Raises:
         TypeError: the layer is not a low-rank layer, or `rows` no int.
-        ValueError: fewer than one row; a plan in `config.use` that is none.
-        RuntimeError: the plan in `config.use`, or batch invariance, cannot compute the step.
+        ValueError: fewer than one row; a sharded layer; an unknown plan in `config.use`.
+        RuntimeError: the plan in `config.use`, batch invariance or the layer's `impl` cannot
+            compute the step.
     """
     if not isinstance(layer, LowRankLinear):
         raise TypeError(
@@ -122,11 +133,12 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
     bulk = bulk and rows > SMALL_M
     doubles = kernels and has_doubles(Operands(x, layer.weight, down, core, up, None, 1.0))
+    diagonal = is_diagonal(core)
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
         want_u, by_row = transposed and trains_down, layer.in_bank
-        flags = transposed, regular, dropout, want_u, by_row, bulk, doubles
+        flags = transposed, regular, dropout, want_u, by_row, bulk, doubles, diagonal
         passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
     return Explanation(name, "", tuple(passes))
 

@@ -14,7 +14,7 @@ from .compute.reference import TORCH, Core, Products, RowCores, lowrank_linear_r
 from .compute.run import no_autocast, run, under_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OPERANDS = ("weight", "down", "core", "core", "up", "bias")  # as the messages name them
+OPERANDS = ("weight", "down", "core", "core", "up", "bias", "gain")  # as the messages name them
 
 
 def lowrank_linear(
@@ -30,19 +30,23 @@ def lowrank_linear(
     training: bool = False,
     impl: str = "auto",
     seed: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """y = x·weightᵀ + bias + scale · ((dropout(x)·downᵀ) · core) · upᵀ.
+    """y = gain ⊙ (x·weightᵀ + scale · ((dropout(x)·downᵀ) · core) · upᵀ) + bias.
 
     The forward of a linear layer with a low-rank adapter: LoRA (core None; Hu et al. 2021,
     arXiv 2106.09685), LoRA-XS (core R; Bałazy et al. 2024, arXiv 2405.17604), LoRA-Mini (core
-    (Atrain, Btrain); Singh et al. 2024, arXiv 2411.15804).
+    (Atrain, Btrain); Singh et al. 2024, arXiv 2411.15804), AdaLoRA and VeRA (core a diagonal; Zhang
+    et al. 2023, arXiv 2303.10512; Kopiczko et al. 2023, arXiv 2310.11454); with a gain DoRA (Liu et
+    al. 2024, arXiv 2402.09353).
 
     Args:
         x: (..., K), float32, float16, bfloat16 or float64.
         weight: (N, K), of x's dtype (after autocast, where it is on).
         down: (P, K), of any float dtype; used in x's.
-        core: (P, Q), or the pair (a (P, r), b (r, Q)) whose product it is, or None for the
-            identity (then P = Q). Of any float dtype: the product with it is taken in its own.
+        core: (P, Q), or the pair (a (P, r), b (r, Q)) whose product it is, or a diagonal (r,), or
+            None for the identity (of both then P = Q = r). Of any float dtype: the product with it
+            is taken in its own.
         up: (N, Q), of any float dtype; used in x's.
         bias: (N,) of x's dtype, or None.
         scale: factor of the low-rank term.
@@ -53,27 +57,31 @@ def lowrank_linear(
             the plan is chosen by the sizes and the device: `fused_lowrank.explain` says which.
         seed: int64 (1,) on x's device, from which the dropout's mask is made; by default it is
             drawn from the device's generator.
+        gain: (N,), of any float dtype, or None for 1; used in float32 or wider.
 
     Returns:
         y (..., N) in x's dtype.
 
     Gradients go to whatever requires one, and to nothing else. What is saved for the backward is
-    x·downᵀ, (M, P), and x only if down or weight requires a gradient. Where our kernels compute a
+    x·downᵀ, (M, P), and x only if down or weight requires a gradient. The gradient of gain is
+    computed from y itself, which is then not to be written to in place, and is NaN where gain is 0,
+    but by impl="reference", and by "auto" on a CPU. Where our kernels compute a
     dropout, its mask is saved as well, M·K/8 bytes, if x or down requires a gradient:
     `config.use(redraw_dropout=True)` saves none, nor does a compiled graph.
 
     Raises:
         ValueError: shapes that do not chain, devices that differ, an unknown implementation, a
-            probability that is none.
+            `dropout_p` outside [0, 1), a seed of another shape, dtype or device.
         TypeError: operands that are not tensors, a scale that is no number, dtypes that do not mix.
         RuntimeError: impl="triton" where the kernels cannot run; a second differentiation
             (impl="reference" can be differentiated twice).
     """
     dropout = Dropout(seed, dropout_p) if training and dropout_p else None
-    operands = prepared(Operands(x, weight, down, paired(core), up, bias, scale, dropout))
+    factors = down, paired(core), up
+    operands = prepared(Operands(x, weight, *factors, bias, scale, dropout, gain=gain))
     if dropout is None:
         check_dropout(dropout_p, seed, x)
-    if impl == "auto" and dropout is None and choose.small(operands.x):
+    if impl == "auto" and dropout is None and choose.small(operands.x) and not trains(gain):
         return chain(operands)
     return compute(operands, impl)
 
@@ -103,7 +111,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
     `isolated` says whether products are padded so that no row's NaN or Inf reaches another; None:
     where there is a core for each row and this CPU's library needs it.
     """
-    x, weight, down, core, up, bias, scale, dropout, _ = operands
+    x, weight, down, core, up, bias, scale, dropout, _, gain = operands
     rows = core if isinstance(core, RowCores) else None
     impl = choose.implementation(impl, x, down.shape[0], up.shape[1])
     products = TORCH
@@ -111,20 +119,21 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         isolated = rows is not None and choose.isolates(impl, x, down, up)
     if isolated:
         impl, products = ("reference" if impl == "reference" else "isolated"), isolation.PRODUCTS
-    if impl == "reference":
+    if impl == "reference" or (impl == "auto" and has_zeros(gain)):
         return by_reference(operands, products)
     # Whoever needs the mask makes it from this, forward and backward.
     seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
     if dropout is not None and seed is None:
         seed = draw_seed(x)
     a, b = places(core)
-    tensors = x, weight, down, a, b, up, bias
+    tensors = x, weight, down, a, b, up, bias, gain
     wants_grad = torch.is_grad_enabled() and any(
         operand is not None and operand.requires_grad for operand in tensors
     )
     if torch.compiler.is_compiling():
         want_t = wants_grad and any(f is not None and f.requires_grad for f in (a, b, up))
-        y, _ = forward_op(fold(x), *tensors[1:], seed, scale, dropout_p, impl, want_t)
+        flags = seed, scale, dropout_p, impl, want_t, *(() if gain is None else (gain,))
+        y, _ = forward_op(fold(x), *tensors[1:7], *flags)
     elif wants_grad:
         call = Call(scale, dropout_p, impl, config.current(), rows)
         return LowRankFunction.apply(call, *tensors, seed)
@@ -137,7 +146,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
 
 def by_reference(operands: Operands, products: Products) -> Tensor:
     """y by the equation in plain torch."""
-    x, weight, down, core, up, bias, scale, dropout, _ = operands
+    x, weight, down, core, up, bias, scale, dropout, _, gain = operands
     low = None
     if dropout is not None:
         if dropout.seed is None:
@@ -146,8 +155,23 @@ def by_reference(operands: Operands, products: Products) -> Tensor:
             low = x * kept(x, dropout.seed, dropout.p) / (1.0 - dropout.p)
     with no_autocast(x):
         return lowrank_linear_reference(
-            x, weight, down, core, up, bias, scale=scale, low=low, products=products
+            x, weight, down, core, up, bias, scale=scale, low=low, products=products, gain=gain
         )
+
+
+def trains(gain: Tensor | None) -> bool:
+    """Whether a call is one that computes the gradient of its gain."""
+    return gain is not None and gain.requires_grad and torch.is_grad_enabled()
+
+
+def has_zeros(gain: Tensor | None) -> bool:
+    """Whether the gradient of the gain cannot be had from y, as far as is known without waiting.
+
+    On a GPU, and in a compiled graph, nobody looks.
+    """
+    if gain is None or torch.compiler.is_compiling() or not trains(gain) or not gain.is_cpu:
+        return False
+    return not bool(gain.all())
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -180,11 +204,11 @@ def paired(core: Any) -> Any:
 
 def check_kinds(operands: Operands) -> None:
     """Raise a TypeError, naming the argument, for an operand that is no tensor."""
-    for name in ("x", "weight", "down", "core", "up", "bias"):
-        operand = getattr(operands, name)
+    for name in ("x", "weight", "down", "core", "up", "bias", "gain"):
+        operand, may_miss = getattr(operands, name), name in ("core", "bias", "gain")
         if name == "core":
             operand, _ = places(operand)
-        if not isinstance(operand, Tensor) and not (operand is None and name in ("core", "bias")):
+        if not isinstance(operand, Tensor) and not (operand is None and may_miss):
             raise TypeError(f"{name} is a {type(operand).__name__}: it must be a tensor")
 
 
@@ -200,7 +224,7 @@ def autocast(operands: Operands) -> Operands:
 
 def fits(operands: Operands) -> bool:
     """Whether `check` would find nothing; False where it has to be asked. It costs less."""
-    x, weight, down, core, up, bias, scale, _, _ = operands
+    x, weight, down, core, up, bias, scale, _, _, gain = operands
     if isinstance(core, RowCores):
         left, right, first = core.table, core.right, 1  # whose first dimension is that of slots
     else:
@@ -211,7 +235,8 @@ def fits(operands: Operands) -> bool:
         if left is None:
             through = p == q
         elif right is None:
-            through = left.shape[first:] == (p, q)
+            sizes = left.shape[first:]
+            through = sizes == (p, q) or (sizes == (p,) and p == q)
         else:
             (p_left, r), (r_right, q_right) = left.shape[first:], right.shape[first:]
             through = p_left == p and r == r_right and q_right == q
@@ -223,10 +248,11 @@ def fits(operands: Operands) -> bool:
             and n == n_up
             and 0 not in (p, q)
             and (bias is None or (bias.shape == (n,) and bias.dtype is dtype))
+            and (gain is None or gain.shape == (n,))
             and isinstance(scale, float | int)
         ):
             return False
-        for factor in (down, left, right, up):
+        for factor in (down, left, right, up, gain):
             if factor is not None and (factor.device != device or factor.dtype not in DTYPES):
                 return False
         return weight.device == device and (bias is None or bias.device == device)
@@ -236,7 +262,7 @@ def fits(operands: Operands) -> bool:
 
 def check(operands: Operands) -> None:
     """Raise, naming the argument, what it is and what it must be, if the operands do not fit."""
-    x, weight, down, core, up, bias, scale, _, _ = operands
+    x, weight, down, core, up, bias, scale, _, _, gain = operands
     a, b = places(core)
     of_rows = isinstance(core, RowCores)  # a and b are tables then, of factors
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
@@ -255,8 +281,17 @@ def check(operands: Operands) -> None:
         if p != q:
             raise ValueError(f"core is None, but down has P={p} and up has Q={q}: they must agree")
     elif b is None:
-        if (a.shape[1:] if of_rows else a.shape) != (p, q):
-            raise ValueError(f"core is {shape(a)}: it must be ({p}, {q}), as down and up say")
+        sizes = tuple(a.shape[1:] if of_rows else a.shape)
+        if len(sizes) == 1 and p != q:
+            raise ValueError(
+                f"core is {shape(a)}, a diagonal, but down has P={p} and up has Q={q}: they must "
+                f"agree, or core be ({p}, {q})"
+            )
+        diagonal = f" or, of a diagonal, ({p},)" if p == q else ""
+        if sizes != (p, q) and not (diagonal and sizes == (p,)):
+            raise ValueError(
+                f"core is {shape(a)}: it must be ({p}, {q}){diagonal}, as down and up say"
+            )
     elif of_rows:
         if a.shape[1] != p or b.shape[1:] != (a.shape[2], q):
             raise ValueError(f"tables are {shape(a)}·{shape(b)}: they must be of ({p}, r)·(r, {q})")
@@ -266,9 +301,11 @@ def check(operands: Operands) -> None:
         raise ValueError(
             f"bias is {shape(bias)} of {bias.dtype}: it must be ({n},) of {x.dtype}, as x"
         )
+    if gain is not None and gain.shape != (n,):
+        raise ValueError(f"gain is {shape(gain)}: it must be ({n},), a number for each output")
     if not isinstance(scale, int | float):
         raise TypeError(f"scale is {scale!r}: it must be a number")
-    for name, operand in zip(OPERANDS, (weight, down, a, b, up, bias), strict=True):
+    for name, operand in zip(OPERANDS, (weight, down, a, b, up, bias, gain), strict=True):
         if operand is not None:
             if operand.device != device:
                 raise ValueError(f"{name} is on {operand.device}, but x on {device}: move one")

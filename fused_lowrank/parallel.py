@@ -168,9 +168,9 @@ def parallelized(
     layer.computed_by = PartComputer(forward)
     layer._base = {
         name: distribute_tensor(
-            kept, mesh, [sharded.get(name, Replicate())], src_data_rank=style.src_data_rank
+            tensor, mesh, [sharded.get(name, Replicate())], src_data_rank=style.src_data_rank
         )
-        for name, kept in layer._base.items()
+        for name, tensor in layer._base.items()
     }
     return layer
 

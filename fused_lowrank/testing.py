@@ -24,18 +24,47 @@ PARTS = 8  # of such a tensor, each with a ratio of its own
 
 
 def pinned_tiles(**tiles: TileConfig) -> AbstractContextManager[None]:
-    """Launch the named kernels with these tiles: pinned_tiles(shrink=TileConfig(…), …)."""
+    """A context in which the named kernels are launched with these tiles.
+
+        with pinned_tiles(shrink=TileConfig(16, 16, 64, 4, 2)):
+            layer(x)  # and its backward
+
+    It is `config.use(tiles=…)`: of the calling thread or asyncio task, and taken along by calls for
+    their backward. Kernels that are not named keep the tiles that they would have.
+
+    Args:
+        tiles: a `TileConfig` by the kernel's name: shrink, gemm_tail, core_grad, decode, relay or
+            dropped.
+
+    Raises ValueError for another kernel or no `TileConfig` when the context is entered, and for a
+    tile that is not valid for a launch when a layer is called.
+    """
     return config.use(tiles=tiles)
 
 
 def pinned_plan(name: str) -> AbstractContextManager[None]:
-    """Compute every pass by the plan of that name (`compute.plans.PLANS`), chosen or not."""
+    """A context in which every pass is computed by the plan of that name.
+
+    It is `config.use(plan=name)`: of the calling thread or asyncio task, and taken along by calls
+    for their backward. A layer or call with impl="reference" has no plan, and stays as it is.
+
+    Args:
+        name: a plan of `fused_lowrank.compute.plans.PLANS`, also one that is never chosen by
+            itself.
+
+    Raises ValueError for an unknown plan, and RuntimeError for one that cannot compute a pass, when
+    a layer is called.
+    """
     return config.use(plan=name)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The error of one tensor against fp64, beside that of the reference in the same dtype."""
+    """The error of one tensor against fp64, beside that of the reference in the same dtype.
+
+    `error` and `reference` are Frobenius norms of the difference from the result in fp64, in the
+    tensor's own unit; `name` is "y" or "d" and an operand's name, `size` the number of elements.
+    """
 
     name: str
     size: int
@@ -88,7 +117,19 @@ def measure(ours: Call, reference: Call, operands: dict[str, Any], dy: Tensor) -
     """The error of `ours` for the output and every gradient.
 
     `reference` is called with the operands as they are, in fp64 (the truth), and in fp64 with the
-    absolute values of all of them and a scale of the same sign (how much rounding can matter).
+    absolute values of all of them and of the scale (how much rounding can matter).
+
+    Args:
+        ours: a function that is called with the operands by keyword and returns y (…, N).
+        reference: the same function in plain torch, in any float dtype.
+        operands: tensors, pairs of tensors, None or plain values by name, as `lowrank_linear` takes
+            them; "x" (…, K) is among them. Gradients are measured of those that require one.
+        dy: (…, N), the gradient of y, of any float dtype; it is used in x's.
+
+    Returns:
+        A `Measured` for "y" and for the gradient of each operand that requires one, in this order.
+
+    Raises AssertionError where a result has not the shape and dtype of the reference's.
     """
     dy = dy.to(operands["x"].dtype)
     got = results(ours, operands, dy)

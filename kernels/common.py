@@ -37,12 +37,12 @@ def promote(a, b):
 
 @triton.jit
 def dot(a, b, acc, TF32X3: tl.constexpr = False):
-    """acc + a·b in acc's dtype. fp32 is multiplied as such or, if TF32X3, as TF32 thrice.
+    """acc + a·b in acc's dtype. fp32 is multiplied as such or, if TF32X3, by three TF32 products.
 
     A product of fp32 is summed from zero, and its sum is added to acc: so a loop over K has a chain
     of sums for each block and one of blocks, not one along all of K, whose error is several times
-    that. A number of imprecise sums other than 0, which is said of fp8 alone and changes nothing
-    else, is what keeps Triton from folding the sum back into the product.
+    that. `max_num_imprecise_acc`, which concerns fp8 alone, is not 0 because that keeps Triton from
+    folding the sum back into the product.
     """
     if INTERPRETED or (a.dtype == tl.float32 and not TF32X3):
         a, b = a.to(acc.dtype), b.to(acc.dtype)
@@ -83,8 +83,8 @@ def halves(x):
 def dot_mixed(a, b):
     """a·b for a 16-bit a and an fp32 b, by bf16 dots: to 2⁻¹⁷ of each product.
 
-    If the small terms are not finite, then a or b is not, and the product of the high ones says
-    what comes of it.
+    Where a small term is not finite, a or b holds an Inf or a NaN: the small terms are left out
+    there, and the product of the larger halves gives the Inf or NaN that is due.
     """
     b_high, b_low = halves(b)
     small = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
@@ -99,10 +99,11 @@ def dot_mixed(a, b):
 
 @triton.jit
 def drawn(seed, first_m, first_k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A dropout's mask of a tile of x, drawn: a function of the seed, m and k alone.
+    """The mask of a dropout for a tile of x, in two forms; it follows from the seed, m and k alone.
 
-    Twice: (BLOCK_M, BLOCK_K), whether x[m, k] is kept; and (BLOCK_M, BLOCK_K // 8), bytes whose bit
-    i says so of x[m, 8·j + i], as `kept` reads them. One Philox call, 128 bits, decides a byte:
+    Returns (keep_mask, bits): keep_mask (BLOCK_M, BLOCK_K) is true where x[m, k] is kept; bits,
+    uint8 (BLOCK_M, BLOCK_K // 8), has the same for x[m, 8·j + i] in bit i of the byte [m, j], as
+    `kept` reads it. One Philox call, 128 bits, decides a byte:
     each element is dropped if its 16 bits, as a number, are below `threshold`. first_k and BLOCK_K
     are multiples of 8.
     """
@@ -120,16 +121,17 @@ def drawn(seed, first_m, first_k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.
 
 @triton.jit
 def two_bits(words, threshold):
-    """Whether each half of a word of 32 bits is at least `threshold`, the lower half first."""
+    """Two bits for a word of 32: whether its lower half, and its upper, is at least `threshold`."""
     low = ((words & 0xFFFF) >= threshold).to(tl.int32)
     return low | (((words >> 16) >= threshold).to(tl.int32) << 1)
 
 
 @triton.jit
 def byte_ptrs(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(pointers, mask) of the bytes of a tile of x among those of x (M, K), which lie row by row.
+    """(pointers, mask) of the bytes that hold the dropout's mask for a tile of x (M, K).
 
-    Rows are `mask_width(K)` bytes apart. first_k is a multiple of BLOCK_K, which is one of 8.
+    The bytes of all of x lie row by row, `mask_width(K)` to a row. first_k is a multiple of
+    BLOCK_K, which is one of 8.
     """
     offs_m = (first_m + tl.arange(0, BLOCK_M))[:, None]
     first = tl.multiple_of(first_k // 8, BLOCK_K // 8)
@@ -140,14 +142,14 @@ def byte_ptrs(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: 
 
 @triton.jit
 def load_bits(bits_ptr, first_m, first_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The bytes of a tile of x, zero beyond x."""
+    """The bytes with the dropout's mask for a tile of x, (BLOCK_M, BLOCK_K // 8); zero beyond x."""
     ptrs, there = byte_ptrs(bits_ptr, first_m, first_k, M, K, BLOCK_M, BLOCK_K)
     return tl.load(ptrs, there, other=0)
 
 
 @triton.jit
 def kept(bits):
-    """A tile's mask, (BLOCK_M, BLOCK_K): true where the bytes of a tile of x keep it."""
+    """The mask (BLOCK_M, BLOCK_K) that a tile's bytes hold: true where an element of x is kept."""
     each = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(each, (bits.shape[0], 8 * bits.shape[1])) != 0
 
@@ -184,11 +186,11 @@ def tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def gathered(acc, ptrs, index, count, stride, counter_ptr, AHEAD: tl.constexpr = 4):
-    """The sum of acc over `count` programs, and whether this is the one that has it: the last.
+    """Sum acc over `count` programs; returns (acc, is_last). Only the last to arrive has the sum.
 
-    Each stores its own at ptrs + index·stride, then arrives at the counter; the last to arrive adds
-    them in the order of their index, so that the sum is bitwise reproducible, and sets the counter
-    back to zero. In every other program the sum is its own part alone.
+    Each program stores its part at ptrs + index·stride, then arrives at the counter. The last to
+    arrive adds the parts in the order of their index, so that the sum is bitwise reproducible, and
+    sets the counter back to zero. In every other program the acc that is returned is its own part.
     """
     tl.store(ptrs + index * stride, acc)
     tl.debug_barrier()  # every thread's part is stored before the arrival is counted
@@ -233,7 +235,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rows_of(weight: torch.Tensor, block: list[int]) -> tuple[Any, Any, list[int]]:
-    """(shape, strides, block) of the descriptor of W, or of Wᵀ where it is that whose rows lie."""
+    """(shape, strides, block) of the descriptor of W, or of Wᵀ where W's columns are contiguous."""
     if weight.stride(1) == 1:
         return weight.shape, weight.stride(), block
     return weight.shape[::-1], weight.stride()[::-1], block[::-1]
@@ -259,7 +261,7 @@ def arrivals(device: torch.device, stream: int | None = None) -> torch.Tensor:
 
     Whatever a launch counts in them it sets to zero again before it ends. In a graph that is being
     captured they are the graph's own, zeroed in it: two graphs may run side by side. `stream` is
-    the handle of the current one, for who has it.
+    the handle of the current stream, for a caller that has it at hand.
     """
     if capturing(device):
         return torch.zeros(N_ARRIVALS, dtype=torch.int32, device=device)
@@ -275,7 +277,7 @@ def mask_width(k: int) -> int:
 
 
 def threshold(dropout_p: float) -> int:
-    """The number that `kept` compares 16 random bits with: dropout_p to 2⁻¹⁷."""
+    """The number below which 16 random bits drop an element (`drawn`): dropout_p to 2⁻¹⁷."""
     return round(dropout_p * 65536)
 
 

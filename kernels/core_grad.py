@@ -1,11 +1,12 @@
 """core_grad: the gradients of the core, in one launch.
 
-    dcore = scale · tᵀ·g            t (M, P)   g (M, Q)   dcore (P, Q)
+    dcore = scale · tᵀ·g            t (M, P)   g (M, Q)   dcore (P, Q), or (P,) its diagonal alone
     da = dcore·bᵀ,  db = aᵀ·dcore   for LoRA-Mini's core a (P, r) · b (r, Q)
 
 The rows are split over programs; each stores its partial sum, and the last to arrive adds them in
-the order of their index, so the result is bitwise reproducible. Of a pair's tiles the last to have
-its sum goes on from dcore to the two gradients. Both meetings are at `arrivals`.
+the order of their index, so the result is bitwise reproducible. For a pair, the program that
+completes the last tile of dcore goes on to the two gradients. Programs count themselves in the
+counters of `arrivals` both times.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .common import (
 from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
+COLUMN = dict.fromkeys(("Q", "PAD_Q", "BLOCK_Q"), 1)  # of dcore where it is a diagonal
 MIN_ROWS = 256  # per program: fewer, and the partial sums cost more than the rows
 MAX_SPLITS = 32
 
@@ -55,7 +57,7 @@ def factor_grad_tile(
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of out[i, r] = sum over j of dcore[i, j]·other[j, r], each of its own strides."""
+    """One tile of out[i, r] = sum over j of dcore[i, j]·other[j, r]; each has its own strides."""
     acc_dtype: tl.constexpr = dcore_ptr.dtype.element_ty
     offs_i, offs_r = i + tl.arange(0, BLOCK), r + tl.arange(0, BLOCK_R)
     mask_r = offs_r[None, :] < R
@@ -86,7 +88,7 @@ def core_grad_kernel(
     rows,
     P: tl.constexpr,
     Q: tl.constexpr,
-    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is one matrix
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is one matrix; -2: a diagonal, Q is then 1
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
     PAD_R: tl.constexpr,
@@ -112,10 +114,16 @@ def core_grad_kernel(
     for m in range(split * rows, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         t_ptrs = t_ptr + offset(offs_m[None, :], P) + offs_p[:, None]
-        g_ptrs = g_ptr + offset(offs_m[:, None], Q) + offs_q[None, :]
-        t = tl.load(t_ptrs, mask_p & (offs_m[None, :] < end), other=0.0)
-        g = tl.load(g_ptrs, mask_q & (offs_m[:, None] < end), other=0.0)
-        acc = dot(t, g, acc)
+        if R == -2:
+            g_ptrs = g_ptr + offset(offs_m[None, :], P) + offs_p[:, None]
+            t = tl.load(t_ptrs, mask_p & (offs_m[None, :] < end), other=0.0)
+            g = tl.load(g_ptrs, mask_p & (offs_m[None, :] < end), other=0.0)
+            acc += tl.sum(t.to(acc_dtype) * g.to(acc_dtype), 1)[:, None]
+        else:
+            g_ptrs = g_ptr + offset(offs_m[:, None], Q) + offs_q[None, :]
+            t = tl.load(t_ptrs, mask_p & (offs_m[None, :] < end), other=0.0)
+            g = tl.load(g_ptrs, mask_q & (offs_m[:, None] < end), other=0.0)
+            acc = dot(t, g, acc)
 
     # The partial sums lie as (splits, PAD_P, PAD_Q).
     tile_ptrs = partial_ptr + offs_p[:, None] * PAD_Q + offs_q[None, :]
@@ -124,7 +132,7 @@ def core_grad_kernel(
     )
     if last:
         acc *= scale
-        if R == 0:
+        if R <= 0:
             dcore_ptrs = dcore_ptr + offs_p[:, None] * Q + offs_q[None, :]
             tl.store(dcore_ptrs, cast(acc, dcore_ptr.dtype.element_ty), mask_p & mask_q)
         else:
@@ -154,7 +162,7 @@ KERNELS = variants(core_grad_kernel, runtime=["M", "rows"])
 def constants(
     p: int, q: int, r: int, want_a: bool, want_b: bool, config: TileConfig
 ) -> dict[str, int]:
-    """The compile-time arguments of a launch."""
+    """The compile-time arguments of a launch; a diagonal is one column of dcore."""
     return {
         **rank_constants(p, q, r),
         "WANT_A": want_a,
@@ -162,6 +170,7 @@ def constants(
         "BLOCK_M": config.block_m,
         "BLOCK_P": min(padded(p), config.block_n),
         "BLOCK_Q": min(padded(q), config.block_n),
+        **(COLUMN if r == -2 else {}),
         "BLOCK": min(padded(p), padded(q), 32),
         "BLOCK_R": min(padded(max(r, 1)), 32),
         # Of a large tile more than one has no registers beside the pointers of unaligned operands.
@@ -179,8 +188,9 @@ def core_grad(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dcore, None), or (da, db) for a pair, each in its factor's shape and dtype.
 
-    t (M, P) and g (M, Q) of one dtype, core (P, Q) or a (P, r) and b (r, Q), all contiguous; M at
-    least 1. `want` says which gradients of the pair are wanted; the others are None.
+    t (M, P) and g (M, Q) of one dtype, core (P, Q) or (P,), or a (P, r) and b (r, Q), all
+    contiguous; M at least 1. `want` says which gradients of the pair are wanted; the others are
+    None.
     """
     pair = isinstance(core, tuple)
     a, b = core if isinstance(core, tuple) else (core, core)
@@ -201,7 +211,8 @@ def planned(
     choose: Choice,
 ) -> Launch:
     """The launch of a call of `core_grad`."""
-    (m, p), q, r = t.shape, g.shape[1], b.shape[0] if pair else 0
+    (m, p), q = t.shape, g.shape[1]
+    r = b.shape[0] if pair else -2 if a.dim() == 1 else 0
     wanted = pair and want[0], pair and want[1]
     factor_itemsize = max(a.element_size(), b.element_size())
     is_aligned = aligned((t, g, a, b), (p, q))

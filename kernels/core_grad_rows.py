@@ -3,9 +3,9 @@
     dcore[s] = scale · scales[s] · sum over the rows m, in their order, of w[m] · t[m]ᵀ·g[m]
     w[m] = sum over j with handles[m // repeat, j] of adapter s of weights[m // repeat, j]
 
-A program is one adapter's tile of dcore: it goes through the handles of all rows, or of a part of
-them where adapters are few, and through the t and g of its own rows alone. What another adapter's
-rows hold does not reach it.
+Of a diagonal it is the diagonal of that alone. A program is one adapter's tile of dcore: it goes
+through the handles of all rows, or of a part of them where adapters are few, and through the t and
+g of its own rows alone. What another adapter's rows hold does not reach it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .common import (
     sum_dtype,
     variants,
 )
-from .core_grad import MAX_SPLITS, MIN_ROWS
+from .core_grad import COLUMN, MAX_SPLITS, MIN_ROWS
 from .launch import LAUNCHES, Launch, key_of
 from .tiles import Choice, Spec, TileConfig, padded, rank_constants
 
@@ -51,7 +51,8 @@ def core_grad_rows_kernel(
     Q: tl.constexpr,
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
-    MIX: tl.constexpr,  # handles to a line
+    MIX: tl.constexpr,  # handles to an entry
+    DIAGONAL: tl.constexpr,  # of the product alone: Q is then 1
     SPLIT: tl.constexpr,  # the rows, over programs of `rows` each
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -87,16 +88,24 @@ def core_grad_rows_kernel(
         if tl.max(times, 0) > 0:
             found = 1
             t_ptrs = t_ptr + offset(offs_m[None, :], P) + offs_p[:, None]
-            g_ptrs = g_ptr + offset(offs_m[:, None], Q) + offs_q[None, :]
-            t = tl.load(t_ptrs, mask_p & (times[None, :] > 0), other=0.0)
-            g = tl.load(g_ptrs, mask_q & (times[:, None] > 0), other=0.0)
-            if weights_ptr is None and MIX == 1:
-                acc = dot(t, g, acc)
-            else:
+            if DIAGONAL:
+                g_ptrs = g_ptr + offset(offs_m[None, :], P) + offs_p[:, None]
+                t = tl.load(t_ptrs, mask_p & (times[None, :] > 0), other=0.0)
+                g = tl.load(g_ptrs, mask_p & (times[None, :] > 0), other=0.0)
                 if weights_ptr is None:
                     w += times
-                g = cast(g, acc_dtype) * w[:, None]
-                acc = acc + dot_mixed(t, g) if dtype != acc_dtype else dot(t, g, acc)
+                acc += tl.sum(t.to(acc_dtype) * g.to(acc_dtype) * w[None, :], 1)[:, None]
+            else:
+                g_ptrs = g_ptr + offset(offs_m[:, None], Q) + offs_q[None, :]
+                t = tl.load(t_ptrs, mask_p & (times[None, :] > 0), other=0.0)
+                g = tl.load(g_ptrs, mask_q & (times[:, None] > 0), other=0.0)
+                if weights_ptr is None and MIX == 1:
+                    acc = dot(t, g, acc)
+                else:
+                    if weights_ptr is None:
+                        w += times
+                    g = cast(g, acc_dtype) * w[:, None]
+                    acc = acc + dot_mixed(t, g) if dtype != acc_dtype else dot(t, g, acc)
 
     # Of an adapter without rows dcore is zero, whatever its scale is.
     acc *= tl.where(found > 0, tl.load(scales_ptr + slot).to(acc_dtype) * scale, 0.0)
@@ -119,16 +128,17 @@ KERNELS = variants(
 )
 
 
-def constants(p: int, q: int, mix: int, split: bool, config: TileConfig) -> dict[str, int]:
-    """The compile-time arguments of a launch."""
+def constants(p: int, q: int, diagonal: bool, mix: int, config: TileConfig) -> dict[str, int]:
+    """The compile-time arguments of a launch but SPLIT; a diagonal is one column of dcore."""
     ranks = rank_constants(p, q, 0)
     return {
         **{name: ranks[name] for name in ("P", "Q", "PAD_P", "PAD_Q")},
         "MIX": mix,
-        "SPLIT": split,
+        "DIAGONAL": diagonal,
         "BLOCK_M": config.block_m,
         "BLOCK_P": min(padded(p), config.block_n),
         "BLOCK_Q": min(padded(q), config.block_n),
+        **(COLUMN if diagonal else {}),
     }
 
 
@@ -143,41 +153,42 @@ INPUTS = ("t_ptr", "g_ptr", "handles_ptr", "weights_ptr", "scales_ptr", "generat
 def core_grad_rows(
     t: torch.Tensor, g: torch.Tensor, rows: Any, scale: float, choose: Choice
 ) -> torch.Tensor:
-    """dcore, (slots, P, Q), in float32, or float64 for a float64 t; zero where there are no rows.
+    """dcore, (slots, P, Q) or of diagonals (slots, P), in float32, or float64 for a float64 t.
 
-    t (M, P) and g (M, Q) of one dtype, contiguous, M at least 1; `rows` as `shrink` takes them. Of
-    a pair it is the gradient of the product.
+    It is zero where there are no rows. t (M, P) and g (M, Q) of one dtype, contiguous, M at least
+    1; `rows` as `shrink` takes them. Of a pair it is the gradient of the product.
     """
     tensors = t, g, rows.handles, rows.weights, rows.scales, rows.generations
-    slots = len(rows.table)
-    key, addresses = key_of("core_grad_rows", tensors, rows.repeat, slots, choose)
-    launch = LAUNCHES.get(key) or planned(t, g, rows, slots, choose)
+    slots, diagonal = len(rows.table), rows.table.dim() == 2
+    key, addresses = key_of("core_grad_rows", tensors, rows.repeat, slots, diagonal, choose)
+    launch = LAUNCHES.get(key) or planned(t, g, rows, slots, diagonal, choose)
     (dcore,) = launch(key, tensors, addresses, float(scale))
     return dcore
 
 
-def planned(t: torch.Tensor, g: torch.Tensor, rows: Any, slots: int, choose: Choice) -> Launch:
+def planned(
+    t: torch.Tensor, g: torch.Tensor, rows: Any, slots: int, diagonal: bool, choose: Choice
+) -> Launch:
     """The launch of a call of `core_grad_rows`."""
     (m, p), q = t.shape, g.shape[1]
     is_aligned = aligned((t, g), (p, q))
     itemsizes, ranks = (t.element_size(), t.element_size()), (padded(p), padded(q))
     config = choose(Spec("core_grad", *itemsizes, is_aligned, *ranks, by_row=True), m)
-    tiles = max(1, ranks[0] // config.block_n) * max(1, ranks[1] // config.block_n)
+    values = constants(p, q, diagonal, rows.handles.shape[1], config)
+    sides = values["PAD_P"], values["PAD_Q"]
+    tiles = (sides[0] // values["BLOCK_P"]) * (sides[1] // values["BLOCK_Q"])
     blocks = cdiv(m, config.block_m)
     depth = cdiv(blocks, splits(slots * tiles, m, t.device))
     parts = cdiv(blocks, depth)  # none without a block
-    partial = (parts, slots, *ranks), sum_dtype(t.dtype)
+    partial = (parts, slots, *sides), sum_dtype(t.dtype)
     return Launch(
         KERNELS[is_aligned],
         (slots, tiles, parts),
         INPUTS,
-        results={"dcore_ptr": ((slots, p, q), sum_dtype(t.dtype))},
+        results={"dcore_ptr": ((slots, p) if diagonal else (slots, p, q), sum_dtype(t.dtype))},
         scratch={"partial_ptr": partial if parts > 1 else None},
         numbers={"repeat": rows.repeat, "M": m, "rows": depth * config.block_m},
-        constants={
-            **constants(p, q, rows.handles.shape[1], parts > 1, config),
-            **config.options(),
-        },
+        constants={**values, "SPLIT": parts > 1, **config.options()},
         varying=("scale",),
         unread=() if parts > 1 else ("arrivals_ptr",),
         meets=parts > 1,

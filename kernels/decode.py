@@ -1,8 +1,9 @@
 """decode: the whole layer for few rows, in one launch.
 
-    y = x·Wᵀ + bias + u·upᵀ         x (M, K)   W (N, K)   bias (N,)   up (N, Q)   y (M, N)
-    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or 1,
-                                    or a core for each row (`rows`)
+    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias     x (M, K)   W (N, K)   up (N, Q)   y (M, N)
+                                    bias (N,)   gain (N,), or 1
+    u = scale · (x·downᵀ) · core    down (P, K)   core (P, Q), or left (P, r)·right (r, Q), or a
+                                    diagonal (P,), or 1, or a core for each row (`rows`)
 
 All rows are one tile, and reading W is what takes the time, so K is split over programs until they
 fill the device. A program is one slice of K of one column tile of y; the last slice of each tile to
@@ -11,8 +12,8 @@ index, so y is bitwise reproducible.
 
 u is made by programs of their own, while those of y read W: some for a slice of K of x·downᵀ each,
 and some that add these up and go through the core, for some rows each. They have the first tickets.
-So whoever waits, for all of x·downᵀ or of u, waits for programs with smaller tickets: they are
-running, in whatever order the device starts programs.
+So a program that waits, for all of x·downᵀ or of u, waits for programs with smaller tickets: these
+are running, in whatever order the device starts programs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .common import (
 )
 from .decode_shares import lows, rows_each, splits
 from .factors import Core, sides, unpacked
-from .gemm_tail import add_tail, load_bias
+from .gemm_tail import add_tail, load_columns
 from .launch import LAUNCHES, Launch, key_of
 from .rows import POINTERS, RUNTIME, kind, mix, pointers, row_blocks, sizes
 from .shrink import WHOLE, store_t_and_u
@@ -163,6 +164,7 @@ def decode_kernel(
     right_ptr,
     up_ptr,
     bias_ptr,
+    gain_ptr,
     t_ptr,
     u_ptr,
     y_ptr,
@@ -191,12 +193,13 @@ def decode_kernel(
     stride_wk,
     P: tl.constexpr,
     Q: tl.constexpr,
-    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the one matrix `left`; -1: the core is 1
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
     PAD_R: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # each of the five factors lies the other way round
     HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
     STORE_T: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,  # K, over `splits` programs of `depth` blocks each
@@ -255,7 +258,9 @@ def decode_kernel(
                 arrivals_ptr + TILES + tile,
             )  # fmt: skip
         if whole:
-            bias = load_bias(bias_ptr, first_n, N, BLOCK_N) if HAS_BIAS else None  # comes meanwhile
+            # They come meanwhile.
+            bias = load_columns(bias_ptr, first_n, N, BLOCK_N) if HAS_BIAS else None
+            gain = load_columns(gain_ptr, first_n, N, BLOCK_N) if HAS_GAIN else None
             wait_for(arrivals_ptr + PUBLISHED, makers)
             # Nothing of this program is handed on by it, and its last look at a counter is behind
             # it, by having acquired: so it need not be ordered with anything else. As a vector, of
@@ -265,8 +270,9 @@ def decode_kernel(
             flags_ptr = arrivals_ptr + tl.zeros_like(threads)
             done = tl.atomic_add(flags_ptr + DONE, 1, threads == 0, sem="relaxed")
             acc = add_tail(
-                acc, u_ptr, up_ptr, bias_ptr, x_ptr, 0, first_n, M, N,
-                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q, bias=bias,
+                acc, u_ptr, up_ptr, bias_ptr, gain_ptr, x_ptr, 0, first_n, M, N,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS, HAS_GAIN, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+                bias=bias, gain=gain,
             )  # fmt: skip
             offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]
             tl.store(y_ptr + offset(rows, N) + offs_n, cast(acc, dtype), (rows < M) & (offs_n < N))
@@ -289,6 +295,7 @@ def constants(
     k: int,
     transposed: bool,
     bias: bool,
+    gain: bool,
     store_t: bool,
     mix: int,
     config: TileConfig,
@@ -300,6 +307,7 @@ def constants(
         **rank_constants(p, q, r),
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
+        "HAS_GAIN": gain,
         "STORE_T": store_t,
         "EVEN_K": k % config.block_k == 0,
         "MIX": mix,
@@ -315,7 +323,7 @@ def constants(
     }
 
 
-INPUTS = ("x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr")
+INPUTS = "x_ptr", "w_ptr", "down_ptr", "left_ptr", "right_ptr", "up_ptr", "bias_ptr", "gain_ptr"
 
 
 def decode(
@@ -329,6 +337,7 @@ def decode(
     transposed: bool,
     want_t: bool,
     choose: Choice,
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, t): what `gemm_tail` gives for the u of `shrink`; t, (M, P), is None if not wanted.
 
@@ -336,11 +345,11 @@ def decode(
     the rows of a tile.
     """
     left, right = sides(down, core, transposed)
-    tensors, bank = (x, weight, down, left, right, up, bias), pointers(core)
+    tensors, bank = (x, weight, down, left, right, up, bias, gain), pointers(core)
     flags = kind(core), transposed, want_t, choose
     key, addresses = key_of("decode", tensors, *flags, plain=bank)
     launch = LAUNCHES.get(key) or planned(
-        x, weight, down, core, up, bias, transposed, want_t, choose
+        x, weight, down, core, up, bias, transposed, want_t, choose, gain
     )
     y, t = launch(key, (*tensors, *bank), addresses, float(scale))
     return y, t
@@ -356,11 +365,12 @@ def planned(
     transposed: bool,
     want_t: bool,
     choose: Choice,
+    gain: torch.Tensor | None,
 ) -> Launch:
     """The launch of a call of `decode`."""
     (m, k), n = x.shape, weight.shape[0]
     left, right, p, q, r = unpacked(down, core, transposed)
-    is_aligned = gemm_aligned(x, weight, (down, left, right, up, bias))
+    is_aligned = gemm_aligned(x, weight, (down, left, right, up, bias, gain))
     factor_itemsize = max(tensor.element_size() for tensor in (down, left, right, up))
     itemsizes, ranks = (x.element_size(), factor_itemsize), (padded(p), padded(q))
     by_row = mix(core)
@@ -370,9 +380,10 @@ def planned(
     tiles, blocks = cdiv(n, config.block_n), cdiv(k, config.block_k)
     low_depth = cdiv(blocks, lows(tiles, blocks, x.device))
     low_parts = cdiv(blocks, low_depth)  # none without a block
-    store_t = want_t or (core is not None and (by_row > 0 or padded(p) > WHOLE))
+    store_t = want_t or by_row > 0 or (r >= 0 and padded(p) > WHOLE)
     new_t = (m, p), x.dtype
-    values = constants(p, q, r, k, transposed, bias is not None, store_t, by_row, config)
+    has = bias is not None, gain is not None
+    values = constants(p, q, r, k, transposed, *has, store_t, by_row, config)
     makers = cdiv(m, values["BLOCK_T"])
     depth = cdiv(blocks, splits(tiles, blocks, low_parts + makers, x.device))
     parts = cdiv(blocks, depth)

@@ -11,9 +11,10 @@ MIN_LOWS = 4  # programs that make x·downᵀ, where K is deep enough
 
 
 def lows(tiles: int, blocks: int, device: torch.device) -> int:
-    """The number of programs that share x·downᵀ, for so many column tiles of y and blocks of K.
+    """The number of programs that make x·downᵀ together.
 
-    Their slices are at most about twice as deep as those of y: there is less to read in them.
+    y has `tiles` columns of tiles, and K is `blocks` deep. The programs' slices of K are at most
+    about twice as deep as those of y's programs: there is less to read in them.
     """
     programs = 2 * multiprocessors(device)
     return max(1, min(max(MIN_LOWS, programs // tiles // 2), blocks // MIN_BLOCKS, MAX_SPLITS))
@@ -31,10 +32,11 @@ def splits(tiles: int, blocks: int, others: int, device: torch.device) -> int:
 
 
 def rows_each(m: int, most: int, least: int, room: int) -> int:
-    """The number of m rows for which a program makes u, where each row has its own core.
+    """The rows, of `m`, for which one program makes u where each row has its own core.
 
-    It reads `least` of their cores at a time, one after the other, and each waits for memory. So
-    rows are dealt out to as many programs as there is `room` for beside the others; powers of two.
+    A program reads the cores of `least` rows at a time, and waits for memory each time. So the
+    rows are dealt out to as many programs as there is `room` for beside the others. The result is
+    `most`, halved as often as that leaves `least` rows and the room suffices.
     """
     rows = most
     while rows > least and cdiv(m, rows // 2) <= room:

@@ -2,8 +2,8 @@
 
     dropped[m, k] = x[m, k] if bit k % 8 of bits[m, k // 8] else 0
 
-For the gradient of a trained down, the one thing that needs x under its mask as a whole. And
-`drawn_bits`, which draws those bits again where nobody has kept them.
+The gradient of a trained down takes it: nothing else needs x under its mask as a whole.
+`drawn_bits` draws the bits again where the forward has not saved them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import torch
 
 from .rows import is_rows
 
-Core = Any  # (P, Q), or the pair (P, r) and (r, Q), or None, or rows as `rows` takes them
+# (P, Q), or a diagonal (r,), or the pair (P, r) and (r, Q), or None, or rows as `rows` takes them
+Core = Any
 
 
 def sides(down: torch.Tensor, core: Core, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,11 +26,17 @@ def sides(down: torch.Tensor, core: Core, transposed: bool) -> tuple[torch.Tenso
 def unpacked(
     down: torch.Tensor, core: Core, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
-    """(left, right, P, Q, R) of a launch; in place of a factor that is not there lies another."""
+    """(left, right, P, Q, R) of a launch, as `rank_constants` has R.
+
+    In place of a factor that is not there lies another.
+    """
     p = down.shape[1 if transposed else 0]
     if core is None:
         return down, down, p, p, -1
     left, right = sides(down, core, transposed)
+    of_rows = is_rows(core)
+    one = isinstance(core, torch.Tensor) or (of_rows and core.right is None)
+    if left.dim() == (2 if of_rows else 1):
+        return left, right, p, p, -2
     q = right.shape[-2 if transposed else -1]  # of a table for each row, the last two sides count
-    one = isinstance(core, torch.Tensor) or (is_rows(core) and core.right is None)
     return left, right, p, q, 0 if one else right.shape[-1 if transposed else -2]

@@ -1,6 +1,7 @@
 """gemm_tail: a GEMM whose K-loop gets a few more steps, the rank tail.
 
-    y = x·Wᵀ + bias + u·upᵀ        x (M, K)   W (N, K)   bias (N,)   u (M, Q)   up (N, Q)   y (M, N)
+    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias        x (M, K)   W (N, K)   u (M, Q)   up (N, Q)   y (M, N)
+                                            bias (N,)   gain (N,), or 1
 
 One fp32 accumulator, one rounding; y is written once and never read. The backward is the same
 kernel: dx = dy·W + v·down is gemm_tail(dy, Wᵀ, v, down, transposed).
@@ -39,10 +40,10 @@ from .tiles import Choice, Spec, TileConfig, is_bulk, padded
 
 
 @triton.jit
-def load_bias(bias_ptr, first_n, N, BLOCK_N: tl.constexpr):
-    """bias (BLOCK_N,) from column first_n on, zero beyond N."""
+def load_columns(ptr, first_n, N, BLOCK_N: tl.constexpr):
+    """The bias or the gain, (BLOCK_N,), from column first_n on, zero beyond N."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    return tl.load(bias_ptr + offs_n, offs_n < N, other=0.0)
+    return tl.load(ptr + offs_n, offs_n < N, other=0.0)
 
 
 @triton.jit
@@ -51,6 +52,7 @@ def add_tail(
     u_ptr,
     up_ptr,
     bias_ptr,
+    gain_ptr,
     bits,
     first_m,
     first_n,
@@ -60,17 +62,19 @@ def add_tail(
     PAD_Q: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TF32X3: tl.constexpr = False,
     bias=None,
+    gain=None,
 ):
-    """acc + u·upᵀ + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of the tile, say so.
+    """gain ⊙ (acc + u·upᵀ) + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of it, say so.
 
-    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. Who
-    has to wait for u may bring `bias` first.
+    u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. A
+    caller that has to wait for u can load `bias` and `gain` before and pass them.
     """
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -90,9 +94,13 @@ def add_tail(
         acc += tl.where(kept(bits), tail, 0.0)
     else:
         acc = tail
+    if HAS_GAIN:
+        if gain is None:
+            gain = load_columns(gain_ptr, first_n, N, BLOCK_N)
+        acc *= gain[None, :].to(acc.dtype)
     if HAS_BIAS:
         if bias is None:
-            bias = load_bias(bias_ptr, first_n, N, BLOCK_N)
+            bias = load_columns(bias_ptr, first_n, N, BLOCK_N)
         acc += bias[None, :].to(acc.dtype)
     return acc
 
@@ -103,6 +111,7 @@ def gemm_tail_kernel(
     u_ptr,
     up_ptr,
     bias_ptr,
+    gain_ptr,
     bits_ptr,
     y_ptr,
     M,
@@ -116,6 +125,7 @@ def gemm_tail_kernel(
     PAD_Q: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # up lies as (Q, N)
     HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
     DROPOUT: tl.constexpr,  # of what is added to x·Wᵀ, by bits
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,8 +162,8 @@ def gemm_tail_kernel(
         w_ptrs += step(BLOCK_K, stride_wk)
 
     acc = add_tail(
-        acc, u_ptr, up_ptr, bias_ptr, bits, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
-        Q, PAD_Q, TRANSPOSED, HAS_BIAS, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q, TF32X3,
+        acc, u_ptr, up_ptr, bias_ptr, gain_ptr, bits, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N,
+        Q, PAD_Q, TRANSPOSED, HAS_BIAS, HAS_GAIN, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_Q, TF32X3,
     )  # fmt: skip
     y_ptrs = y_ptr + offset(offs_m[:, None], N) + offs_n[None, :]
     tl.store(y_ptrs, cast(acc, dtype), mask_m & mask_n)
@@ -175,6 +185,7 @@ def gemm_tail_persistent_kernel(
     u_ptr,
     up_ptr,
     bias_ptr,
+    gain_ptr,
     bits_ptr,
     y_desc,
     M,
@@ -185,6 +196,7 @@ def gemm_tail_persistent_kernel(
     TRANSPOSED: tl.constexpr,  # up lies as (Q, N)
     W_ROWS_ARE_K: tl.constexpr,  # W lies as (K, N): its rows are what is summed over
     HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -209,8 +221,8 @@ def gemm_tail_persistent_kernel(
         # dropout the tail has sums of its own, and those of a quarter are all that fits.
         if not DROPOUT:
             acc = add_tail(
-                acc, u_ptr, up_ptr, bias_ptr, 0, first_m, first_n, M, N,
-                Q, PAD_Q, TRANSPOSED, HAS_BIAS, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+                acc, u_ptr, up_ptr, bias_ptr, gain_ptr, 0, first_m, first_n, M, N,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS, HAS_GAIN, False, BLOCK_M, BLOCK_N, BLOCK_Q,
             )  # fmt: skip
         halves = split_columns(acc)
         if DROPOUT:
@@ -221,9 +233,9 @@ def gemm_tail_persistent_kernel(
                 quarters, parts = split_columns(halves[i]), split_columns(bits_of[i])
                 for j in tl.static_range(2):
                     part = add_tail(
-                        quarters[j], u_ptr, up_ptr, bias_ptr, parts[j],
-                        first_m, column + j * (BLOCK_N // 4), M, N,
-                        Q, PAD_Q, TRANSPOSED, HAS_BIAS, True, BLOCK_M, BLOCK_N // 4, BLOCK_Q,
+                        quarters[j], u_ptr, up_ptr, bias_ptr, gain_ptr, parts[j],
+                        first_m, column + j * (BLOCK_N // 4), M, N, Q, PAD_Q, TRANSPOSED,
+                        HAS_BIAS, HAS_GAIN, True, BLOCK_M, BLOCK_N // 4, BLOCK_Q,
                     )  # fmt: skip
                     y_desc.store([first_m, column + j * (BLOCK_N // 4)], cast(part, dtype))
             else:
@@ -231,7 +243,7 @@ def gemm_tail_persistent_kernel(
 
 
 def constants(
-    q: int, k: int, transposed: bool, bias: bool, dropout: bool, config: TileConfig
+    q: int, k: int, transposed: bool, bias: bool, gain: bool, dropout: bool, config: TileConfig
 ) -> dict[str, int]:
     """The compile-time arguments of a launch."""
     # Rows of up that no vector load fetches take a pointer for each element: few at a time. Beside
@@ -245,6 +257,7 @@ def constants(
         "PAD_Q": padded(q) if q else 0,
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias,
+        "HAS_GAIN": gain,
         "DROPOUT": dropout,
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m,
@@ -256,7 +269,7 @@ def constants(
     }
 
 
-INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "bits_ptr")
+INPUTS = ("x_ptr", "w_ptr", "u_ptr", "up_ptr", "bias_ptr", "bits_ptr", "gain_ptr")
 INPUTS_PERSISTENT = ("x_desc", "w_desc", *INPUTS[2:])
 
 
@@ -269,20 +282,22 @@ def gemm_tail(
     transposed: bool,
     bits: torch.Tensor | None,
     choose: Choice,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x·weightᵀ + bias + u·upᵀ, of shape (M, N), contiguous, in x's dtype.
+    """y = gain ⊙ (x·weightᵀ + u·upᵀ) + bias, of shape (M, N), contiguous, in x's dtype.
 
     x (M, K) and weight (N, K) of one dtype and any strides; u (M, padded(Q)), zero beyond Q; up
-    (N, Q), or (Q, N) if `transposed`, of any float dtype; bias (N,) or None; M, N, K at least 1.
+    (N, Q), or (Q, N) if `transposed`, of any float dtype; bias (N,) or None; gain (N,), of the
+    sums' dtype, or None for 1; M, N, K at least 1.
     All but x and weight contiguous. With `bits`, the mask of a `shrink` of an x of y's shape, uint8
     (M, mask_width(N)), u·upᵀ is added only where that x is kept. Without u and up it is the base
     GEMM by itself, which the rest of the layer is measured by.
     """
     if u is None or up is None:
         u = up = None
-    tensors = x, weight, u, up, bias, bits
+    tensors = x, weight, u, up, bias, bits, gain
     key, addresses = key_of("gemm_tail", tensors, transposed, choose)
-    launch = LAUNCHES.get(key) or planned(x, weight, u, up, bias, transposed, bits, choose)
+    launch = LAUNCHES.get(key) or planned(x, weight, u, up, bias, transposed, bits, choose, gain)
     (y,) = launch(key, tensors, addresses)
     return y
 
@@ -296,11 +311,12 @@ def planned(
     transposed: bool,
     bits: torch.Tensor | None,
     choose: Choice,
+    gain: torch.Tensor | None,
 ) -> Launch:
     """The launch of a call of `gemm_tail`."""
     (m, k), n = x.shape, weight.shape[0]
     q = 0 if up is None else up.shape[0 if transposed else 1]
-    masked, is_aligned = bits is not None, gemm_aligned(x, weight, (u, up, bias, bits))
+    masked, is_aligned = bits is not None, gemm_aligned(x, weight, (u, up, bias, bits, gain))
     itemsizes = x.element_size(), (weight if up is None else up).element_size()
     bulk = is_bulk(x, weight, *(() if u is None or up is None else (u, up)))
     spec = Spec("gemm_tail", *itemsizes, is_aligned, 16, padded(q), masked, n=n, bulk=bulk)
@@ -308,9 +324,10 @@ def planned(
     if config.hopper:
         from . import gemm_tail_hopper
 
-        return gemm_tail_hopper.planned(x, weight, up, bias, transposed, config)
+        return gemm_tail_hopper.planned(x, weight, up, bias, transposed, config, gain)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
-    values = constants(q, k, transposed, bias is not None, masked, config)
+    has = bias is not None, gain is not None
+    values = constants(q, k, transposed, *has, masked, config)
     unread = *(("u_ptr", "up_ptr") if up is None else ()), *(() if masked else ("bits_ptr",))
     numbers = {"M": m, "N": n, "K": k}
     new_y = (m, n), x.dtype

@@ -1,10 +1,11 @@
 """`gemm_tail` for Hopper, in Gluon: the rank tail goes through the same ring of stages as K.
 
-    y = x·Wᵀ + bias + u·upᵀ        x (M, K)   W (N, K)   bias (N,)   u (M, Q)   up (N, Q)   y (M, N)
+    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias        x (M, K)   W (N, K)   u (M, Q)   up (N, Q)   y (M, N)
+                                            bias (N,)   gain (N,), or 1
 
 A tile is as many steps as BLOCK_K goes into K, and then as many as BLOCK_Q goes into PAD_Q, in
-which u and up lie where x and W did. So to those who multiply the tail is a few more steps, and the
-copies of the next tile start while this one is being stored.
+which u and up lie where x and W did. So for the warps that multiply, the tail is only a few more
+steps, and the copies of the next tile start while this one is being stored.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def bring(
 
 @gluon.jit
 def make(
-    u_desc, up_desc, y_desc, bias_ptr, x_bufs, w_bufs, y_bufs, ready, empty, M, N, K,
-    GROUP: gl.constexpr, TAIL: gl.constexpr, W_ROWS_ARE_K: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    u_desc, up_desc, y_desc, bias_ptr, gain_ptr, x_bufs, w_bufs, y_bufs, ready, empty, M, N, K,
+    GROUP: gl.constexpr, TAIL: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_GAIN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile."""
@@ -112,7 +113,7 @@ def make(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(behind(index, STAGES)), count=1)
         m, n = pid_m * BLOCK_M + GROUP * ROWS, pid_n * BLOCK_N
-        store(acc, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+        store(acc, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN, 0, PARTS)
     tma.store_wait(0)
 
 
@@ -123,6 +124,7 @@ def gemm_tail_hopper_kernel(
     u_desc,  # None, as up_desc, where there is no tail
     up_desc,
     bias_ptr,
+    gain_ptr,
     y_desc,
     M,
     N,
@@ -131,6 +133,7 @@ def gemm_tail_hopper_kernel(
     W_ROWS_ARE_K: gl.constexpr,  # W lies as (K, N): its rows are what is summed over
     TRANSPOSED: gl.constexpr,  # up lies as (Q, N)
     HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -148,14 +151,14 @@ def gemm_tail_hopper_kernel(
     gl.warp_specialize(
         [
             (make, (
-                u_desc, up_desc, y_desc, bias_ptr, x_bufs, w_bufs, y_bufs, ready, empty, M, N, K,
-                0, TAIL, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-                PARTS, GROUP_M,
+                u_desc, up_desc, y_desc, bias_ptr, gain_ptr, x_bufs, w_bufs, y_bufs, ready, empty,
+                M, N, K, 0, TAIL, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, PARTS, GROUP_M,
             )),
             (make, (
-                u_desc, up_desc, y_desc, bias_ptr, x_bufs, w_bufs, y_bufs, ready, empty, M, N, K,
-                1, TAIL, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-                PARTS, GROUP_M,
+                u_desc, up_desc, y_desc, bias_ptr, gain_ptr, x_bufs, w_bufs, y_bufs, ready, empty,
+                M, N, K, 1, TAIL, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, PARTS, GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, u_desc, up_desc, x_bufs, w_bufs, ready, empty, M, N, K, TAIL,
@@ -167,7 +170,8 @@ def gemm_tail_hopper_kernel(
     )  # fmt: skip
 
 
-INPUTS = ("x_desc", "w_desc", "u_desc", "up_desc", "bias_ptr", "")  # no dropout, so no seed
+# No dropout, so no seed.
+INPUTS = ("x_desc", "w_desc", "u_desc", "up_desc", "bias_ptr", "", "gain_ptr")
 REGISTERS = {"MAKER_REGISTERS": 240, "BRINGER_REGISTERS": 24}  # of a thread
 
 
@@ -178,6 +182,7 @@ def planned(
     bias: torch.Tensor | None,
     transposed: bool,
     config: TileConfig,
+    gain: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of a call of `gemm_tail` without dropout, its operands `is_bulk`."""
     (m, k), n = x.shape, weight.shape[0]
@@ -204,6 +209,7 @@ def planned(
             "W_ROWS_ARE_K": weight.stride(1) != 1,
             "TRANSPOSED": transposed,
             "HAS_BIAS": bias is not None,
+            "HAS_GAIN": gain is not None,
             "BLOCK_Q": block_q,
             **constants(config),
             **REGISTERS,

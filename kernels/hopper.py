@@ -6,8 +6,8 @@ warps have jobs: two groups of four multiply, 64 rows of the tile each; one warp
 
 The stages are a ring. A stage holds a step: BLOCK_K of the sum, for x and for W, or BLOCK_Q of the
 rank tail, for u and for up. Of its two barriers `ready` completes when a step's bytes have come,
-`empty` when both groups have multiplied it. All go round the ring in the same order; `phase` is how
-often, modulo 2, and that is what a barrier is waited for with.
+`empty` when both groups have multiplied it. All jobs go round the ring in the same order. `phase`
+is the number of rounds, modulo 2, which a wait for a barrier is given.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ job_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 @gluon.jit
 def here(value):
-    """The same int32, but the compiler does not know.
+    """The same int32, as a value of which the compiler knows nothing.
 
-    It would otherwise reckon what follows from it for all jobs before they begin, and spill.
+    Otherwise it computes all that follows from the value before the jobs begin, and spills.
     """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
@@ -69,22 +69,22 @@ def advance(index, phase, STAGES: gl.constexpr):
 def behind(index, STAGES: gl.constexpr):
     """The stage before this one.
 
-    It is reckoned, not kept in a name of its own: Triton takes a name that is set to `index` before
-    a loop, and to `index` again in it, for one that never changes.
+    It is computed each time. A name of its own would not do: Triton takes a name that is set to
+    `index` before a loop, and to `index` again in it, for one that never changes.
     """
     return gl.where(index == 0, STAGES - 1, index - 1)
 
 
 @gluon.jit
 def buffers(COUNT: gl.constexpr, desc):
-    """Shared memory for so many blocks of a tensor."""
+    """Shared memory for COUNT blocks of the tensor that `desc` describes."""
     shape: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005 (Triton unpacks none)
     return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
 
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """So many barriers, each of which completes when so many have arrived at it."""
+    """COUNT barriers, each of which completes when ARRIVALS have arrived at it."""
     made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(made.index(i), count=ARRIVALS)
@@ -93,8 +93,9 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def copy(desc, outer, summed, SUMMED_FIRST: gl.constexpr, bar, buf, pred=True):
-    """Start a bulk copy of the block at (outer, summed), of a tensor that lies the one way or the
-    other; its bytes count at `bar`.
+    """Start a bulk copy of a tensor's block at (outer, summed), whose bytes count at `bar`.
+
+    The tensor lies as (outer, summed) or, with SUMMED_FIRST, as (summed, outer).
     """
     if SUMMED_FIRST:
         tma.async_copy_global_to_shared(desc, [summed, outer], bar, buf, pred)
@@ -138,9 +139,9 @@ def multiply(
     acc, x_bufs, w_bufs, ready, empty, index, phase, steps,
     GROUP: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(x·Wᵀ of a tile, the stage after it, its phase); the last step is still under way.
+    """Returns (x·Wᵀ of a tile, the next stage, its phase); the last step is still under way.
 
-    Its stage is therefore still to be set free: `behind` the one that is returned.
+    The caller waits for that step and then sets its stage free: the one `behind` the next stage.
     """
     mbarrier.wait(ready.index(index), phase)
     x, w = x_bufs.index(index * GROUPS + GROUP), right(w_bufs.index(index), W_ROWS_ARE_K)
@@ -159,17 +160,21 @@ def multiply(
 
 @gluon.jit
 def store(
-    acc, y_desc, bias_ptr, y_bufs, m, n, N,
-    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, FIRST: gl.constexpr, PARTS: gl.constexpr,
+    acc, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr, FIRST: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Store acc + bias as PARTS parts of y, of equal columns, the first of them number FIRST.
+    """Store gain ⊙ acc + bias as PARTS parts of y, of equal columns, the first of number FIRST.
 
-    They go through the group's buffers in turn: a tile as a whole would take a stage's room. The
-    bias is added to a part: for a whole tile it would take a quarter of a thread's registers.
+    They go through the group's buffers in turn: a tile as a whole would take a stage's room. Gain
+    and bias are read for a part: for a whole tile each took a quarter of a thread's registers.
     """
     if PARTS == 1:
         columns: gl.constexpr = acc.shape[1]
         first_n = n + FIRST * columns
+        if HAS_GAIN:
+            gain_n = first_n + gl.arange(0, columns, layout=gl.SliceLayout(0, acc.type.layout))
+            gain = gl.load(gain_ptr + gain_n, mask=gain_n < N, other=0.0)
+            acc *= gain[None, :]
         if HAS_BIAS:
             offs_n = first_n + gl.arange(0, columns, layout=gl.SliceLayout(0, acc.type.layout))
             bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -183,8 +188,14 @@ def store(
         half: gl.constexpr = PARTS // 2
         halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1])
         low, high = gl.split(halves)
-        store(low, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, FIRST, half)
-        store(high, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, FIRST + half, half)
+        store(
+            low, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN,
+            FIRST, half,
+        )  # fmt: skip
+        store(
+            high, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN,
+            FIRST + half, half,
+        )  # fmt: skip
 
 
 def describe(base: Any, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:

@@ -45,9 +45,9 @@ def key_of(
     """(the key of a launch, the addresses of its tensors); the key is None where none is kept.
 
     Launches of one key have the same code, grid and integers: `flags` are what these depend on
-    besides shapes, dtypes and devices, among them the `Choice` of the tile. Of the addresses it
-    counts which are multiples of 16: a kernel may ask it of some of them. The first two tensors may
-    have any strides, which count; all others are contiguous.
+    besides shapes, dtypes and devices, among them the `Choice` of the tile. Of the addresses the
+    key says which are multiples of 16: a kernel may ask that of some of them. The first two tensors
+    may have any strides, which count; all others are contiguous.
     """
     runtime = knobs.runtime
     if not POSSIBLE or getattr(runtime, "add_stages_inspection_hook", None) is not None:
@@ -97,10 +97,10 @@ def maker(device: torch.device) -> Callable[[Any, Any, torch.dtype], torch.Tenso
 class Launch:
     """A launch of `kernel` over `grid`, with all arguments but the addresses of its tensors.
 
-    Those of the caller's are named by `inputs`; those of `results` and `scratch`, by name, are made
-    for each launch, the latter in one piece. An absent one is None. In its place, and in that of
-    the pointers named by `unread`, which this launch does not read, lies the first input. An input
-    named "" is none of the kernel's.
+    `inputs` names the caller's tensors. The tensors of `results` and `scratch`, by name, are made
+    for each launch, those of `scratch` in one piece of memory. An absent tensor is None: the kernel
+    is given the first input in its place, as it is for the pointers named by `unread`, which this
+    launch does not read. An input named "" is not passed to the kernel.
     """
 
     kernel: Any  # a JIT function
@@ -122,7 +122,7 @@ class Launch:
     def __call__(
         self, key: Any, tensors: Tensors, addresses: Sequence[int], *varying: float
     ) -> list[Any]:
-        """The results, in their order, of a launch with these tensors; key_of's part is `key`."""
+        """Launch with these tensors; returns the results in their order. `key` is from `key_of`."""
         if self.again is not None and not self.kernel.pre_run_hooks:
             return self.again(addresses, varying)
         made, arguments = self.arguments(tensors, varying)
@@ -134,7 +134,7 @@ class Launch:
     def arguments(
         self, tensors: Tensors, varying: Sequence[float]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """(new results, what an ordinary launch is given by name)."""
+        """(new results, the arguments of an ordinary launch by name)."""
         made = [
             None if new is None else torch.empty(new[0], dtype=new[1], device=self.device)
             for new in self.results.values()
@@ -217,12 +217,12 @@ class Launch:
                 counters = arrivals(device, stream)  # held until the launch is made
                 values.append(counters.data_ptr())
             values += varying
-            for at, fill, kept in maps:  # what is in a map follows from the address alone
+            for at, fill, filled_before in maps:  # what is in a map follows from the address alone
                 address = values[at]
-                if (filled := kept.get(address)) is None:
-                    if len(kept) >= MOST_MAPS:
-                        kept.clear()
-                    filled = kept[address] = fill(address)
+                if (filled := filled_before.get(address)) is None:
+                    if len(filled_before) >= MOST_MAPS:
+                        filled_before.clear()
+                    filled = filled_before[address] = fill(address)
                 values.append(filled)
             launch(values)
             return made

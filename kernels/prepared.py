@@ -119,7 +119,7 @@ class Prepared:
 
     @contextmanager
     def seen_filling(self, wanted: bool) -> Iterator[list[tuple[Any, Any, Any]]]:
-        """Inside, (function, arguments, result) of each tensor map that this thread makes."""
+        """A context that lists (function, arguments, result) of this thread's new tensor maps."""
         filled: list[tuple[Any, Any, Any]] = []
         if not wanted:
             yield filled
@@ -142,10 +142,11 @@ class Prepared:
             setattr(utils, name, fill)
 
     def bind(self, names: list[str], instead: dict[str, int]) -> Callable[[list[Any]], None]:
-        """launch(values), a list of what `names` says, of two of a name the latter; it changes it.
+        """The function launch(values); values has a value for each of `names`, and is changed.
 
-        STATE comes first: the stream, and None three times, in whose place come the hooks that
-        there are. `instead` says of operands that have no value of their own whose they take.
+        Of two values under one name the later counts. STATE comes first: the stream, and None three
+        times, which the hooks replace, if there are any. `instead` gives, for operands without a
+        value of their own, the place of the one that they take.
         """
         at = {**{name: i for i, name in enumerate(names)}, **instead}
         constants = [value for value in self.values if not is_mark(value)]

@@ -1,6 +1,6 @@
 """relay: the whole layer in one launch, for many rows, on Hopper.
 
-    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+    t = x·downᵀ    u = scale · t · core    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias
 
 What is launched is in `relay_hopper` or, by a tile with several makers of t, in
 `relay_slices_hopper`.
@@ -28,6 +28,7 @@ def spec_of(
     up: torch.Tensor,
     bias: torch.Tensor | None,
     transposed: bool,
+    gain: torch.Tensor | None = None,
 ) -> Spec:
     """The `Spec` of a launch of `relay` with these operands."""
     _, _, p, q, _ = unpacked(down, core, transposed)
@@ -38,7 +39,7 @@ def spec_of(
         "relay",
         x.element_size(),
         x.element_size() * products,  # of t·core: so many halves lie side by side
-        gemm_aligned(x, weight, (*factors, bias)),
+        gemm_aligned(x, weight, (*factors, bias, gain)),
         padded(p),
         padded(q),
         by_row=is_rows(core),
@@ -49,10 +50,12 @@ def spec_of(
 
 
 def core_dtype(core: Core, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the core; of one that is 1, or of each row's own, x's."""
+    """The dtype of the core as a matrix; of a diagonal, of 1, or of each row's own, x's."""
     if core is None or is_rows(core):
         return dtype
     left, right = core if isinstance(core, tuple) else (core, core)
+    if left.dim() == 1:  # a diagonal is not multiplied as a matrix
+        return dtype
     return torch.promote_types(left.dtype, right.dtype)
 
 
@@ -77,19 +80,20 @@ def relay(
     transposed: bool,
     want_t: bool,
     choose: Choice,
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y, t): y = x·weightᵀ + bias + u·upᵀ with t, u = shrink(x, down, core, scale, transposed).
+    """(y, t): what `gemm_tail` gives for the u of t, u = shrink(x, down, core, scale, transposed).
 
     The operands are those of `shrink` and `gemm_tail`, as far as `is_possible`; the results are
     contiguous and in x's dtype; t is None unless it is wanted. Raises ValueError for others.
     """
     # A pair that all rows have is multiplied as it lies.
     left, right = sides(down, core, transposed and is_rows(core))
-    tensors, bank = (x, weight, down, left, right, up, bias), pointers(core)
+    tensors, bank = (x, weight, down, left, right, up, bias, gain), pointers(core)
     flags = kind(core), transposed, want_t, choose
     key, addresses = key_of("relay", tensors, *flags, plain=bank)
     launch = LAUNCHES.get(key) or planned(
-        x, weight, down, core, up, bias, transposed, want_t, choose
+        x, weight, down, core, up, bias, transposed, want_t, choose, gain
     )
     y, t = launch(key, (*tensors, *bank), addresses, float(scale))
     return y, t
@@ -105,9 +109,10 @@ def planned(
     transposed: bool,
     want_t: bool,
     choose: Choice,
+    gain: torch.Tensor | None,
 ) -> Launch:
     """The launch of a call of `relay`."""
-    m, spec = x.shape[0], spec_of(x, weight, down, core, up, bias, transposed)
+    m, spec = x.shape[0], spec_of(x, weight, down, core, up, bias, transposed, gain)
     config = choose(spec, m)
     if not (config.hopper and spec.bulk and has_flags(m, config)):
         raise ValueError(f"relay cannot compute {m} rows of {spec} with {config}")
@@ -115,4 +120,4 @@ def planned(
         from .relay_slices_hopper import planned as of_kernel
     else:
         from .relay_hopper import planned as of_kernel
-    return of_kernel(x, weight, down, core, up, bias, transposed, want_t, spec.wide, config)
+    return of_kernel(x, weight, down, core, up, bias, transposed, want_t, spec.wide, config, gain)

@@ -1,9 +1,9 @@
 """`relay` for Hopper, in Gluon: the whole layer in one launch, for many rows.
 
-    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+    t = x·downᵀ    u = scale · t · core    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
-    or a core for each row (`relay_rows_hopper`)
+    or a diagonal (P,), or a core for each row (`relay_rows_hopper`)
 
 The tiles of y's first column, which come before all others, multiply x by down as well, from the x
 that they have brought anyway. Each group of warps rounds its 64 rows of t, forms u of them, stores
@@ -15,11 +15,10 @@ for each tile of another column waits for the flags and brings u, up to a tile a
 who multiply never poll. u is read by ordinary loads: bulk copies are not ordered by the flag.
 
 Nobody waits for ever. Tiles of the first column wait for nobody, and a program makes its own of
-them before it makes others. All programs run at the same time: they are as many as there are
-multiprocessors, at most, and a cooperative launch is refused where they would not all find room.
+them before it makes others. All programs run at the same time, or the launch is refused.
 
-The flags lie in `arrivals`, two for a row of tiles. The group that has made u adds one; each tile
-that has seen it adds one more, and the last of them sets it to zero.
+Two flags for a row of tiles lie in `arrivals`. A group that has made u adds one to its own, each
+tile that has seen it one more; the last sets it to zero.
 """
 
 from __future__ import annotations
@@ -150,13 +149,14 @@ def through_core(
 
 @gluon.jit
 def make(
-    up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr, flags_ptr, x_bufs,
-    w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready, u_empty,
-    scale, M, N, K, GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr,
+    up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr, u_ptr, flags_ptr,
+    x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty, core_ready, u_ready,
+    u_empty, scale, M, N, K, GROUP: gl.constexpr, P: gl.constexpr, Q: gl.constexpr, R: gl.constexpr,
     PAD_P: gl.constexpr, PAD_Q: gl.constexpr, PAD_R: gl.constexpr, MIX: gl.constexpr,
     SPLIT: gl.constexpr, CHUNKS: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
+    STORE_T: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_GAIN: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile, and in the first column t and u."""
     M, N, K = here(M), here(N), here(K)
@@ -174,8 +174,9 @@ def make(
         pid_m, pid_n = first_column_first(tile, tiles_m, tiles_n, GROUP_M)
         first_m = pid_m * BLOCK_M + GROUP * ROWS
         if pid_n == 0:
+            # `here`: of one `index` for both branches ptxas makes wrong code (`gate_sass`).
             acc, low, index, phase = multiply_both(
-                acc, x_bufs, w_bufs, down_bufs, ready, empty, index, phase, steps,
+                acc, x_bufs, w_bufs, down_bufs, ready, empty, here(index), phase, steps,
                 GROUP, W_ROWS_ARE_K, TRANSPOSED, PAD_P, STAGES,
             )  # fmt: skip
             rows_t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_t))
@@ -189,9 +190,8 @@ def make(
                 gl.store(t_ptrs, t, mask=mask)
             rows_u = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout_u))
             offs_q = gl.arange(0, PAD_Q, layout=gl.SliceLayout(0, layout_u))
-            u_ptrs = (
-                u_ptr + first_m.to(gl.int64) * PAD_Q + rows_u[:, None] * PAD_Q + offs_q[None, :]
-            )
+            u_ptrs = u_ptr + first_m.to(gl.int64) * PAD_Q
+            u_ptrs = u_ptrs + rows_u[:, None] * PAD_Q + offs_q[None, :]
             if MIX > 0:
                 job_barrier()  # t is stored: it is read again, some rows at a time
                 store_u_of_rows(
@@ -201,6 +201,9 @@ def make(
             else:
                 if R < 0:
                     u_wide = low * scale
+                    if R == -2:
+                        diagonal = gl.load(left_ptr + offs_q, mask=offs_q < Q, other=0.0)
+                        u_wide = u_wide * diagonal.to(gl.float32)[None, :]
                 else:
                     u_wide = scale * through_core(
                         t, core_bufs, core_ready, PAD_Q, SPLIT, CHUNKS, TRANSPOSED
@@ -213,8 +216,7 @@ def make(
             if tiles_n > 1:  # else nobody would set the flag back
                 gl.atomic_add(flags_ptr + GROUPS * pid_m + GROUP, 1, sem="release", scope="gpu")
             if MIX > 0:
-                mask_u = (first_m + rows_u < M)[:, None]
-                u = gl.load(u_ptrs, mask=mask_u, other=0.0)  # as the tail takes it
+                u = gl.load(u_ptrs, mask=(first_m + rows_u < M)[:, None], other=0.0)
             u_operand = gl.convert_layout(u, gl.DotOperandLayout(0, layout, 2))
             mbarrier.wait(ready.index(index), phase)
             up = right(in_place_of(w_bufs.index(index), up_desc), TRANSPOSED)
@@ -239,8 +241,10 @@ def make(
             mbarrier.arrive(u_empty.index(GROUP), count=1)
             u_phase = u_phase ^ 1
         index, phase = advance(index, phase, STAGES)
-        n = pid_n * BLOCK_N
-        store(acc, y_desc, bias_ptr, y_bufs, first_m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+        store(
+            acc, y_desc, bias_ptr, gain_ptr, y_bufs, first_m, pid_n * BLOCK_N, N, GROUP, HAS_BIAS,
+            HAS_GAIN, 0, PARTS,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -253,6 +257,7 @@ def relay_hopper_kernel(
     right_ptr,
     up_desc,
     bias_ptr,
+    gain_ptr,
     t_ptr,
     u_ptr,
     y_desc,
@@ -271,7 +276,7 @@ def relay_hopper_kernel(
     K,
     P: gl.constexpr,
     Q: gl.constexpr,
-    R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
+    R: gl.constexpr,  # of the pair; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: gl.constexpr,
     PAD_Q: gl.constexpr,
     PAD_R: gl.constexpr,
@@ -281,6 +286,7 @@ def relay_hopper_kernel(
     TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
     STORE_T: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -319,18 +325,20 @@ def relay_hopper_kernel(
     gl.warp_specialize(
         [
             (make, (
-                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
-                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
-                core_ready, u_ready, u_empty, scale,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr,
+                u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready,
+                empty, core_ready, u_ready, u_empty, scale,
                 M, N, K, 0, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
-                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                TRANSPOSED, STORE_T, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
+                GROUP_M,
             )),
             (make, (
-                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, t_ptr, v_ptr, u_ptr,
-                arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready, empty,
-                core_ready, u_ready, u_empty, scale,
+                up_desc, y_desc, left_ptr, right_ptr, bank, bias_ptr, gain_ptr, t_ptr, v_ptr,
+                u_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs, core_bufs, u_bufs, y_bufs, ready,
+                empty, core_ready, u_ready, u_empty, scale,
                 M, N, K, 1, P, Q, R, PAD_P, PAD_Q, PAD_R, MIX, SPLIT, CHUNKS, W_ROWS_ARE_K,
-                TRANSPOSED, STORE_T, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, GROUP_M,
+                TRANSPOSED, STORE_T, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
+                GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
@@ -347,7 +355,7 @@ def relay_hopper_kernel(
     )  # fmt: skip
 
 
-INPUTS = ("x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_desc", "bias_ptr")
+INPUTS = "x_desc", "w_desc", "down_desc", "left_ptr", "right_ptr", "up_desc", "bias_ptr", "gain_ptr"
 REGISTERS = {"MAKER_REGISTERS": 224, "BRINGER_REGISTERS": 56}  # of a thread
 
 
@@ -367,6 +375,7 @@ def planned(
     want_t: bool,
     split: bool,
     config: TileConfig,
+    gain: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of a call of `relay`, its operands `is_bulk`."""
     (m, k), n, way = x.shape, weight.shape[0], -1 if transposed else 1
@@ -398,6 +407,7 @@ def planned(
             "TRANSPOSED": transposed,
             "STORE_T": want_t or by_row > 0,
             "HAS_BIAS": bias is not None,
+            "HAS_GAIN": gain is not None,
             "U_ROWS": rows_at_a_time(pad_q, rows),
             "CORE_ROWS": rows_at_a_time(*((pad_p, pad_q) if transposed else (pad_q, pad_p))),
             **constants(config),

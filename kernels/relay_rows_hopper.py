@@ -86,7 +86,7 @@ def fetch_rows(
     """Start to bring what the rows of a tile will take from the bank; one warp does."""
     handles_ptr, _, scales_ptr, generations_ptr, _, repeat, slots = bank
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    shares: gl.constexpr = MIX if R == 0 else 2 * MIX
+    shares: gl.constexpr = MIX if R <= 0 else 2 * MIX
     lines = LINES // (gl.minimum(M, programs * BLOCK_M) * shares)
     for chunk in range(times(BLOCK_M // 32)):
         offs_m = first_m + chunk * 32 + gl.arange(0, 32, layout=lanes)
@@ -97,8 +97,8 @@ def fetch_rows(
             inside = (handle >= 0) & (slot < slots)
             fetch(generations_ptr + slot, inside)
             fetch(scales_ptr + slot, inside)
-            if R == 0:
-                fetch_matrices(left_ptr, slot, inside, lines, P * Q)
+            if R <= 0:
+                fetch_matrices(left_ptr, slot, inside, lines, P if R == -2 else P * Q)
             else:
                 fetch_matrices(left_ptr, slot, inside, lines, P * R)
                 fetch_matrices(right_ptr, slot, inside, lines, R * Q)
@@ -192,7 +192,16 @@ def store_u_of_rows(
             if weights_ptr is not None:
                 factor *= gl.load(weights_ptr + line, mask=mask_m, other=0.0)
             # Masked by `inside` alone, loads of the table need not wait for the generation.
-            if R == 0:
+            if R == -2:
+                of_t = gl.convert_layout(offs_m.to(gl.int64) * P, by_row)[:, None] + offs_q[None, :]
+                of_slot = gl.convert_layout(slot * P, by_row)[:, None] + offs_q[None, :]
+                column = (offs_q < P)[None, :]
+                mask_t = gl.convert_layout(mask_m, by_row)[:, None] & column
+                there = gl.convert_layout(inside, by_row)[:, None] & column
+                t = gl.load(t_ptr + of_t, mask=mask_t, other=0.0)
+                diagonal = gl.load(left_ptr + of_slot, mask=there, other=0.0)
+                part = t.to(gl.float32) * diagonal.to(gl.float32)
+            elif R == 0:
                 t_ptrs = t_ptr + offs_m.to(gl.int64) * P
                 part = through(
                     t_ptrs, mask_m, left_ptr, slot, inside, 0, P, Q, PAD_P, COUNT, TRANSPOSED

@@ -1,8 +1,9 @@
 """`relay` for Hopper, in Gluon, with t made by several columns: each multiplies a slice of K.
 
-    t = x·downᵀ    u = scale · t · core    y = x·Wᵀ + bias + u·upᵀ
+    t = x·downᵀ    u = scale · t · core    y = gain ⊙ (x·Wᵀ + u·upᵀ) + bias
 
     x (M, K)   W (N, K)   down (P, K)   core (P, Q), or left (P, R)·right (R, Q), or 1   up (N, Q)
+    or a diagonal (P,)
 
 In `relay_hopper` the first column makes t over its whole K-loop, and in the first wave all others
 wait for it. Here a row of tiles has MAKERS makers, the tiles of its first columns. The K-loop of
@@ -136,7 +137,7 @@ def hand_out(
     PAD_Q: gl.constexpr = u_bufs.shape[2]
     dtype: gl.constexpr = u_bufs.dtype
     PIECES: gl.constexpr = PAD_P // PIECE
-    # A core of 1 leaves the sums where they are: then they are taken as a whole.
+    # A core of 1, or a diagonal, leaves the sums where they are: then they are taken as a whole.
     TAKEN: gl.constexpr = 1 if R < 0 else PIECES
     COLUMNS: gl.constexpr = PAD_P // TAKEN
     offs_m = gl.arange(0, rows, layout=gl.SliceLayout(1, WARP))
@@ -174,6 +175,9 @@ def hand_out(
                             gl.store(t_ptrs + offs_p[None, :], t, mask=mask)
                     u = low if R < 0 else through_piece(t, u, core_bufs, part, SPLIT, PIECES)
                 u *= scale
+                if R == -2:
+                    diagonal = gl.load(left_ptr + offs_q, mask=offs_q < Q, other=0.0)
+                    u *= diagonal.to(gl.float32)[None, :]
                 if Q < PAD_Q:
                     u = gl.where((offs_q < Q)[None, :], u, 0.0)
                 u_bufs.index(group * (ROWS // rows) + chunk).store(u.to(dtype))
@@ -206,11 +210,11 @@ def multiply_on(
 
 @gluon.jit
 def make(
-    up_desc, y_desc, bias_ptr, sums_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, u_bufs, y_bufs,
-    ready, empty, u_ready, u_empty, M, N, K, GROUP: gl.constexpr, MAKERS: gl.constexpr,
+    up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, flags_ptr, x_bufs, w_bufs, down_bufs, u_bufs,
+    y_bufs, ready, empty, u_ready, u_empty, M, N, K, GROUP: gl.constexpr, MAKERS: gl.constexpr,
     PAD_P: gl.constexpr, W_ROWS_ARE_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_GAIN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The job of a group of warps: their 64 rows of every tile, and a maker's part of t."""
     M, N, K = here(M), here(N), here(K)
@@ -256,7 +260,7 @@ def make(
         u_phase = u_phase ^ 1
         index, phase = advance(index, phase, STAGES)
         m, n = pid_m * BLOCK_M + GROUP * ROWS, pid_n * BLOCK_N
-        store(acc, y_desc, bias_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, 0, PARTS)
+        store(acc, y_desc, bias_ptr, gain_ptr, y_bufs, m, n, N, GROUP, HAS_BIAS, HAS_GAIN, 0, PARTS)
     tma.store_wait(0)
 
 
@@ -269,6 +273,7 @@ def relay_slices_hopper_kernel(
     right_ptr,
     up_desc,
     bias_ptr,
+    gain_ptr,
     t_ptr,
     sums_ptr,
     y_desc,
@@ -280,7 +285,7 @@ def relay_slices_hopper_kernel(
     MAKERS: gl.constexpr,  # columns of tiles that make t, a slice of K each: at least 2
     P: gl.constexpr,
     Q: gl.constexpr,
-    R: gl.constexpr,  # of the pair; 0: the core is the one matrix `left`; -1: the core is 1
+    R: gl.constexpr,  # of the pair; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: gl.constexpr,
     PAD_Q: gl.constexpr,
     SPLIT: gl.constexpr,  # the core is multiplied as two bf16 matrices
@@ -288,6 +293,7 @@ def relay_slices_hopper_kernel(
     TRANSPOSED: gl.constexpr,  # down lies as (K, P), up (Q, N), the core (Q, P) or (Q, R)·(R, P)
     STORE_T: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_GAIN: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -321,16 +327,16 @@ def relay_slices_hopper_kernel(
     gl.warp_specialize(
         [
             (make, (
-                up_desc, y_desc, bias_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 0, MAKERS, PAD_P,
-                W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
-                GROUP_M,
+                up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs,
+                down_bufs, u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 0, MAKERS,
+                PAD_P, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K,
+                STAGES, PARTS, GROUP_M,
             )),
             (make, (
-                up_desc, y_desc, bias_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs, down_bufs,
-                u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 1, MAKERS, PAD_P,
-                W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS,
-                GROUP_M,
+                up_desc, y_desc, bias_ptr, gain_ptr, sums_ptr, arrivals_ptr, x_bufs, w_bufs,
+                down_bufs, u_bufs, y_bufs, ready, empty, u_ready, u_empty, M, N, K, 1, MAKERS,
+                PAD_P, W_ROWS_ARE_K, TRANSPOSED, HAS_BIAS, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K,
+                STAGES, PARTS, GROUP_M,
             )),
             (bring, (
                 x_desc, w_desc, down_desc, up_desc, x_bufs, w_bufs, down_bufs, ready, empty, M,
@@ -362,6 +368,7 @@ def planned(
     want_t: bool,
     split: bool,
     config: TileConfig,
+    gain: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of a call of `relay`, its operands `is_bulk`, by a tile that has makers.
 
@@ -397,6 +404,7 @@ def planned(
             "TRANSPOSED": transposed,
             "STORE_T": want_t,
             "HAS_BIAS": bias is not None,
+            "HAS_GAIN": gain is not None,
             "U_ROWS": 32 if max(pad_p, pad_q) == 16 else 16,
             **constants(config),
             **(WIDEST if config.block_n == 256 else OTHERS),

@@ -3,9 +3,10 @@
     u[m] = scale · sum over j of weights[i, j] · scales[slot] · t[m] · core[slot],   i = m // repeat
     slot = handles[i, j] mod 2³²
 
-Kernels are told of the bank by an object with the fields of `RowCores`, untransposed whatever
-the launch is. Rows do not meet: no product is taken over several of them, and what a row gets does
-not depend on where in a launch it lies.
+The cores are matrices, pairs of them, or diagonals, in tables (slots, P, Q), (slots, P, r) and
+(slots, r, Q), or (slots, P). Kernels are told of the bank by an object with the fields of
+`RowCores`, untransposed whatever the launch is. Rows do not meet: no product is taken over several
+of them, and what a row gets does not depend on where in a launch it lies.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def store_u_of_rows(
 ):
     """u of BLOCK_M rows, from their t in memory.
 
-    `bank` is what `arguments` gives. A row without a valid handle gets zeros by selection. A handle
-    that is refused reads nothing that is not in the tables.
+    `bank` has the arguments named in POINTERS, then `repeat` and `slots`. A row without a valid
+    handle gets zeros by selection. For a handle that is refused nothing is read but what is in the
+    tables.
     """
     handles_ptr, weights_ptr, scales_ptr, generations_ptr, refused_ptr, repeat, slots = bank
     dtype: tl.constexpr = u_ptr.dtype.element_ty
@@ -106,7 +108,13 @@ def store_u_of_rows(
                 if weights_ptr is not None:
                     factor *= tl.load(weights_ptr + of_line, mask_m, other=0.0)
                 # Masked by `inside` alone, loads of the table need not wait for the generation.
-                if R == 0:
+                if R == -2:
+                    t_ptrs = t_ptr + offset(offs_m[:, None], P) + offs_q[None, :]
+                    t = tl.load(t_ptrs, mask_m[:, None] & mask_q, other=0.0)
+                    left_ptrs = left_ptr + offset(slot, P)[:, None] + offs_q[None, :]
+                    diagonal = tl.load(left_ptrs, inside[:, None] & mask_q, other=0.0)
+                    part = t.to(acc_dtype) * diagonal.to(acc_dtype)
+                elif R == 0:
                     part = through(
                         t_ptr, left_ptr, offs_m, mask_m, slot, inside, offs_q,
                         P, Q, PAD_P, TRANSPOSED, BLOCK_P, acc_dtype,
@@ -170,12 +178,16 @@ def sizes(core: Any) -> dict[str, float | None]:
 
 
 def row_blocks(p: int, q: int, r: int, block: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q): `block` numbers of the rows' cores at a time.
+    """(BLOCK_ROWS, BLOCK_P, BLOCK_Q), for `block` numbers of the rows' cores at a time.
 
-    The pair's r is not divided; only a large one makes them more.
+    A pair's r is not divided, so that with a large r they are more. Diagonals are of half as
+    many: t takes as much room as they do.
     """
     pad_p, pad_q = padded(p), padded(q)
-    if r > 0:
+    if r == -2:
+        block_q = min(pad_q, 64)
+        block_p, held = block_q, 2 * block_q
+    elif r > 0:
         side = max(16, block // padded(r))
         block_p, block_q = min(pad_p, side), min(pad_q, side)
         held = padded(r) * max(block_p, block_q)

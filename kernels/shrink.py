@@ -1,8 +1,8 @@
 """shrink: the way down, and through the core, in one launch.
 
     t = x·downᵀ             x (M, K)   down (P, K)   t (M, P)
-    u = scale · t · core    core (P, Q), or left (P, r)·right (r, Q), or 1   u (M, Q)
-                            or a core for each row (`rows`)
+    u = scale · t · core    core (P, Q), or left (P, r)·right (r, Q), or a diagonal (P,), or 1
+                            or a core for each row (`rows`)   u (M, Q)
 
 x is read once; both sums are kept in fp32; t is rounded to x's dtype, as in the reference. An fp32
 core beside a 16-bit x is multiplied on tensor cores as two bf16 values, far more exactly than u is
@@ -80,7 +80,7 @@ def store_t_and_u(
     BLOCK_ROWS: tl.constexpr = 1,
     bank=None,
 ):
-    """t and u of BLOCK_M rows, from the sum x·downᵀ as the dots left it."""
+    """Store t and u of BLOCK_M rows; `acc` is their x·downᵀ, not yet rounded."""
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_p = tl.arange(0, PAD_P)
@@ -97,7 +97,7 @@ def store_t_and_u(
         tl.store(t_ptrs + offs_p[None, :], t, mask_m & mask_p)
     if STORE_U:
         u_ptrs = u_ptr + offset(offs_m[:, None], PAD_Q)
-        if R < 0:
+        if R == -1:
             tl.store(u_ptrs + offs_p[None, :], cast(acc * scale, dtype), mask_m)
         elif MIX > 0:
             tl.debug_barrier()  # t is stored: it is read again, some rows at a time
@@ -106,6 +106,10 @@ def store_t_and_u(
                 P, Q, R, PAD_P, PAD_Q, PAD_R, TRANSPOSED, MIX,
                 BLOCK_M, BLOCK_ROWS, BLOCK_P, BLOCK_Q,
             )  # fmt: skip
+        elif R == -2:
+            diagonal = tl.load(left_ptr + offs_p[None, :], mask_p, other=0.0)
+            u = acc * scale * diagonal.to(accumulator(promote(diagonal.dtype, dtype)))
+            tl.store(u_ptrs + offs_p[None, :], cast(u, dtype), mask_m)
         else:
             core_dtype: tl.constexpr = promote(
                 left_ptr.dtype.element_ty, right_ptr.dtype.element_ty
@@ -180,7 +184,7 @@ def shrink_kernel(
     stride_xk,
     P: tl.constexpr,
     Q: tl.constexpr,
-    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the one matrix `left`; -1: the core is 1
+    R: tl.constexpr,  # LoRA-Mini's r; 0: the core is the matrix `left`; -1: it is 1; -2: a diagonal
     PAD_P: tl.constexpr,
     PAD_Q: tl.constexpr,
     PAD_R: tl.constexpr,
@@ -321,12 +325,13 @@ def shrink(
 ) -> tuple[Any, ...]:
     """(t, u), and with `want_bits` a third: the mask of the dropout, as bits.
 
-    t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype. u is zero beyond Q.
-    What is not wanted is not stored, and None. x (M, K) of any strides, M and K at least 1; down
-    (P, K) and core (P, Q), or the pair (P, r) and (r, Q), contiguous, of any float dtype. If
-    `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and (r, P). A core for
-    each row lies as `rows` says, as it is for both. With `dropout` (seed, p), x is dropout(x); the
-    mask is uint8 (M, mask_width(K)): bit i of the byte [m, j] says whether x[m, 8·j + i] is kept.
+    t = x·downᵀ, (M, P), and u = scale·t·core, (M, padded(Q)), in x's dtype. u is zero beyond Q. A
+    result that is not wanted is not stored: it is None. x (M, K) of any strides, M and K at least
+    1; down (P, K) and core (P, Q), or the pair (P, r) and (r, Q), or a diagonal (P,), contiguous,
+    of any float dtype. If `transposed`, they are instead down (K, P) and core (Q, P), or (Q, r) and
+    (r, P). A core for each row lies as `rows` says, `transposed` or not. With `dropout` (seed, p),
+    x is dropout(x); the mask is uint8 (M, mask_width(K)): bit i of the byte [m, j] says whether
+    x[m, 8·j + i] is kept.
     """
     left, right = sides(down, core, transposed)
     seed, drop_p = (None, None) if dropout is None else dropout
@@ -357,7 +362,7 @@ def planned(
     itemsizes, masked = (x.element_size(), factor_itemsize), drop_p is not None
     ranks, by_row = (padded(p), padded(q)), mix(core)
     config = choose(Spec("shrink", *itemsizes, is_aligned, *ranks, masked, by_row > 0), m)
-    read_t = core is not None and (by_row > 0 or padded(p) > WHOLE)  # for t · core
+    read_t = by_row > 0 or (r >= 0 and padded(p) > WHOLE)  # for t · core
     store_t = want_t or (want_u and read_t)
     stored = store_t, want_u, want_bits
     tiles, blocks = cdiv(m, config.block_m), cdiv(k, config.block_k)

@@ -1,7 +1,7 @@
 """The tile that a launch takes by itself, and sets of others to be measured beside it.
 
-`select` gives the default for a shape and a device kind, `variant` that of a set; everything they
-can give is compiled by the compile gate.
+`select` gives the default for a shape and a kind of device, `experimental_tile` the one of a named
+set. The compile gate compiles everything that the two can give.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fills(tile: TileConfig, spec: Spec, m: int) -> bool:
 
 @dataclass(frozen=True)
 class Default:
-    """A tile and what it is for; None is anything."""
+    """A tile, and the launches that it is for; a field that is None leaves them open."""
 
     kernel: str
     tile: TileConfig
@@ -130,6 +130,7 @@ DEFAULTS = (
     Default("decode", TileConfig(64, 64, 32, 8, 2), None, 2),
     Default("decode", TileConfig(64, 32, 16, 8, 2)),
     Default("dropped", TileConfig(16, 16, 256, 4, 1)),
+    Default("gain_back", TileConfig(32, 16, 128, 4, 2)),
     Default("core_grad", TileConfig(128, 32, 16, 4, 3), CUDA, 2, True, rank=64, by_row=False),
     Default("core_grad", TileConfig(64, 64, 16, 4, 3), None, 2, True),
     Default("core_grad", TileConfig(32, 64, 16, 4, 2), None, 2, False),
@@ -138,7 +139,7 @@ DEFAULTS = (
 
 # Tile sets to be measured beside the defaults, by kernel, for operands that are aligned: of 16 bits
 # on sm_90 and sm_100 and, for "tf32x3", of fp32 on CUDA.
-VARIANTS: dict[str, dict[str, TileConfig]] = {
+EXPERIMENTAL_TILES: dict[str, dict[str, TileConfig]] = {
     "pointers": {"gemm_tail": replace(PERSISTENT, persistent=False)},
     "deep": {"gemm_tail": replace(PERSISTENT, num_stages=4)},
     "narrow": {"gemm_tail": replace(PERSISTENT, block_n=128, num_warps=4, num_stages=4)},
@@ -165,7 +166,7 @@ MANY_TILES = 4 * PROCESSORS  # from here on a stage less, and larger parts of y,
 def hopper_tile(spec: Spec, m: int) -> TileConfig:
     """The tile for a launch on Hopper of `m` rows: of the width with the least time on paper.
 
-    That is the number of tiles that a multiprocessor makes, of the time that one takes.
+    That time is the number of tiles that a multiprocessor makes, times what one takes.
     """
     there, n = widths(spec)[::-1], spec.n or MANY
     tiles = {w: -(-m // RING.block_m) * -(-n // w) for w in there}
@@ -180,13 +181,13 @@ def hopper_tile(spec: Spec, m: int) -> TileConfig:
     return next(t for t in tiles_of_parts if hopper_bytes(t, spec) <= HOPPER_SHARED)
 
 
-def variant(name: str, target: Target, spec: Spec, m: int) -> TileConfig | None:
+def experimental_tile(name: str, target: Target, spec: Spec, m: int) -> TileConfig | None:
     """The tile for this launch in the set of that name, None where it has none for the kernel.
 
-    It need not be valid, and is the default one where `relay` can have but one maker of t.
+    The tile need not be valid. Where `relay` can have only one maker of t it is the default one.
     """
     if name not in SLICES:
-        return VARIANTS.get(name, {}).get(spec.kernel)
+        return EXPERIMENTAL_TILES.get(name, {}).get(spec.kernel)
     if spec.kernel != "relay" or not has_hopper(target, spec):
         return None
     tile = hopper_tile(spec, m)
@@ -210,8 +211,8 @@ def _default(target: Target, spec: Spec, m: int) -> TileConfig:
 def select(target: Target, spec: Spec, m: int) -> TileConfig:
     """The default tile for a launch of `m` rows.
 
-    That of `decode` has as few rows as hold them. It need not be valid: for a large P it cannot be.
-    `relay` has one where `has_hopper` says so.
+    For `decode` it has as few rows as hold all of them. It need not be valid: for a large P no tile
+    is. `relay` has one only where `has_hopper` says so.
     """
     if has_hopper(target, spec) and (spec.kernel == "relay" or fills(RING, spec, m)):
         return hopper_tile(spec, m)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped")
+KERNELS = ("shrink", "gemm_tail", "core_grad", "decode", "relay", "dropped", "gain_back")
 MAX_RANK = 256  # P and Q at most: one shrink program holds whole rows of t
 SMALL_M = 64  # up to here a launch takes the tile for few rows
 MAKERS = 8  # of t at most, in a relay
@@ -20,7 +20,7 @@ MANY = 1 << 20  # rows or columns, as many as fill any device
 
 @dataclass(frozen=True)
 class Target:
-    """A device kind that the kernels are proven for."""
+    """A kind of device for which the compile gate compiles every kernel."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -59,7 +59,7 @@ class TileConfig:
     makes block_n columns of u at a time. `core_grad` makes block_n × block_n of dcore. `relay`
     makes tiles as `gemm_tail` does, and holds all of P beside those of the first column. `decode`
     makes block_m × block_n of y, and in some programs all of t, with all rows in the one tile.
-    `dropped` makes block_m × block_k.
+    `dropped` makes block_m × block_k, `gain_back` so much at a time.
     """
 
     block_m: int
@@ -93,7 +93,7 @@ class TileConfig:
 class Spec:
     """A launch, as far as its tile depends on it."""
 
-    kernel: str  # "shrink", "gemm_tail", "core_grad", "decode", "relay" or "dropped"
+    kernel: str  # one of KERNELS
     itemsize: int  # of x, in bytes
     factor_itemsize: int  # of the widest of down, core and up that count for the tile
     aligned: bool  # addresses, strides and sizes of the big operands are multiples of 16
@@ -121,7 +121,7 @@ def padded(rank: int) -> int:
 
 
 def rank_constants(p: int, q: int, r: int) -> dict[str, int]:
-    """The constants for a kernel's ranks; r is 0 where there is no pair, and -1 without a core."""
+    """The constants for a kernel's ranks; r is 0 of a matrix, -1 of no core, -2 of a diagonal."""
     return {
         "P": p,
         "Q": q,
@@ -171,7 +171,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
     held = {"gemm_tail": m * n, "core_grad": n * n}.get(spec.kernel, m * (spec.pad_p + n))
     # One pointer and one mask per element of an operand that no vector load fetches.
     loaded = {"gemm_tail": (m + n) * k, "shrink": (m + spec.pad_p) * k, "core_grad": 2 * m * n}
-    loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k}
+    loaded |= {"decode": (m + n + spec.pad_p) * k, "dropped": m * k, "gain_back": m * k}
     return (
         all(side >= 16 and side & (side - 1) == 0 for side in (m, n, k))
         and config.num_warps in (1, 2, 4, 8)
@@ -188,7 +188,7 @@ def is_valid(config: TileConfig, target: Target, spec: Spec) -> bool:
 
 
 def has_descriptors(target: Target, spec: Spec) -> bool:
-    """Whether a launch can go through tensor descriptors, and pays for it."""
+    """Whether a launch can go through tensor descriptors, and gains by it."""
     there = target.name in TENSOR and spec.kernel == "gemm_tail"
     return there and spec.itemsize == 2 and spec.aligned
 

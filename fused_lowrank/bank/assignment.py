@@ -54,7 +54,7 @@ class Assignment:
 
     @property
     def version(self) -> int:
-        """A number that rises when the caller writes to the handles or the weights."""
+        """A number that rises each time the caller writes to the handles or the weights."""
         version = 0
         for tensor in self.own:
             if not tensor.is_inference():
@@ -69,9 +69,10 @@ class Assignment:
         x: Tensor | None = None,
         said: Said | None = None,
     ) -> RowCores:
-        """The cores for the rows of x, which is (*lead, K); as `calls.spread` says whose they are.
+        """The cores for the rows of a layer's x, (*lead, K).
 
-        Or as is `said`. Raises ValueError where that is not known.
+        Which rows are whose is as `said` declares or, without that, as `whose_rows.spread` finds
+        it. Raises ValueError where it is not known.
         """
         handles, weights, resolved = self.handles, self.weights, self.resolved_slots
         assert handles is not None

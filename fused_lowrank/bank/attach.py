@@ -52,7 +52,7 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
 
 
 def attach(model: nn.Module, store: AdapterStore) -> list[Any]:
-    """Put the model's layers into a bank; the hooks to be removed at the end."""
+    """Put the model's layers into a bank; returns the hooks, which `detach` removes."""
     for name, layer in store.layers.items():
         layer.computed_by = BankedLayer(store, name, layer)
     watch, hooks = Watch(store.key), []

@@ -190,12 +190,13 @@ class AdapterBank:
             weights: (lines, k), float, without gradient: each row uses the weighted sum of its k
                 adapters.
 
-        The sequences are counted in the first dimension of the model's inputs, which must be as
-        many as the lines; or, within transformers' `generate`, as many times that as it makes of
-        each (beams, num_return_sequences); or the inputs are (1, lines, …), packed. Where they are
-        in what a layer gets is found by following them in the first call of each kind: in any
-        dimension, flattened with positions, repeated. A layer that is called by itself must get
-        (lines, …, K). The first use of a bank runs compiled models as they were written.
+        A line is the entry of one sequence in `names`, of k adapters. The sequences are counted in
+        the first dimension of the model's inputs, which must be as many as the lines; or, within
+        transformers' `generate`, as many times that as it makes of each (beams,
+        num_return_sequences); or the inputs are (1, lines, …), packed. Where they are in what a
+        layer gets is found by following them in the first call of each kind: in any dimension,
+        flattened with positions, repeated. A layer that is called by itself must get (lines, …, K).
+        The first use of a bank runs compiled models as they were written.
 
         Raises:
             ValueError: an unknown name; handles or weights of another shape; inputs of another

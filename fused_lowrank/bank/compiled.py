@@ -28,7 +28,7 @@ from ..compute.autograd import (
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
 from ..context.calls import SAID, call_of
-from ..context.declared import entry_of, said_in
+from ..context.declared import declaration_of, said_in
 from ..context.disabling import OFF, Switch
 from ..context.recomputed import NOTES, around, graph_task, may_recompute, noted
 from ..methods.layer import LowRankLinear
@@ -44,9 +44,9 @@ OUTSIDE = 0  # the token of a call outside `bank.use`, with no layer disabled
 
 
 class Ticket:
-    """The assignment of a call, if any, for which a token stands, and that of disabled layers.
+    """A call as a token stands for it: its assignment, if any, and its declarations.
 
-    And what has been said of whose its rows are.
+    `disabled` has the assignment to no adapter for the layers that are disabled, by name.
     """
 
     def __init__(self, key: int, assignment: Assignment | None) -> None:
@@ -59,7 +59,7 @@ class Ticket:
         return 0 if self.assignment is None else self.assignment.version
 
     def disable(self, layers: Mapping[str, LowRankLinear], base: Assignment) -> None:
-        """Note the layers that are disabled, which calls of checkpoints are told."""
+        """Note the layers that are disabled here, for the checkpoints around the call as well."""
         for name, layer in layers.items():
             if layer.disabled:
                 self.disabled[name] = base
@@ -67,7 +67,7 @@ class Ticket:
                     layer.disabled.note()
 
     def note(self) -> None:
-        """Note it for the checkpoints around the running call; of two assignments, none."""
+        """Note this for the checkpoints around the running call; None where they had another."""
         for checkpoint in around():
             notes = NOTES.setdefault(checkpoint, {})
             before, _ = notes.get(self.key, (self, 0))
@@ -148,9 +148,9 @@ def resolve(
         return Banked(join(*assignment.single_core(name)), 1.0, "")
     said = None
     if ticket.said is not None:
-        entry = entry_of(ticket.said, STORES[assignment.key].layers[name])
-        if graph_task() < 0 or not callable(entry and entry.rows):  # else what the forward found
-            said = said_in(entry, name, None if x is None else x.view(*lead, x.shape[-1]))
+        last = declaration_of(ticket.said, STORES[assignment.key].layers[name])
+        if graph_task() < 0 or not callable(last and last.rows):  # else what the forward found
+            said = said_in(last, name, None if x is None else x.view(*lead, x.shape[-1]))
     rows = assignment.row_cores(name, lead, call_of(assignment.key), None, said)
     if not rows.table.requires_grad:
         return Banked(rows, 1.0, "")

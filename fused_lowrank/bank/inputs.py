@@ -27,7 +27,7 @@ class Resolved(NamedTuple):
 
 
 class HandleCache:
-    """The handles of the last names: the same again need neither look-ups nor a copy.
+    """The handles of the names that calls had last, for calls that have the same names again.
 
     Its owner calls it under a lock, and forgets all when a name comes to stand for something else.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import config
 from ..compute import choose, isolation
 from ..compute.autograd import chain, fold, join, places
-from ..compute.dropout import Dropout
+from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore
 from ..context.called import note_call
@@ -33,7 +33,7 @@ from .store import AdapterStore
 
 
 class BankedLayer(Computer):
-    """The place of a layer in a bank; called by the layer instead of its own forward."""
+    """The place of a layer in a bank, which the layer calls instead of its own forward."""
 
     is_bank = True
 
@@ -106,9 +106,11 @@ class BankedLayer(Computer):
                 return self.followed(layer, x, call.follower)
             said = None if SAID.get() is None else said_of(layer, self.name, x)
             core, scale = assignment.row_cores(self.name, x.shape[:-1], call, x, said), 1.0
-        weight, down, _, up, bias, _ = layer.own_tensors()
+        weight, down, _, up, bias, gain = layer.own_tensors()
+        if layer.rank_dropout and layer.training:
+            core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
-        operands = Operands(x, weight, down, core, up, bias, scale, dropout)
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 return chain(operands)
@@ -133,6 +135,8 @@ class BankedLayer(Computer):
         down, up = layer.shared_parts()
         given = x, layer.weight, down, layer.core_factors, up, layer.bias, layer.scale
         x, weight, down, _, up, bias, scale, *_ = prepared(Operands(*given))
+        if layer.rank_dropout and layer.training:
+            _, up = without_ranks(None, up, layer.rank_dropout)
         lead = x.shape[:-1]
         trained = self.store.trained
         tables = (None, None) if trained is None else trained.tables[self.name][:2]

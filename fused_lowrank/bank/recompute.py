@@ -60,7 +60,7 @@ class Memory(NamedTuple):
         return weak is not None and weak() is not None and not self.storage.expired()
 
     def of(self, head: Assignment | None) -> bool:
-        """Whether it was this one."""
+        """Whether this assignment is the one that is remembered."""
         weak = self.assignment
         return weak is None if head is None else weak is not None and weak() is head
 
@@ -77,7 +77,7 @@ class Memory(NamedTuple):
         return certain, version, others
 
     def beside(self) -> bool:
-        """Whether one of the others lives."""
+        """Whether one of the other assignments is still alive."""
         own = self.assignment, self.version
         return any(other[0]() is not None and other != own for other in self.others)
 
@@ -157,7 +157,7 @@ def purge() -> None:
 
 
 def running_node(task: int) -> tuple[int, int]:
-    """The place of a backward, its graph not kept alive: a recomputation is within one node."""
+    """The node that a backward is at, its graph not kept alive: a recomputation is within one."""
     node = torch._C._current_autograd_node()
     return task, -1 if node is None else node._sequence_nr()
 
@@ -169,7 +169,11 @@ class Around(NamedTuple):
     version: int  # of it then
 
     def beside(self, found: Assignment | None, key: int) -> Around:
-        """After one more call; either may have been in a `with` within the checkpoint."""
+        """The same after one more call, whose assignment was `found`.
+
+        Either assignment may be that of a `with` within the checkpoint: the result is the innermost
+        that is around both.
+        """
         outer, inner = self.assignment, found
         while outer is not None and inner is not outer:
             inner = found
@@ -181,7 +185,10 @@ class Around(NamedTuple):
 
 
 def outside(inner: Assignment, key: int) -> Assignment | None:
-    """The assignment around a `with`; that of the forward around what is computed again."""
+    """The assignment around that of a `with`, or None.
+
+    Around a recomputation that is the assignment of its forward.
+    """
     outer, task = find(inner.outer, key), graph_task()
     if inner.task < 0 or (outer is not None and outer.task == inner.task):
         return outer
@@ -191,7 +198,7 @@ def outside(inner: Assignment, key: int) -> Assignment | None:
 
 
 def version_of(assignment: Assignment | None) -> int:
-    """That of one, and of none."""
+    """The version of an assignment; 0 without one."""
     return 0 if assignment is None else assignment.version
 
 

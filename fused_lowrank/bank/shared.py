@@ -62,7 +62,7 @@ def versions(tensors: list[Tensor]) -> list[int]:
 class SharedFactors:
     """Down, up and W of a bank's layers.
 
-    `fingerprints` has those of `fingerprint.fingerprint_of`, by layer, of when the bank was made.
+    `fingerprints` has, by layer, the result of `fingerprint.fingerprint_of` when the bank was made.
     """
 
     def __init__(self, layers: Mapping[str, LowRankLinear]) -> None:
@@ -86,9 +86,9 @@ class SharedFactors:
         """Raise RuntimeError if what the adapters share was replaced, or written to, since.
 
         Values are compared where tensors are others, lie elsewhere or were written to, as PyTorch
-        counts it, or where some of their elements are others: by `.data` it does not count. If not
-        `thorough`, it is asked of down and up alone, not where they lie and not of elements, unless
-        something was found before; that costs the host less.
+        counts it, or where some of their elements are others, for PyTorch does not count writes by
+        `.data`. Without `thorough` only down and up are looked at, neither their place nor their
+        elements, unless something was found before; that costs the host less.
         """
         if not thorough and versions(self._watched) == self._seen:
             return

@@ -28,7 +28,7 @@ from .tables import Cores
 class Found:
     """One layer's part of a source of n adapters; what it does not have is None."""
 
-    core: Any  # (n, p, q), or the pair (n, p, r), (n, r, q)
+    core: Any  # (n, p, q), or diagonals (n, p), or the pair (n, p, r), (n, r, q)
     scales: Tensor  # float32 (n,)
     down: Tensor | None = None  # (p, K)
     up: Tensor | None = None  # (N, q)
@@ -142,30 +142,34 @@ def fitted(store: AdapterStore, name: str, part: Found, what: str) -> tuple[Tens
 
 
 def padded(theirs: Tensor, ours: Tensor, name: str, what: str) -> Tensor:
-    """Matrices (n, p, q) as the first rows and columns of such as the bank's, (…, P, Q)."""
+    """Matrices (n, p, q) as the first rows and columns of such as the bank's, (…, P, Q).
+
+    Or diagonals (n, p) as the first numbers of such as the bank's, (…, P).
+    """
     size = ours.shape[1:]
     if theirs.shape[1:] == size:
         return theirs.detach()
-    if any(a > b for a, b in zip(theirs.shape[1:], size, strict=True)):
+    same = theirs.dim() == ours.dim()
+    if not same or any(a > b for a, b in zip(theirs.shape[1:], size, strict=True)):
         raise ValueError(
             f"{what} does not fit the bank: the core of {name} is {tuple(theirs.shape[1:])} there "
             f"and at most {tuple(size)} here"
         )
     whole = theirs.new_zeros(len(theirs), *size)
-    whole[:, : theirs.shape[1], : theirs.shape[2]] = theirs.detach()
+    whole[tuple(map(slice, theirs.shape))] = theirs.detach()
     return whole
 
 
 def sides(core: Any) -> tuple[int, int]:
     """(p, q) of cores."""
     first, last = core if isinstance(core, tuple) else (core, core)
-    return first.shape[1], last.shape[2]
+    return first.shape[1], last.shape[-1]
 
 
 def whole_sides(store: AdapterStore, name: str) -> tuple[int, int]:
     """(P, Q) of a layer's cores in the bank."""
     table = store.tables[name]
-    return table.left.shape[1], (table.left if table.right is None else table.right).shape[2]
+    return table.left.shape[1], (table.left if table.right is None else table.right).shape[-1]
 
 
 def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
@@ -213,7 +217,8 @@ def holds(dtype: torch.dtype, values: Tensor) -> bool:
 def check_core(core: Any, count: int, name: str, what: str) -> None:
     """Raise unless these are cores of `count` adapters."""
     pair = core if isinstance(core, tuple) else (core,)
-    sound = all(part.dim() == 3 and len(part) == count for part in pair)
+    dims = (3,) if isinstance(core, tuple) else (2, 3)
+    sound = all(part.dim() in dims and len(part) == count for part in pair)
     if not sound or any(part.dtype not in WEIGHT_DTYPES for part in pair):
         raise ValueError(f"{what}: the core of {name} is damaged")
     if len(pair) == 2 and pair[0].shape[2] != pair[1].shape[1]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..compute.reference import is_diagonal
 from ..context.elsewhere import device_of
 from ..methods import LowRankLinear
 
@@ -17,7 +18,7 @@ Cores = Mapping[str, tuple[Tensor, Tensor | None, Tensor]]  # by layer, as `Core
 class CoreTable(NamedTuple):
     """The cores of one layer, by slot."""
 
-    left: Tensor  # (slots, P, Q), or (slots, P, r) where there is a `right`
+    left: Tensor  # (slots, P, Q); (slots, r), diagonals; (slots, P, r) beside a `right`
     right: Tensor | None  # (slots, r, Q): a core is the product of the two
     scales: Tensor  # float32 (slots,)
 
@@ -31,7 +32,7 @@ class Tables(Protocol):
 
 
 def new_table(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> CoreTable:
-    """A table of zeros; of pairs where those are smaller than cores."""
+    """A table of zeros; of diagonals, or of pairs where those are smaller than cores."""
     (down, up), core = layer.shared_parts(), layer.core_factors
     p, q = down.shape[0], up.shape[1]
     device = device_of(layer)
@@ -39,7 +40,8 @@ def new_table(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> CoreTable
     if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:
         left = torch.zeros(slots, p, r, dtype=dtype, device=device)
         return CoreTable(left, torch.zeros(slots, r, q, dtype=dtype, device=device), scales)
-    return CoreTable(torch.zeros(slots, p, q, dtype=dtype, device=device), None, scales)
+    sizes = (p,) if is_diagonal(core) else (p, q)
+    return CoreTable(torch.zeros(slots, *sizes, dtype=dtype, device=device), None, scales)
 
 
 def index_of(slots: list[int], device: torch.device) -> Any:

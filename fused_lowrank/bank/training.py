@@ -188,11 +188,11 @@ class Trainable:
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if not grads:
             return torch.zeros(len(self.names), device=self.device)
-        norms = [torch.linalg.vector_norm(grad, dim=(1, 2)) for grad in grads]
+        norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
         total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)[:, None, None]
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for grad in grads:
-            grad.mul_(factor.to(grad.dtype))
+            grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
         return total
 
     def optimizer(
@@ -254,8 +254,8 @@ class Trainable:
                     continue
                 old = table[where].to(side.dtype)
                 update, stored = side - old, side.to(table.dtype).to(side.dtype) - old
-                moved += update.double().square().sum((1, 2))
-                lost += (update - stored).double().square().sum((1, 2))
+                moved += update.double().square().flatten(1).sum(1)
+                lost += (update - stored).double().square().flatten(1).sum(1)
         mostly = (lost > 0.25 * moved).tolist()  # of the norm, a half
         return [
             name

@@ -1,7 +1,8 @@
 """The computation of a call: an equation, its operands as an object, plans as rows of a table.
 
     reference         the equation in plain torch, and cores by row (`RowCores`)
-    dropout           what a dropout is; a mask from a seed, in plain torch
+    dropout           what a dropout is; a mask from a seed, in plain torch; columns of u dropped
+    gain              a gain over outputs by library operations, and its way back
     isolation         library products in which no row reads another
     devices           what can run where, and which tiles a device takes
     operands          Operands of a pass, and the Problem that a plan is chosen by

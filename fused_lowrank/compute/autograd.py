@@ -3,14 +3,17 @@
     eager        a torch.autograd.Function, directly
     compiled     the torch.library ops fused_lowrank::forward and ::backward
 
-    forward      t, u = shrink(x,  down, core,  scale)        y  = gemm_tail(x,  W,  u, up, bias)
-    backward     g, v = shrink(dy, upᵀ,  coreᵀ, scale)        dx = gemm_tail(dy, Wᵀ, v, downᵀ)
+    forward      t, u = shrink(x,  down, core,  scale)     y  = gemm_tail(x,  W,  u, up, bias, gain)
+    backward     g, v = shrink(dy, upᵀ,  coreᵀ, scale)     dx = gemm_tail(dy, Wᵀ, v, downᵀ)
                  dcore = core_grad(t, g, scale)
 
-Saved for backward is t (M, P), and x only if down or the weight is trained. Operands are 2-D here;
-the core is a, or the pair a·b, or None. Dropout is of the low-rank path's input alone. Its mask is
-a function of a seed: our kernels draw it in the forward, and an eager call saves it as bits, M·K/8
-bytes, where x or down needs a gradient; elsewhere it is made again in the backward.
+Where there is a gain, dy ⊙ gain is in dy's place there, and the gain's gradient is had from y.
+
+Saved for backward is t (M, P), x only if down or the weight is trained, and y if the gain is: it is
+the result. Operands are 2-D here; the core is a, or the pair a·b, or None. Dropout is of the
+low-rank path's input alone. Its mask is a function of a seed: our kernels draw it in the forward,
+and an eager call saves it as bits, M·K/8 bytes, where x or down needs a gradient; elsewhere it is
+made again in the backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +27,20 @@ from .. import config as configuration
 from ..config import Config
 from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
+from .gain import widened
 from .operands import Operands, has_doubles
 from .plans import PLANS
-from .reference import AnyCore, RowCores, like, product, through_core, through_rows
+from .reference import (
+    AnyCore,
+    RowCores,
+    like,
+    on_meta,
+    product,
+    through_core,
+    through_product,
+    through_rows,
+    wide_dtype,
+)
 from .run import is_foreign, no_autocast, on_device, run
 from .steps_library import Wanted
 
@@ -44,6 +58,7 @@ class Needs(NamedTuple):
     b: bool
     up: bool
     bias: bool
+    gain: bool = False
 
 
 def fold(x: Tensor) -> Tensor:
@@ -71,19 +86,33 @@ def dropout_of(seed: OptTensor, dropout_p: float, bits: OptTensor = None) -> Dro
 
 
 def backward(
-    dy: Tensor, t: Wanted, operands: Operands, impl: str, config: Config, needs: Needs
+    dy: Tensor,
+    t: Wanted,
+    operands: Operands,
+    impl: str,
+    config: Config,
+    needs: Needs,
+    y: Wanted = None,
 ) -> list[Wanted]:
     """The gradients that are needed, in the order of `Needs`; None for the others.
 
     `operands` are the forward's. t is there if a core factor or up needs a gradient, the weight if
-    x does, x if down or the weight does.
+    x does, x if down or the weight does, y and the bias if the gain does.
     """
     if is_foreign(dy):
         with no_autocast(dy), on_device(dy):
-            return backward(dy, t, operands, impl, config, needs)
-    _, _, down, core, up, _, scale, dropout, _ = operands
+            return backward(dy, t, operands, impl, config, needs, y)
+    _, _, down, core, up, bias, scale, dropout, _, gain = operands
     want_g = needs.a or needs.b
     grads: dict[str, Wanted] = dict.fromkeys(Needs._fields)
+    if needs.bias:
+        grads["bias"] = dy.sum(0)
+    if gain is not None:
+        plan = PLANS["split" if choose.takes_kernels(impl, dy, *operands.ranks) else "aten"]
+        plan = plan if dy.numel() else PLANS["aten"]
+        tiles = devices.tiles(dy.device, "", config.tiles) if plan.ours else None
+        dy, dgain = plan.gain_back.run(dy, y, widened(gain, dy.dtype), bias, tiles)
+        grads["gain"] = None if dgain is None else like(dgain, gain.dtype)
     g: Wanted = None
     v: Wanted = None
     tiles = None
@@ -112,8 +141,6 @@ def backward(
         grads["up"] = like(dup.t().contiguous(), up.dtype)
     if needs.weight:
         grads["weight"] = dy.t() @ operands.x
-    if needs.bias:
-        grads["bias"] = dy.sum(0)
     return list(grads.values())
 
 
@@ -134,7 +161,7 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     t is all that it saves of size M where down, up and weight are frozen, as `LowRankFunction`
     does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
-    x, weight, down, core, up, bias, scale, _, _ = operands
+    x, weight, down, core, up, bias, scale, _, _, gain = operands
     # A product of a tensor that is here and one on the meta device gives memory of no meaning.
     if weight.is_meta or down.is_meta or up.is_meta or (core is not None and on_meta(core)):
         raise RuntimeError("an operand is on the meta device")
@@ -144,17 +171,13 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
         u = through_rows(t, core, 1.0)
     else:
         matrix = product(core)
-        u = t if matrix is None else like(like(t, matrix.dtype) @ matrix, x.dtype)
-    y = linear(rows, weight, bias).addmm_(u, like(up, x.dtype).t(), alpha=scale)
+        u = t if matrix is None else like(through_product(t, matrix), x.dtype)
+    base = linear(rows, weight, bias if gain is None else None)
+    y = base.addmm_(u, like(up, x.dtype).t(), alpha=scale)
+    if gain is not None:
+        y = y * like(gain, wide_dtype(x.dtype))
+        y = like(y if bias is None else y + bias, x.dtype)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def on_meta(core: Tensor | tuple[Tensor, Tensor] | RowCores) -> bool:
-    """Whether a core has no values."""
-    if isinstance(core, Tensor):
-        return core.is_meta
-    a, b = core[:2]  # the pair, or the tables of rows
-    return a.is_meta or (b is not None and b.is_meta)
 
 
 # --- eager ---
@@ -171,18 +194,18 @@ class Call(NamedTuple):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """The eager call, of a `Call` and x, weight, down, a, b, up, bias, seed.
+    """The eager call, of a `Call` and x, weight, down, a, b, up, bias, gain, seed.
 
     Leading dimensions of x are folded here.
     """
 
     @staticmethod
     def forward(ctx, call, *tensors):  # type: ignore[no-untyped-def]
-        x, weight, down, a, b, up, bias, seed = tensors
-        needs, lead, rows = Needs(*ctx.needs_input_grad[1:8]), x.shape[:-1], call.rows
+        x, weight, down, a, b, up, bias, gain, seed = tensors
+        needs, lead, rows = Needs(*ctx.needs_input_grad[1:9]), x.shape[:-1], call.rows
         x = fold(x)
-        dropout = dropout_of(seed, call.dropout_p)
-        operands = Operands(x, weight, down, join(a, b, rows), up, bias, call.scale, dropout)
+        dropout, core = dropout_of(seed, call.dropout_p), join(a, b, rows)
+        operands = Operands(x, weight, down, core, up, bias, call.scale, dropout, gain=gain)
         want_t = needs.a or needs.b or needs.up
         masked = dropout is not None and (needs.x or needs.down)
         want_bits = masked and not call.config.redraw_dropout
@@ -192,28 +215,46 @@ class LowRankFunction(torch.autograd.Function):
         bits = done.bits
         if bits is None and masked and done.drawn:
             bits = no_bits(seed, *x.shape)
-        # Those of rows are saved for autograd to see that they are not written to meanwhile.
-        ctx.save_for_backward(seed, bits, *saved(needs, t, x, weight), down, a, b, up, *by_row)
-        ctx.needs, ctx.call, ctx.lead = needs, call, lead
         # A view that autograd does not know for one: a caller may then write to y.
         y = done.y
-        return y if x.dim() == len(lead) + 1 else unsafe_view(y, (*lead, y.shape[-1]))
+        y = y if len(lead) == 1 else unsafe_view(y, (*lead, y.shape[-1]))
+        # Those of rows are saved for autograd to see that they are not written to meanwhile, and of
+        # y it is the result, not what it is a view of, for the same.
+        of_gain = gain, *((y, bias) if needs.gain else (None, None)), *by_row
+        ctx.save_for_backward(seed, bits, *saved(needs, t, x, weight), down, a, b, up, *of_gain)
+        ctx.needs, ctx.call, ctx.lead = needs, call, lead
+        return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        seed, bits, t, x, weight, down, a, b, up, *_ = ctx.saved_tensors
         call = ctx.call
+        seed, bits, t, x, weight, down, a, b, up, gain, y, bias, *_ = saved_tensors(ctx)
         if call.config.redraw_dropout or is_no_bits(bits):
             bits = None
         core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p, bits)
-        operands = Operands(x, weight, down, core, up, None, call.scale, dropout)
+        operands = Operands(x, weight, down, core, up, bias, call.scale, dropout, gain=gain)
+        y = None if y is None else fold(y)
         with torch.no_grad():
-            grads = backward(fold(dy), t, operands, call.impl, call.config, ctx.needs)
+            grads = backward(fold(dy), t, operands, call.impl, call.config, ctx.needs, y)
         if grads[0] is not None:
             grads[0] = grads[0].view(*ctx.lead, grads[0].shape[-1])
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_double_backward(grads)
         return (None, *grads, None)
+
+
+def saved_tensors(ctx: Any) -> Any:
+    """The tensors that an eager call saved; where y was written to, the error says what to do."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if not ctx.needs.gain or "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\nThe gradient of a gain (DoRA's magnitude) is computed from the layer's "
+            "output: if it is that which was written to, as by `y += …` or an activation with "
+            "inplace=True, write `y = y + …`, or take impl='reference', which keeps what it needs"
+        ) from error
 
 
 class _Undifferentiable(torch.autograd.Function):
@@ -253,10 +294,14 @@ def run_op(operands: Operands, impl: str, want_t: bool) -> tuple[Tensor, Tensor]
 
 
 def gradients_of_op(
-    dy: Tensor, t: OptTensor, operands: Operands, impl: str, needs: Needs
+    dy: Tensor, t: OptTensor, operands: Operands, impl: str, needs: Needs, y: OptTensor = None
 ) -> list[Wanted]:
-    """The gradients of an op's backward, None for those that are not needed."""
-    return backward(dy, t, operands, impl, configuration.current(), needs)
+    """The gradients of an op's backward, None for those that are not needed.
+
+    That of the gain is among them if there is one.
+    """
+    grads = backward(dy, t, operands, impl, configuration.current(), needs, y)
+    return grads[:-1] if operands.gain is None else grads
 
 
 def there(grads: Sequence[Wanted], dy: Tensor) -> list[Tensor]:
@@ -270,32 +315,47 @@ def fake_results(x: Tensor, weight: Tensor, down: Tensor, want_t: bool) -> tuple
     return x.new_empty((x.shape[0], weight.shape[0])), t
 
 
-def fake_gradients(dy: Tensor, factors: Sequence[OptTensor], needs: Sequence[bool]) -> list[Tensor]:
+def fake_gradients(
+    dy: Tensor, factors: Sequence[OptTensor], needs: Sequence[bool], gain: OptTensor = None
+) -> list[Tensor]:
     """Gradients of the sizes that an op's backward gives; `factors` go from down to up."""
     m, n = dy.shape
     k = factors[0].shape[1]  # type: ignore[union-attr]
     of_x, of_weight, of_bias = dy.new_empty((m, k)), dy.new_empty((n, k)), dy.new_empty(n)
+    operands = of_x, of_weight, *factors, of_bias, *(() if gain is None else (gain,))
     return [
-        torch.empty_like(operand) if need else dy.new_empty(0)  # type: ignore[arg-type]
-        for need, operand in zip(needs, (of_x, of_weight, *factors, of_bias), strict=True)
+        torch.empty_like(operand) if need else dy.new_empty(0)
+        for need, operand in zip(needs, operands, strict=True)
     ]
 
 
-def connect(forward_op: Any, backward_op: Callable[..., list[Tensor]], count: int) -> None:
+def connect(
+    forward_op: Any, backward_op: Callable[..., list[Tensor]], count: int, has_gain: bool = False
+) -> None:
     """Make `backward_op` the backward of `forward_op`, whose first `count` inputs have gradients.
 
     The forward's inputs are x, weight, the factors from down to up, bias, then others, the last of
     which is whether t is wanted. The backward's are dy, t, x, weight, those factors, those others
-    but the last, and which gradients are needed.
+    but the last, and which gradients are needed. If it `has_gain`, that is the last input, or None.
+    Where it is a tensor the backward is given it too, and y and the bias if it needs a gradient.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (x, weight, *factors, _), (*others, want_t) = inputs[:count], inputs[count:]
+        ctx.inputs, gain = len(inputs), None
+        if has_gain:
+            *inputs, gain = inputs
+        (x, weight, *factors, bias), (*others, want_t) = inputs[:count], inputs[count:]
         needs = list(ctx.needs_input_grad[:count])
         values = *saved(needs, output[1] if want_t else None, x, weight), *factors, *others
+        of_gain: tuple[OptTensor, ...] = ()
+        if gain is not None:
+            needs.append(ctx.needs_input_grad[ctx.inputs - 1])
+            of_gain = gain, *((output[0], bias) if needs[-1] else (None, None))
+        ctx.of_gain = len(of_gain)
+        values = *values, *of_gain
         ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in values))
         ctx.plain = [None if isinstance(v, Tensor) else v for v in values]
-        ctx.needs, ctx.inputs = needs, len(inputs)
+        ctx.needs = needs
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dy: Any, dt: Any) -> Any:
@@ -303,9 +363,11 @@ def connect(forward_op: Any, backward_op: Callable[..., list[Tensor]], count: in
             return (None,) * ctx.inputs
         pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
         values = [plain if tensor is None else tensor for tensor, plain in pairs]
-        grads = backward_op(dy, *values, ctx.needs)
+        first = len(values) - ctx.of_gain
+        grads = backward_op(dy, *values[:first], ctx.needs, *values[first:])
         wanted = [grad if need else None for need, grad in zip(ctx.needs, grads, strict=True)]
-        return (*wanted, *[None] * (ctx.inputs - count))
+        plain = [None] * (ctx.inputs - len(wanted))
+        return (*wanted[:count], *plain, *wanted[count:])
 
     forward_op.register_autograd(backward, setup_context=setup_context)
 
@@ -324,14 +386,16 @@ def forward_op(
     dropout_p: float,
     impl: str,
     want_t: bool,
+    gain: OptTensor = None,
 ) -> tuple[Tensor, Tensor]:
     dropout = dropout_of(seed, dropout_p)
-    return run_op(Operands(x, weight, down, join(a, b), up, bias, scale, dropout), impl, want_t)
+    operands = Operands(x, weight, down, join(a, b), up, bias, scale, dropout, gain=gain)
+    return run_op(operands, impl, want_t)
 
 
 @forward_op.register_fake
 def _(x, weight, down, *others):  # type: ignore[no-untyped-def]
-    return fake_results(x, weight, down, others[-1])
+    return fake_results(x, weight, down, others[8])
 
 
 @torch.library.custom_op("fused_lowrank::backward", mutates_args=())
@@ -349,15 +413,18 @@ def backward_op(
     dropout_p: float,
     impl: str,
     needs: Sequence[bool],
+    gain: OptTensor = None,
+    y: OptTensor = None,
+    bias: OptTensor = None,
 ) -> list[Tensor]:
     dropout = dropout_of(seed, dropout_p)
-    operands = Operands(x, weight, down, join(a, b), up, None, scale, dropout)
-    return there(gradients_of_op(dy, t, operands, impl, Needs(*needs)), dy)
+    operands = Operands(x, weight, down, join(a, b), up, bias, scale, dropout, gain=gain)
+    return there(gradients_of_op(dy, t, operands, impl, Needs(*needs), y), dy)
 
 
 @backward_op.register_fake
 def _(dy, t, x, weight, down, a, b, up, *others):  # type: ignore[no-untyped-def]
-    return fake_gradients(dy, (down, a, b, up), others[-1])
+    return fake_gradients(dy, (down, a, b, up), *others[4:6])
 
 
-connect(forward_op, backward_op, count=7)
+connect(forward_op, backward_op, count=7, has_gain=True)

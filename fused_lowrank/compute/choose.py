@@ -203,7 +203,7 @@ def decide(problem: Problem, impl: str, compute: Compute | None = None, mode: st
     mode = mode or measured.mode()
     if mode == "off":
         return Decision(tuple(on_paper), "least cost on paper; FUSED_LOWRANK_TUNE is off")
-    times = measured.known(problem.device).get(measured.name_of(problem), {})
+    times = measured.times_of(problem.device).get(measured.name_of(problem), {})
     lacking = any(name not in times for name in names)
     if lacking and mode == "full" and compute and measured.possible(problem.device):
         times = measured.measure(problem.device, names, compute)

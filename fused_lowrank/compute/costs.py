@@ -181,7 +181,7 @@ def least(at: Problem, adapted: bool = True) -> Cost:
     operations = 2.0 * at.m * at.n * at.k
     moved = float((at.m * at.k + at.n * at.k + at.m * at.n) * size)
     if adapted:
-        operations += 2.0 * at.m * (at.k * at.p + at.p * at.q + at.q * at.n)
+        operations += 2.0 * at.m * (at.k * at.p + at.core_size + at.q * at.n)
         moved += (at.p * at.k + at.n * at.q + at.m * rank) * size
     peak = peaks(at.device)
     seconds = max(operations / peak.rate(at.dtype), moved / peak.bandwidth) + peak.start
@@ -215,9 +215,9 @@ def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) ->
 def shrink(problem: Problem, tile: TileConfig | None) -> Work:
     """The work of `shrink`: x is read once, by as many programs as there are for it."""
     (m, k, _, p, q), size = problem[2:7], problem.dtype.itemsize
-    cores = m * p * q if problem.by_row else 0
+    cores = m * problem.core_size if problem.by_row else 0
     moved = (m * k + p * k + m * p + m * q + cores) * size
-    operations = 2.0 * m * k * p + 2.0 * m * p * q
+    operations = 2.0 * m * k * p + 2.0 * m * problem.core_size
     peak = peaks(problem.device)
     if tile is None:
         return Work(operations, moved)
@@ -259,7 +259,7 @@ def relay(problem: Problem, tile: TileConfig | None) -> Work:
     waits = RELAY * (1.0 + p / RELAY_COLUMNS) * of_tile(problem, sides, problem.k)
     if problem.by_row:  # of float32
         first = math.ceil(math.ceil(problem.m / sides[0]) / peaks(problem.device).processors)
-        turns = 1 + 4 * sides[0] * p * problem.q / CORES_IN_FLIGHT
+        turns = 1 + 4 * sides[0] * problem.core_size / CORES_IN_FLIGHT
         waits += first * turns * CORES_TURN
     return Work(operations, moved, UNHIDDEN, waits, waves(problem, sides, problem.k + tail) / GLUON)
 
@@ -274,5 +274,6 @@ def together(problem: Problem) -> tuple[float, float]:
     """The operations and the bytes of a pass in one launch."""
     m, k, n, p, q = problem[2:7]
     moved = m * k + n * k + m * n + p * k + n * q + m * p + 2 * m * q
-    moved += m * p * q if problem.by_row else 0
-    return 2.0 * m * (n * k + n * q + k * p + p * q), float(moved * problem.dtype.itemsize)
+    moved += m * problem.core_size if problem.by_row else 0
+    operations = 2.0 * m * (n * k + n * q + k * p + problem.core_size)
+    return operations, float(moved * problem.dtype.itemsize)

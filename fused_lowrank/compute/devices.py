@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.tile_choice import select, variant
+from ..kernels.tile_choice import experimental_tile, select
 from ..kernels.tiles import MANY, MAX_RANK, TARGETS, Choice, Spec, Target, TileConfig, is_valid
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -94,8 +94,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, p: int, q: int) -> 
 def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
     """The choice of tiles for launches on `device`: by a set of that name, and by pins before that.
 
-    One object for the same device, name and pins. The names are those of `VARIANTS` and `SLICES`
-    in kernels/tiles.py, "" for the defaults and "fixed" for tiles that do not follow the rows.
+    One object for the same device, name and pins. The names are those of `EXPERIMENTAL_TILES` and
+    `SLICES` in kernels/tile_choice.py, "" for the defaults and "fixed" for tiles that do not follow
+    the rows.
 
     Raises ValueError, when a launch chooses, for a pinned tile that is not valid for it.
     """
@@ -109,7 +110,7 @@ def tiles(device: torch.device, name: str = "", pins: Pins = ()) -> Choice:
             many = select(where, replace(spec, n=MANY), MANY)
             return replace(many, whole_k=True) if spec.kernel == "shrink" else many
         if pinned is None:
-            other = variant(name, where, spec, m)
+            other = experimental_tile(name, where, spec, m)
             return other if other and is_valid(other, where, spec) else select(where, spec, m)
         if not is_valid(pinned, where, spec):
             raise ValueError(f"the pinned {pinned} is not valid for {spec}")

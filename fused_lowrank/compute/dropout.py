@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import AnyCore, RowCores
+
 
 class Dropout(NamedTuple):
     """A dropout of a call: where its mask comes from.
@@ -88,3 +90,18 @@ def no_bits(seed: Tensor, m: int, k: int) -> Tensor:
 def is_no_bits(bits: Tensor | None) -> bool:
     """Whether this is what `no_bits` gives."""
     return bits is not None and bits.stride(1) == 0
+
+
+def without_ranks(core: AnyCore, up: Tensor, p: float) -> tuple[AnyCore, Tensor]:
+    """(core, up) of a pass in which each column of u, (M, Q), is zero with probability p.
+
+    The others are scaled by 1 / (1 - p), so that the low-rank term is what it would be on average.
+    The mask is of torch's generator, for all rows the same. It goes into the core, which is small;
+    where there is none, or one for each row, into up.
+    """
+    mask = (torch.rand(up.shape[1], device=up.device) >= p) / (1.0 - p)
+    if core is None or isinstance(core, RowCores):
+        return core, up * mask.to(up.dtype)
+    if isinstance(core, tuple):
+        return (core[0], core[1] * mask.to(core[1].dtype)), up
+    return core * mask.to(core.dtype), up

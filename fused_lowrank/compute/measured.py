@@ -42,6 +42,8 @@ FLAGS = {  # of a problem → as the file has it
     "want_u": "want_u",
     "by_row": "rows",
     "bulk": "bulk",
+    "diagonal": "diagonal",
+    "gain": "gain",
 }
 
 
@@ -135,16 +137,16 @@ def read(device: torch.device) -> dict[str, Times]:
 
 
 @functools.cache
-def known(device: torch.device) -> dict[str, Times]:
+def times_of(device: torch.device) -> dict[str, Times]:
     """The times in the file when it was first asked for, and those measured since."""
     return read(device)
 
 
 def write(device: torch.device, name: str, times: Times) -> None:
     """Put one pass into the file, atomically, beside what other processes have put there."""
-    known(device)[name] = times
+    times_of(device)[name] = times
     path = path_of(device)
-    content = {"identity": identity(device), "passes": {**read(device), **known(device)}}
+    content = {"identity": identity(device), "passes": {**read(device), **times_of(device)}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -10,19 +10,20 @@ from torch import Tensor
 from ..kernels.tiles import SMALL_M, is_bulk
 from .devices import has_kernels
 from .dropout import Dropout
-from .reference import AnyCore, RowCores
+from .reference import AnyCore, RowCores, is_diagonal
 
 
 class Operands(NamedTuple):
-    """The operands of y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ, for one pass.
+    """The operands of y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias, for one pass.
 
-    x (M, K), weight (N, K), down (P, K), core (P, Q), or the pair (P, r), (r, Q), or `RowCores`, or
-    None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None, or says where its mask
-    comes from.
+    x (M, K), weight (N, K), down (P, K), core (P, Q), or a diagonal (r,), or the pair (P, r),
+    (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None,
+    or says where its mask comes from. gain is (N,), or None for 1.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:
-    down (K, P), up (Q, N), and the core transposed. Dropout is then of u·upᵀ in place of x.
+    down (K, P), up (Q, N), and the core transposed. Dropout is then of u·upᵀ in place of x. It has
+    no gain: its x is dy ⊙ gain.
 
     What a pass does not need is None: x and weight of a backward that wants no gradient of theirs.
     """
@@ -36,6 +37,7 @@ class Operands(NamedTuple):
     scale: float
     dropout: Dropout | None = None
     transposed: bool = False
+    gain: Tensor | None = None
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -46,6 +48,8 @@ class Operands(NamedTuple):
 
     def of_backward(self, dy: Tensor) -> Operands:
         """The operands of the pass from dy to dx: dx = dy·W + scale · ((dy·up) · coreᵀ) · down.
+
+        Where there is a gain dy has been multiplied by it.
 
         Where there was dropout t has been divided by 1 - p; here the scale is.
         """
@@ -74,6 +78,13 @@ class Problem(NamedTuple):
     by_row: bool = False  # a core for each row, not one for all
     bulk: bool = False  # of many rows: bulk copies can move x, W, down, up and y: `is_bulk`
     doubles: bool = False  # a factor is in float64, and x is not
+    diagonal: bool = False  # the core, or that of each row
+    gain: bool = False  # y is multiplied by a gain
+
+    @property
+    def core_size(self) -> int:
+        """The numbers of a core."""
+        return self.p if self.diagonal else self.p * self.q
 
 
 def bucket(rows: int) -> int:
@@ -110,6 +121,8 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         isinstance(operands.core, RowCores),
         bulk,
         doubles,
+        is_diagonal(operands.core),
+        operands.gain is not None,
     )
 
 

@@ -1,6 +1,6 @@
 """The plans: ways to compute a pass, as rows of a table.
 
-    t, u = shrink(x, down, core, scale)        y = gemm_tail(x, W, u, up, bias)
+    t, u = shrink(x, down, core, scale)        y = gemm_tail(x, W, u, up, bias, gain)
 
 | plan | way down | way up |
 |---|---|---|
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.tile_choice import SLICES, VARIANTS
+from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
 from . import steps_kernels as kernels
 from . import steps_library as library
 from .costs import Work
@@ -53,6 +53,11 @@ class Plan:
         return OUR_CORE_GRAD if self.ours else LIBRARY_CORE_GRAD
 
     @property
+    def gain_back(self) -> Any:
+        """The step (dy, y, gain, bias, choose) → dy ⊙ gain and the gradient of the gain."""
+        return OUR_GAIN if self.ours else LIBRARY_GAIN
+
+    @property
     def masked(self) -> Any:
         """The step (x, dropout, choose) → x under the mask that the plan's shrink sees."""
         return OUR_MASK if self.ours else LIBRARY_MASK
@@ -68,8 +73,8 @@ class Plan:
 
     def is_candidate(self, problem: Problem) -> bool:
         """Whether it can compute the pass and may be chosen for it, without being named."""
-        known = self.automatic and (self.automatic_by_row or not problem.by_row)
-        return known and not self.why_not(problem)
+        automatic = self.automatic and (self.automatic_by_row or not problem.by_row)
+        return automatic and not self.why_not(problem)
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of the plan's steps, on paper."""
@@ -78,6 +83,7 @@ class Plan:
         return times * [work for step in self.steps for work in step.work(part)]
 
 
+OUR_GAIN, LIBRARY_GAIN = kernels.GainBack("gain_back"), library.GainBack()
 OUR_CORE_GRAD, LIBRARY_CORE_GRAD = kernels.CoreGrad("core_grad"), library.CoreGrad()
 OUR_MASK, LIBRARY_MASK = kernels.Masked("dropped", "dropout"), library.Masked()
 
@@ -92,7 +98,7 @@ ROWS = (
     Plan("split", _our_shrink, _gemm_tail, ours=True),
     *(
         Plan(f"split:{name}", _our_shrink, _gemm_tail, ours=True, tiles=name, automatic=False)
-        for name in VARIANTS
+        for name in EXPERIMENTAL_TILES
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),

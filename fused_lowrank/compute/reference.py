@@ -1,9 +1,11 @@
 """The equation in plain torch, on any device and in any float dtype: the truth that the rest is
 measured against.
 
-    y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ
+    y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias
 
-The core is one for all rows or, in a bank of adapters, one for each (`RowCores`).
+The gain is 1 where there is none. The core is one for all rows or, in a bank of adapters, one for
+each (`RowCores`). A diagonal is given as its r numbers, and is never made a matrix:
+(t · core)[m, p] = t[m, p] · core[p].
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class RowCores(NamedTuple):
     `refused`.
     """
 
-    table: torch.Tensor  # (slots, P, Q), or (slots, P, r) where there is a `right`
+    table: torch.Tensor  # (slots, P, Q); (slots, r), diagonals; (slots, P, r) beside a `right`
     right: torch.Tensor | None  # (slots, r, Q): a core is the product of the two
     handles: torch.Tensor  # int64 (lines, k)
     weights: torch.Tensor | None  # float32 (lines, k); None: 1
@@ -57,7 +59,7 @@ class RowCores(NamedTuple):
     def turned(self) -> RowCores:
         """The row cores with every core transposed."""
         if self.right is None:
-            return self._replace(table=self.table.mT)
+            return self if is_diagonal(self) else self._replace(table=self.table.mT)
         return self._replace(table=self.right.mT, right=self.table.mT)
 
 
@@ -81,8 +83,28 @@ def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def is_diagonal(core: AnyCore) -> bool:
+    """Whether the core, or that of each row, is a diagonal, given as its numbers."""
+    if isinstance(core, RowCores):
+        return core.table.dim() == 2
+    return isinstance(core, torch.Tensor) and core.dim() == 1
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gain is used beside an x of this one: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_meta(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | RowCores) -> bool:
+    """Whether a core has no values."""
+    if isinstance(core, torch.Tensor):
+        return core.is_meta
+    a, b = core[:2]  # the pair, or the tables of rows
+    return a.is_meta or (b is not None and b.is_meta)
+
+
 def product(core: Core) -> torch.Tensor | None:
-    """The core as one matrix: itself, or a·b in the wider of their dtypes."""
+    """The core as one tensor: itself, or a·b in the wider of their dtypes."""
     if not isinstance(core, tuple):
         return core
     a, b = core
@@ -90,6 +112,14 @@ def product(core: Core) -> torch.Tensor | None:
         return a @ b
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def through_product(
+    t: torch.Tensor, core: torch.Tensor, products: Products = TORCH
+) -> torch.Tensor:
+    """t · core, of a matrix (P, Q) or a diagonal (r,), in core's dtype."""
+    t = like(t, core.dtype)
+    return t * core if core.dim() == 1 else products.matmul(t, core)
 
 
 def factors(rows: RowCores, slots: torch.Tensor, j: int, scale: float) -> torch.Tensor:
@@ -107,7 +137,7 @@ def through_rows(t: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
     A row without an adapter is zero by selection: its t may be NaN, and so may the core in its
     place; so where this is to be differentiated both are selected as well.
     """
-    wide = torch.promote_types(rows.table.dtype, torch.float32)
+    wide, diagonal = torch.promote_types(rows.table.dtype, torch.float32), is_diagonal(rows)
     all_slots, valid = rows.slots()
     lines = like(t, wide).reshape(all_slots.shape[1], rows.repeat, t.shape[-1])
     parts = []
@@ -116,10 +146,12 @@ def through_rows(t: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
         for table in (rows.table, rows.right):
             if table is not None:
                 cores = like(table.index_select(0, slots), wide)
+                if diagonal:
+                    cores = cores.unsqueeze(1)
                 if valid is not None and torch.is_grad_enabled():
                     there = valid[j].view(-1, 1, 1)
                     part, cores = part.where(there, 0.0), cores.where(there, 0.0)
-                part = torch.bmm(part, cores)
+                part = part * cores if diagonal else torch.bmm(part, cores)
         part = part.mul_(factors(rows, slots, j, scale))
         parts.append(part if valid is None else part.where(valid[j].view(-1, 1, 1), 0.0))
     u = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -129,18 +161,20 @@ def through_rows(t: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
 def rows_grad(t: torch.Tensor, g: torch.Tensor, rows: RowCores, scale: float) -> torch.Tensor:
     """dcore of each slot, (slots, P, Q): scale · Σ over its rows of factor[m] · t[m]ᵀ·g[m].
 
-    In float32 or wider. A slot's rows are added in their order, and no other row reaches it.
+    Of diagonals it is (slots, r), the diagonal of that alone. In float32 or wider. A slot's rows
+    are added in their order, and no other row reaches it.
     """
     wide = torch.promote_types(rows.table.dtype, torch.float32)
     all_slots, valid = rows.slots()
     t_lines, g_lines = (
         like(side, wide).reshape(all_slots.shape[1], rows.repeat, side.shape[1]) for side in (t, g)
     )
-    by_line = torch.bmm(t_lines.mT, g_lines)
-    grad = by_line.new_zeros(len(rows.scales), t.shape[1], g.shape[1])
+    by_line = (t_lines * g_lines).sum(1) if is_diagonal(rows) else torch.bmm(t_lines.mT, g_lines)
+    each = (-1,) + (1,) * (by_line.dim() - 1)
+    grad = by_line.new_zeros(len(rows.scales), *by_line.shape[1:])
     for j, slots in enumerate(all_slots):
-        part = by_line * factors(rows, slots, j, scale)
-        part = part if valid is None else part.where(valid[j].view(-1, 1, 1), 0.0)
+        part = by_line * factors(rows, slots, j, scale).view(each)
+        part = part if valid is None else part.where(valid[j].view(each), 0.0)
         grad.index_add_(0, slots, part)
     return grad
 
@@ -154,7 +188,7 @@ def through_core(
     matrix = product(core)
     if matrix is None:
         return t * scale
-    return like(products.matmul(like(t, matrix.dtype), matrix) * scale, t.dtype)
+    return like(through_product(t, matrix, products) * scale, t.dtype)
 
 
 def lowrank_linear_reference(
@@ -168,14 +202,21 @@ def lowrank_linear_reference(
     scale: float = 1.0,
     low: torch.Tensor | None = None,
     products: Products = TORCH,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x·Wᵀ + bias + scale · ((low·downᵀ) · core) · upᵀ, where low is x, or x after dropout.
+    """y = gain ⊙ (x·Wᵀ + scale · ((low·downᵀ) · core) · upᵀ) + bias; low is x, or x after dropout.
 
-    x (..., K), weight (N, K), down (P, K), core (P, Q) or the pair (P, r), (r, Q) or None, up
-    (N, Q), bias (N,) → (..., N); or a core for each row (`RowCores`). down and up are used in x's
-    dtype; the product with core is taken in core's. Differentiable any number of times. `products`
-    are torch's own by default.
+    x (..., K), weight (N, K), down (P, K), core (P, Q) or a diagonal (r,) or the pair (P, r),
+    (r, Q) or None, up (N, Q), bias (N,), gain (N,) or None for 1 → (..., N); or a core for each row
+    (`RowCores`). down and up are used in x's dtype; the product with core is taken in core's, that
+    with gain in float32 or wider. Differentiable any number of times. `products` are torch's own by
+    default.
     """
     t = products.linear(x if low is None else low, like(down, x.dtype))
     u = through_core(t, core, scale, products)
-    return products.linear(x, weight, bias) + products.linear(u, like(up, x.dtype))
+    tail = products.linear(u, like(up, x.dtype))
+    if gain is None:
+        return products.linear(x, weight, bias) + tail
+    wide = wide_dtype(x.dtype)
+    y = like(products.linear(x, weight, None) + tail, wide) * like(gain, wide)
+    return like(y if bias is None else y + bias, x.dtype)

@@ -87,7 +87,7 @@ def bits_of(operands: Operands, drawn: bool) -> Tensor:
 
     It is of x, or in a backward of the y of this pass.
     """
-    x, weight, _, _, _, _, _, dropout, transposed = operands
+    x, weight, _, _, _, _, _, dropout, transposed, _ = operands
     assert dropout is not None
     m, k = x.shape[0], (weight.shape[0] if transposed else x.shape[1])
     if drawn:
@@ -103,9 +103,9 @@ def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Do
     for m, row in enumerate(operands.x.split(1)):
         own = core
         if isinstance(core, RowCores):
-            line = slice(m // core.repeat, m // core.repeat + 1)
-            weights = None if core.weights is None else core.weights[line]
-            handles = core.handles[line]
+            entry = slice(m // core.repeat, m // core.repeat + 1)
+            weights = None if core.weights is None else core.weights[entry]
+            handles = core.handles[entry]
             own = core._replace(handles=handles, weights=weights, repeat=1, resolved_slots=None)
         alone = operands._replace(x=row, core=own)
         t, u, _ = plan.down.run(alone, None, want_t, True)

@@ -3,6 +3,7 @@
 shrink, gemm_tail    a launch each
 decode, relay        the whole pass in one launch: few rows, many rows
 core_grad            a launch
+gain_back            a launch
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tile_choice import SLICES, VARIANTS, select, variant
+from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES, experimental_tile, select
 from ..kernels.tiles import RELAY_RANK, SMALL_M, Spec, TileConfig, is_valid, padded
 from . import costs, devices
 from .costs import Work
 from .dropout import Dropout, dropped
+from .gain import widened
 from .operands import Operands, Problem
 from .reference import RowCores
 from .steps_library import Step, Wanted, contiguous, of_tables
@@ -56,7 +58,7 @@ class Shrink(Kernel):
         t (M, P), divided by 1 - p where there is dropout; u (M, padded(Q)); the dropout's mask, not
         where that is given.
         """
-        x, _, down, core, _, _, scale, dropout, transposed = operands
+        x, _, down, core, _, _, scale, dropout, transposed, _ = operands
         down, core = down.contiguous(), contiguous(core)
         masked = None if transposed or dropout is None else dropout
         if masked is not None and masked.bits is not None:  # the kernel draws: it is not given one
@@ -77,11 +79,12 @@ class GemmTail(Kernel):
 
     def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
         """y (M, N)."""
-        x, weight, _, _, up, bias, _, dropout, transposed = operands
+        x, weight, _, _, up, bias, _, dropout, transposed, gain = operands
         up = None if up is None else up.contiguous()
         bias = None if bias is None else bias.contiguous()
         bits = bits_of(dropout, (x.shape[0], weight.shape[0]), choose) if transposed else None
-        return self.launch(x, weight, u, up, bias, transposed, bits, choose)
+        gain = None if gain is None else widened(gain, x.dtype)
+        return self.launch(x, weight, u, up, bias, transposed, bits, choose, gain)
 
     def work(self, problem: Problem) -> list[Work]:
         """A GEMM with some more steps of its loop."""
@@ -93,10 +96,11 @@ class OneLaunch(Kernel):
 
     def run(self, operands: Operands, choose: Any, want_t: bool) -> tuple[Tensor, Wanted]:
         """(y, t), t only if wanted."""
-        x, weight, down, core, up, bias, scale, _, transposed = operands
+        x, weight, down, core, up, bias, scale, _, transposed, gain = operands
         factors = down.contiguous(), contiguous(core), up.contiguous()
         bias = None if bias is None else bias.contiguous()
-        return self.launch(x, weight, *factors, bias, scale, transposed, want_t, choose)
+        gain = None if gain is None else widened(gain, x.dtype)
+        return self.launch(x, weight, *factors, bias, scale, transposed, want_t, choose, gain)
 
     def why_not(self, problem: Problem) -> str | None:
         """The reason against so many rows, such ranks or this device; None if there is none."""
@@ -150,6 +154,17 @@ class CoreGrad(Kernel):
         return self.launch(t, g, contiguous(core), scale, want, choose)
 
 
+class GainBack(Kernel):
+    """The way back through the gain in one launch."""
+
+    def run(
+        self, dy: Tensor, y: Wanted, gain: Tensor, bias: Wanted, choose: Any
+    ) -> tuple[Tensor, Wanted]:
+        """(dy ⊙ gain, dgain), the latter where y is given; gain is `widened`."""
+        y = None if y is None else y.contiguous()
+        return self.launch(dy, y, gain, None if bias is None else bias.contiguous(), choose)
+
+
 class Masked(Kernel):
     """x under the kernels' mask as a whole, for the gradient of a trained down."""
 
@@ -188,9 +203,9 @@ def tile_of(kernel: str, problem: Problem) -> TileConfig | None:
 
 def why_not_tiles(problem: Problem, name: str) -> str | None:
     """The reason why a pass cannot take the set of tiles of that name, or None if it can."""
-    where, tiles = devices.target(problem.device), VARIANTS.get(name)
+    where, tiles = devices.target(problem.device), EXPERIMENTAL_TILES.get(name)
     if name in SLICES:
-        tile = where and variant(name, where, spec_of("relay", problem), problem.m)
+        tile = where and experimental_tile(name, where, spec_of("relay", problem), problem.m)
         if tile and tile.makers > 1:
             return None
         return f"{name!r} is for one core, more than one column of tiles and one step of K"

@@ -1,8 +1,9 @@
 """Steps by library products, on any device.
 
     t, u = shrink                     t = x·downᵀ   u = scale · t · core
-    y = tail_last or tail_first       y = x·Wᵀ + bias + u·upᵀ, in either order
+    y = tail_last or tail_first       y = x·Wᵀ + bias + u·upᵀ, in either order; the former with gain
     dcore = core_grad                 dcore = scale · tᵀ·g
+    dz, dgain = gain_back             dz = dy ⊙ gain
 
 A step has `run`, which computes it; `why_not`, which says why a problem is none for it, or None;
 and `work`, which says what it does, for `costs`.
@@ -17,15 +18,18 @@ from torch import Tensor
 
 from .costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
 from .dropout import Dropout, dropped, mask
+from .gain import add_tail_, gain_back, widened
 from .operands import Operands, Problem
 from .reference import (
     TORCH,
     AnyCore,
     Products,
     RowCores,
+    is_diagonal,
     like,
     product,
     rows_grad,
+    through_product,
     through_rows,
 )
 
@@ -59,7 +63,7 @@ class Shrink(Step):
 
         This mask is made again where it is needed: no bits of it are kept.
         """
-        x, _, down, core, _, _, scale, dropout, transposed = operands
+        x, _, down, core, _, _, scale, dropout, transposed, _ = operands
         if transposed:  # dropout is of the tail then
             dropout = None
         down = like(down, x.dtype)
@@ -73,19 +77,19 @@ class Shrink(Step):
         matrix = product(core)
         if matrix is None:
             return t, (t if scale == 1.0 else t * scale), None
-        u = self.products.matmul(like(t, matrix.dtype), matrix.t() if transposed else matrix)
+        u = through_product(t, matrix.t() if transposed else matrix, self.products)
         return t, like(u if scale == 1.0 else u.mul_(scale), x.dtype), None
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of two products."""
         size, m = problem.dtype.itemsize, problem.m
         x, t, u = m * problem.k * size, m * problem.p * size, m * problem.q * size
-        cores = m * problem.p * problem.q * size if problem.by_row else 0
+        cores = m * problem.core_size * size if problem.by_row else 0
         down = problem.p * problem.k * size
         calls = ROWS_CALLS if problem.by_row else CORE_CALLS
         return [
             skinny(problem, 2.0 * m * problem.k * problem.p, x + down + t),
-            skinny(problem, 2.0 * m * problem.p * problem.q, t + u + 3 * cores, calls),
+            skinny(problem, 2.0 * m * problem.core_size, t + u + 3 * cores, calls),
         ]
 
 
@@ -97,10 +101,12 @@ class TailLast(Step):
 
     def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
         """y (M, N); in a backward with dropout u·upᵀ is added where y's place is kept."""
-        x, weight, _, _, up, bias, _, dropout, transposed = operands
+        x, weight, _, _, up, bias, _, dropout, transposed, gain = operands
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
         u = narrow(u, up)
-        y = self.products.linear(x, weight, bias)
+        y = self.products.linear(x, weight, bias if gain is None else None)
+        if gain is not None:
+            return add_tail_(y, u, up, widened(gain, x.dtype), bias, self.products)
         if dropout is None or not transposed:
             return self.products.add_matmul(y, u, up)
         return y.add_(mask(y, dropout).mul_(self.products.matmul(u, up)))
@@ -109,6 +115,8 @@ class TailLast(Step):
         """The base, and a product that reads and writes y again."""
         size, m, n, q = problem.dtype.itemsize, problem.m, problem.n, problem.q
         moved = (2 * m * n + m * q + n * q) * size
+        if problem.gain and problem.device.type != "cpu":  # in float32, written and read again
+            moved += 16 * m * n
         return [base(problem), skinny(problem, 2.0 * m * n * q, moved)]
 
 
@@ -117,18 +125,20 @@ class TailFirst(Step):
 
     def run(self, operands: Operands, choose: Any, u: Tensor) -> Tensor:
         """y (M, N)."""
-        x, weight, _, _, up, bias, _, _, transposed = operands
+        x, weight, _, _, up, bias, _, _, transposed, _ = operands
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
         u = narrow(u, up)
         y = u @ up if bias is None else torch.addmm(bias, u, up)
         return y.addmm_(x, weight.t())
 
     def why_not(self, problem: Problem) -> str | None:
-        """The reason against a core for each row or a mask on the way back; None without them."""
+        """The reason against a core for each row, a mask on the way back or a gain, or None."""
         if problem.by_row:
             return "it has no core for each row"
         if problem.dropout and problem.transposed:
             return "it has no dropout on the way back"
+        if problem.gain:
+            return "it has no gain: that is of the sums, and the base is the last of them"
         return None
 
     def work(self, problem: Problem) -> list[Work]:
@@ -149,6 +159,9 @@ class CoreGrad(Step):
         """(dcore, None), or for a pair (da, db), those that are wanted."""
         if isinstance(core, RowCores):
             return of_tables(rows_grad(t, g, core, scale), core, want)
+        if is_diagonal(core):
+            wide = torch.promote_types(core.dtype, torch.float32)
+            return like((like(t, wide) * like(g, wide)).sum(0).mul_(scale), core.dtype), None
         a, b = core if isinstance(core, tuple) else (core, core)
         dtype = torch.promote_types(a.dtype, b.dtype)
         dcore = t.t().to(dtype) @ g.to(dtype)
@@ -159,6 +172,16 @@ class CoreGrad(Step):
         da = (dcore @ b.t().to(dtype)).to(a.dtype) if want[0] else None
         db = (a.t().to(dtype) @ dcore).to(b.dtype) if want[1] else None
         return da, db
+
+
+class GainBack(Step):
+    """The way back through the gain, in one pass over dy."""
+
+    def run(
+        self, dy: Tensor, y: Wanted, gain: Tensor, bias: Wanted, choose: Any
+    ) -> tuple[Tensor, Wanted]:
+        """(dy ⊙ gain, dgain), the latter where y is given; gain is `widened`."""
+        return gain_back(dy, y, gain, bias)
 
 
 class Masked(Step):

@@ -34,7 +34,7 @@ PRODUCT = nn.Linear.forward.__code__
 
 
 class Reader(NamedTuple):
-    """The code that has read the weight of a layer, since it was called last or at all."""
+    """A place in code that has read a layer's weight since the layer was last called, if ever."""
 
     where: str
     holds: bool  # whether it is a method of the module that holds the layer: the model's own code
@@ -107,8 +107,9 @@ def watch_gradients(factors: Iterable[nn.Parameter]) -> None:
 
 
 def learns(factor: Tensor) -> None:
-    """The hook of a factor: its first gradient has come, or was none, as compiled graphs may have
-    it.
+    """A hook of a factor, which notes its first gradient and then goes.
+
+    In compiled graphs it may be called without a gradient, which does not count.
     """
     if factor.grad is None:
         return
@@ -125,7 +126,10 @@ def waits(factor: Tensor) -> bool:
 
 
 def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list[str]:
-    """The layers, of these with their trained factors, called or read in training in vain."""
+    """The layers that were called or read in training and that no gradient has reached.
+
+    `layers` gives each by name with its trained factors.
+    """
     factors = [factor for _, own in layers.values() for factor in own]
     if not any(hasattr(factor, "_lowrank_learned") for factor in factors):
         return []
@@ -139,8 +143,9 @@ def without_gradient(layers: Mapping[str, tuple[Any, Sequence[Tensor]]]) -> list
 def warn_of_passed_over(
     layers: Mapping[str, tuple[Any, Sequence[Tensor]]], stacklevel: int
 ) -> None:
-    """Warn once, naming the layers, of these with their trained factors, that are passed over or
-    learn nothing.
+    """Warn once of layers that are passed over or learn nothing, naming them.
+
+    `layers` gives each by name with its trained factors.
     """
     said = []
     if found := passed_over({name: layer for name, (layer, _) in layers.items()}):

@@ -47,14 +47,18 @@ KINDS = 256  # of calls that are remembered for one model
 
 
 class Spread(NamedTuple):
-    """Row m of a layer's input is of line (m // repeat) % lines."""
+    """Row m of a layer's input is of entry (m // repeat) % entries.
 
-    outer: int  # how often the lines come one after the other
+    The entries are what a call with adapters by sequence names: an adapter, or a mixture of some,
+    for each sequence.
+    """
+
+    outer: int  # how often all the entries come one after the other
     repeat: int
 
-    def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
-        """The entries of the lines, again and again."""
-        return torch.cat([lines] * self.outer, dim)
+    def laid(self, entries: Tensor, dim: int = 0) -> Tensor:
+        """The values of the entries, along dimension `dim`, once for each time that they come."""
+        return torch.cat([entries] * self.outer, dim)
 
 
 class Layout(NamedTuple):
@@ -97,12 +101,12 @@ class Learned:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call of a model, or of a part of it, with adapters by line."""
+    """A call of a model, or of a part of it, with an entry (see `Spread`) for each sequence."""
 
     key: Any  # of whose adapters
     module: nn.Module
-    lines: int
-    n: int  # sequences: lines, or as many times that as `generate` makes of each
+    entries: int  # how many there are
+    n: int  # sequences: as many as the entries, or as many times that as `generate` makes of each
     axis: int  # of the inputs, along which they are; 1 where each row of packed input is named
     given: str  # the input that said so
     learned: Learned
@@ -134,7 +138,7 @@ def call_of(key: Any) -> Call | None:
 
 
 def begin(
-    key: Any, lines: int, module: nn.Module, args: Any, kwargs: Any, learned: Learned
+    key: Any, entries: int, module: nn.Module, args: Any, kwargs: Any, learned: Learned
 ) -> None:
     """Note that a module is called; `end` must follow. Within another call it is a part of that."""
     call = call_of(key)
@@ -144,13 +148,13 @@ def begin(
     flags = flags_of(module, learned)
     first: Any = args[0] if args and not kwargs else None
     if type(first) is Tensor and len(args) == 1:  # as one before it, mostly
-        seen: Any = id(module), flags, lines, first.shape, SAID.get() is None
+        seen: Any = id(module), flags, entries, first.shape, SAID.get() is None
         if seen in learned.seen and not learned.varies:
-            call = Call(key, module, lines, lines, 0, "", learned, outer=CALL.get())
+            call = Call(key, module, entries, entries, 0, "", learned, outer=CALL.get())
             call.token = CALL.set(call)
             return
-    n, axis, main, given = counted(lines, args, kwargs)
-    call = Call(key, module, lines, n, axis, given, learned, outer=CALL.get())
+    n, axis, main, given = counted(entries, args, kwargs)
+    call = Call(key, module, entries, n, axis, given, learned, outer=CALL.get())
     if call.fits and main is not None:
         call.media = beside_text(main, kwargs)
         call.paired = not call.media or paired(module, main)
@@ -161,8 +165,10 @@ def begin(
                 call.follower.mark(x, state)
             eagerly(1)
             call.follower.__enter__()
-        elif main is first and (n, axis, len(args)) == (lines, 0, 1) and len(learned.seen) < KINDS:
-            learned.seen.add((id(module), flags, lines, first.shape, SAID.get() is None))
+        elif (
+            main is first and (n, axis, len(args)) == (entries, 0, 1) and len(learned.seen) < KINDS
+        ):
+            learned.seen.add((id(module), flags, entries, first.shape, SAID.get() is None))
     call.token = CALL.set(call)
 
 
@@ -199,17 +205,17 @@ def eagerly(more: int) -> None:
 # --- the inputs ---
 
 
-def counted(lines: int, args: Any, kwargs: Any) -> tuple[int, int, Tensor | None, str]:
-    """(sequences, or 0 where they are not the lines'; axis; the input that says so; its name)."""
+def counted(entries: int, args: Any, kwargs: Any) -> tuple[int, int, Tensor | None, str]:
+    """(sequences, or 0 if they do not fit the entries; axis; the input that says so; its name)."""
     name, main = main_input(args, kwargs)
     if main is None:
-        return lines, 0, None, ""
+        return entries, 0, None, ""
     given = f"{name} is {tuple(main.shape)}" if name else f"its input is {tuple(main.shape)}"
     count = main.shape[0]
-    if count == lines or (count % lines == 0 and count == lines * expansion()):
+    if count == entries or (count % entries == 0 and count == entries * expansion()):
         return count, 0, main, given
-    if count == 1 and main.dim() > 1 and main.shape[1] == lines:
-        return lines, 1, main, given
+    if count == 1 and main.dim() > 1 and main.shape[1] == entries:
+        return entries, 1, main, given
     return 0, 0, main, given
 
 

@@ -25,7 +25,7 @@ from .whose_rows import followed, shown
 
 
 class Numbers:
-    """The line of each row, or of each index of x's first dimensions; a copy of what was given."""
+    """The entry's number for each row of x or each index of x's first dimensions; a copy."""
 
     def __init__(self, given: Any) -> None:
         if not isinstance(given, Tensor):
@@ -63,7 +63,7 @@ Given = int | Tensor | Sequence[int] | Callable[[Tensor], Any]
 
 
 def said_by(rows: Any) -> Said:
-    """A declaration, checked."""
+    """The rows of a declaration, checked: a dimension of x, or `Numbers`."""
     if isinstance(rows, Tensor | list | tuple | range):
         return Numbers(rows)
     if isinstance(rows, bool):
@@ -75,7 +75,7 @@ def said_by(rows: Any) -> Said:
 
 
 class Owners:
-    """Row m of a layer's input is of line numbers[m // repeat]; a `Spread` that has no order."""
+    """Row m of a layer's input is of entry numbers[m // repeat]; a `Spread` that has no order."""
 
     outer = 0
 
@@ -88,21 +88,21 @@ class Owners:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def laid(self, lines: Tensor, dim: int = 0) -> Tensor:
-        """The entries of the lines, one for each of the numbers."""
-        return lines.index_select(dim, self.numbers.on(lines.device))
+    def laid(self, entries: Tensor, dim: int = 0) -> Tensor:
+        """The values of the entries, along dimension `dim`, one for each of the numbers."""
+        return entries.index_select(dim, self.numbers.on(entries.device))
 
 
 # --- saying it ---
 
 
-class Entry(NamedTuple):
+class Declaration(NamedTuple):
     """A declaration that holds in a context, and the one around it."""
 
     modules: set[nn.Module]
     rows: Said | Callable[[Tensor], Any]
     task: int  # of the backward within which it was said; -1: none
-    outer: Entry | None
+    outer: Declaration | None
 
 
 # How many contexts have said something, and whether any has: what compiled models are guarded by.
@@ -136,15 +136,16 @@ class declare_rows(AbstractContextManager[None]):
     graph enter it before the calls that warm up, and capture within it.
 
     Raises:
-        TypeError, ValueError: when it is entered: rows of another kind, or negative ones. When a
-            layer is called, by its name: what does not fit its x, numbers a sequence that has no
-            name, or is not what following found. Nothing of that call is computed by it.
+        TypeError, ValueError: when it is entered, for a module or rows of another kind, or rows
+            below 0. When a layer is called, naming it, for rows that do not fit its x, that number
+            a sequence without a name, or that are not what following found; nothing of that call
+            is computed then.
         RuntimeError: it is entered a second time.
     """
 
     def __init__(self, module: nn.Module, rows: Given) -> None:
         self._module, self._rows = module, rows
-        self._token: Token[Entry | None] | None = None
+        self._token: Token[Declaration | None] | None = None
 
     def __enter__(self) -> None:
         leave_graph()
@@ -153,8 +154,8 @@ class declare_rows(AbstractContextManager[None]):
         if not isinstance(self._module, nn.Module):
             raise TypeError(f"module is a {type(self._module).__name__}: it must be an nn.Module")
         rows: Any = self._rows if callable(self._rows) else said_by(self._rows)
-        entry = Entry(set(self._module.modules()), rows, graph_task(), SAID.get())
-        self._token = SAID.set(entry)
+        declaration = Declaration(set(self._module.modules()), rows, graph_task(), SAID.get())
+        self._token = SAID.set(declaration)
         counted(1)
 
     def __exit__(self, *_: object) -> None:
@@ -178,14 +179,14 @@ def counted(more: int) -> None:
 
 
 @contextmanager
-def said_again(head: Entry | None) -> Any:
+def said_again(head: Declaration | None) -> Any:
     """A context, in a recomputation, in which the declaration of its forward holds."""
-    entries = []
+    declarations = []
     while head is not None:
-        entries.append(head)
+        declarations.append(head)
         head = head.outer
-    for entry in reversed(entries):
-        head = entry._replace(task=graph_task(), outer=head)
+    for declaration in reversed(declarations):
+        head = declaration._replace(task=graph_task(), outer=head)
     token = SAID.set(head)
     try:
         yield
@@ -196,40 +197,48 @@ def said_again(head: Entry | None) -> Any:
 # --- asking for it ---
 
 
-def entry_of(head: Entry | None, module: nn.Module, task: int = -1) -> Entry | None:
-    """The entry made last for a module's input; within a backward, if one is named."""
+def declaration_of(
+    head: Declaration | None, module: nn.Module, task: int = -1
+) -> Declaration | None:
+    """The last declaration for a module's input in the chain that `head` begins, or None.
+
+    With a `task` other than -1 only those count that were said within that backward.
+    """
     while head is not None and (module not in head.modules or task not in (-1, head.task)):
         head = head.outer
     return head
 
 
-def entry_here(module: nn.Module) -> Entry | None:
-    """The entry of the running context for a module; in a recomputation, one made within that."""
-    return entry_of(SAID.get(), module, graph_task())
+def declaration_here(module: nn.Module) -> Declaration | None:
+    """The declaration for a module in the running context, or None.
+
+    In a recomputation only those count that were said within it.
+    """
+    return declaration_of(SAID.get(), module, graph_task())
 
 
 def stated(module: nn.Module) -> Where | None:
     """The place of the sequences in a module's result, where a dimension of its x was said."""
-    entry = entry_here(module)
-    return Where(entry.rows) if entry and isinstance(entry.rows, int) else None
+    declaration = declaration_here(module)
+    return Where(declaration.rows) if declaration and isinstance(declaration.rows, int) else None
 
 
 def said_of(module: nn.Module, layer: str, x: Tensor) -> Said | None:
-    """The declaration that holds for a module's x here and now, if any."""
+    """The rows that are declared here and now for a module's x, or None."""
     if SAID.get() is None:
         return None
-    return said_in(entry_here(module), layer, x)
+    return said_in(declaration_here(module), layer, x)
 
 
-def said_in(entry: Entry | None, layer: str, x: Tensor | None) -> Said | None:
-    """The declaration of an entry for a layer's x."""
-    if entry is None:
+def said_in(declaration: Declaration | None, layer: str, x: Tensor | None) -> Said | None:
+    """The rows that a declaration says for a layer's x, or None without one."""
+    if declaration is None:
         return None
-    if isinstance(entry.rows, int | Numbers):
-        return entry.rows
+    if isinstance(declaration.rows, int | Numbers):
+        return declaration.rows
     assert x is not None
     try:
-        return said_by(entry.rows(x))
+        return said_by(declaration.rows(x))
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"what declare_rows was given for {layer}, called with x of "
@@ -241,30 +250,30 @@ def place_of(
     said: Said,
     layer: str,
     lead: Sequence[int],
-    lines: int,
+    entries: int,
     call: Call | None,
     learned: Learned,
     x: Tensor | None,
 ) -> Spread | Owners:
-    """The spread of a layer's x, (*lead, K), as is said; arguments as `calls.spread`'s.
+    """The spread of a layer's x, (*lead, K), as is said; arguments as `whose_rows.spread`'s.
 
     Raises ValueError where it does not fit, or following has found something else.
     """
     rows = math.prod(lead)
-    if lines == 1:
+    if entries == 1:
         return Spread(1, rows)
     found: Spread | Owners | str
     if isinstance(said, int):
-        found = by_dimension(said, lead, lines, call)
+        found = by_dimension(said, lead, entries, call)
     else:
-        found = by_number(said, lead, lines)
+        found = by_number(said, lead, entries)
     if isinstance(found, str):
         raise ValueError(
             f"declare_rows does not fit {layer}, called with x of {shown(lead)}: {found}"
         )
-    known = followed(layer, lead, lines, call, learned, x) if rows else None
-    if known is not None and not torch.equal(
-        by_row(known, rows, lines), by_row(found, rows, lines)
+    as_followed = followed(layer, lead, entries, call, learned, x) if rows else None
+    if as_followed is not None and not torch.equal(
+        by_row(as_followed, rows, entries), by_row(found, rows, entries)
     ):
         raise ValueError(
             f"declare_rows says something else of {layer}, called with x of {shown(lead)}, than "
@@ -274,34 +283,34 @@ def place_of(
     return found
 
 
-def by_dimension(dim: int, lead: Sequence[int], lines: int, call: Call | None) -> Spread | str:
+def by_dimension(dim: int, lead: Sequence[int], entries: int, call: Call | None) -> Spread | str:
     """The spread of sequences in one of x's dimensions."""
     if not 0 <= dim < len(lead):
         return f"x has the dimensions 0 to {len(lead) - 1} before K, and it names {dim}"
     if call is not None and call.fits:
         n = call.n
     else:
-        n = lines if lead[dim] == lines else lines * expansion()
+        n = entries if lead[dim] == entries else entries * expansion()
     if lead[dim] != n:
         return (
             f"dimension {dim} of x is {lead[dim]}, and there are {n} sequences; where several "
             "indices are of one, number the sequence of each"
         )
-    return Spread(math.prod(lead[:dim]), math.prod(lead[dim + 1 :]) * (n // lines))
+    return Spread(math.prod(lead[:dim]), math.prod(lead[dim + 1 :]) * (n // entries))
 
 
-def by_number(numbers: Numbers, lead: Sequence[int], lines: int) -> Owners | str:
+def by_number(numbers: Numbers, lead: Sequence[int], entries: int) -> Owners | str:
     """The spread of x's rows, or of its first dimensions' indices, by the number given for each."""
     shape = tuple(numbers.host.shape)
     if shape != tuple(lead[: len(shape)]):
         return f"it has numbers of {shape}, which are not x's first dimensions"
-    if numbers.highest >= lines:
-        return f"it numbers sequence {numbers.highest}, and there are names for 0 to {lines - 1}"
+    if numbers.highest >= entries:
+        return f"it numbers sequence {numbers.highest}, and there are names for 0 to {entries - 1}"
     return Owners(numbers, math.prod(lead[len(shape) :]))
 
 
-def by_row(place: Spread | Owners, rows: int, lines: int) -> Tensor:
-    """The line of each row."""
+def by_row(place: Spread | Owners, rows: int, entries: int) -> Tensor:
+    """The entry's number of each row: int64 (rows,) on the CPU."""
     if isinstance(place, Spread):
-        return torch.arange(rows) // place.repeat % lines
+        return torch.arange(rows) // place.repeat % entries
     return place.numbers.host.flatten().repeat_interleave(place.repeat)

@@ -41,7 +41,7 @@ class Switch:
             self.checkpoints.update(note(self, True, OFF.get().get(self, (OUTSIDE,))[0]))
 
     def __reduce__(self) -> Any:
-        """Copies are on, for no context knows them; so none is made where this one is off."""
+        """A copy's switch is on in every context; so a copy is refused where this one is off."""
         if self in OFF.get():
             raise RuntimeError(
                 "a copy of the model, made within disable_adapters, would not be disabled: copy or "

@@ -115,7 +115,7 @@ def valued(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict`, which leaves alone what is elsewhere, and that as well."""
+    """`load_state_dict`, and the tensors that are elsewhere, which that leaves alone."""
     away = [key for key, own in module.state_dict().items() if own.is_meta]
     for key in away:
         owner, _, name = key.rpartition(".")
@@ -155,9 +155,9 @@ GATHER = {
 
 
 def sharder_of(matrix: Any) -> str | None:
-    """The library that has left this process a part of a matrix, which is then none, or nothing.
+    """The library that has sharded a matrix: what this process has is of another dimension then.
 
-    None if it is whole; a DTensor says itself that it is not.
+    None for a matrix that is whole, and for a DTensor, which says itself that it is sharded.
     """
     if not isinstance(matrix, Tensor) or matrix.dim() == 2:
         return None
@@ -265,13 +265,13 @@ def take_over(hook: Any, module: nn.Module, stay: frozenset[str]) -> Any:
 
 
 def settle(model: nn.Module) -> None:
-    """Have whatever a module and those in it hold here for good: it is going to be trained."""
+    """Bring the tensors of a module, and of those in it, here for good, for it is to be trained."""
     for module in model.modules():
         hold(module)
 
 
 def hold(module: nn.Module, *names: str) -> None:
-    """Have a module hold its own tensors here for good, or those of these names."""
+    """Bring a module's own tensors here for good, or those of these names."""
     if hook_of(module) is not None:
         own = frozenset(names or (*module._parameters, *module._buffers))
         vars(module)["_hf_hook"] = take_over(vars(module)["_hf_hook"], module, own)
@@ -346,8 +346,9 @@ def sources_of(
 
 
 def hand_over(old: nn.Module, new: nn.Module) -> None:
-    """Have whatever brings tensors to the old module bring those of the same names to the new one,
-    which has them now; nothing where nothing does.
+    """Make the hook of the old module bring the tensors of the same names to the new one.
+
+    The new module has them now. Where there is no such hook nothing is done.
     """
     hook = hook_of(old)
     if hook is None:

@@ -1,7 +1,7 @@
 """Plain values among the attributes of a model's modules, by which its code may choose what to do.
 
-A model that is followed once runs other code after `model.mode = 1`, and no argument shows it. Seen
-are the attributes of instances; not those of classes, nor what is in a config or a list.
+A model that is followed once runs other code after `model.mode = 1`, and no argument shows it. Only
+attributes of instances are seen, not those of classes, nor what a config or a list holds.
 """
 
 from __future__ import annotations

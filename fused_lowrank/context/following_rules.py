@@ -55,10 +55,10 @@ class Op:
 
     def state_of(self, out: Tensor) -> State:
         """The place of the sequences in one of the results."""
-        known = set(self.states.values())
+        states = set(self.states.values())
         if self.name.endswith("_like") or self.name.startswith(("new_", "empty")):
             return LOST if "empty" in self.name else NOBODY
-        if known <= {NOBODY}:
+        if states <= {NOBODY}:
             return NOBODY
         rule = RULES.get(self.name)
         if rule is None:
@@ -89,7 +89,7 @@ class Op:
 
 
 def joined(states: list[State]) -> State:
-    """The place in a result that is put together element by element: who knows, says."""
+    """The place in a result that is computed element by element, from those that are known."""
     places = {state for state in states if isinstance(state, Where)}
     if len(places) == 1:
         return places.pop()

@@ -105,14 +105,14 @@ def methods_in_use(
 
 def methods_from(module: nn.Module, called: Iterable[str]) -> Iterator[tuple[str, Method]]:
     """The methods of these names, and those that they use, with their names."""
-    known, coming = set(), sorted(called)
+    seen, coming = set(), sorted(called)
     while coming:
         name = coming.pop()
         own = getattr(vars(module).get(name), "__func__", None)
         function = own or inspect.getattr_static(type(module), name, None)
-        if name in known or not inspect.isfunction(function):
+        if name in seen or not inspect.isfunction(function):
             continue
-        known.add(name)
+        seen.add(name)
         method = method_of(inspect.unwrap(function).__code__)
         yield name, method
         coming += method.names

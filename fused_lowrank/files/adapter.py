@@ -66,18 +66,18 @@ def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool = True) -> None:
     """Write the adapters of `model`, and its modules trained whole, to a safetensors file.
 
-    The file is written whole or not at all; its folder is made. Without `bases`, LoRA-XS
-    leaves out its frozen factors, which `load_adapter` computes again from the weights and checks
-    against a fingerprint; those of
-    the other methods are random, and can then only be loaded into a model that has them.
+    The file is written whole or not at all; its folder is made. Without `bases` the frozen factors
+    are left out. Those of LoRA-XS `load_adapter` computes again from the weights and checks against
+    a fingerprint; those of the other methods are random, so that such a file can only be loaded
+    into a model that has them. Tensors keep their dtypes.
 
     Of a sharded model (fully_shard, parallelize_module) every rank must call this: tensors are
     gathered, and every rank writes the same file, under its own name until it is whole.
 
     A UserWarning names what can be trained in the model and is not in the file.
 
-    Raises ValueError if the model has no adapted layers, or has them uninitialised or disabled; if
-    a module trained whole is gone; if `path` is a folder.
+    Raises TypeError if `path` is no path, and ValueError if the model has no adapted layers, or has
+    them uninitialised or disabled; if a module trained whole is gone; if `path` is a folder.
     """
     require_path(path, "save_adapter(model, path)")
     if Path(path).is_dir():
@@ -160,12 +160,18 @@ def load_adapter(
     classes and takes the file's values. Returns the model. Tensors that the file has in two values
     are tied no more, and those that it had tied are; `unload` undoes that.
 
+    Args:
+        model: a plain model, or one adapted alike.
+        path: the file, or the folder of PEFT's.
+        fused: of a plain model, whether its layers become the fused ones, or their references.
+        progress: show a progress bar on stderr while layers are made.
+        on_other_base: with "warn" weights that differ are no error but a UserWarning, for a base
+            that was trained further or merged since, if the adapter comes with its frozen factors.
+
     Raises:
+        TypeError: `path` is no path.
         ValueError: a file that is truncated or none of ours, or that belongs to another model:
             other module names, sizes, ranks, weights or frozen factors. The model is as it was.
-
-    With on_other_base="warn" other weights are no error but a UserWarning, for a base that was
-    trained further or merged since, if the adapter comes with its frozen factors.
     """
     config, tensors = read(path)
     with asked(on_other_base, path):

@@ -91,7 +91,7 @@ def export_lora(
         dtype: of A and B; None: the widest of the factors they are made of.
 
     Raises:
-        TypeError: `path` is none.
+        TypeError: `path` is no path.
         ValueError: no adapter there, or an uninitialised, disabled or damaged one; a file without
             its frozen factors; a trained weight, also by a tie, which LoRA cannot hold; a file
             with a part of a module that is tied to it; values that `dtype` cannot hold; a layer

@@ -49,7 +49,8 @@ def noting(noted: list[str] | None, what: Any) -> Iterator[None]:
 def refuse_other_base(layer: str, message: str, carries: bool = True) -> None:
     """Raise ValueError with the message, or note the layer where that was asked for.
 
-    Never without the frozen factors, which `carries` says are there: they would be others.
+    It always raises where the adapter does not carry its frozen factors (`carries`): made from
+    another weight they would be others.
     """
     if not carries:
         raise ValueError(f"{message}, and the adapter comes without its frozen factors")

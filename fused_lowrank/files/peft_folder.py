@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ..methods import METHODS, LowRankLinear
 from ..methods.bases import Bases, Source
 from ..models.adapt import adapted_layers
+from ..models.patterns import pattern_of
 from ..models.targets import check_places, modules_by_name
 from ..models.ties import ties_of
 from . import peft_others
@@ -128,14 +129,6 @@ def scaling(config: dict[str, Any], name: str, path: Any) -> tuple[int, float]:
         if r < 1:
             raise ValueError(f"{path}: r is {r} for {name}: its {CONFIG} cannot be read")
         return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha
-
-
-def pattern_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """The value that a rank_pattern or alpha_pattern has for a layer; the first match counts."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
 
 
 def heads_of(config: dict[str, Any]) -> tuple[str, ...]:

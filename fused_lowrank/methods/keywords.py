@@ -22,12 +22,13 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "lora_dropout": "it is called dropout",
     "lora_r": "it is called r",
     "rank": "it is called r",
-    "use_rslora": f"it is alpha = lora_alpha·√r here; {PEFT}",
-    "rank_pattern": f"all layers of an adapt have one r, where they have room for it; {PEFT}",
-    "alpha_pattern": f"all layers of an adapt have one alpha; {PEFT}",
+    "use_rslora": "adapt takes it; of one layer it is alpha = lora_alpha·√r",
+    "rank_pattern": "adapt takes it; one layer has one r",
+    "alpha_pattern": "adapt takes it; one layer has one alpha",
     "bias": 'biases are trained if train names them, as train=("core", "bias") does',
-    "layers_to_transform": f"target_modules takes a regular expression instead; {PEFT}",
-    "layers_pattern": f"target_modules takes a regular expression instead; {PEFT}",
+    "layers_to_transform": "adapt takes it",
+    "layers_pattern": "adapt takes it",
+    "rank_dropout_scale": "rank_dropout scales what it keeps by 1 / (1 - p)",
     "init_lora_weights": "how factors start is init, which LoRA-Mini has",
     "init_weights": "how factors start is init, which LoRA-Mini has",
     "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
@@ -46,6 +47,7 @@ class Shared(TypedDict, total=False):
 
     alpha: float | None
     dropout: float
+    rank_dropout: float
     impl: str | None
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -57,6 +59,7 @@ class Shared(TypedDict, total=False):
 DEFAULTS: Shared = {
     "alpha": None,
     "dropout": 0.0,
+    "rank_dropout": 0.0,
     "impl": None,
     "device": None,
     "dtype": None,
@@ -66,7 +69,7 @@ DEFAULTS: Shared = {
 
 
 def signature_of(row: Method) -> inspect.Signature:
-    """The signature of a method's constructor: sizes, ranks, alpha, dropout, its own, the rest."""
+    """The signature of a method's constructor: sizes, ranks, alpha, dropouts, its own, the rest."""
     annotations: dict[str, Any] = Shared.__annotations__
     kinds = {name: kind.__forward_arg__ for name, kind in annotations.items()}
     own: list[tuple[str, Any, str]] = [("train", row.trained, "tuple[str, ...]")]
@@ -74,8 +77,8 @@ def signature_of(row: Method) -> inspect.Signature:
         value = values[0] if isinstance(values, tuple) else values
         own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
     shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
-    keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:2], *own]
-    keywords += [*shared[2:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
+    keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
+    keywords += [*shared[3:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
     return inspect.Signature(
         [
             Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
@@ -166,6 +169,9 @@ def check_settings(layer: Any) -> None:
         raise ValueError(f"alpha is {layer.alpha}: it must be finite")
     if not 0.0 <= layer.dropout < 1.0:
         raise ValueError(f"dropout is {layer.dropout}: it must be at least 0 and below 1")
+    if not 0.0 <= layer.rank_dropout < 1.0:
+        said = f"rank_dropout is {layer.rank_dropout}"
+        raise ValueError(f"{said}: it must be at least 0 and below 1")
 
 
 def known_keywords(cls: type) -> list[str]:

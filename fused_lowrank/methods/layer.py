@@ -10,9 +10,9 @@ from torch.nn.functional import linear as dense
 
 from ..compute import choose
 from ..compute.autograd import chain
-from ..compute.dropout import Dropout
+from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import Core
+from ..compute.reference import AnyCore, Core
 from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
@@ -45,6 +45,8 @@ class LowRankLinear(MergingLinear):
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
+    output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
+    rank_dropout: float = 0.0
     by_attributes: ClassVar[bool] = False  # whether the parts are more than Parameters of theirs
     _hf_hook = HookSlot()
 
@@ -67,7 +69,7 @@ class LowRankLinear(MergingLinear):
         super().__init_subclass__(**keywords)
         if row is not None:
             cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
-            cls.learning_rate = row.learning_rate
+            cls.learning_rate, cls.output_factors = row.learning_rate, row.outputs
             cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
             cls.by_attributes = row.parts is not None
             if row.parts is None and row.core:  # the way that costs the host least
@@ -86,6 +88,7 @@ class LowRankLinear(MergingLinear):
         self.options = chosen(row, given)
         vars(self).update(self.options)
         self.train_names, self.dropout = train, float(given["dropout"])
+        self.rank_dropout = float(given["rank_dropout"])
         check_learns(self)
         alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
         self.alpha = float(self.r if alpha is None else alpha)
@@ -209,6 +212,7 @@ class LowRankLinear(MergingLinear):
             "r": self.r,
             "alpha": self.alpha,
             "dropout": self.dropout,
+            **({"rank_dropout": self.rank_dropout} if self.rank_dropout else {}),
             "train": self.train_names,
             **{name: rank for name, rank in self.ranks.items() if name != "r"},
             **self.options,
@@ -321,19 +325,18 @@ class LowRankLinear(MergingLinear):
         x: Tensor,
         weight: Tensor,
         down: Tensor,
-        core: Core,
+        core: AnyCore,
         up: Tensor,
         bias: Tensor | None,
         seed: Tensor | None = None,
         gain: Tensor | None = None,
     ) -> Tensor:
-        """y of these operands by this layer's implementation, with its scale and dropout."""
-        if gain is not None:
-            y = self.compute(x, weight, down, core, up, None, seed) * gain.to(x.dtype)
-            return y if bias is None else y + bias
+        """y of these operands by this layer's implementation, with its scale and dropouts."""
+        if self.rank_dropout and self.training:
+            core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
-        if dropout is None and self.impl == "auto":
+        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)
+        if dropout is None and self.impl == "auto" and gain is None:
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if choose.small(x):
                     return chain(operands)

@@ -86,20 +86,27 @@ class MergingLinear(nn.Module):
         self._require_own_weight("merge")
         self._require_plain_weight("merge into")
         with here(self):
-            delta, lost = self.delta_weight(), 0.0
-            weight = (self.weight + delta).to(self.weight.dtype)
-            if reason := why_not_finite(delta, self.weight, weight):
-                raise ValueError(f"cannot merge: {reason}")
-            if self.weight.itemsize < 4:
-                lost = lost_to_rounding(delta, self.weight, weight)
-                if lost:
-                    warnings.warn(
-                        f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
-                        stacklevel=2,
-                    )
+            weight, lost = self.merged_weight()
+            if lost:
+                warnings.warn(
+                    f"merging into {self.weight.dtype} lost {lost:.2%} of ΔW to rounding",
+                    stacklevel=2,
+                )
             self._original = (kept(self, "weight"),)
             replace(self, "weight", nn.Parameter(weight, requires_grad=self.weight.requires_grad))
         return lost
+
+    def merged_weight(self) -> tuple[Tensor, float]:
+        """(W + ΔW, the part of ΔW lost to rounding) of a layer that is not merged.
+
+        Raises ValueError as `merge` does.
+        """
+        delta = self.delta_weight()
+        weight = (self.weight + delta).to(self.weight.dtype)
+        if reason := why_not_finite(delta, self.weight, weight):
+            raise ValueError(f"cannot merge: {reason}")
+        lost = lost_to_rounding(delta, self.weight, weight) if weight.itemsize < 4 else 0.0
+        return weight, lost
 
     def unmerge(self) -> None:
         """Put back the weight as it was before `merge`, the same Parameter."""

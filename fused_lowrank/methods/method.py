@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..compute.reference import Core
@@ -24,7 +23,7 @@ class Parts(NamedTuple):
     """The factors of y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias."""
 
     down: Tensor  # (P, K)
-    core: Core  # (P, Q), or the pair (P, r), (r, Q), or None: P = Q, and the core is 1
+    core: Core  # (P, Q), or the pair (P, r), (r, Q), or a diagonal (P,), or None: P = Q, 1
     up: Tensor  # (N, Q)
     gain: Tensor | None = None  # (N,); None: 1
 
@@ -43,11 +42,6 @@ class Factor:
     trained: bool = False
     shared: bool = False
     saved: bool = True  # whether files and a state_dict have it; otherwise it is made from a seed
-
-
-def diagonal(values: Tensor) -> Tensor:
-    """The core (r, r) with these values (r,) on its diagonal."""
-    return torch.diag(values)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,7 @@ class Method:
     ranks: Mapping[str, int]  # keyword → default
     factors: Mapping[str, Factor]
     learning_rate: float  # to start from, with AdamW
+    outputs: tuple[str, ...] = ("up",)  # the factors on the output's side of the core
     core: tuple[str, ...] = ()  # the factors that the core is made of
     parts: Callable[[Mapping[str, Tensor], Tensor, float], Parts] | None = None
     limits: Mapping[str, str] = field(default_factory=lambda: {"r": "KN"})  # rank → the sides above
@@ -155,8 +150,7 @@ class Method:
         """The core of these factors as `lowrank_linear` takes it."""
         if len(self.core) == 2:
             return factors[self.core[0]], factors[self.core[1]]
-        core = factors[self.core[0]] if self.core else None
-        return diagonal(core) if core is not None and core.dim() == 1 else core
+        return factors[self.core[0]] if self.core else None
 
     def bases_of(self, factors: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """down (P, K) and up (N, Q) among these factors, cut to the weight's sides; or of no rows.

@@ -23,6 +23,7 @@ from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
 from ..methods.shared import not_missing, shared_by, tie
 from ..methods.state import refuse_wrong
+from .patterns import check_layers, own_keywords
 from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
 from .saving import forget_saving, watch_saving
 from .targets import (
@@ -57,6 +58,11 @@ def adapt(
     target_modules: Patterns,
     exclude_modules: Patterns | None = None,
     modules_to_save: list[str] | tuple[str, ...] | None = None,
+    layers_to_transform: list[int] | int | None = None,
+    layers_pattern: list[str] | str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
     fused: bool = True,
     progress: bool = True,
     defer_bases: bool = False,
@@ -77,27 +83,33 @@ def adapt(
         modules_to_save: names of modules to train whole, such as a new head; they are saved with
             the adapter. What is tied to them is trained with them, and known by their places they
             may be resized or replaced.
+        layers_to_transform: the numbers of the layers to adapt, of the modules that a list of
+            target_modules names by their last parts.
+        layers_pattern: the name of the nn.ModuleList that these count; None: any.
+        rank_pattern: other r, {"q_proj": 32, "layers.0.mlp.*": 8} say: a regular expression
+            must match a name whole or its end from a dot on, and the first that does counts.
+        alpha_pattern: other alpha, likewise.
+        use_rslora: scale = alpha / √r, which a layer has as an alpha of alpha · √r.
         fused: the fused layers, or their plain references.
         progress: show a progress bar and, at the end, what is trained, on stderr.
         defer_bases: leave the factors uninitialised, for a model on the meta device; call
             `init_bases` when its weights are there.
-        method_keywords: for the layers: r, alpha, dropout, train, dtype; svd (LoRA-XS); a, b, init
-            (LoRA-Mini).
+        method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; svd
+            (LoRA-XS); a, b, init (LoRA-Mini).
 
     Returns:
         The same model.
 
     Raises:
         ValueError: an unknown method; a model that PEFT has adapted; a pattern that matches
-            nothing; a rank that does not fit a layer; a weight on the meta device, or with NaN or
-            Inf under LoRA-XS; a module whose
-            replacement would never be called; a tensor that would be trained and is a view of
-            another.
+            nothing; a layer that is not there; a rank that does not fit a layer; a weight on the
+            meta device, or with NaN or Inf under LoRA-XS; a module whose replacement would never be
+            called; a tensor that would be trained and is a view of another.
         TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
             a method or patterns that are no strings.
 
     Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
-    would be learned, and what is trained in 16 bits.
+    would be learned, what is trained in 16 bits, and which pattern decides nothing.
     """
     if not isinstance(method, str):
         raise TypeError(
@@ -119,12 +131,12 @@ def adapt(
         raise TypeError(f"modules_to_save is {modules_to_save!r}: it must be a list of names")
     check_patterns("modules_to_save", modules_to_save or ())
     saved = match_saved(model, modules_to_save or ())
-    targets = match_targets(model, target_modules, exclude_modules, saved)
+    within = check_layers(target_modules, layers_to_transform, layers_pattern)
+    targets = match_targets(model, target_modules, exclude_modules, saved, within)
+    own = own_keywords(targets, cls, method_keywords, rank_pattern, alpha_pattern, use_rslora)
     if target_modules == "all-linear":
-        own = fitted(model, targets, cls.row, method_keywords)
-        plan = {name: (cls, keywords) for name, keywords in own.items()}
-    else:
-        plan = dict.fromkeys(targets, (cls, method_keywords))
+        own = fitted(model, own, cls.row)
+    plan: Plan = {name: (cls, keywords) for name, keywords in own.items()}
     with unchanged_on_error(model):
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
         refuse_views(model, saved, layers)

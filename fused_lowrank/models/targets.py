@@ -13,6 +13,7 @@ from torch import nn
 from ..context.readers import readers
 from ..methods.accept import has_product, is_parametrized, why_no_weight
 from ..methods.method import Method
+from .patterns import Layers, in_layers
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]
 
@@ -101,9 +102,15 @@ def match_saved(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list
 
 
 def match_targets(
-    model: nn.Module, patterns: Patterns, exclude: Patterns | None, saved: list[str]
+    model: nn.Module,
+    patterns: Patterns,
+    exclude: Patterns | None,
+    saved: list[str],
+    layers: Layers | None = None,
 ) -> list[str]:
-    """The names of the modules to adapt; raises where one cannot be, or a pattern matches none."""
+    """The names of the modules to adapt, in some layers or in all; raises where one cannot be, or a
+    pattern matches none.
+    """
     modules = modules_by_name(model)
     modules.pop("")
     inside_saved = tuple(name + "." for name in saved)
@@ -141,6 +148,7 @@ def match_targets(
                     f"{turned(modules)}"
                 )
         found = [name for name in modules if matches(name, patterns) and not left_alone(name)]
+        found = in_layers(found, patterns, layers)
         for name in found:
             if reason := never_called(modules, name, read):
                 raise ValueError(f"{name}: {reason}")
@@ -236,31 +244,32 @@ def warn_of_left_out(left: Mapping[str, str], stacklevel: int) -> None:
 
 
 def fitted(
-    model: nn.Module, targets: list[str], row: Method, keywords: dict[str, Any]
+    model: nn.Module, plan: dict[str, dict[str, Any]], row: Method
 ) -> dict[str, dict[str, Any]]:
     """The keywords of each of these layers, with ranks taken down to what it has room for.
 
     Their scale stays that of the rank asked for; one warning says which they are.
     """
-    modules, plan, reduced = modules_by_name(model), {}, []
-    ranks = {name: keywords.get(name, rank) for name, rank in row.ranks.items()}
-    for name in targets:
+    modules, own_plan, reduced = modules_by_name(model), {}, []
+    for name, keywords in plan.items():
+        ranks = {rank: keywords.get(rank, default) for rank, default in row.ranks.items()}
         linear = modules[name]
         sizes = row.fitted(linear.in_features, linear.out_features, ranks)
         small = {n: sizes[n] for n in ranks if ranks[n] > sizes[n]}
         own = {**keywords, **small}
         if "r" in small and keywords.get("alpha") is not None:
             own["alpha"] = keywords["alpha"] * small["r"] / ranks["r"]
-        reduced += [name] if small else []
-        plan[name] = own
+        reduced += [(name, ranks)] if small else []
+        own_plan[name] = own
     if reduced:
+        first, ranks = reduced[0]
         asked = ", ".join(f"{name}={value}" for name, value in ranks.items())
         warnings.warn(
-            f"{asked} is more than {len(reduced)} layers have room for ({reduced[0]}, …): they "
+            f"{asked} is more than {len(reduced)} layers have room for ({first}, …): they "
             "take what they have, and the scale stays that of the rank asked for",
             stacklevel=3,
         )
-    return plan
+    return own_plan
 
 
 def is_router(modules: Mapping[str, nn.Module], name: str) -> bool:

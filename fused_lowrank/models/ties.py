@@ -68,8 +68,8 @@ def trained_names(saved: Mapping[str, nn.Module], layers: Mapping[str, LowRankLi
 def ties_of(model: nn.Module, names: Iterable[str]) -> Ties:
     """The tensors that are tied to those of these names, or these to each other."""
     there, first = tensors_by_name(model), dict[Any, str]()
-    known = [name for name in names if name in there]
-    for name in known:
+    found = [name for name in names if name in there]
+    for name in found:
         first.setdefault(memory(present(*there[name])), name)
     tied = {}
     for name, place in there.items():

@@ -117,14 +117,14 @@ def require_here(whole: nn.Module) -> None:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a module has that hook."""
+    """Whether a module has the hook `stay`."""
     return stay in module._forward_pre_hooks.values()
 
 
 def keep_loaded(model: nn.Module) -> None:
     """Keep copies of modules that were on the meta device when they began to be trained whole."""
-    known = places(model)
-    keep(model, [n for n, *_, kept in known if any(t.is_meta for t in kept.tensors.values())], {})
+    wholes = places(model)
+    keep(model, [n for n, *_, kept in wholes if any(t.is_meta for t in kept.tensors.values())], {})
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -158,10 +158,10 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def forgotten(model: nn.Module) -> list[str]:
-    """The Parameters trained inside an adapted model, but of no layer or module that is saved.
+    """The Parameters trained in a model after `adapt` that no file would hold.
 
-    What stands around it is not, nor a model that was built of adapted layers: they are trained as
-    their owner likes.
+    Those of modules around that model do not count, nor those of a model that was built of adapted
+    layers: these are trained as their owner likes.
     """
     inside = {id(p) for m in model.modules() if KEPT in vars(m) for p in m.parameters()}
     inside -= {id(tensor) for m in saved_modules(model).values() for tensor in m.parameters()}
@@ -197,9 +197,9 @@ def warn_of_names(names: list[str], stacklevel: int) -> None:
 
 def base_of(model: nn.Module) -> Base:
     """The base of the modules trained whole, whatever stands in their places now."""
-    base, known = Base(), list(places(model))
-    rows = vocabularies(model) if known else set()
-    for name, parent, child, kept in known:
+    base, wholes = Base(), list(places(model))
+    rows = vocabularies(model) if wholes else set()
+    for name, parent, child, kept in wholes:
         present: Any = parent._modules[child]
         tensors = state_of(present)
         values = {key: fitted(v, tensors.get(key), rows) for key, v in kept.tensors.items()}

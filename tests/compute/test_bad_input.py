@@ -48,7 +48,38 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "up 0-D": ({"up": torch.tensor(1.0)}, ValueError, r"up is \(\)"),
     "up empty": ({"up": ones(N, 0), "core": ones(P, 0)}, ValueError, r"up is \(6, 0\).*least 1"),
     "core turned": ({"core": ones(Q, P)}, ValueError, r"core is \(3, 4\).*\(4, 3\)"),
-    "core 1-D": ({"core": ones(P)}, ValueError, r"core is \(4\)"),
+    "core 1-D": ({"core": ones(P)}, ValueError, r"core is \(4\), a diagonal.*P=4.*Q=3.*\(4, 3\)"),
+    "diagonal length": (
+        {"core": ones(P + 1), "up": ones(N, P)},
+        ValueError,
+        r"core is \(5\): .*\(4, 4\) or, of a diagonal, \(4,\)",
+    ),
+    "diagonal of one": (
+        {"core": ones(1), "up": ones(N, P)},
+        ValueError,
+        r"core is \(1\): .*\(4,\)",
+    ),
+    "diagonal 2-D": ({"core": ones(1, P), "up": ones(N, P)}, ValueError, r"core is \(1, 4\): "),
+    "diagonal in a pair": (
+        {"core": (ones(P), ones(P)), "up": ones(N, P)},
+        ValueError,
+        r"core is \(4\)·\(4\)",
+    ),
+    "diagonal beside a matrix": (
+        {"core": (ones(P), ones(P, Q))},
+        ValueError,
+        r"core is \(4\)·\(4, 3\)",
+    ),
+    "diagonal int": (
+        {"core": ones(P, dtype=torch.int32), "up": ones(N, P)},
+        TypeError,
+        r"core is torch\.int32",
+    ),
+    "diagonal elsewhere": (
+        {"core": torch.empty(P, device="meta"), "up": ones(N, P)},
+        ValueError,
+        "core is on meta, but x on",
+    ),
     "core 0-D": ({"core": torch.tensor(1.0)}, ValueError, r"core is \(\)"),
     "core left out": ({"core": None}, ValueError, "core is None.*P=4.*Q=3"),
     "pair inside": ({"core": (ones(P, 2), ones(3, Q))}, ValueError, r"core is \(4, 2\)·\(3, 3\)"),
@@ -58,6 +89,9 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias length": ({"bias": ones(N + 1)}, ValueError, r"bias is \(7\).*\(6,\)"),
     "bias 2-D": ({"bias": ones(1, N)}, ValueError, r"bias is \(1, 6\)"),
     "bias 0-D": ({"bias": torch.tensor(1.0)}, ValueError, r"bias is \(\)"),
+    "gain length": ({"gain": ones(N + 1)}, ValueError, r"gain is \(7\).*\(6,\)"),
+    "gain 2-D": ({"gain": ones(1, N)}, ValueError, r"gain is \(1, 6\)"),
+    "gain 0-D": ({"gain": torch.tensor(1.0)}, ValueError, r"gain is \(\)"),
     # dtypes
     "x integer": ({"x": ones(2, K, dtype=torch.int64)}, TypeError, r"x is torch\.int64.*float32"),
     "x bool": ({"x": ones(2, K, dtype=torch.bool)}, TypeError, r"x is torch\.bool"),
@@ -72,6 +106,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias narrower": ({"bias": ones(N).half()}, (TypeError, ValueError), r"bias.*torch\.float16"),
     "down int": ({"down": ones(P, K, dtype=torch.int32)}, TypeError, r"down is torch\.int32"),
     "core int": ({"core": ones(P, Q, dtype=torch.int32)}, TypeError, r"core is torch\.int32"),
+    "gain int": ({"gain": ones(N, dtype=torch.int32)}, TypeError, r"gain is torch\.int32"),
     "up int": ({"up": ones(N, Q, dtype=torch.int32)}, TypeError, r"up is torch\.int32"),
     # devices
     **{
@@ -86,14 +121,15 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "core": (P, Q),
             "up": (N, Q),
             "bias": (N,),
+            "gain": (N,),
         }.items()
     },
     # what is no tensor
     **{
         f"{name} {kind}": ({name: value}, TypeError, rf"\b{name}\b")
-        for name in ("x", "weight", "down", "up", "bias")
+        for name in ("x", "weight", "down", "up", "bias", "gain")
         for kind, value in (("list", [[1.0]]), ("None", None), ("number", 1.0))
-        if (name, kind) != ("bias", "None")
+        if (name, kind) not in (("bias", "None"), ("gain", "None"))
     },
     "core number": ({"core": 1.0}, TypeError, r"\bcore\b"),
     "core of one": ({"core": (ones(P, Q),)}, (TypeError, ValueError), r"\bcore\b"),

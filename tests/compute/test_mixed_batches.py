@@ -66,12 +66,12 @@ def core(bank: AdapterBank, name: str) -> torch.Tensor:
     return matrix * table.scales[slot].double()
 
 
-def materialised(bank: AdapterBank, x: torch.Tensor, lines: list, weights: torch.Tensor | None):
-    """y of x (lines, positions, K), row by row through LoRA's A = coreᵀ·down and B = up."""
+def materialised(bank: AdapterBank, x: torch.Tensor, entries: list, weights: torch.Tensor | None):
+    """y of x (entries, positions, K), row by row through LoRA's A = coreᵀ·down and B = up."""
     layer = bank.layers["0"]
     y = torch.empty(*x.shape[:2], layer.out_features, dtype=torch.float64, device=x.device)
-    for i, line in enumerate(lines):
-        names = line if isinstance(line, list) else [line]
+    for i, entry in enumerate(entries):
+        names = entry if isinstance(entry, list) else [entry]
         for position in range(x.shape[1]):
             row = x[i, position].double()
             y[i, position] = layer.weight.double() @ row + layer.bias.double()
@@ -86,21 +86,23 @@ def materialised(bank: AdapterBank, x: torch.Tensor, lines: list, weights: torch
 @st.composite
 def batches(draw: st.DrawFn) -> dict:
     """A mixed batch: one adapter, all distinct, mixtures, none, the last slot."""
-    slots, lines = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    slots, entries = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     names = st.one_of(st.none(), st.integers(0, slots - 1).map(str), st.just(str(slots - 1)))
     mixture = draw(st.integers(1, 3))
     kind = draw(st.sampled_from(["any", "one", "distinct", "none"]))
     if kind == "one":
-        chosen = [[draw(names)] * mixture] * lines
+        chosen = [[draw(names)] * mixture] * entries
     elif kind == "distinct":
-        chosen = [[str((i + j) % slots) for j in range(mixture)] for i in range(lines)]
+        chosen = [[str((i + j) % slots) for j in range(mixture)] for i in range(entries)]
     elif kind == "none":
-        chosen = [[None] * mixture] * lines
+        chosen = [[None] * mixture] * entries
     else:
-        chosen = [[draw(names) for _ in range(mixture)] for _ in range(lines)]
+        chosen = [[draw(names) for _ in range(mixture)] for _ in range(entries)]
+    if mixture == 1 and draw(st.booleans()):
+        chosen = [entry[0] for entry in chosen]
     return {
         "slots": slots,
-        "lines": [line[0] for line in chosen] if mixture == 1 and draw(st.booleans()) else chosen,
+        "entries": chosen,
         "weights": draw(st.booleans()),
         "positions": draw(st.integers(1, 4)),
         "method": draw(st.sampled_from(["lora_xs", "lora_mini"])),
@@ -122,14 +124,14 @@ def test_every_row_is_lora_with_materialised_factors(impl: str, batch: dict) -> 
     torch.manual_seed(batch["seed"])
     model, layer = one_layer(device, impl, method=batch["method"], **batch["sizes"])
     bank = filled(model, batch["slots"], batch["seed"])
-    lines, positions = batch["lines"], batch["positions"]
-    mixture = len(lines[0]) if isinstance(lines[0], list) else 1
-    weights = torch.rand(len(lines), mixture) - 0.5 if batch["weights"] else None
-    x = torch.randn(len(lines), positions, layer.in_features, dtype=torch.float64)
+    entries, positions = batch["entries"], batch["positions"]
+    mixture = len(entries[0]) if isinstance(entries[0], list) else 1
+    weights = torch.rand(len(entries), mixture) - 0.5 if batch["weights"] else None
+    x = torch.randn(len(entries), positions, layer.in_features, dtype=torch.float64)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    with bank.use(lines, weights):
+    with bank.use(entries, weights):
         y = model(ours)
-    expected = materialised(bank, theirs, lines, weights)
+    expected = materialised(bank, theirs, entries, weights)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
     dy = torch.randn_like(y)
     y.backward(dy)

@@ -78,8 +78,8 @@ def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     k, n = (sized(draw(st.integers(1, 80) | st.sampled_from([96, 128, 203, 301]))) for _ in "kn")
     ranks = (st.integers(1, 40) | st.sampled_from([64, 77, 150])) if interpreted else COMPILED_RANKS
     p, q = (sized(draw(ranks)) for _ in "pq")
-    method = draw(st.sampled_from(["core", "pair", "none"]))
-    q = p if method == "none" else q
+    method = draw(st.sampled_from(["core", "pair", "diagonal", "none"]))
+    q = p if method in ("diagonal", "none") else q
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def values(*size: int, kind: torch.dtype = dtype, std: float = 1.0) -> torch.Tensor:
@@ -99,6 +99,8 @@ def calls(draw: st.DrawFn, device: str) -> tuple[dict, torch.Tensor, bool]:
     }
     if method == "core":
         operands["core"] = values(p, q, kind=other, std=p**-0.5)
+    elif method == "diagonal":
+        operands["core"] = values(p, kind=other)
     elif method == "pair":
         r = sized(draw(st.integers(1, 40) if interpreted else st.sampled_from([8, 31])))
         operands["core"] = (
@@ -155,7 +157,7 @@ def test_error_budget(impl: str, device: torch.device) -> None:
     check_pooled(measured)
 
 
-@pytest.mark.parametrize("core", ["core", "pair", "none"])
+@pytest.mark.parametrize("core", ["core", "pair", "diagonal", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch.device) -> None:
     """In 16 bits y and dx are rounded once, where the reference rounds x·Wᵀ, and then its sum with
@@ -165,14 +167,14 @@ def test_rounds_once_and_to_nearest(dtype: torch.dtype, core: str, device: torch
     rows, k, n, p = 300, 96, 80, 20
     sizes = {"x": (rows, k), "weight": (n, k), "down": (p, k), "up": (n, p), "bias": (n,)}
     stds = {"weight": k**-0.5, "down": k**-0.5, "up": p**-0.5 / 4}
-    parts = {"core": [(p, p)], "pair": [(p, 12), (12, p)], "none": []}[core]
+    parts = {"core": [(p, p)], "pair": [(p, 12), (12, p)], "diagonal": [(p,)], "none": []}[core]
 
     def values(size: tuple[int, ...], std: float) -> torch.Tensor:
         return (std * torch.randn(size, device=device)).to(dtype)
 
     made = {name: values(size, stds.get(name, 1.0)) for name, size in sizes.items()}
     factors = [values(size, size[0] ** -0.5).requires_grad_() for size in parts]
-    made["core"] = {"core": factors[:1], "pair": [tuple(factors)], "none": [None]}[core][0]
+    made["core"] = tuple(factors) if core == "pair" else factors[0] if factors else None
     made["x"].requires_grad_()
     errors = measure(
         lambda **operands: lowrank_linear(**operands, impl="triton"),

@@ -18,7 +18,7 @@ from fused_lowrank.compute.run import on_device
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure, pinned_plan, pinned_tiles
 
-CORES = ("core", "pair", "none")
+CORES = ("core", "pair", "diagonal", "none")
 FUSED = ("triton", "aten")
 EAGER = (*FUSED, "auto")  # few rows on a CPU go a way of their own
 INTERPRETED = triton.knobs.runtime.interpret
@@ -38,14 +38,12 @@ def operands(
     train: tuple[str, ...] = ("x", "core"),
 ) -> dict:
     """Operands of a call; those named in `train` require a gradient."""
-    q = p if core == "none" else q
+    q = p if core in ("diagonal", "none") else q
     sizes = {"x": (m, k), "weight": (n, k), "down": (p, k), "up": (n, q), "bias": (n,)}
     made = {name: torch.randn(size, dtype=dtype, device=device) for name, size in sizes.items()}
-    parts = {"core": [(p, q)], "pair": [(p, r), (r, q)], "none": []}[core]
+    parts = {"core": [(p, q)], "pair": [(p, r), (r, q)], "diagonal": [(p,)], "none": []}[core]
     factors = tuple(torch.randn(size, dtype=dtype, device=device) for size in parts)
-    made["core"] = {"core": lambda: factors[0], "pair": lambda: factors, "none": lambda: None}[
-        core
-    ]()
+    made["core"] = factors if core == "pair" else factors[0] if factors else None
     for name in train:
         for tensor in made[name] if isinstance(made[name], tuple) else (made[name],):
             if tensor is not None:
@@ -102,7 +100,7 @@ def test_gradcheck_through_the_kernels(core: str, device: torch.device) -> None:
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         rest = tensors[len(names) :]
-        value = {"core": lambda: rest[0], "pair": lambda: rest, "none": lambda: None}[core]()
+        value = rest if core == "pair" else rest[0] if rest else None
         named = dict(zip(names, tensors, strict=False))
         return lowrank_linear(core=value, scale=0.5, impl="triton", **named)
 
@@ -139,7 +137,7 @@ def test_the_output_may_be_written_to(
 
 
 @pytest.mark.parametrize("impl", EAGER)
-@pytest.mark.parametrize("core", ["core", "pair"])
+@pytest.mark.parametrize("core", ["core", "pair", "diagonal"])
 def test_saves_t_and_nothing_else_of_m(core: str, impl: str, device: torch.device) -> None:
     """M·P elements, and the same few others whatever M is."""
 
@@ -309,7 +307,8 @@ def test_nan_and_inf_go_where_the_reference_puts_them(
     made = operands(device, core)
     with torch.no_grad():
         made["x"][3, 7] = value
-    leaves = [made["x"], *(made["core"] if core == "pair" else [made["core"]] * (core == "core"))]
+    factors = made["core"] if core == "pair" else [made["core"]] * (core != "none")
+    leaves = [made["x"], *factors]
     dy = torch.randn(37, 20, device=device)
     dy[11, 2] = value
     got, expected = (
@@ -350,10 +349,11 @@ def test_offsets_beyond_int32(big: str, device: torch.device) -> None:
     assert torch.equal(lowrank_linear(**{**made, big: far}, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("core", ["core", "diagonal"])
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
-def test_dropout(impl: str, device: torch.device) -> None:
+def test_dropout(impl: str, core: str, device: torch.device) -> None:
     """On the low-rank input alone, in training alone, with one mask forward and backward."""
-    made = operands(device, train=("x", "down", "core"))
+    made = operands(device, core, train=("x", "down", "core"))
     ones = torch.ones_like(made["x"])
     torch.manual_seed(1)
     if impl == "reference":
@@ -370,8 +370,9 @@ def test_dropout(impl: str, device: torch.device) -> None:
         return lowrank_linear(**call, impl=impl, dropout_p=0.25, training=True)
 
     def expected(x, weight, down, core, up, bias):
+        matrix = torch.diag(core) if core.dim() == 1 else core
         low = x * mask.to(x.dtype)
-        return torch.nn.functional.linear(x, weight, bias) + low @ down.t() @ core @ up.t()
+        return torch.nn.functional.linear(x, weight, bias) + low @ down.t() @ matrix @ up.t()
 
     dy = torch.randn(37, 20, device=device)
     errors = measure(dropped, expected, made, dy)
@@ -382,7 +383,7 @@ def test_dropout(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
-@pytest.mark.parametrize("core", ["core", "pair"])
+@pytest.mark.parametrize("core", ["core", "pair", "diagonal"])
 def test_autocast(core: str, impl: str, device: torch.device) -> None:
     """fp32 parameters under bf16 autocast: bf16 out, fp32 gradients, the core product in fp32."""
     made = operands(device, core)

@@ -14,6 +14,7 @@ from fused_lowrank.testing import measure, pinned_plan
 R = 12  # not a power of two, to which kernels pad what they hand on
 TRAINED = [("x", "core"), ("x", "weight", "down", "core", "up", "bias")]
 SIZES = [(16, R), (160, R), (160, 16)]  # few rows and many: some plans are for either alone
+DIAGONAL = [True, False]  # the core
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -30,8 +31,9 @@ def test_a_plan_computes_the_equation(name: str, device: torch.device) -> None:
 
     computed, refused = 0, ""
     for dtype, trained in itertools.product((torch.float32, torch.bfloat16), TRAINED):
-        for m, r in SIZES:
-            shapes = {"x": (m, 48), "weight": (32, 48), "down": (r, 48), "core": (r, r)}
+        for (m, r), diagonal in itertools.product(SIZES, DIAGONAL):
+            core = (r,) if diagonal else (r, r)
+            shapes = {"x": (m, 48), "weight": (32, 48), "down": (r, 48), "core": core}
             shapes |= {"up": (32, r), "bias": (32,)}
             operands: dict[str, Any] = {
                 key: torch.randn(*shape, device=device, dtype=dtype).requires_grad_(key in trained)
@@ -47,7 +49,7 @@ def test_a_plan_computes_the_equation(name: str, device: torch.device) -> None:
                 continue
             computed += 1
             for one in measured:
-                assert one.within, (dtype, m, r, one)
+                assert one.within, (dtype, m, r, diagonal, one)
     if not computed and "no interpreter runs it" in refused:
         pytest.skip("test_hopper_kernels.py executes it")
     assert computed, f"add a case that it can compute: {refused}"

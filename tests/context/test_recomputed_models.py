@@ -99,9 +99,9 @@ def test_a_model_that_checkpoints_itself(name: str, train: bool, names: Any) -> 
             torch.testing.assert_close(grad(within=within), expected[0])
 
 
-@pytest.mark.parametrize("lines", [["a", "b", "a"], "b"])
+@pytest.mark.parametrize("entries", [["a", "b", "a"], "b"])
 @models
-def test_training_a_model_that_checkpoints_itself(name: str, lines: Any) -> None:
+def test_training_a_model_that_checkpoints_itself(name: str, entries: Any) -> None:
     """The gradients of trained cores."""
     model = model_of(name).train()
     trainable = bank_on(model).trainable(["a", "b"])
@@ -111,7 +111,7 @@ def test_training_a_model_that_checkpoints_itself(name: str, lines: Any) -> None
     def grads() -> dict[str, Tensor]:
         for parameter in trainable.parameters():
             parameter.grad = None
-        with trainable.use(lines):
+        with trainable.use(entries):
             loss = trainable.loss(loss_of(model, x, seed))
         loss.backward()
         return {n: copy.copy(p.grad) for n, p in trainable.named_parameters()}

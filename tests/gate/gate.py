@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fused_lowrank.kernels.tile_choice import select, variant
+from fused_lowrank.kernels.tile_choice import experimental_tile, select
 from fused_lowrank.kernels.tiles import TARGETS, TENSOR, Spec, Target, TileConfig, is_valid
 
 TABLE = Path(__file__).with_name("gate.csv")
@@ -92,11 +92,12 @@ def compiled(call: Callable[[], None], target: Target, sass: bool) -> Figures:
 
 
 def tile_of(case: Case, target: Target) -> tuple[TileConfig, Spec]:
-    """The tile of the case's launch, its variant's or the one that `select` gives, and for what."""
+    """The tile of the case's launch, of its set or as `select` gives it, and what it is for."""
     chosen: list[tuple[TileConfig, Spec]] = []
 
     def choose(spec: Spec, m: int) -> TileConfig:
-        tile = variant(case.variant, target, spec, m) if case.variant else select(target, spec, m)
+        name = case.variant
+        tile = experimental_tile(name, target, spec, m) if name else select(target, spec, m)
         assert tile is not None, f"{case.variant} has no tile for {case.kernel}"
         chosen.append((tile, spec))
         return chosen[0][0]

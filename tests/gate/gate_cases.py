@@ -7,6 +7,7 @@ reduction is said where it is made. `sampled` puts the reductions to the test, a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_lowrank.kernels.tile_choice import SLICES, VARIANTS
+from fused_lowrank.kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
 from fused_lowrank.kernels.tiles import RELAY_RANK, SMALL_M
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,7 +36,7 @@ class Case:
     aligned: bool
     p: int
     q: int
-    r: int  # of the pair; 0: one matrix; -1: no core
+    r: int  # of the pair; 0: one matrix; -1: no core; -2: a diagonal
     flags: str  # stored: t and u; b(ias), d(ropout), s(plit over K); gradients a and b;
     # h(alf), q(uarter), e(ighth of the rows that fill a device with gemm_tail's largest tile), or
     # v: some more than fill it; m(any cores): one for each row or, w(eighted), two
@@ -45,7 +46,7 @@ class Case:
 
 
 Layouts = list[tuple[str, bool]]
-Ranks = list[tuple[int, int, int, bool]]  # P, Q, r of the pair (0: one core; -1: none), K even
+Ranks = list[tuple[int, int, int, bool]]  # P, Q, r as a case has it, K even
 
 ALIGNED: Layouts = [("forward", True), ("transposed", True)]
 UNALIGNED: Layouts = [("forward", False), ("transposed", False)]
@@ -55,24 +56,30 @@ FULL: Ranks = [(16, 16, 0, True), (64, 64, 8, True), (128, 32, 0, True), (256, 2
 FULL += [(256, 256, 64, True), (32, 256, -1, True)]
 PARTIAL: Ranks = [(8, 8, 0, False), (25, 48, 4, False), (200, 200, 48, False)]
 ODD: Ranks = [(48, 25, 4, False), (100, 100, 0, False), (200, 200, 0, False), (200, 200, 63, True)]
+DIAGONAL: Ranks = [(64, 64, -2, True), (200, 200, -2, False)]
 # Beside x: every factor like it; an fp32 core (the usual mixture); every factor fp32.
 SAME, CORE, ALL = ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")
 SAME_16, CORE_16 = ("fp16", "fp16"), ("fp16", "fp32")
 
 
-def shrink_cases() -> Iterator[Case]:
-    def some(
-        x: str,
-        factors: list[tuple[str, str]],
-        layouts: Layouts,
-        ranks: Ranks,
-        smalls: Iterable[bool] = (False,),
-        flags: str = "tu",
-    ) -> Iterator[Case]:
-        product = itertools.product(factors, layouts, ranks, smalls)
-        for (down, core), (layout, aligned), (p, q, r, even), small in product:
-            yield Case("shrink", x, down, core, layout, aligned, p, q, r, flags, even, small)
+def combinations(
+    kernel: str,
+    x: str,
+    factors: list[tuple[str, str]],
+    layouts: Layouts,
+    ranks: Ranks,
+    smalls: Iterable[bool] = (False,),
+    *,
+    flags: str,
+) -> Iterator[Case]:
+    """Launches of `shrink` or `decode`: one for every combination of what is listed."""
+    product = itertools.product(factors, layouts, ranks, smalls)
+    for (down, core), (layout, aligned), (p, q, r, even), small in product:
+        yield Case(kernel, x, down, core, layout, aligned, p, q, r, flags, even, small)
 
+
+def shrink_cases() -> Iterator[Case]:
+    some = functools.partial(combinations, "shrink", flags="tu")
     # Storing t and u is the most a launch can do: it stands for all.
     yield from some("bf16", [SAME], ALIGNED, FULL + PARTIAL)
     yield from some("bf16", [CORE], ALIGNED, FULL[:5] + PARTIAL[1:])
@@ -113,6 +120,11 @@ def shrink_cases() -> Iterator[Case]:
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], flags="tudsm")
     yield from some("fp16", [CORE_16], STRIDED, [ODD[0]], flags="tumw")
     yield from some("fp32", [ALL], STRIDED, [ODD[3]], flags="tumw")
+    # A diagonal is loaded where t's sums are, or with t, and nothing is multiplied by a matrix.
+    yield from some("bf16", [CORE], ALIGNED, DIAGONAL)
+    yield from some("bf16", [SAME], UNALIGNED[:1], DIAGONAL[1:])
+    yield from some("fp32", [ALL], ALIGNED[:1], DIAGONAL[:1])
+    yield from some("bf16", [CORE], ALIGNED[:1], DIAGONAL, flags="tumw")
     for flags in ("t", "u"):  # the backward where the core alone is trained, and inference
         yield from some("bf16", [SAME], ALIGNED[:1], [FULL[1]], flags=flags)
 
@@ -174,6 +186,9 @@ def core_grad_cases() -> Iterator[Case]:
         yield from some("fp16", core, [full[3], odd[3]])
     yield from some("fp32", "bf16", [full[3], odd[3]])
     yield from some("bf16", "fp32", [full[1]], ("a", "b"))
+    yield from some("bf16", "fp32", [(64, 64, -2), (200, 200, -2)])
+    yield from some("fp32", "fp32", [(256, 256, -2)])
+    yield from some("bf16", "fp32", [(64, 64, -2)], ("m", "mws"))
     # By adapter the core is not read, nor is there anything to do for a pair.
     yield from some("bf16", "fp32", [(64, 64, 0)], ("m", "mw", "mws"))
     yield from some("bf16", "fp32", [full[2], odd[2]], ("mw",))
@@ -214,6 +229,7 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 64, 64, 8)
     yield from relay("bf16", "bf16", 40, 24, 64, "b")
     yield from relay("bf16", "", 64, 64, -1)
+    yield from relay("bf16", "fp32", 64, 64, -2)
     yield from relay("bf16", "fp32", 16, 16, 0, "tbh")
     yield from relay("bf16", "fp32", 64, 16, 0, "tbq")
     yield from relay("fp16", "fp32", 64, 64, 0)
@@ -223,6 +239,7 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 64, 64, 0, "tb", eight)
     yield from relay("bf16", "bf16", 40, 24, 64, "b", four, ALIGNED[1:])
     yield from relay("bf16", "", 64, 64, -1, "tb", eight, ALIGNED[:1])
+    yield from relay("bf16", "fp32", 64, 64, -2, "tb", eight, ALIGNED[:1])
     yield from relay("bf16", "fp32", 16, 16, 0, "tbh", eight, ALIGNED[:1])
     yield from relay("bf16", "fp32", 64, 16, 8, "tbq", four, ALIGNED[1:])
     yield from relay("fp16", "fp32", 64, 64, 0, "tb", eight, ALIGNED[:1])
@@ -234,21 +251,11 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 16, 16, 0, "tbmwh")
     yield from relay("bf16", "fp32", 64, 32, 0, "tbmq")
     yield from relay("fp16", "fp16", 64, 64, 8, "tbmw")
+    yield from relay("bf16", "fp32", 64, 64, -2, "tbmw")
 
 
 def decode_cases() -> Iterator[Case]:
-    def some(
-        x: str,
-        factors: list[tuple[str, str]],
-        layouts: Layouts,
-        ranks: Ranks,
-        smalls: Iterable[bool] = (False,),
-        flags: str = "tbs",
-    ) -> Iterator[Case]:
-        product = itertools.product(factors, layouts, ranks, smalls)
-        for (down, core), (layout, aligned), (p, q, r, even), small in product:
-            yield Case("decode", x, down, core, layout, aligned, p, q, r, flags, even, small)
-
+    some = functools.partial(combinations, "decode", flags="tbs")
     # Sharing K adds to a launch; so do t and a bias. P has what every target holds.
     both, few = (False, True), (True,)
     yield from some("bf16", [CORE], ALIGNED, [FULL[1], PARTIAL[1]], both)
@@ -260,6 +267,8 @@ def decode_cases() -> Iterator[Case]:
     yield from some("fp32", [ALL], ALIGNED, [FULL[0]], both)
     yield from some("fp32", [ALL], STRIDED, [ODD[0]], few)
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
+    yield from some("bf16", [CORE], ALIGNED[:1], DIAGONAL[:1], both)
+    yield from some("bf16", [CORE], ALIGNED[:1], DIAGONAL[:1], flags="tbsmw")
     # With many cores, on CUDA alone.
     yield from some("bf16", [CORE], ALIGNED, [FULL[1]], flags="tbsmw")
     yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tbsmw")
@@ -276,7 +285,7 @@ def dropped_cases() -> Iterator[Case]:
 
 
 def variant_cases() -> Iterator[Case]:
-    for variant, tiles in VARIANTS.items():
+    for variant, tiles in EXPERIMENTAL_TILES.items():
         dtypes = ("fp32",) if variant == "tf32x3" else ("bf16", "fp16")
         for (layout, aligned), rank, dtype in itertools.product(ALIGNED, (16, 48, 64), dtypes):
             if rank == 64 or dtype != "fp16":
@@ -305,13 +314,13 @@ def sampled(count: int, seed: int) -> list[Case]:
         return rng.choice((16, 32, 64, 128, 256, rng.randint(1, 256), rng.randint(1, 256)))
 
     def many(r: int) -> str:
-        return rng.choice(("", "", "m", "mw")) if r >= 0 else ""
+        return rng.choice(("", "", "m", "mw")) if r != -1 else ""
 
     def one() -> Case:
         kernels = "shrink", "shrink", "gemm_tail", "core_grad", "decode", "relay"
         kernel = rng.choice(kernels)
         x, down, core = rng.choices(list(DTYPES), k=3)
-        p, q, r = rank(), rank(), rng.choice((-1, 0, 8, 16, rng.randint(1, 256)))
+        p, q, r = rank(), rank(), rng.choice((-2, -1, 0, 8, 16, rng.randint(1, 256)))
         layout, aligned = rng.choice((*ALIGNED, *UNALIGNED, *STRIDED))
         even, small = rng.random() < 0.5, rng.random() < 0.3
         if kernel == "gemm_tail":
@@ -320,8 +329,8 @@ def sampled(count: int, seed: int) -> list[Case]:
             return Case(kernel, x, down, "", layout, aligned, 0, q, 0, bias, even, small)
         if kernel == "core_grad":
             wanted = rng.choice(("a", "b", "ab", "m", "mw", "mws"))
+            q, r = (p, r) if r == -2 else (q, max(0, r))
             is_aligned = p % 16 == q % 16 == 0
-            r = max(0, r)
             return Case(kernel, x, x, core, "forward", is_aligned, p, q, r, wanted, True, False)
         if kernel == "relay":
             layout, aligned = rng.choice(ALIGNED)

@@ -25,7 +25,7 @@ from gate_read import Figures, problems, problems_of_decode, problems_of_hopper,
 from triton.backends.compiler import GPUTarget
 
 from fused_lowrank.kernels import core_grad, decode, gemm_tail, shrink
-from fused_lowrank.kernels.tile_choice import VARIANTS
+from fused_lowrank.kernels.tile_choice import EXPERIMENTAL_TILES
 from fused_lowrank.kernels.tiles import TARGETS, Target, TileConfig
 
 SM_90, SM_80 = TARGETS["sm_90"], TARGETS["sm_80"]
@@ -75,7 +75,7 @@ def check_shared_memory_is_found() -> None:
 def check_a_tail_leaves_the_main_loop_as_it_was() -> None:
     """On Hopper: the bare GEMM's loop and bulk copies, and a step more of HGMMA for 16 of Q."""
     tiles = [TileConfig(128, 256, 64, 8, 3, max_registers=255, persistent=True)]
-    tiles += [tile for name in ("deep", "narrow") for tile in VARIANTS[name].values()]
+    tiles += [tile for name in ("deep", "narrow") for tile in EXPERIMENTAL_TILES[name].values()]
     for tile, layout in product(tiles, ("forward", "transposed")):
         figures = []
         for rank in (0, 16, 64):

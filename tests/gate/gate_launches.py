@@ -80,7 +80,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     pair = (empty(p, r, dtype=case.core), empty(r, q, dtype=case.core)) if r > 0 else None
     if case.kernel == "core_grad":
         t, g = empty(m, p, dtype=case.x), empty(m, q, dtype=case.x)
-        core = pair or empty(p, q, dtype=case.core)
+        core = pair or empty(*((p,) if r == -2 else (p, q)), dtype=case.core)
         if "m" in case.flags:
             core_grad_rows(t, g, bank(core, m, case.flags), 0.5, choose)
             return
@@ -89,7 +89,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     if transposed:  # the way back: p is what x is multiplied down to
         pair = pair and (empty(q, r, dtype=case.core), empty(r, p, dtype=case.core))
     one = empty(*((q, p) if transposed else (p, q)), dtype=case.core) if r == 0 else None
-    core = pair or one
+    core = pair or (empty(p, dtype=case.core) if r == -2 else one)
     if "m" in case.flags:
         core = bank(core, m, case.flags)
     x, down = rows(m, k, case.x, case), empty(*((k, p) if transposed else (p, k)), dtype=case.down)

@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 from gate_cases import DTYPES, Case
+from gate_sass import stale_descriptors
 
 from fused_lowrank.kernels import decode
 from fused_lowrank.kernels.tiles import Target, TileConfig, padded
@@ -154,7 +155,7 @@ def problems(
         mma, opcode = wanted_mma(target, tile.block_m)
         if kernel == "core_grad" and not figures.n_mma:
             found.append("no tensor core instruction")
-        gemm = kernel not in ("core_grad", "dropped", "drawn")
+        gemm = kernel not in ("core_grad", "diagonal", "dropped", "drawn")
         if gemm and mma not in figures.mma.split("+"):
             found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
         if gemm and figures.sass and f"{opcode}:" not in figures.sass:
@@ -189,6 +190,12 @@ def problems_of_hopper(kernel: Any, figures: Figures, case: Case, tile: TileConf
     if figures.n_bulk_store != 2 * tile.parts:
         found.append(f"{figures.n_bulk_store} bulk stores, not {2 * tile.parts}")
     return found
+
+
+def problems_of_products(kernel: Any) -> list[str]:
+    """What is wrong with the matrix products of a kernel for sm_90 as ptxas has made it."""
+    stale = stale_descriptors(cuobjdump("-sass", kernel.asm["cubin"]))
+    return [f"operands of another branch: {stale[0]}; {len(stale)} in all"] if stale else []
 
 
 def copies(ptx: str, loads: str) -> list[int]:
@@ -237,9 +244,13 @@ def judged(
     """The figures of the case's compiled launch, and what is wrong with it."""
     figures = read(kernel, target, sass)
     itemsize = DTYPES[case.x].itemsize
-    wrong = problems(figures, target, case.kernel, tile, itemsize, case.aligned)
+    # A diagonal's gradient is no product of matrices.
+    kind = "diagonal" if (case.kernel, case.r) == ("core_grad", -2) else case.kernel
+    wrong = problems(figures, target, kind, tile, itemsize, case.aligned)
     if tile.hopper:
         wrong += problems_of_hopper(kernel, figures, case, tile)
+    if target.name == "sm_90" and (sass or tile.hopper):
+        wrong += problems_of_products(kernel)
     if case.kernel == "decode" and case.aligned and target.backend == "cuda":
         wrong += problems_of_decode(kernel, case, tile)
     return figures, wrong

@@ -11,15 +11,15 @@ from fused_lowrank.kernels.common import arrivals, multiprocessors
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import measure
 
-SLOTS, LINES, REPEAT = 4, 17, 3
+SLOTS, ENTRIES, REPEAT = 4, 17, 3
 TILE = TileConfig(16, 16, 16, 4, 1)
 
 
 def operands(
     device: torch.device, dtype: torch.dtype, k: int = 1, weighted: bool = False
 ) -> tuple[Tensor, Tensor, RowCores]:
-    """t, g and cores: refused handles and lines without an adapter occur, and no row of slot 1."""
-    slots = torch.randint(0, SLOTS, (LINES, k), device=device)
+    """t, g and cores; some handles are refused, some entries have no adapter, no row has slot 1."""
+    slots = torch.randint(0, SLOTS, (ENTRIES, k), device=device)
     generations = torch.arange(SLOTS, dtype=torch.int32, device=device) + 2**30
     handles = (generations[slots].long() << SLOT_BITS | slots).where(slots != 1, NONE)
     handles[3] = NONE
@@ -29,13 +29,13 @@ def operands(
         torch.randn(SLOTS, 20, 25, device=device),
         None,
         handles,
-        torch.rand(LINES, k, device=device) if weighted else None,
+        torch.rand(ENTRIES, k, device=device) if weighted else None,
         torch.rand(SLOTS, device=device) + 0.5,
         generations,
         torch.zeros(1, dtype=torch.int32, device=device),
         REPEAT,
     )
-    t, g = (torch.randn(LINES * REPEAT, n, device=device).to(dtype) for n in (20, 25))
+    t, g = (torch.randn(ENTRIES * REPEAT, n, device=device).to(dtype) for n in (20, 25))
     return t, g, core
 
 
@@ -82,7 +82,7 @@ def test_core_grad(
     dcore, expected = ours(**made), reference(**made)
     if dtype != torch.bfloat16 or (k == 1 and not weighted):  # products are exact in bfloat16
         # Each is off by the unit roundoff for each sum and each factor, times absolute values.
-        operations, unit = LINES * REPEAT * k + 5, torch.finfo(dcore.dtype).eps / 2
+        operations, unit = ENTRIES * REPEAT * k + 5, torch.finfo(dcore.dtype).eps / 2
         sizes = reference(t.double().abs(), g.double().abs())
         assert ((dcore - expected).abs() <= 2 * operations * unit * sizes).all()
     assert dcore[0].any()

@@ -17,7 +17,7 @@ from fused_lowrank.testing import check_pooled, measure
 
 TILE = TileConfig(16, 32, 32, 4, 1)  # of at most 16 rows
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CORES = ("core", "pair", "none")
+CORES = ("core", "pair", "diagonal", "none")
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -34,7 +34,7 @@ def operands(
     other: torch.dtype = torch.float32,
 ) -> dict:
     """Operands of a call, as the forward has them: two column tiles, five blocks of K."""
-    q = p if core == "none" else q
+    q = p if core in ("diagonal", "none") else q
 
     def values(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return (torch.randn(size, device=device) * size[-1] ** -0.5).to(dtype)
@@ -42,6 +42,7 @@ def operands(
     factors = {
         "core": values(p, q, dtype=other),
         "pair": (values(p, 7, dtype=other), values(7, q, dtype=other)),
+        "diagonal": values(p, dtype=other) * p**0.5,
         "none": None,
     }
     return {

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NUMERICS = "tests/compute/test_numerics.py::test_error_budget"
+GAIN = "tests/compute/test_gain.py::test_error_budget"
 GATE = "tests/kernels/test_gate.py::test_check"
 
 # what is broken → file, text, what it becomes, the test that must fail
@@ -39,6 +40,31 @@ FAULTS = {
         "acc += bias[None, :].to(acc.dtype)",
         "acc += 2 * bias[None, :].to(acc.dtype)",
         f"{NUMERICS}[triton]",
+    ),
+    "gain after the bias": (
+        "kernels/gemm_tail.py",
+        "        acc += bias[None, :].to(acc.dtype)\n    return acc",
+        "        acc += bias[None, :].to(acc.dtype)\n        if HAS_GAIN:\n"
+        "            acc *= gain[None, :]\n    return acc",
+        f"{GAIN}[split]",
+    ),
+    "bias left in the way back through the gain": (
+        "kernels/gain_back.py",
+        "                z -= bias[None, :]",
+        "                z -= 0 * bias[None, :]",
+        f"{GAIN}[triton]",
+    ),
+    "a program's rows counted twice in the gain's gradient": (
+        "kernels/gain_back.py",
+        "for m in range(split * rows, end, BLOCK_M):",
+        "for m in range(0, end, BLOCK_M):",
+        "tests/compute/test_gain.py::test_gain_back",
+    ),
+    "gain left out of dy": (
+        "fused_lowrank/compute/gain.py",
+        "torch.mul(part, gain, out=dz[rows])",
+        "dz[rows] = part",
+        f"{GAIN}[aten]",
     ),
     "bare bf16 cast": (
         "kernels/common.py",

@@ -46,6 +46,9 @@ RELAYS = (
     Case("relay", transposed=True, dtype="fp16", core="fp32", width=64, parts=2),
     Case("relay", p=24, q=24, turned=True),
     Case("relay", transposed=True, p=24, q=24, turned=True),
+    Case("relay", core="diagonal", p=24, q=24, want_t=False),
+    Case("relay", transposed=True, core="diagonal fp32", p=64, q=64, width=256, parts=4),
+    Case("relay", core="diagonal", p=40, q=40, infinite=True),
     Case("relay", width=256, parts=4, stages=4),
     Case("relay", transposed=True, width=256, stages=4, bias=True, want_t=False),
 )

@@ -34,6 +34,10 @@ CASES = (
     LARGE,
     Case("relay", mix=1, dtype="fp16", core="fp16", p=48, q=16, width=256, parts=4, stages=4),
     Case("relay", transposed=True, mix=1, dtype="fp16", core="fp32", p=64, q=64, turned=True),
+    Case("relay", mix=1, core="diagonal", p=40, q=40),
+    Case(
+        "relay", transposed=True, mix=2, core="diagonal fp32", p=64, q=64, weighted=True, repeat=3
+    ),
 )
 APART = (
     ROWS,
@@ -41,6 +45,7 @@ APART = (
     Case("relay", mix=2, core="pair", p=24, q=16, r=72, weighted=True, repeat=3),
     Case("relay", transposed=True, mix=1, dtype="fp16", core="pair fp32", q=24, width=64),
     Case("relay", mix=1, core="fp32", p=24, q=24),
+    Case("relay", transposed=True, mix=2, core="diagonal", p=24, q=24, weighted=True),
 )
 
 KERNEL = "relay_rows_hopper.py"

@@ -22,7 +22,7 @@ from fused_lowrank.compute.operands import Problem
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.kernels import relay_slices_hopper
 from fused_lowrank.kernels.relay import relay, spec_of
-from fused_lowrank.kernels.tile_choice import SLICES, hopper_tile, select, variant
+from fused_lowrank.kernels.tile_choice import SLICES, experimental_tile, hopper_tile, select
 from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig, is_valid, most_makers
 
 pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
@@ -38,6 +38,8 @@ CASES = (
     Case("relay", makers=4, transposed=True, p=64, q=64, width=64, bias=True),
     Case("relay", makers=2, core="one", p=32, q=32, want_t=False),
     Case("relay", makers=3, transposed=True, core="one", p=16, q=16, width=64, turned=True),
+    Case("relay", makers=2, core="diagonal fp32", p=24, q=24),
+    Case("relay", makers=3, transposed=True, core="diagonal", p=64, q=64, width=64, infinite=True),
     Case("relay", makers=2, core="fp32", p=40, q=16, turned=True),
     Case("relay", makers=4, transposed=True, core="fp32", p=16, q=64, width=64),
     Case("relay", makers=2, core="pair", p=48, q=64, group_m=1),
@@ -270,12 +272,12 @@ def test_the_named_sets(m: int, n: int, k: int, width: int, makers: tuple[int, i
     spec = Spec("relay", 2, 4, True, 16, 16, bulk=True, n=n, k=k)
     assert select(SM_90, spec, m).makers == 1
     for set_name, count in zip(SLICES, makers, strict=True):
-        tile = variant(set_name, SM_90, spec, m)
+        tile = experimental_tile(set_name, SM_90, spec, m)
         assert tile == replace(hopper_tile(spec, m), makers=count)
         assert tile.block_n == width
         assert is_valid(tile, SM_90, spec)
-        assert variant(set_name, SM_90, replace(spec, kernel="gemm_tail"), m) is None
-    assert variant("slices4", TARGETS["sm_100"], spec, m) is None
+        assert experimental_tile(set_name, SM_90, replace(spec, kernel="gemm_tail"), m) is None
+    assert experimental_tile("slices4", TARGETS["sm_100"], spec, m) is None
 
 
 def test_the_plans_are_taken_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def operands(
     device: torch.device,
     r: int = 0,
     *,
-    lines: int = 11,
+    entries: int = 11,
     repeat: int = 1,
     k: int = 1,
     weighted: bool = False,
@@ -53,18 +53,18 @@ def operands(
         return (torch.randn(size, device=device) * size[-1] ** -0.5).to(dtype)
 
     made: Operands = {
-        "x": torch.randn(lines * repeat, 139, device=device).to(dtype),
+        "x": torch.randn(entries * repeat, 139, device=device).to(dtype),
         "weight": values(43, 139),
         "down": values(p, 139),
         "table": values(SLOTS, p, r or q, dtype=other),
         "right": values(SLOTS, r, q, dtype=other) if r else None,
-        "weights": torch.rand(lines, k, device=device) if weighted else None,
+        "weights": torch.rand(entries, k, device=device) if weighted else None,
         "scales": torch.rand(SLOTS, device=device) + 0.5,
         "up": values(43, q),
         "bias": values(43),
     }
     generations = torch.arange(SLOTS, dtype=torch.int32, device=device) + 2**30
-    slots = torch.randint(0, SLOTS, (lines, k), device=device)
+    slots = torch.randint(0, SLOTS, (entries, k), device=device)
     slots[0] = SLOTS - 1
     handles = generations[slots].long() << SLOT_BITS | slots
     handles[3] = NONE
@@ -146,7 +146,7 @@ def check(
 def test_error_budget(
     dtype: torch.dtype, plan: str, r: int, transposed: bool, device: torch.device, monkeypatch
 ) -> None:
-    """Of one program and of several, one line for each row and for three, one core and mixtures."""
+    """By one program and by several, an entry for each row and for three, one core and mixtures."""
     module = decode_module if plan == "decode" else shrink_module
     measured = []
     for asked, other, shape in (
@@ -163,13 +163,13 @@ def test_error_budget(
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"p": 1, "q": 1, "lines": 8},
+        {"p": 1, "q": 1, "entries": 8},
         {"p": 16, "q": 64, "r": 16},
         {"p": 150, "q": 3, "k": 2},
         {"p": 3, "q": 150, "r": 1},
-        {"p": 256, "q": 256, "r": 3, "lines": 8},
-        {"p": 64, "q": 64, "lines": 8, "repeat": 8},
-        {"p": 17, "q": 33, "r": 257, "lines": 8},
+        {"p": 256, "q": 256, "r": 3, "entries": 8},
+        {"p": 64, "q": 64, "entries": 8, "repeat": 8},
+        {"p": 17, "q": 33, "r": 257, "entries": 8},
     ],
     ids=str,
 )
@@ -205,12 +205,12 @@ def test_a_row_keeps_its_bits_whatever_the_others_are(
     plan: str, r: int, device: torch.device
 ) -> None:
     """Their x, their handles and weights, the adapters that are not its own: all NaN or others."""
-    line, repeat = 8, 3
+    entry, repeat = 8, 3
     shape = {"k": 2, "repeat": repeat, "weighted": True}
     made, rows = operands(device, r, dtype=torch.bfloat16, other=torch.float32, **shape)
     before = rows(*(made[name] for name in ("table", "right", "weights", "scales")))
-    mine = before.slots()[0][:, line]
-    others = torch.arange(len(before.handles), device=device) != line
+    mine = before.slots()[0][:, entry]
+    others = torch.arange(len(before.handles), device=device) != entry
     changed = {name: value if value is None else value.clone() for name, value in made.items()}
     changed["x"].view(-1, repeat, 139)[others] = torch.nan
     changed["weights"][others] = torch.nan
@@ -219,17 +219,17 @@ def test_a_row_keeps_its_bits_whatever_the_others_are(
     for name in ("table", "right", "scales"):
         if changed[name] is not None:
             changed[name][foreign] = torch.nan
-    own = slice(line * repeat, (line + 1) * repeat)
+    own = slice(entry * repeat, (entry + 1) * repeat)
     y = by_kernel(rows, plan)(**made)[own]
     assert y.isfinite().all()
 
-    for handle in (NONE, before.handles[line, 0], 2**62, before.handles[0, 0]):
+    for handle in (NONE, before.handles[entry, 0], 2**62, before.handles[0, 0]):
 
         def elsewhere(*parts: Tensor, handle: int = handle) -> RowCores:
             core = rows(*parts)
-            lines = core.handles.clone()
-            lines[others] = handle
-            return core._replace(handles=lines)
+            entries = core.handles.clone()
+            entries[others] = handle
+            return core._replace(handles=entries)
 
         assert torch.equal(by_kernel(elsewhere, plan)(**changed)[own], y)
 
@@ -323,7 +323,7 @@ def test_refused_handles_read_nothing_outside_the_tables(
 def test_slots_beyond_int32(device: torch.device) -> None:
     """An adapter 2³¹ numbers into the table is read where it is."""
     p, slots = 128, 2**17 + 3
-    made, rows = operands(device, p=p, q=p, lines=8, other=torch.bfloat16)
+    made, rows = operands(device, p=p, q=p, entries=8, other=torch.bfloat16)
     small = rows(*(made[name] for name in ("table", "right", "weights", "scales")))
     storage = torch.empty(0, dtype=torch.bfloat16, device=device)
     storage.untyped_storage().resize_(2 * slots * p * p)  # pages are touched where written
@@ -410,7 +410,7 @@ def test_the_bits_do_not_depend_on_how_many_programs_make_u(
     """One row to each, or several; also where those with the last tickets start first."""
     from triton.runtime.interpreter import interpreter_builder
 
-    shape = {"lines": 11, "repeat": 3, "p": 64, "q": 64, "k": 2}
+    shape = {"entries": 11, "repeat": 3, "p": 64, "q": 64, "k": 2}
     made, rows = operands(device, r, dtype=torch.bfloat16, other=torch.float32, **shape)
     monkeypatch.setattr(decode_module, "splits", lambda *_: 2)
     found, programs, start = [], [], interpreter_builder.set_grid_idx

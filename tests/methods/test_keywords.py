@@ -25,7 +25,7 @@ LAYERS = (FusedLoraLinear, FusedLoraXSLinear, FusedLoraMiniLinear)
 SIZES = [("in_features", inspect.Parameter.empty), ("out_features", inspect.Parameter.empty)]
 SIZES += [("bias", True)]
 REST = [("impl", None), ("device", None), ("dtype", None), ("_linear", None), ("_defer", False)]
-SCALE = [("alpha", None), ("dropout", 0.0)]
+SCALE = [("alpha", None), ("dropout", 0.0), ("rank_dropout", 0.0)]
 CONSTRUCTORS = {
     FusedLoraLinear: [("r", 16), *SCALE, ("train", ("down", "up"))],
     FusedLoraXSLinear: [("r", 16), *SCALE, ("train", ("core",)), ("svd", "randomized")],
@@ -111,13 +111,9 @@ def test_what_is_no_integer_is_no_rank(cls, rank) -> None:
     [
         ("lora_alpha", "it is called alpha"),
         ("lora_dropout", "it is called dropout"),
-        ("use_rslora", "alpha = lora_alpha·√r"),
-        ("rank_pattern", "one r"),
-        ("alpha_pattern", "one alpha"),
         ("bias", "train names them"),
         ("rank", "it is called r"),
         ("device", "stays where"),
-        ("layers_to_transform", "regular expression"),
         ("droput", r"did you mean dropout\?"),
         ("nonsense", "has no keyword 'nonsense'. It has r, "),
     ],
@@ -131,6 +127,23 @@ def test_an_unknown_keyword_says_which_is_meant(method, keyword, said) -> None:
     assert "_linear" not in str(caught.value)
     assert type(model[0]) is nn.Linear
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ("use_rslora", "adapt takes it; of one layer it is alpha = lora_alpha·√r"),
+        ("rank_pattern", "adapt takes it; one layer has one r"),
+        ("alpha_pattern", "adapt takes it; one layer has one alpha"),
+        ("layers_to_transform", "adapt takes it"),
+        ("layers_pattern", "adapt takes it"),
+        ("rank_dropout_scale", "rank_dropout scales"),
+    ],
+)
+def test_what_only_a_whole_model_has(cls, keyword, said) -> None:
+    with pytest.raises(TypeError, match=f"{cls.method} has no keyword '{keyword}': {said}"):
+        cls.from_linear(nn.Linear(16, 16), **{keyword: 8})
 
 
 def test_a_keyword_of_another_method_lists_what_this_one_has() -> None:

@@ -143,6 +143,22 @@ def test_training_is_that_of_one_process(results, name):
     assert_same_training(results(name), results("single"))
 
 
+def test_restart_under_ddp(results, both):
+    """All ranks have the first one's new factors, of which up is zero, and learn on alike; sharded
+    weights are refused.
+    """
+    first, second = results("restart"), both[1]["restart"]
+    torch.testing.assert_close(first["after"], first["before"], rtol=1e-10, atol=0)
+    assert any(factor.any() for factor in first["begun"])
+    assert any(not factor.any() for factor in first["begun"])
+    for name in ("begun", "trained"):
+        for own, other in zip(first[name], second[name], strict=True):
+            assert torch.equal(own, other)
+    assert first["losses"][-1] < first["losses"][0]
+    assert "cannot merge and restart under fully_shard" in first["said"]
+    assert first["groups"] == {"factors": 14, "output_factors": 14}
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_model_of_peft(results, how):
     """The same curve, and nothing sent but the gradients of what is trained."""

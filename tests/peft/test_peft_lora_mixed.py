@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraModel
 
 from fused_lowrank import declare_rows
 from fused_lowrank.integrations.peft import fuse_lora, unfuse_lora
-from fused_lowrank.integrations.peft.mixed import Hooks, Lines
+from fused_lowrank.integrations.peft.mixed import Entries, Hooks
 
 
 class TimeFirst(nn.Module):
@@ -127,7 +127,7 @@ def test_two_threads() -> None:
 @pytest.mark.parametrize("hook", ["begin", "give"])
 def test_hooks_that_are_half_registered(hook: str) -> None:
     """PyTorch calls one without keywords on another thread, in the moment of its registration."""
-    call = getattr(Hooks(Lines(["a", "b"])), hook)
+    call = getattr(Hooks(Entries(["a", "b"])), hook)
     assert call(nn.Linear(2, 2), (torch.ones(2),)) is None
 
 

@@ -268,7 +268,7 @@ def test_public_calls_keep_their_names() -> None:
 
     assert list(inspect.signature(lowrank_linear).parameters) == [
         *("x", "weight", "down", "core", "up", "bias"),
-        *("scale", "dropout_p", "training", "impl", "seed"),
+        *("scale", "dropout_p", "training", "impl", "seed", "gain"),
     ]
 
 

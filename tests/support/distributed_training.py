@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lowrank import adapt, load_adapter, save_adapter
+from fused_lowrank import adapt, load_adapter, merge_and_restart, parameter_groups, save_adapter
 from fused_lowrank.files.lora_export import export_lora
 from fused_lowrank.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
@@ -354,3 +354,25 @@ def run_example(folder: Path, steps: int, how: str = "fsdp") -> list[float]:
         return main(["--parallel", how, "--folder", str(folder), "--steps", str(steps)])
     finally:
         torch.set_default_dtype(before)
+
+
+def restart(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """A restart under DDP, with generators that are elsewhere on each rank; and under FSDP2."""
+    inner = adapted("lora", r=3)
+    model = DistributedDataParallel(inner)
+    optimizer, ids = optimizer_of(model), batches()[0]
+    train(model, optimizer, range(2), sharded_data=True)
+    torch.manual_seed(dist.get_rank())
+    before = loss_of(model, ids).detach()
+    merge_and_restart(model, optimizer, progress=False)
+    after = loss_of(model, ids).detach()
+    begun = [factor.detach().clone() for factor in trained(model)]
+    out = train(model, optimizer, range(2, STEPS), sharded_data=True)
+    sharded = sharded_by_fsdp(adapted("lora", r=3))
+    groups = {g["name"]: len(g["params"]) for g in parameter_groups(sharded, 1e-3)}
+    try:
+        merge_and_restart(sharded, optimizer_of(sharded), progress=False)
+        said = "nothing"
+    except RuntimeError as error:
+        said = str(error)
+    return {**out, "before": before, "after": after, "begun": begun, "said": said, "groups": groups}

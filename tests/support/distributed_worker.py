@@ -31,6 +31,7 @@ SCENARIOS: list[Callable[[DeviceMesh, Path], Any]] = [
     training.mesh_2d,
     training.checkpoint,
     training.files,
+    training.restart,
     layers.deferred,
     layers.layers,
     layers.layouts,

@@ -24,11 +24,11 @@ class Bank:
     def __init__(
         self, m: int, mix: int, weighted: bool, repeat: int, generator: torch.Generator
     ) -> None:
-        lines = -(-m // repeat)
+        entries = -(-m // repeat)
         self.repeat = repeat
 
         def drawn(below: int) -> torch.Tensor:
-            return torch.randint(below, (lines, mix), generator=generator)
+            return torch.randint(below, (entries, mix), generator=generator)
 
         self.generations = torch.arange(SLOTS, dtype=torch.int32) + 2**30
         slots, kind = drawn(USED), drawn(10)
@@ -41,7 +41,7 @@ class Bank:
         self.handles = torch.where(kind == 9, handles | -(2**63), handles)
         self.valid = kind < 6
         self.slots = slots
-        weights = torch.rand(lines, mix, generator=generator) + 0.5
+        weights = torch.rand(entries, mix, generator=generator) + 0.5
         self.weights = weights.where(self.valid, torch.nan) if weighted else None
         self.scales = torch.rand(SLOTS, generator=generator) + 0.5
         self.scales[USED:] = torch.nan
@@ -59,12 +59,12 @@ class Bank:
     def through(self, t: torch.Tensor, cores: torch.Tensor) -> torch.Tensor:
         """Σ over j of weight · scale · t[m] · core, in float64; cores (SLOTS, P, Q)."""
         u = t.new_zeros(len(t), cores.shape[-1])
-        lines = torch.arange(len(t)) // self.repeat
+        entries = torch.arange(len(t)) // self.repeat
         for j in range(self.handles.shape[1]):
-            slots, valid = self.slots[lines, j], self.valid[lines, j]
+            slots, valid = self.slots[entries, j], self.valid[entries, j]
             factor = self.scales[slots].double()
             if self.weights is not None:
-                factor = factor * self.weights[lines, j].double()
+                factor = factor * self.weights[entries, j].double()
             part = torch.bmm(t[:, None], cores[slots])[:, 0] * factor[:, None]
             u += part.where(valid[:, None], 0.0)
         return u
@@ -86,16 +86,16 @@ def check_apart(operands: Any, launch: Callable[[Callable[[], Any]], Any]) -> No
     kind = case.mix, case.weighted, case.repeat
     bank = operands.bank = Bank(m, *kind, operands.generator)
     x = operands.draw(m, operands.sizes[2])
-    line = int(bank.valid.all(1).nonzero()[-1])  # all its adapters are there
-    own = slice(line * case.repeat, min(m, (line + 1) * case.repeat))
+    entry = int(bank.valid.all(1).nonzero()[-1])  # all its adapters are there
+    own = slice(entry * case.repeat, min(m, (entry + 1) * case.repeat))
     y, t = launch(lambda: operands.relay(x))
 
     def expect(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         if not torch.equal(found, expected):
             raise Fault(f"{what}: a row has other bits")
 
-    others = torch.arange(len(bank.handles)) != line
-    foreign = torch.ones(SLOTS, dtype=torch.bool).index_fill(0, bank.slots[line], False)
+    others = torch.arange(len(bank.handles)) != entry
+    foreign = torch.ones(SLOTS, dtype=torch.bool).index_fill(0, bank.slots[entry], False)
     factors, scales, handles = operands.factors, bank.scales.clone(), bank.handles.clone()
     for value in (torch.nan, torch.inf):
         spoiled = x.clone()
@@ -106,7 +106,7 @@ def check_apart(operands: Any, launch: Callable[[Callable[[], Any]], Any]) -> No
             factor[foreign] = value
         if bank.weights is not None:
             bank.weights[others] = value
-        for handle in (NONE, handles[line, 0], 2**62, handles[0, 0]):
+        for handle in (NONE, handles[entry, 0], 2**62, handles[0, 0]):
             bank.handles[others] = handle
             again, t_again = launch(lambda x=spoiled: operands.relay(x))
             expect(f"beside {value} and handles {handle}", again[own], y[own])
@@ -114,8 +114,8 @@ def check_apart(operands: Any, launch: Callable[[Callable[[], Any]], Any]) -> No
                 expect("t", t_again[own], t[own])
     operands.factors, bank.scales = factors, scales
 
-    bank.handles = handles[line : line + 1]
-    bank.weights = None if bank.weights is None else bank.weights[line : line + 1]
+    bank.handles = handles[entry : entry + 1]
+    bank.weights = None if bank.weights is None else bank.weights[entry : entry + 1]
     expect("alone", launch(lambda: operands.relay(x[own]))[0], y[own])
 
     mine, bank.handles = bank.handles, torch.full_like(bank.handles, NONE)

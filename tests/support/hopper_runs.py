@@ -50,7 +50,7 @@ class Case:
     dtype: str = "bf16"
     p: int = 16  # relay
     q: int = 16  # 0: gemm_tail without a tail
-    core: str = "bf16"  # relay: its dtype; "one": there is none; "pair" of bf16, or "pair fp32"
+    core: str = "bf16"  # relay: its dtype; "one": none; "pair" or "diagonal" of bf16, or "… fp32"
     infinite: bool = False  # the core has an infinity
     bias: bool = False
     want_t: bool = True
@@ -62,7 +62,7 @@ class Case:
     turned: bool = False  # W lies the other way round than it does in such a pass
     mix: int = 0  # relay: cores to a row, each of a bank's; 0: one core for all
     weighted: bool = False
-    repeat: int = 1  # rows to a line of the bank's
+    repeat: int = 1  # rows to an entry of the bank's
     r: int = 8  # of a pair
 
 
@@ -178,10 +178,12 @@ class Operands:
         if case.core.startswith("pair"):
             sides = (case.p, case.r), (case.r, case.q)
             self.factors = tuple(self.draw(*slots, *side, kind=kind) for side in sides)
+        elif self.diagonal:
+            self.factors = (self.draw(*slots, case.p, kind=kind),)
         elif case.core != "one":
             self.factors = (self.draw(*slots, case.p, case.q, kind=kind),)
         if case.infinite:
-            self.factors[0][0, 0] = torch.inf
+            self.factors[0].view(-1)[0] = torch.inf
         self.results: dict[int, tuple[torch.Tensor | None, ...]] = {}  # by the seed of x
 
     def draw(self, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
@@ -251,7 +253,7 @@ class Operands:
     def relay(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(y, t)."""
         case, chosen = self.case, tile(self.case)
-        core: Any = [self.turned(factor) for factor in self.factors]
+        core: Any = [f if self.diagonal else self.turned(f) for f in self.factors]
         core = tuple(core[::-1] if case.transposed else core)
         if case.mix:
             core = self.bank.rows(core)
@@ -272,7 +274,7 @@ class Operands:
         case, (exact, off) = self.case, self.t_of(x)
         if not self.factors:  # u is made of t before it is rounded
             return SCALE * exact, SCALE * off
-        if t is not None:
+        if t is not None and (case.mix or not self.diagonal):  # else of t before it is rounded
             exact, off = t.double(), torch.zeros_like(off)
         core_off = 0.0
         if case.mix:  # a pair's first product stays in float32
@@ -290,6 +292,7 @@ class Operands:
         """SCALE · t · core in float64; with `sizes`, that of their sizes."""
         factors = [factor.double().abs() if sizes else factor.double() for factor in self.factors]
         core = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        core = torch.diag_embed(core) if self.diagonal else core
         return SCALE * (self.bank.through(t, core) if self.case.mix else t @ core)
 
     def error_of_y(
@@ -310,6 +313,11 @@ class Operands:
         if self.bias is not None:
             exact = exact + self.bias.double()
         return share("y", y, exact, self.unit * exact.abs() + 2 * sums)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the core is a diagonal, or that of each row."""
+        return self.case.core.startswith("diagonal")
 
     @property
     def unit(self) -> float:

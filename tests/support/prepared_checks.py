@@ -173,7 +173,7 @@ def check_nothing_else_is_taken_for_it() -> None:
 
 
 def check_rows_of_another_kind_are_another_launch() -> None:
-    """Adapters to a row, their weights, and the rows to a line: no shape in the key tells them."""
+    """Adapters to a row, their weights, the rows to an entry: no shape in the key tells them."""
     m, k = 48, 512
     some, whole = (
         zeros(m, k),

@@ -31,7 +31,7 @@ from fused_lowrank.kernels.dropout import drawn_bits, dropped
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
-from fused_lowrank.kernels.tile_choice import select, variant
+from fused_lowrank.kernels.tile_choice import experimental_tile, select
 from fused_lowrank.kernels.tiles import TARGETS, Spec, TileConfig
 
 HERE = Path(__file__).parent
@@ -241,7 +241,7 @@ def by_descriptors(spec: Spec, m: int) -> TileConfig:
 
 def by_slices(spec: Spec, m: int) -> TileConfig:
     """Several makers of t in a relay."""
-    tile = variant("slices4", TARGETS["sm_90"], spec, m)
+    tile = experimental_tile("slices4", TARGETS["sm_90"], spec, m)
     if tile is None or tile.makers == 1:
         raise ValueError(f"no tile of several makers for {spec}")
     return tile

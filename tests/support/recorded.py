@@ -147,14 +147,14 @@ def of_layer(
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
 
 
-LINES = ["a", None, "b", "c", "a", None]
+ENTRIES = ["a", None, "b", "c", "a", None]
 MIXTURES = [["a", "b"], [None, "c"], ["b", "b"], [None, None], ["c", "a"], ["a", None]]
 
 
 def of_bank(
     method: str,
     dtype: torch.dtype,
-    lines: Any = LINES,
+    entries: Any = ENTRIES,
     plan: str = "",
     impl: str = "auto",
     table: torch.dtype | None = None,
@@ -175,11 +175,11 @@ def of_bank(
     for i, (name, scale) in enumerate({"a": 1.0, "b": 0.5, "c": 4.0}.items()):
         bank.add(name, nn.Sequential(layer_of(method, dtype, r * scale, seed=20 + 20 * i)))
     weights = None
-    if lines == "old":
-        lines = bank.handles(["a", "b", None, "c", "b", "a"])
+    if entries == "old":
+        entries = bank.handles(["a", "b", None, "c", "b", "a"])
         bank.replace("b", nn.Sequential(layer_of(method, dtype, r, seed=90)))
-    elif lines == MIXTURES:
-        weights = 2.0 ** integers(30, len(lines), 2, limit=2).float()
+    elif entries == MIXTURES:
+        weights = 2.0 ** integers(30, len(entries), 2, limit=2).float()
     made, dy = operands(dtype, m=30, lead=(6, 5))
     x, call = made["x"], model
     if compiled:
@@ -187,16 +187,16 @@ def of_bank(
         call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pinned(plan, tiles, invariant):
         if plain:
-            with torch.no_grad(), bank.use(lines, weights):
+            with torch.no_grad(), bank.use(entries, weights):
                 return {"y": call(x)}
         leaves = {"x": x.requires_grad_()}
         if trained:
             store = bank.trainable(["c", "a", "b"])
             leaves |= dict(store.named_parameters())
-            with store.use(lines):
+            with store.use(entries):
                 y = call(x)
         else:
-            with bank.use(lines, weights):
+            with bank.use(entries, weights):
                 y = call(x)
         grads = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
@@ -325,7 +325,7 @@ def add_layers() -> None:
             name = f"bank/{method}"
             for plan in ("aten", "split", "decode"):
                 add(f"{name}/{plan}/{of}", of_bank, method, dtype, plan=plan)
-                mixed = {"lines": MIXTURES, "plan": plan}
+                mixed = {"entries": MIXTURES, "plan": plan}
                 add(f"{name}/{plan}/mixtures/{of}", of_bank, method, dtype, **mixed)
                 if plan != "decode":
                     trained = {"plan": plan, "trained": True}
@@ -336,10 +336,10 @@ def add_layers() -> None:
         for plan in ("aten", "split", "decode"):
             name, of = f"bank/{method}/{plan}", {"plan": plan}
             add(f"{name}/float32 tables", of_bank, method, BF16, table=F32, **of)
-            add(f"{name}/one adapter", of_bank, method, BF16, lines="c", **of)
-            add(f"{name}/old handles", of_bank, method, BF16, lines="old", **of)
+            add(f"{name}/one adapter", of_bank, method, BF16, entries="c", **of)
+            add(f"{name}/old handles", of_bank, method, BF16, entries="old", **of)
         tiles = {"plan": "split", "tiles": SMALL_TILES}
-        add(f"bank/{method}/small tiles", of_bank, method, F16, lines=MIXTURES, **tiles)
+        add(f"bank/{method}/small tiles", of_bank, method, F16, entries=MIXTURES, **tiles)
         for impl in ("aten", "triton"):
             way = {"impl": impl, "invariant": True}
             add(f"bank/{method}/{impl}/invariant", of_bank, method, BF16, **way)

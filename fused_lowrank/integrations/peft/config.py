@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from ...methods.family.lora_mini import LORA_MINI
 from ...methods.family.lora_xs import LORA_XS
 from ...methods.keywords import integer
 from ...methods.method import Method
+from ...models.patterns import check_number, check_rank
 from ...models.targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
@@ -167,25 +167,6 @@ class LoraMiniConfig(LowRankConfig, row=LORA_MINI):
     r: int = 8
     a: int = 64
     b: int = 64
-
-
-def check_rank(name: str, value: Any) -> int:
-    """A rank as Python's integer; ValueError if it is none."""
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-    return value
-
-
-def check_number(name: str, value: Any) -> float:
-    """A finite number as one of Python's, which a config's file can hold; ValueError otherwise."""
-    try:
-        number = value if isinstance(value, int) else float(value)
-        if isinstance(value, str | bool) or not math.isfinite(number):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number") from None
-    return number
 
 
 def check_mix(

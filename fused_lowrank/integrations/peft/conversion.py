@@ -27,8 +27,19 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter as PEFT's LoRA: its config, and its state_dict with PEFT's keys.
 
-    Both methods give rank r, LoRA-Mini too, whatever a and b are. The factors are multiplied in
-    float64 and rounded once, to `dtype` or else to the widest of theirs.
+    ΔW = scaling · up·coreᵀ·down is exactly alpha / r · B·A, with A (r, in) and B (out, r). Both
+    methods give rank r, LoRA-Mini too, whatever a and b are. The factors are multiplied in float64
+    and rounded once. The model is left as it is.
+
+    Args:
+        model: a PeftModel, or a model that transformers has put adapters into, with LoRA-XS or
+            LoRA-Mini.
+        adapter_name: the adapter, active or not.
+        dtype: of A and B; None: the widest of the factors that they are made of.
+
+    Returns:
+        (config, tensors): a `peft.LoraConfig`, and A and B of each layer on the CPU, with the
+        modules trained whole and trained biases.
 
     Raises:
         ValueError: no such adapter, or one that trains biases of other layers.
@@ -47,7 +58,16 @@ def save_as_lora(
 ) -> None:
     """Write what `convert_to_lora` gives to a folder that `PeftModel.from_pretrained` loads.
 
-    Raises TypeError where the folder is none, or the model, as when they are swapped.
+    The folder gets adapter_config.json and adapter_model.safetensors, both or neither; PEFT and the
+    serving engines need nothing of this library to load them.
+
+    Args:
+        path: the folder, which may be there already; it is made where it is not.
+        model, adapter_name, dtype: as `convert_to_lora` takes them.
+
+    Raises:
+        TypeError: `path` is no path, or `model` no module, as when they are swapped.
+        ValueError: as `convert_to_lora`, and for values that `dtype` cannot hold.
     """
     require_path(path, call := "save_as_lora(folder, model)")
     if not isinstance(model, nn.Module):

@@ -145,21 +145,21 @@ def to_save(
 
 def warn_of_forgotten(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Warn once of trained Parameters among neither the tensors of a file nor an adapter's."""
-    known = set()
+    saved = set()
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            known |= {id(parameter) for parameter in module.parameters()}
+            saved |= {id(parameter) for parameter in module.parameters()}
         elif isinstance(module, BaseTunerLayer):
             for name in module.adapter_layer_names:
                 own = getattr(module, name, None)
-                known |= {id(p) for p in own.parameters()} if isinstance(own, nn.Module) else set()
+                saved |= {id(p) for p in own.parameters()} if isinstance(own, nn.Module) else set()
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = name.replace("_fsdp_wrapped_module.", "")
         if name in tensors:
-            known.add(id(parameter))
+            saved.add(id(parameter))
         names[name] = parameter
-    warn_of_names([n for n, p in names.items() if p.requires_grad and id(p) not in known], 6)
+    warn_of_names([n for n, p in names.items() if p.requires_grad and id(p) not in saved], 6)
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
         parts = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
         keys = [f"{name}.{base}" for base in layer.base_names]
         printed = f"{name}.{FINGERPRINT}"
-        known = tensors.pop(printed, tensors.pop(f"base_model.model.{printed}", None))
+        expected = tensors.pop(printed, tensors.pop(f"base_model.model.{printed}", None))
         if not any(key in tensors for key in (*parts, *keys)):
             continue  # PEFT says what is missing
         for part in parts:
@@ -199,17 +199,17 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
                 )
         own = tuple(tensors.pop(key, None) for key in keys)
         with here(layer, layer.get_base_layer()):
-            new = bases_to_load(name, layer, adapter, own, known)
+            new = bases_to_load(name, layer, adapter, own, expected)
         tensors.update(dict(zip(keys, new, strict=True)) if new else {})
     return tensors
 
 
 def bases_to_load(
-    name: str, layer: PeftLowRankLinear, adapter: str, own: Any, known: Tensor | None
+    name: str, layer: PeftLowRankLinear, adapter: str, own: Any, expected: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The frozen factors that the layer is to have, or None if it has them.
 
-    `own` are those in the adapter's file, or (None, None); `known` is their fingerprint.
+    `own` are those in the adapter's file, or (None, None); `expected` is their fingerprint.
     """
     p, q = layer.sides[adapter]
     there = [other for other in layer.scaling if other != adapter]
@@ -222,7 +222,7 @@ def bases_to_load(
         )
     carries = own[0] is not None
     if not carries:
-        if known is None:
+        if expected is None:
             raise ValueError(
                 f"the file has neither the frozen factors of {name} nor their fingerprint: it is "
                 "damaged, or was not written by save_pretrained"
@@ -240,11 +240,11 @@ def bases_to_load(
     else:
         made = own
     there_is = special_tensor(weight) is None and all(map(is_here, (weight, *own)))
-    if known is not None and there_is:
-        if known.shape != (p + q + 1 + WEIGHT_PROBES,):
+    if expected is not None and there_is:
+        if expected.shape != (p + q + 1 + WEIGHT_PROBES,):
             raise ValueError(f"the fingerprint of {name} is not of its ranks: the file is damaged")
         weight_device = [factor.to(weight.device) for factor in own]
-        found = differing(fingerprint(weight, *weight_device), known.cpu(), p, q)
+        found = differing(fingerprint(weight, *weight_device), expected.cpu(), p, q)
         if "weight" in found:
             refuse_other_base(
                 name,

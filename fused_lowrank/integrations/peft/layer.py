@@ -31,7 +31,7 @@ from ...methods.method import Method
 from ...methods.starts import FILLS
 from ...methods.tensors import present
 from .config import LowRankConfig
-from .mixed import Lines, Switched, as_before, uncompiled
+from .mixed import Entries, Switched, as_before, uncompiled
 from .shared import SharedLayer
 
 Sides = tuple[int, int]
@@ -56,7 +56,7 @@ class PeftLowRankLinear(Switched, SharedLayer):
     `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
     """
 
-    takes_lines: ClassVar[bool] = True  # `Lines` for adapter_names
+    takes_entries: ClassVar[bool] = True  # `Entries` for adapter_names
     noted: bool = False  # whether a checkpoint was told how it was called
     uncalled: bool = True  # until its first call; see `called`
     reader: Reader | None = None
@@ -308,24 +308,24 @@ class PeftLowRankLinear(Switched, SharedLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
-        lines = names if isinstance(names, Lines) else Lines(names)
+        entries = names if isinstance(names, Entries) else Entries(names)
         if torch.compiler.is_compiling() and ANYWHERE[0]:
-            return uncompiled(self.mixed, x, lines)
-        call = lines.call if not torch.compiler.is_compiling() else None
+            return uncompiled(self.mixed, x, entries)
+        call = entries.call if not torch.compiler.is_compiling() else None
         if call is not None and call.follower is not None and not call.follower.paused:
             state = stated(self) or call.follower.where(x)
             with call.follower.pause():
-                y = self.mixed(x, lines)
+                y = self.mixed(x, entries)
             call.follower.mark(y, state)
             return y
-        place = lines.spread(self, self.key, x)
-        there = [name for name in lines.different if name in self.scaling]
+        place = entries.spread(self, self.key, x)
+        there = [name for name in entries.different if name in self.scaling]
         if not there:
             return self.base_layer(x)
         sides = self.common_sides(there)
         (down, up), weight, base = self.bases(*sides), self.base_weight, self.base_layer
         table = self._table(there, *sides)
-        rows = lines.rows(there, table, place)
+        rows = entries.rows(there, table, place)
         if not self.is_plain(base) or torch.compiler.is_compiling():
             y = base(x)
             t = linear(like(x, down.dtype), down)

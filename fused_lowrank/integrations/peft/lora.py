@@ -25,7 +25,7 @@ from ...context.declared import ANYWHERE, Owners, by_row, stated
 from ...context.readers import leave_fast_paths, restore_fast_paths
 from ...functional import DTYPES, lowrank_linear
 from ...methods.accept import TENSORS, is_hooked, is_replaced
-from .mixed import Lines, Switched, as_before, hooked, uncompiled
+from .mixed import Entries, Switched, as_before, hooked, uncompiled
 from .registry import TESTED
 
 try:
@@ -66,7 +66,7 @@ class FusedLinear(Switched, Linear):
     """`peft.tuners.lora.layer.Linear` through the fused kernels, where these compute the same."""
 
     impl: ClassVar[str] = "auto"  # as in `lowrank_linear`
-    takes_lines: ClassVar[bool] = True
+    takes_entries: ClassVar[bool] = True
     noted: bool = False  # whether a checkpoint was told how it was called
     _disable_adapters: bool
 
@@ -83,7 +83,7 @@ class FusedLinear(Switched, Linear):
                 y = self.fused(x, here[0])
                 if y is not None:
                     return y
-        if isinstance(names := kwargs.get("adapter_names"), Lines):
+        if isinstance(names := kwargs.get("adapter_names"), Entries):
             as_before(self, False, names)
             return self.mixed(x, names, args, kwargs)
         return super().forward(x, *args, **kwargs)
@@ -127,25 +127,25 @@ class FusedLinear(Switched, Linear):
             impl=self.impl,
         )
 
-    def mixed(self, x: Tensor, lines: Lines, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def mixed(self, x: Tensor, entries: Entries, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's forward with a name for each of x's first dimension, or for each row."""
         if torch.compiler.is_compiling() and ANYWHERE[0]:
-            return uncompiled(self.mixed, x, lines, args, kwargs)
-        call = None if torch.compiler.is_compiling() else lines.call
+            return uncompiled(self.mixed, x, entries, args, kwargs)
+        call = None if torch.compiler.is_compiling() else entries.call
         if call is not None and call.follower is not None and not call.follower.paused:
             state = stated(self) or call.follower.where(x)
             with call.follower.pause():
-                y = self.mixed(x, lines, args, kwargs)
+                y = self.mixed(x, entries, args, kwargs)
             call.follower.mark(y, state)
             return y
-        place = lines.spread(self, f"a {type(self).__name__} {id(self):x}", x)
-        each, left = divmod(len(x), max(1, len(lines)))
+        place = entries.spread(self, f"a {type(self).__name__} {id(self):x}", x)
+        each, left = divmod(len(x), max(1, len(entries)))
         rows = x if place.outer == 1 and not left else fold(x)
         if isinstance(place, Owners):
-            names = [lines[number] for number in by_row(place, len(rows), len(lines)).tolist()]
+            names = [entries[number] for number in by_row(place, len(rows), len(entries)).tolist()]
         else:
             times = each if rows is x else place.repeat
-            names = [name for name in lines for _ in range(times)]
+            names = [name for name in entries for _ in range(times)]
             names *= 1 if rows is x else place.outer
         y = super().forward(rows, *args, **{**kwargs, "adapter_names": names})
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
@@ -240,11 +240,12 @@ def fuse_lora(model: Model) -> Model:
 
     Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
     lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
-    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. So are
-    mixed batches, but for which rows are whose: `adapter_names` are of the calling thread or task,
-    and followed to each layer's rows, as with the methods of this library. One UserWarning names
-    the layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
-    brings new layers, call this again. Call it before `fully_shard`.
+    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. Mixed
+    batches are left to it as well, but the rows of each adapter are found as with the methods of
+    this library: `adapter_names` belong to the calling thread or task, and are followed to each
+    layer's rows. One UserWarning names the layers that are left, and why. Adapters may be added,
+    changed and deleted afterwards; if one brings new layers, call this again. Call it before
+    `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
@@ -257,6 +258,7 @@ def fuse_lora(model: Model) -> Model:
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.
+        ImportError: PEFT's LoRA layer is not as it is used here; raised by the import.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not layers:
@@ -313,7 +315,7 @@ def reasons(layer: Any) -> list[str]:
 def change_class(layer: Linear, kind: type[Linear]) -> None:
     """Make the layer one of that class, also where accelerate's hooks have kept its forward."""
     for name in "forward", "_old_forward":
-        kept = vars(layer).get(name)
-        if getattr(kept, "__func__", None) is type(layer).forward:
+        bound = vars(layer).get(name)
+        if getattr(bound, "__func__", None) is type(layer).forward:
             vars(layer)[name] = kind.forward.__get__(layer)
     layer.__class__ = kind

@@ -31,7 +31,7 @@ from ...context.whose_rows import not_known, spread
 BASE = "__base__"  # PEFT's name for no adapter
 
 
-class Lines(list[str]):
+class Entries(list[str]):
     """The name of each sequence's adapter; what layers make of it is made once for all of them."""
 
     def __init__(self, names: Sequence[str], model: Any = None) -> None:
@@ -52,7 +52,7 @@ class Lines(list[str]):
 
     def spread(self, module: nn.Module, layer: str, x: Tensor) -> Spread | Owners:
         """The spread of a layer's x; raises ValueError where it is not known whose its rows are."""
-        lead, lines = x.shape[:-1], len(self)
+        lead, entries = x.shape[:-1], len(self)
         compiling = torch.compiler.is_compiling()
         said = None if compiling or SAID.get() is None else said_of(module, layer, x)
         task = graph_task()
@@ -63,21 +63,21 @@ class Lines(list[str]):
         call = None if compiling else self.call
         seen = x if call is not None or self.model is None else None
         found: Spread | Owners | str
-        if lines == 0:  # an empty batch
+        if entries == 0:  # an empty batch
             found = Spread(1, 1) if x.numel() == 0 else "no name is given"
         elif said is not None:
-            found = place_of(said, layer, lead, lines, call, self.learned, seen)
+            found = place_of(said, layer, lead, entries, call, self.learned, seen)
         else:
-            found = spread(layer, lead, lines, call, self.learned, seen)
+            found = spread(layer, lead, entries, call, self.learned, seen)
         if not isinstance(found, str):
             if may_recompute() and self.places.setdefault((layer, tuple(lead)), found) != found:
                 self.places[layer, tuple(lead)] = None
             return found
-        error = not_known(layer, lead, lines, "`adapter_names`", found)
-        if lines == 0 or call is None or not call.fits:
+        error = not_known(layer, lead, entries, "`adapter_names`", found)
+        if entries == 0 or call is None or not call.fits:
             error.args = (
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{lines} and x of {tuple(x.shape)}. {error}",
+                f"{entries} and x of {tuple(x.shape)}. {error}",
             )
         raise error
 
@@ -87,9 +87,9 @@ class Lines(list[str]):
         key = (table.device, outer, *adapters)
         if key not in self._made:
             slot = {name: number for number, name in enumerate(adapters)}
-            lines = [[slot.get(name, NONE)] for name in self] * max(outer, 1)
+            entries = [[slot.get(name, NONE)] for name in self] * max(outer, 1)
             self._made[key] = (
-                torch.tensor(lines, device=table.device),
+                torch.tensor(entries, device=table.device),
                 torch.ones(len(adapters), device=table.device),
                 torch.zeros(len(adapters), dtype=torch.int32, device=table.device),
                 torch.zeros(1, dtype=torch.int32, device=table.device),
@@ -107,8 +107,10 @@ LOST = (
 
 
 def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
-    """(disabled, adapter_names) of a layer's call; of one that a checkpoint computes again, those
-    of its forward, which is noted where it was with either, or of what is within the checkpoint.
+    """(disabled, adapter_names) of a layer's call.
+
+    A call that a checkpoint computes again has those of its forward, which were noted if it was
+    disabled or had names, unless a `with` within the checkpoint says it anew.
     """
     if off and torch.compiler.is_compiling() and not layer.noted:
         torch.ops.fused_lowrank.note_off(layer.number)
@@ -121,8 +123,8 @@ def as_before(layer: Any, off: bool, names: Any) -> tuple[bool, Any]:
         before = noted(layer)
         if before is not None and may_recompute():
             note(layer, before)  # for checkpoints within it, which are new
-        return before is OFF, before if isinstance(before, Lines) else None
-    if (off or isinstance(names, Lines)) and may_recompute():
+        return before is OFF, before if isinstance(before, Entries) else None
+    if (off or isinstance(names, Entries)) and may_recompute():
         layer.noted |= bool(note(layer, OFF if off else names, entered))
     return off, names
 
@@ -134,7 +136,7 @@ class Switched:
     number = -1  # by which a compiled graph knows it
 
     def enable_adapters(self, enabled: bool) -> None:
-        """PEFT's."""
+        """Enable or disable the adapters, as PEFT does, and note where that was done."""
         off = self.disable_adapters  # type: ignore[attr-defined]
         super().enable_adapters(enabled)  # type: ignore[misc]
         before = vars(self).pop("switched", OUTSIDE)
@@ -171,16 +173,16 @@ def _(number):  # type: ignore[no-untyped-def]
 
 
 torch.fx.node.has_side_effect(torch.ops.fused_lowrank.note_off.default)
-# Of the calling thread or task: the lines of the models that are called with adapter_names.
-ACTIVE: ContextVar[Mapping[Any, Lines] | None] = ContextVar("fused_lowrank_names", default=None)
-UNDER_WAY: dict[int, Lines] = {}  # of all threads, by identity
+# The entries by model, of the calls with adapter_names that the calling thread or task is in.
+ACTIVE: ContextVar[Mapping[Any, Entries] | None] = ContextVar("fused_lowrank_names", default=None)
+UNDER_WAY: dict[int, Entries] = {}  # of all threads, by identity
 
 
 def refuse_under_way(model: Any, what: str, adapter: str | None = None) -> None:
     """Raise RuntimeError if a mixed batch that is under way names the adapter; or any, if None."""
-    for lines in list(UNDER_WAY.values()):
-        names = [name for name in lines.different if adapter in (None, name)]
-        if lines.model is model and names:
+    for entries in list(UNDER_WAY.values()):
+        names = [name for name in entries.different if adapter in (None, name)]
+        if entries.model is model and names:
             raise RuntimeError(
                 f"cannot {what}: a call with adapter_names that is under way names "
                 f"{', '.join(names)}; do it when the call is over"
@@ -196,14 +198,14 @@ def uncompiled(call: Callable[..., Any], *args: Any) -> Any:
 class Hooks:
     """The hooks of one call of a model with adapter_names; in other contexts they do nothing."""
 
-    def __init__(self, lines: Lines) -> None:
-        self.model, self.lines = lines.model, lines
+    def __init__(self, entries: Entries) -> None:
+        self.model, self.entries = entries.model, entries
 
     @contextmanager
     def entered(self, roots: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Iterator[None]:
         """A context within which calls of `roots` are the model's, and `layers` get their names."""
-        token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.lines})
-        UNDER_WAY[id(self.lines)] = self.lines
+        token = ACTIVE.set({**(ACTIVE.get() or {}), self.model: self.entries})
+        UNDER_WAY[id(self.entries)] = self.entries
         handles: list[Any] = []
         try:
             for module in roots:
@@ -215,21 +217,21 @@ class Hooks:
         finally:
             for handle in handles:
                 handle.remove()
-            del UNDER_WAY[id(self.lines)]
+            del UNDER_WAY[id(self.entries)]
             ACTIVE.reset(token)
 
     @property
     def here(self) -> bool:
         """Whether these are the names of the running context."""
-        return (ACTIVE.get() or {}).get(self.model) is self.lines
+        return (ACTIVE.get() or {}).get(self.model) is self.entries
 
     # PyTorch tells a hook of keywords after it has listed it, and lists it a moment longer: without
     # them it is called by another thread, for which it does nothing.
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Note that a model's call begins."""
-        if not torch.compiler.is_compiling() and self.here and len(self.lines) > 1:
-            begin(self.model, len(self.lines), module, args, kwargs, self.lines.learned)
+        if not torch.compiler.is_compiling() and self.here and len(self.entries) > 1:
+            begin(self.model, len(self.entries), module, args, kwargs, self.entries.learned)
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:
         """Note that a model's call is over."""
@@ -240,11 +242,11 @@ class Hooks:
         """Give a layer's call the adapter of each sequence."""
         if not torch.compiler.is_compiling() and not self.here:
             return None  # another thread's hook
-        if not self.lines and args and len(args[0]) == 0:
+        if not self.entries and args and len(args[0]) == 0:
             return None  # an empty batch: its adapter does not matter
-        names: list[str] = self.lines
+        names: list[str] = self.entries
         # What is not one of our layers gets a name for each row.
-        if not getattr(module, "takes_lines", False) and args:
+        if not getattr(module, "takes_entries", False) and args:
             compiled = torch.compiler.is_compiling() and ANYWHERE[0]
             names = (
                 uncompiled(self.each, module, args[0]) if compiled else self.each(module, args[0])
@@ -256,17 +258,17 @@ class Hooks:
         """The name for each index of x's first dimension."""
         if may_recompute() and any(True for _ in around()):
             raise RuntimeError(LOST.format(f"a {type(module).__name__}"))
-        place = self.lines.spread(module, f"{type(module).__name__} {id(module):x}", x)
+        place = self.entries.spread(module, f"{type(module).__name__} {id(module):x}", x)
         if isinstance(place, Owners) and place.numbers.host.dim() == 1:
-            return [self.lines[number] for number in place.numbers.host.tolist()]
-        times, left = divmod(len(x), len(self.lines))
+            return [self.entries[number] for number in place.numbers.host.tolist()]
+        times, left = divmod(len(x), len(self.entries))
         if place.outer != 1 or left:
             raise ValueError(
                 f"a {type(module).__name__} was called with x of {tuple(x.shape)}, whose first "
-                f"dimension is not that of the {len(self.lines)} sequences of `adapter_names`: "
+                f"dimension is not that of the {len(self.entries)} sequences of `adapter_names`: "
                 "call the model with one adapter at a time"
             )
-        return [name for name in self.lines for _ in range(times)]
+        return [name for name in self.entries for _ in range(times)]
 
 
 @contextmanager
@@ -295,5 +297,5 @@ def hooked(tuner: Any, names: Any, there: set[str], kind: type[nn.Module]) -> It
     get_encoder = getattr(tuner.model, "get_encoder", None)
     if get_encoder is not None:  # generate calls it by itself, before it repeats the sequences
         roots += [encoder for encoder in [get_encoder()] if isinstance(encoder, nn.Module)]
-    with Hooks(Lines(names, tuner)).entered(list(dict.fromkeys(roots)), layers):
+    with Hooks(Entries(names, tuner)).entered(list(dict.fromkeys(roots)), layers):
         yield

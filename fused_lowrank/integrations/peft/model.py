@@ -186,7 +186,7 @@ class LowRankModel(BaseTuner):
             if adapter_name in wrapper.modules_to_save:
                 settle(wrapper.modules_to_save[adapter_name])
         self._stop_taking_back()
-        if self.wholes or self.biases.kept:
+        if self.wholes or self.biases.before:
             for module in (self, self.model):  # PEFT calls the one or the other
                 module.register_forward_pre_hook(self.take_back)
 
@@ -382,14 +382,14 @@ class LowRankModel(BaseTuner):
         self._stop_taking_back()
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
-        kept = tied and getattr(config, "is_encoder_decoder", False)
+        stays_tied = tied and getattr(config, "is_encoder_decoder", False)
         if merge:
             check_merge(layers, adapter_names, safe_merge)
             self.biases.enable()
         else:
             self.biases.restore()
         with warnings.catch_warnings():
-            if kept:
+            if stays_tied:
                 warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
             model = super()._unload_and_optionally_merge(
                 merge, progressbar, safe_merge, adapter_names
@@ -397,7 +397,7 @@ class LowRankModel(BaseTuner):
         restore_fast_paths(self.model)
         if merge:
             warn_of_loss(layers)
-            if kept:  # PEFT has changed it, by which such models scale and tie other things as well
+            if stays_tied:  # PEFT has changed what such models scale and tie other things by too
                 config.tie_word_embeddings = tied
             note_untied(model)
             forget(model)
@@ -405,14 +405,20 @@ class LowRankModel(BaseTuner):
 
 
 class LoraXSModel(LowRankModel):
-    """A model with adapters of LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604)."""
+    """A model with adapters of LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): PEFT's tuner.
+
+    `peft.get_peft_model(model, LoraXSConfig(…))` makes it; `LoraXSConfig` has the equation.
+    """
 
     prefix = PeftLoraXSLinear.prefix
     tuner_layer_cls = PeftLoraXSLinear
 
 
 class LoraMiniModel(LowRankModel):
-    """A model with adapters of LoRA-Mini (Singh et al. 2024, arXiv 2411.15804)."""
+    """A model with adapters of LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): PEFT's tuner.
+
+    `peft.get_peft_model(model, LoraMiniConfig(…))` makes it; `LoraMiniConfig` has the equation.
+    """
 
     prefix = PeftLoraMiniLinear.prefix
     tuner_layer_cls = PeftLoraMiniLinear

@@ -154,7 +154,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Any:
-        """The base layer's; who computes with it, instead of calling the layer, is remembered."""
+        """The base layer's weight; code that computes with it, past the layer, is remembered."""
         note_reading(self)
         return self.get_base_layer().weight
 

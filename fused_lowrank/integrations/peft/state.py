@@ -80,7 +80,7 @@ def keys(layer: Any, prefix: str, adapter: str) -> list[str]:
 
 @torch.no_grad()
 def unmerged(layer: Any, state: dict[str, Any], prefix: str, names: list[str]) -> Tensor:
-    """W of a weight that adapters are merged into: the layer's own where that is it."""
+    """W of a weight with adapters merged into it: the layer's own if that makes the same sum."""
     merged, own = state[f"{prefix}base_layer.weight"], layer.get_base_layer().weight
     dtype = torch.promote_types(merged.dtype, torch.float32)
     down, up = (state[prefix + name].to(merged.device, dtype) for name in layer.base_names)

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layer import LowRankLinear
-from ..method import Factor, Method, Parts, PeftNames, diagonal
+from ..method import Factor, Method, Parts, PeftNames
 
 
 def adalora_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
     """The factors, with a diagonal core."""
-    return Parts(factors["down"], diagonal(factors["core"]), factors["up"])
+    return Parts(factors["down"], factors["core"], factors["up"])
 
 
 def adalora_settings(config: Mapping[str, Any], r: int) -> dict[str, Any]:

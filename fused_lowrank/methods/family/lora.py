@@ -19,14 +19,16 @@ class LoraLinear(LowRankLinear, row=LORA):
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
     is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
-    scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
+    `rank_dropout` on the columns of u.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
     `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
     the weight's.
     `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
-    Raises ValueError for r outside 1 … min(in, out), an alpha that is not finite, a dropout outside
-    [0, 1), an unknown impl, and a `train` that could never learn or names what is not there.
+    Raises ValueError for r outside 1 … min(in, out), an alpha that is not finite, a dropout or
+    rank_dropout outside [0, 1), an unknown impl, and a `train` that could never learn or names what
+    is not there.
     """
 
 

@@ -25,6 +25,7 @@ LORA_MINI = Method(
         "up": Factor("Nb", "kaiming"),
     },
     learning_rate=1e-2,
+    outputs=("b_train", "up"),
     core=("a_train", "b_train"),
     options={"init": ("identity", "paper")},
     hints={
@@ -43,15 +44,16 @@ class LoraMiniLinear(LowRankLinear, row=LORA_MINI):
     is Aauxᵀ, a_train (a, r), b_train (r, b) and up (out, b), which is Bauxᵀ. All four start
     Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
     init="identity" sets b_train to zero, so that training starts from the base model.
-    scale = alpha / r; alpha None means r. `dropout` acts on the input of down.
+    scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
+    `rank_dropout` on the columns of u.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
     `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
     the weight's.
     `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for a outside 1 … in, b outside 1 … out, r outside 1 … min(a, b), an unknown
-    init or impl, an alpha that is not finite, a dropout outside [0, 1), and a `train` that could
-    never learn or names what is not there.
+    init or impl, an alpha that is not finite, a dropout or rank_dropout outside [0, 1), and a
+    `train` that could never learn or names what is not there.
     """
 
     a_train: nn.Parameter

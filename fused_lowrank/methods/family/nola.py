@@ -41,6 +41,7 @@ NOLA = Method(
         "b": Factor("m", "zeros", trained=True),
     },
     learning_rate=1e-2,
+    outputs=("b",),
     parts=nola_parts,
     options={"seed": 0},
     slices=False,

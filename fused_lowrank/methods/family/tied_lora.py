@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layer import LowRankLinear
-from ..method import Factor, Method, Parts, diagonal
+from ..method import Factor, Method, Parts
 
 
 def tied_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
     """down and up cut to the layer's sides, u as a diagonal core, and v on the rows of up."""
     n, k = weight.shape
     up = factors["v"][:, None] * factors["up"][:n]
-    return Parts(factors["down"][:, :k], diagonal(factors["u"]), up)
+    return Parts(factors["down"][:, :k], factors["u"], up)
 
 
 TIED_LORA = Method(
@@ -34,6 +34,7 @@ TIED_LORA = Method(
         "v": Factor("N", "ones", trained=True),
     },
     learning_rate=5e-4,
+    outputs=("up", "v"),
     parts=tied_parts,
     slices=False,
 )

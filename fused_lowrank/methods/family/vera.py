@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layer import LowRankLinear
-from ..method import Factor, Method, Parts, PeftNames, diagonal
+from ..method import Factor, Method, Parts, PeftNames
 
 
 def vera_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
     """down and up cut to the layer's sides, d as a diagonal core, and b on the rows of up."""
     n, k = weight.shape
     up = factors["b"][:, None] * factors["up"][:n]
-    return Parts(factors["down"][:, :k], diagonal(factors["d"]), up)
+    return Parts(factors["down"][:, :k], factors["d"], up)
 
 
 VERA = Method(
@@ -34,6 +34,7 @@ VERA = Method(
         "b": Factor("N", "b_initial", trained=True),
     },
     learning_rate=4e-3,
+    outputs=("b",),
     core=("d",),
     parts=vera_parts,
     options={"d_initial": 0.1, "b_initial": 0.0, "seed": 0},
