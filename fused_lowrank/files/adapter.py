@@ -35,17 +35,17 @@ from ..context.elsewhere import (
     sharder_in,
 )
 from ..context.learns import warn_of_broken
-from ..methods import METHODS, LowRankLinear
+from ..methods import LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES, why_no_weight
 from ..methods.tensors import is_sharded, whole
-from ..models.adapt import Plan, adapted_layers, build, place, require_adapted
+from ..models.adapt import adapted_layers, build, place, require_adapted
 from ..models.refusals import refuse_peft
 from ..models.targets import modules_by_name, unwrapped
 from ..models.ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
 from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
 from . import peft_folder
-from .contents import FORMAT, VERSION, read, replacing, require_path, sizes_of
+from .contents import FORMAT, VERSION, plan_of, read, replacing, require_path, sizes_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
@@ -265,24 +265,6 @@ def install(
             apply(model, changes, trained_names(saved_modules(model), layers))
         fill(model, layers, tensors, saved)
     return model
-
-
-def plan_of(
-    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], fused: bool, path: Any
-) -> Plan:
-    """The layers that a file asks for, as modules of this model."""
-    modules = modules_by_name(model)
-    plan: Plan = {}
-    for name, entry in config["layers"].items():
-        if name not in modules:
-            raise ValueError(f"{path} adapts {name}, but this model has no such module")
-        cls, settings = METHODS[entry["method"]][fused], entry["settings"]
-        keys = [cls.row.key(name, f) for f in cls.factors if f in settings["train"]]
-        trained = [tensors.get(key) for key in keys]
-        dtypes = [tensor.dtype for tensor in trained if tensor is not None]
-        dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
-        plan[name] = cls, {**settings, "dtype": dtype}
-    return plan
 
 
 def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], path: Any) -> None:

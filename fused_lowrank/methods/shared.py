@@ -96,11 +96,16 @@ def is_one(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and not a.is_meta and a.data_ptr() == b.data_ptr())
 
 
-def not_missing(layers: Mapping[str, Any], missing: list[str]) -> None:
-    """Take out of the keys that a model's state_dict lacks those that it has with another layer."""
-    shared = {name for layer in layers.values() for name in layer.row.shared}
-    for name in shared:
-        keys = [f"{layer}.{name}" if layer else name for layer in layers]
-        lacking = [key for key in missing if key.endswith(tuple(keys))]
-        if len(lacking) < len(keys):
-            missing[:] = [key for key in missing if key not in lacking]
+def tie_within(module: nn.Module, _: Any) -> None:
+    """A `load_state_dict` post-hook: the layers have one set of shared factors again."""
+    tie(layer for layer in module.modules() if isinstance(getattr(layer, "row", None), Method))
+
+
+def spread(layers: Mapping[str, Any], state: Any, prefix: str) -> None:
+    """Put the shared factors, which a state_dict has with one layer, in for the others as well."""
+    names = {name for layer in layers.values() for name in layer.row.shared}
+    for name in names:
+        keys = [f"{prefix}{layer}.{name}" if layer else prefix + name for layer in layers]
+        there = next((state[key] for key in keys if key in state), None)
+        for key in keys if there is not None else ():
+            state.setdefault(key, there)

@@ -21,7 +21,7 @@ from ..methods import METHODS, LowRankLinear
 from ..methods.accept import clashes, why_no_weight
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
-from ..methods.shared import not_missing, shared_by, tie
+from ..methods.shared import shared_by, spread, tie, tie_within
 from ..methods.state import refuse_wrong
 from .patterns import check_layers, own_keywords
 from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
@@ -215,13 +215,7 @@ def refuse_wrong_within(module: nn.Module, state: Mapping[str, Any], prefix: str
     for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(layer, LowRankLinear):
             refuse_wrong(layer, state, f"{name}." if name else "")
-
-
-def tie_within(module: nn.Module, keys: Any) -> None:
-    """A `load_state_dict` post-hook: the layers have one set of shared factors again."""
-    layers = dict(adapted_layers(module))
-    not_missing(layers, keys.missing_keys)
-    tie(layers.values())
+    spread(dict(adapted_layers(module)), state, prefix)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

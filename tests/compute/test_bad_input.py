@@ -213,7 +213,7 @@ SETTINGS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     (EVERY, {"dropout": -0.5}, ValueError, r"dropout is -0\.5"),
     (EVERY, {"dropout": math.nan}, ValueError, "dropout is nan"),
     (EVERY, {"impl": "cuda"}, ValueError, r"impl is 'cuda'.*auto, triton, aten, reference"),
-    (EVERY, {"train": ("cor",)}, ValueError, r"train names \['cor'\].*weight, bias, down"),
+    (EVERY, {"train": ("cor",)}, ValueError, r"train names \['cor'\].*weight, bias, (down|a)"),
     (EVERY, {"train": "weight"}, (TypeError, ValueError), "train"),
     (("lora",), {"train": ("down",)}, ValueError, "train is .*up starts at zero"),
     (("lora_mini",), {"train": ("a_train",)}, ValueError, "train is .*b_train starts at zero"),

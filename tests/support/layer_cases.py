@@ -37,7 +37,7 @@ classes = pytest.mark.parametrize(("method", "cls"), CLASSES)
 def layer_of(cls: type[LowRankLinear], device: torch.device, **keywords: object) -> LowRankLinear:
     """A layer with every factor random, so that ΔW is of the size of W."""
     layer = cls(K, N, device=device, **{**SETTINGS[cls.method], **keywords})
-    for name in layer.factors:
+    for name in (name for name, factor in layer.row.factors.items() if factor.saved):
         nn.init.normal_(getattr(layer, name), std=0.5)
     return layer
 
@@ -48,7 +48,8 @@ def delta(layer: LowRankLinear) -> torch.Tensor:
     down, core, up, _ = layer.row.made(wide, layer.base_weight, layer.scale)
     if isinstance(core, tuple):
         core = core[0].double().cpu() @ core[1].double().cpu()
-    core = torch.eye(layer.r) if core is None else core
+    core = torch.eye(len(down)) if core is None else core
+    core = torch.diag(core) if core.dim() == 1 else core
     up, down = up.double().cpu(), down.double().cpu()
     return (layer.alpha / layer.r * up @ core.double().cpu().T @ down).detach()
 
