@@ -5,6 +5,7 @@
 Importing this initialises no GPU and needs no Triton.
 """
 
+from . import methods
 from .bank import AdapterBank
 from .config import use_batch_invariance
 from .context.declared import declare_rows
@@ -13,14 +14,7 @@ from .files.adapter import load_adapter, save_adapter
 from .files.lora_export import export_lora
 from .files.official import load_official_lora_xs
 from .functional import lowrank_linear
-from .methods import (
-    FusedLoraLinear,
-    FusedLoraMiniLinear,
-    FusedLoraXSLinear,
-    LoraLinear,
-    LoraMiniLinear,
-    LoraXSLinear,
-)
+from .methods import *  # noqa: F403 - the layers of every method
 from .models.adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from .models.groups import parameter_groups
 from .models.restarts import merge_and_restart
@@ -29,12 +23,6 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
     "Explanation",
-    "FusedLoraLinear",
-    "FusedLoraMiniLinear",
-    "FusedLoraXSLinear",
-    "LoraLinear",
-    "LoraMiniLinear",
-    "LoraXSLinear",
     "adapt",
     "declare_rows",
     "disable_adapters",
@@ -52,3 +40,4 @@ __all__ = [
     "unmerge",
     "use_batch_invariance",
 ]
+__all__ += methods.__all__

@@ -112,7 +112,8 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         raise ValueError(f"rows is {rows}: it must be at least 1")
     if sharder := sharder_of(layer.weight):
         raise ValueError(f"the layer is sharded by {sharder}: explain it before that")
-    (n, k), p, q = layer.weight.shape, layer.down.shape[0], layer.up.shape[1]
+    down, core, up, _ = layer.parts()
+    (n, k), p, q = layer.weight.shape, down.shape[0], up.shape[1]
     device, dtype = device_of(layer), layer.weight.dtype
     banked = ", in a bank: each row has an adapter of its own" if layer.in_bank else ""
     name = (
@@ -122,18 +123,17 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     x = torch.empty(1, k, dtype=dtype, device=device).expand(rows, k)
     if note := why_no_plan(layer, x):
         return Explanation(name, note, ())
-    dropout, trains_down = layer.dropout > 0.0, layer.down.requires_grad
+    dropout, trains_down = layer.dropout > 0.0, down.requires_grad
     impl = choose.implementation(layer.impl, x, p, q)
-    if layer.in_bank and choose.isolates(impl, x, layer.down, layer.up):
+    if layer.in_bank and choose.isolates(impl, x, down, up):
         impl = "isolated"
     kernels = devices.has_kernels(device)
     regular = kernels and (k | n) % 16 == 0
-    alike = {layer.down.dtype, layer.up.dtype, dtype} == {dtype}
+    alike = {down.dtype, up.dtype, dtype} == {dtype}
     bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
     bulk = bulk and rows > SMALL_M
-    factors = layer.down, layer.core_factors, layer.up
-    doubles = kernels and has_doubles(Operands(x, layer.weight, *factors, None, 1.0))
-    diagonal = is_diagonal(layer.core_factors)
+    doubles = kernels and has_doubles(Operands(x, layer.weight, down, core, up, None, 1.0))
+    diagonal = is_diagonal(core)
     passes = []
     for transposed in (False, True):
         sizes = (n, k, q, p) if transposed else (k, n, p, q)

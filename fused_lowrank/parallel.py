@@ -37,6 +37,7 @@ from .context.called import note_call
 from .functional import draw_seed
 from .methods import LowRankLinear
 from .methods.computer import Computer
+from .methods.method import Parts
 
 Forward = Callable[[LowRankLinear, Any], Tensor]
 
@@ -78,7 +79,7 @@ class LowRankColwiseParallel(ColwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = checked(module, "ColwiseParallel")
         check_parts(layer, "out_features", layer.out_features, device_mesh)
-        sharded = {"weight": Shard(0), "bias": Shard(0), "up": Shard(0)}
+        sharded = {"weight": Shard(0), "bias": Shard(0), **sides(layer, "N")}
         return parallelized(layer, device_mesh, self, (Replicate(),), sharded, colwise)
 
 
@@ -104,7 +105,7 @@ class LowRankRowwiseParallel(RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = checked(module, "RowwiseParallel")
         check_parts(layer, "in_features", layer.in_features, device_mesh)
-        sharded = {"weight": Shard(1), "down": Shard(1)}
+        sharded = {"weight": Shard(1), **sides(layer, "K")}
         return parallelized(layer, device_mesh, self, (Shard(-1),), sharded, rowwise)
 
 
@@ -117,9 +118,20 @@ def checked(module: nn.Module, torchs: str) -> LowRankLinear:
         )
     if module.merged:
         raise ValueError("the layer is merged: unmerge it, parallelise it and merge it again")
+    if not module.row.slices:
+        raise ValueError(
+            f"{module.method} cannot be parallelised: a rank's slice of the layer would need all "
+            "of its factors; adapt by lora or lora_xs, or shard the model by fully_shard"
+        )
     if module.in_bank:
         raise ValueError("the layer is in a bank, whose tables are not sharded: close() it first")
     return module
+
+
+def sides(layer: LowRankLinear, side: str) -> dict[str, Placement]:
+    """The placements of the factors that have a side, by the dimension in which they have it."""
+    factors = layer.row.factors.items()
+    return {name: Shard(f.sides.index(side)) for name, f in factors if side in f.sides}
 
 
 def check_parts(layer: LowRankLinear, name: str, size: int, mesh: DeviceMesh) -> None:
@@ -165,31 +177,37 @@ def parallelized(
 
 def colwise(layer: LowRankLinear, x: DTensor) -> DTensor:
     """x (..., K), replicated → y (..., N), sharded by columns."""
-    weight, down, core, up, bias = map(
-        local, (layer.weight, layer.down, layer.core_factors, layer.up, layer.bias)
-    )
+    weight, bias = map(local, (layer.weight, layer.bias))
+    down, core, up, gain = own_parts(layer, weight)
     own = x.to_local(grad_placements=(Partial(),))
-    y = layer.compute(own, weight, down, core, up, bias)
+    y = layer.compute(own, weight, down, core, up, bias, None, gain)
     return joined(y, layer, x.device_mesh, Shard(y.dim() - 1))
 
 
 def rowwise(layer: LowRankLinear, x: DTensor) -> DTensor:
     """x (..., K), sharded by columns → y (..., N), a sum over the ranks."""
-    weight, down, core, up = map(local, (layer.weight, layer.down, layer.core_factors, layer.up))
+    weight = local(layer.weight)
+    down, core, up, gain = own_parts(layer, weight)
     rank, own, seed = x.device_mesh.get_local_rank(), x.to_local(), None
     if layer.dropout and layer.training:
         seed = draw_seed(own) + rank
-    y = layer.compute(own, weight, down, core, up, bias_of(layer, rank), seed)
+    y = layer.compute(own, weight, down, core, up, bias_of(layer, rank), seed, gain)
     return joined(y, layer, x.device_mesh, Partial())
 
 
+def own_parts(layer: LowRankLinear, weight: Tensor) -> Parts:
+    """The equation's parts of what this rank has of the factors."""
+    factors = {name: local(factor) for name, factor in layer.factors_now().items()}
+    return layer.row.made(factors, weight, layer.scale)
+
+
 def local(operand: Any) -> Any:
-    """This rank's part of a parameter or of a pair of them.
+    """This rank's part of a parameter.
 
     Of the gradient of a replicated one every rank has a summand: they are summed in the backward.
     """
     if not isinstance(operand, DTensor):
-        return None if operand is None else tuple(map(local, operand))
+        return operand
     if operand.requires_grad and operand.placements == (Replicate(),):
         return operand.redistribute(placements=(Replicate(),), async_op=True).to_local(
             grad_placements=(Partial(),)

@@ -79,15 +79,13 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         "down": frozen(normal(r, k, fan=k), True),
         "up": frozen(normal(n, r, fan=r), True),
     }
-    if case.method == "lora":
-        method = lora
-    else:
-        method = {"down": frozen(normal(p, k, fan=k)), "up": frozen(normal(n, p, fan=p))}
-        if case.method == "lora_xs":
-            method["core"] = frozen(normal(r, r, fan=r, dtype=core), True)
-        else:
-            method["a_train"] = frozen(normal(p, r, fan=p, dtype=core), True)
-            method["b_train"] = frozen(normal(r, p, fan=r, dtype=core), True)
+    row = METHODS[case.method][0].row
+    sizes = {"K": k, "N": n, "r": r, "a": p, "b": p}
+    method = lora if case.method == "lora" else {}
+    for name in sorted(row.factors, key=lambda name: name in row.core) if not method else ():
+        shape = row.shape(name, sizes)
+        kind, fan = (core, shape[0]) if name in row.core else (case.torch_dtype, shape[1])
+        method[name] = frozen(normal(*shape, fan=fan, dtype=kind), row.factors[name].trained)
     xs = [normal(m, k).requires_grad_() for _ in range(SETS_OF_INPUTS)]
     dys = [normal(m, n) for _ in range(SETS_OF_INPUTS)]
     return Tensors(case, xs, dys, weight, method, lora)
@@ -106,9 +104,9 @@ def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, 
 
     def build(case: Case, tensors: Tensors) -> Call:
         kind: type[LowRankLinear] = METHODS[method or case.method][fused]
-        keywords: dict[str, Any] = {"r": case.r, "dropout": case.dropout}
-        if issubclass(kind, METHODS["lora_mini"][0]):
-            keywords |= {"a": case.ab, "b": case.ab}
+        sides = {"r": case.r, "a": case.ab, "b": case.ab}
+        keywords: dict[str, Any] = {name: sides[name] for name in kind.row.ranks}
+        keywords["dropout"] = case.dropout
         made = kind.from_linear(
             linear_of(tensors), alpha=tensors.scale * case.r, defer_bases=True, **keywords
         )

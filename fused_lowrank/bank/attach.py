@@ -12,14 +12,15 @@ from ..compute.choose import isolates
 from ..context.calls import begin, end
 from ..context.elsewhere import device_of, here, is_known, sharder_of
 from ..context.recomputed import graph_task
-from ..methods import LowRankLinear
+from ..methods import METHODS, LowRankLinear
 from ..methods.tensors import is_sharded
 from ..models.adapt import adapted_layers
 from .assignment import ACTIVE, find
 from .layer import BankedLayer
 from .recompute import remember
-from .shared import SHARED
 from .store import AdapterStore
+
+WITH_CORE = [name for name, (layer, _) in METHODS.items() if layer.row.core == layer.row.trained]
 
 
 def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
@@ -32,12 +33,12 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
             raise ValueError(f"{name} is sharded: a bank's layers are whole, one copy on each rank")
         if sharder := sharder_of(layer.weight):
             raise ValueError(f"{name} is sharded by {sharder}: a bank's layers are whole")
-        shared = SHARED & set(layer.train_names)
-        if layer.core_factors is None or shared:
+        shared = layer.row.common & set(layer.train_names)
+        if not layer.row.core or shared:
             what = ", ".join(sorted(shared)) or "down and up"
             raise ValueError(
                 f"{name} ({layer.method}) trains {what}, which adapters in a bank share: adapt by "
-                "lora_xs or lora_mini, training the core alone"
+                f"{' or '.join(WITH_CORE)}, training the core alone"
             )
         if layer.merged or layer.bases_pending:
             state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"
@@ -47,7 +48,7 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
         if not is_known(layer):
             raise ValueError(f"{name}.weight is on the meta device: load the weights first")
         with here(layer):  # probes the library, where this is a CPU
-            isolates(layer.impl, layer.weight, layer.down, layer.up)
+            isolates(layer.impl, layer.weight, *layer.shared_parts())
 
 
 def attach(model: nn.Module, store: AdapterStore) -> list[Any]:

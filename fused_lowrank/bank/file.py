@@ -3,6 +3,7 @@
 {layer}.core         (n, P, Q), or .left (n, P, r) and .right (n, r, Q), as the bank stores them
 {layer}.scales       float32 (n,)
 {layer}.fingerprint  as in an adapter's file
+{layer}.<factor>     what else all adapters have in common, VeRA's b
 names                uint8: all names in UTF-8, one after the other
 names.offsets        int64 (n + 1,): where in it each begins, and where the last one ends
 metadata             {"format": "fused_lowrank bank", "version": "1", "config": JSON}
@@ -24,7 +25,8 @@ from tqdm.auto import tqdm
 
 from ..files.contents import opened, replacing
 from ..files.fingerprint import FINGERPRINT
-from .sources import Found, check_core, check_names, checked, joined
+from ..methods import METHODS
+from .sources import Found, check_core, check_names, checked, joined, others_of
 from .store import AdapterStore
 from .tables import index_of
 
@@ -51,6 +53,8 @@ def save(store: AdapterStore, path: str | os.PathLike[str], names: Sequence[str]
         tables = {}
         for layer, table in store.tables.items():
             whole[f"{layer}.{FINGERPRINT}"] = store.shared.fingerprints[layer]
+            own = store.layers[layer]
+            whole |= {f"{layer}.{label}": getattr(own, label) for label in others_of(own)}
             held = [values for values in table if values is not None]
             for part, values in zip(parts(table.right is not None), held, strict=True):
                 tables[f"{layer}.{part}"] = values
@@ -108,6 +112,7 @@ def load(store: AdapterStore, path: str | os.PathLike[str], progress: bool) -> N
     check_names(store, {n: entry["method"] for n, entry in config["layers"].items()}, str(path))
     pairs = {name: f"{name}.left" in tensors for name in store.layers}
     expected = {f"{n}.{part}" for n in pairs for part in (*parts(pairs[n]), FINGERPRINT)}
+    expected |= {f"{n}.{label}" for n, layer in store.layers.items() for label in others_of(layer)}
     expected |= {"names", "names.offsets"}
     for key in sorted(expected ^ tensors.keys()):
         what = "lacks" if key in expected else "holds an unexpected"
@@ -120,7 +125,10 @@ def load(store: AdapterStore, path: str | os.PathLike[str], progress: bool) -> N
         check_core(core, len(names), name, str(path))
         if scales.shape != (len(names),) or scales.dtype != torch.float32:
             raise ValueError(f"{path} is damaged: {name}.scales are not one for each adapter")
-        part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"])
+        others: dict[str, Tensor | None] = {
+            label: tensors[f"{name}.{label}"] for label in others_of(store.layers[name])
+        }
+        part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"], others=others)
         cores[name] = checked(store, name, part, str(path))
     store.put(names, cores)
 
@@ -147,7 +155,7 @@ def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[s
     layers, tensors, where = {}, {}, slice(names.index(name), names.index(name) + 1)
     with safe_open(path, "pt") as file:
         for layer, entry in config["layers"].items():
-            if entry["method"] != "lora_xs":
+            if "svd" not in METHODS[entry["method"]][0].row.options:
                 raise ValueError(
                     f"{path} is of {entry['method']}, whose frozen factors are random and in no "
                     "file of a bank: load it into the model it was saved from"

@@ -40,7 +40,8 @@ class BankedLayer(Computer):
     def __init__(self, store: AdapterStore, name: str, layer: LowRankLinear) -> None:
         self.store, self.name, self.key = store, name, store.key
         STORES[self.key] = store
-        self.sizes = *layer.down.shape, *layer.up.shape  # of products, forward and backward
+        down, up = layer.shared_parts()
+        self.sizes = *down.shape, *up.shape  # of products, forward and backward
 
     def refuse_leaving(self, what: str) -> None:
         """Raise ValueError if the layer is to leave its model while the bank is open."""
@@ -57,18 +58,18 @@ class BankedLayer(Computer):
     def refuse_other(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError if values to be loaded are not those that the bank's adapters share."""
         layer = self.store.layers[self.name]
-        tolerances = {"down": BASES_TOLERANCE, "up": BASES_TOLERANCE, "weight": WEIGHT_TOLERANCE}
-        for name, tolerance in tolerances.items():
+        for name in (*layer.factors, "weight"):
             value = values.get(name)
-            if value is None:
+            if value is None or name in layer.row.core:
                 continue
+            tolerance = WEIGHT_TOLERANCE if name == "weight" else BASES_TOLERANCE
             with here(layer):
                 own = layer.base_weight if name == "weight" else getattr(layer, name)
                 same = value is own or alike(own, value, tolerance)
             if not same:
                 raise ValueError(
-                    f"{self.name} is in a bank, whose adapters share its weight, down and up, and "
-                    f"{name} is to be another: close() the bank first"
+                    f"{self.name} is in a bank, whose adapters share its weight and frozen "
+                    f"factors, and {name} is to be another: close() the bank first"
                 )
 
     def __call__(self, layer: LowRankLinear, x: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ class BankedLayer(Computer):
                 return self.followed(layer, x, call.follower)
             said = None if SAID.get() is None else said_of(layer, self.name, x)
             core, scale = assignment.row_cores(self.name, x.shape[:-1], call, x, said), 1.0
-        weight, down, up, bias = layer.own_tensors()
+        weight, down, _, up, bias, gain = layer.own_tensors()
         if layer.rank_dropout and layer.training:
             core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
-        operands = Operands(x, weight, down, core, up, bias, scale, dropout)
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 return chain(operands)
@@ -131,7 +132,8 @@ class BankedLayer(Computer):
         """The layer's call as library ops, whatever the assignment will be."""
         dropout_p = layer.dropout if layer.training else 0.0
         a, b = places(layer.core_factors)
-        given = x, layer.weight, layer.down, layer.core_factors, layer.up, layer.bias, layer.scale
+        down, up = layer.shared_parts()
+        given = x, layer.weight, down, layer.core_factors, up, layer.bias, layer.scale
         x, weight, down, _, up, bias, scale, *_ = prepared(Operands(*given))
         if layer.rank_dropout and layer.training:
             _, up = without_ranks(None, up, layer.rank_dropout)

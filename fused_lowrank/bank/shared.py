@@ -13,13 +13,12 @@ from torch import Tensor
 from ..files.fingerprint import differing, fingerprint_of
 from ..methods import LowRankLinear
 
-SHARED = {"down", "up", "weight", "bias"}  # what all adapters of a bank have in common
 SAMPLES = 64  # elements of a matrix by which a write that PyTorch does not count is noticed
 VERSION = operator.attrgetter("_version")
 
 
 class Stamp(NamedTuple):
-    """Down, up and W of a layer, by which it is known whether they are still the same."""
+    """The factors of a layer beside its core, and W, to know by whether they are still the same."""
 
     tensors: list[Tensor]
     marks: list[tuple[int, int]]  # of each the address and the version
@@ -27,7 +26,9 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, layer: LowRankLinear) -> Stamp:
         """The stamp of a layer as it is now."""
-        tensors: list[Tensor] = [layer.down, layer.up, layer.base_weight]
+        factors = layer.factors_now().items()
+        tensors = [factor for name, factor in factors if name not in layer.row.core]
+        tensors.append(layer.base_weight)
         marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         return cls(tensors, marks)
 
@@ -42,6 +43,7 @@ class Stamp(NamedTuple):
 
 def some_of(matrix: Tensor) -> Tensor:
     """Elements from the first row and column towards the last, a view (n,), n up to SAMPLES."""
+    matrix = matrix if matrix.dim() == 2 else matrix.view(1, -1)
     n = min(SAMPLES, *matrix.shape)
     (rows, columns), (row, column), each = matrix.shape, matrix.stride(), max(n, 1)
     return matrix.detach().as_strided((n,), (rows // each * row + columns // each * column,))
@@ -97,7 +99,8 @@ class SharedFactors:
                 stamp = Stamp.of(layer)
                 if untouched and stamp.same(self._stamps[name]):
                     continue
-                sides = layer.down.shape[0], layer.up.shape[1]
+                down, up = layer.bases
+                sides = down.shape[0], up.shape[1]
                 found = differing(fingerprint_of(layer), self.fingerprints[name], *sides)
                 if not thorough and found == ["weight"]:
                     continue  # somebody has pruned the base, say; who adds an adapter is told
@@ -111,7 +114,7 @@ class SharedFactors:
             self._watch()
 
     def _watch(self) -> None:
-        tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:2]]
+        tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:-1]]
         self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
         self._samples = [one for stamp in self._stamps.values() for one in stamp.samples()]
         self._values = sampled(self._samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from ..methods.accept import WEIGHT_DTYPES
 from ..models.adapt import adapted_layers
 from ..models.targets import check_places
 from ..models.whole_modules import saved_modules
-from .shared import SHARED
 from .store import AdapterStore
 from .tables import Cores
 
@@ -35,6 +34,7 @@ class Found:
     up: Tensor | None = None  # (N, q)
     weight: Tensor | None = None  # (N, K)
     fingerprint: Tensor | None = None
+    others: dict[str, Tensor | None] = field(default_factory=dict)  # factors beside these
 
 
 def cores_of(store: AdapterStore, model: nn.Module, source: Any) -> Cores:
@@ -125,12 +125,12 @@ def stored(store: AdapterStore, name: str, core: Any, what: str) -> tuple[Tensor
 
 def fitted(store: AdapterStore, name: str, part: Found, what: str) -> tuple[Tensor, Tensor | None]:
     """Cores as the bank stores them, in its size: a smaller one is its first rows and columns."""
-    pair, layer = stored(store, name, part.core, what), store.layers[name]
+    pair = stored(store, name, part.core, what)
     left, right = (
         None if theirs is None or ours is None else padded(theirs, ours, name, what)
         for theirs, ours in zip(pair, store.tables[name], strict=False)
     )
-    if sides(part.core) != (layer.down.shape[0], layer.up.shape[1]):
+    if sides(part.core) != whole_sides(store, name):
         has = part.fingerprint is not None or (part.down is not None and part.up is not None)
         if not has:
             raise ValueError(
@@ -166,22 +166,36 @@ def sides(core: Any) -> tuple[int, int]:
     return first.shape[1], last.shape[-1]
 
 
+def whole_sides(store: AdapterStore, name: str) -> tuple[int, int]:
+    """(P, Q) of a layer's cores in the bank."""
+    table = store.tables[name]
+    return table.left.shape[1], (table.left if table.right is None else table.right).shape[-1]
+
+
 def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
     """Raise unless the source's frozen factors are the bank's, or the first ones of them."""
     layer, (p, q) = store.layers[name], sides(part.core)
+    down, up = layer.bases
     another = f"{what} was made for another base: "
     for label, ours, theirs in (
-        ("down", layer.down[:p], part.down),
-        ("up", layer.up[:, :q], part.up),
+        ("down", down[:p], part.down),
+        ("up", up[:, :q], part.up),
     ):
         if theirs is not None and not alike(ours, theirs):
             raise ValueError(f"{another}{label} of {name} is not the bank's, nor the first of it")
+    for label, theirs in part.others.items():
+        if theirs is None or not alike(getattr(layer, label), theirs):
+            raise ValueError(
+                f"{what} has another {label} of {name} than the bank, whose adapters share it, or "
+                f"does not say which: a bank of {layer.method} holds adapters that train the core, "
+                f"{', '.join(layer.row.core)}, alone"
+            )
     if part.weight is not None and not alike(layer.base_weight, part.weight, WEIGHT_TOLERANCE):
         refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
         return
     ours = store.shared.fingerprints[name]
-    down, up, weight = ours.split([layer.down.shape[0], layer.up.shape[1], 1 + WEIGHT_PROBES])
+    down, up, weight = ours.split([len(down), up.shape[1], 1 + WEIGHT_PROBES])
     if part.fingerprint.shape != (p + q + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{what} is damaged: the fingerprint of {name} is not of its ranks")
     their_down, their_up, their_weight = part.fingerprint.split([p, q, 1 + WEIGHT_PROBES])
@@ -218,17 +232,20 @@ def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
     """The adapter that a model carries."""
     there, what = dict(adapted_layers(model)), "the model"
     check_names(store, {name: layer.method for name, layer in there.items()}, what)
-    check_trained({n: layer.train_names for n, layer in there.items()}, saved_modules(model), what)
+    trained = {n: layer.train_names for n, layer in there.items()}
+    check_trained(store, trained, saved_modules(model), what)
     found = {}
     for name, layer in there.items():
         if layer.bases_pending or not is_known(layer):
             raise ValueError(f"{what}: {name} is not initialised: load its weights and init_bases")
         core, scales = single(layer.core_factors), torch.tensor([layer.scale])
-        found[name] = Found(core, scales)
+        others = {label: getattr(layer, label) for label in others_of(layer)}
+        found[name] = Found(core, scales, others=others)
         if any(own.is_meta for own in tensors_of(layer)):  # they stay there: one layer at a time
             found[name].fingerprint = fingerprint_of(layer)
         else:
-            found[name] = Found(core, scales, layer.down, layer.up, layer.base_weight)
+            weight = layer.base_weight
+            found[name] = Found(core, scales, *layer.bases, weight, others=others)
     return found
 
 
@@ -243,7 +260,7 @@ def of_contents(
     methods = {name: entry["method"] for name, entry in config["layers"].items()}
     check_names(store, methods, path)
     trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
-    check_trained(trained, config["modules_to_save"], path)
+    check_trained(store, trained, config["modules_to_save"], path)
     if "partial" in config:  # of PEFT's
         check_places(list(store.layers), model)
     found = {}
@@ -271,22 +288,31 @@ def of_tensors(
     layer: LowRankLinear, name: str, get: Callable[[str], Tensor | None], what: str
 ) -> Found:
     """A layer's part, its tensors got by their names."""
-    names = [factor for factor in layer.factors if factor not in ("down", "up")]
-    values = [get(f"{name}.{factor}") for factor in names]
-    if not all(isinstance(value, Tensor) for value in values):
+    names = layer.row.core
+    values: Any = {factor: get(f"{name}.{factor}") for factor in names}
+    if not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{what} lacks {' or '.join(f'{name}.{factor}' for factor in names)}")
-    core = single(joined(values))
+    core = single(layer.row.core_of(values))
     check_core(core, 1, name, what)
-    rest = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
-    return Found(core, torch.tensor([layer.scale]), *rest)
+    down, up, weight = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
+    others = {label: get(f"{name}.{label}") for label in others_of(layer)}
+    return Found(core, torch.tensor([layer.scale]), down, up, weight, others=others)
 
 
-def check_trained(trained: Mapping[str, Iterable[str]], modules: Iterable[str], what: str) -> None:
+def others_of(layer: LowRankLinear) -> list[str]:
+    """The factors of a layer that are neither its core's, nor down or up."""
+    return [name for name in layer.factors if name not in (*layer.row.core, "down", "up")]
+
+
+def check_trained(
+    store: AdapterStore, trained: Mapping[str, Iterable[str]], modules: Iterable[str], what: str
+) -> None:
     """Raise if a source trains more than cores: whole modules, or other factors."""
     if modules := list(modules):
         raise ValueError(f"{what} trains {', '.join(modules)} whole: a bank holds cores alone")
     for name, train in trained.items():
-        if SHARED & set(train):
+        common = store.layers[name].row.common
+        if common & set(train):
             raise ValueError(f"{what} trains more of {name} than its core: {', '.join(train)}")
 
 

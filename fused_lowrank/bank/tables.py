@@ -33,7 +33,8 @@ class Tables(Protocol):
 
 def new_table(layer: LowRankLinear, slots: int, dtype: torch.dtype) -> CoreTable:
     """A table of zeros; of diagonals, or of pairs where those are smaller than cores."""
-    p, q, core = layer.down.shape[0], layer.up.shape[1], layer.core_factors
+    (down, up), core = layer.shared_parts(), layer.core_factors
+    p, q = down.shape[0], up.shape[1]
     device = device_of(layer)
     scales = torch.zeros(slots, device=device)
     if isinstance(core, tuple) and (p + q) * (r := core[0].shape[1]) < p * q:

@@ -72,10 +72,10 @@ class Trainable:
         {layer}.core_product where the bank holds their product; that is in no layer's state.
         """
         for layer, (left, right, _) in self.tables.items():
-            parts = {"a_train": left, "b_train": right}
-            if right is None:
-                pair = isinstance(self.store.layers[layer].core_factors, tuple)
-                parts = {"core_product" if pair else "core": left}
+            core = self.store.layers[layer].row.core
+            parts = dict(zip(core, (left, right), strict=False))
+            if right is None and len(core) == 2:
+                parts = {"core_product": left}
             for part, parameter in parts.items():
                 yield f"{layer}.{part}", parameter  # type: ignore[misc]
 

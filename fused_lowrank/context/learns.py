@@ -22,7 +22,7 @@ def warn_of_nothing_learned(layers: Mapping[str, Any], stacklevel: int) -> None:
     """Warn once each of layers of scale 0, and of those with a frozen factor of zeros."""
     trained = {name: layer for name, layer in layers.items() if layer.trained_factors}
     frozen = {
-        name: [getattr(m, f) for f in ("down", "up") if f not in m.train_names]
+        name: [getattr(m, f) for f in m.factors if f not in (*m.train_names, *m.row.core)]
         for name, m in trained.items()
         if not m.bases_pending
     }

@@ -2,6 +2,7 @@
 
 <module>.<factor>     the factors; the frozen ones unless saved with bases=False
 <module>.weight       and .bias, where they are trained
+*.<factor>            a factor that all layers have in common
 <module>.fingerprint  of the frozen factors and of the weight, (P + Q + 4,) float64
 <module>.<tensor>     of each module trained whole
 metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
@@ -34,17 +35,17 @@ from ..context.elsewhere import (
     sharder_in,
 )
 from ..context.learns import warn_of_broken
-from ..methods import METHODS, LowRankLinear
+from ..methods import LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES, why_no_weight
 from ..methods.tensors import is_sharded, whole
-from ..models.adapt import Plan, adapted_layers, build, place, require_adapted
+from ..models.adapt import adapted_layers, build, place, require_adapted
 from ..models.refusals import refuse_peft
 from ..models.targets import modules_by_name, unwrapped
 from ..models.ties import apply, changes_for, holders_in_part, refuse_views, ties_of, trained_names
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
 from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
 from . import peft_folder
-from .contents import FORMAT, VERSION, read, replacing
+from .contents import FORMAT, VERSION, plan_of, read, replacing, require_path, sizes_of
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
@@ -52,7 +53,8 @@ from .other_base import refuse_other_base
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
     """The tensors of a layer that a file holds, by name: what is trained and, with bases, more."""
-    names = [name for name in layer.factors if bases or name in train]
+    known = (name for name, factor in layer.row.factors.items() if factor.saved)
+    names = [name for name in known if bases or name in train]
     own = {name: getattr(layer, name) for name in names}
     if "weight" in train:
         own["weight"] = layer.base_weight
@@ -87,7 +89,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     for name, layer in each_here(model, layers):
         require_whole(name, layer)
         for part, tensor in parts(layer, layer.train_names, bases).items():
-            tensors[f"{name}.{part}"] = own_copy(tensor)
+            key = layer.row.key(name, part)
+            tensors[key] = tensors[key] if key in tensors else own_copy(tensor)
         tensors[f"{name}.{FINGERPRINT}"] = fingerprint_of(layer, originals)
     saved = saved_modules(model)
     for name, module in each_here(model, saved):
@@ -96,7 +99,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     tied = ties_of(model, trained_names(saved, layers))
     config = {
         "layers": {
-            name: {"method": layer.method, "settings": layer.settings()}
+            name: {"method": layer.method, "settings": layer.settings(), **sizes_of(layer)}
             for name, layer in layers.items()
         },
         "modules_to_save": list(saved),
@@ -108,12 +111,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
     warn_of_broken(tensors, stacklevel=3)
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata)
-
-
-def require_path(path: Any, call: str) -> None:
-    """Raise TypeError for what is no path, as where arguments were swapped; `call` says how."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path is a {type(path).__name__}: it must be a path; call {call}")
 
 
 def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -138,8 +135,9 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 def require_whole(name: str, layer: LowRankLinear) -> None:
     """Raise ValueError where this process has but a part of a layer's values."""
-    factors = (getattr(layer, factor) for factor in layer.factors)
-    require_matrices(name, layer.base_weight, *factors)
+    factors = layer.row.factors.items()
+    matrices = (getattr(layer, name) for name, factor in factors if len(factor.sides) == 2)
+    require_matrices(name, layer.base_weight, *matrices)
 
 
 def own_copy(tensor: Tensor) -> Tensor:
@@ -194,9 +192,11 @@ def load_contents(
     peft_folder.complete(model, config, tensors)
 
     def check(name: str, layer: LowRankLinear) -> None:
-        bases: tuple[Tensor, Tensor] = layer.down, layer.up
+        bases = layer.bases
         if seeded := not config["bases"] and "seed" in config:
             bases = peft_folder.frozen_factors(layer, name, config["seed"])
+        if "unprinted" in config:  # of PEFT's own methods
+            return
         weight = originals.get(layer.base_weight, layer.base_weight)
         ours = fingerprint(weight, *bases)
         check_fingerprint(name, layer, ours, prints[name], tensors, path)
@@ -255,7 +255,8 @@ def install(
             with here(layer):
                 check(name, layer)
                 if layer.computed_by is not None:
-                    own = {factor: tensors.get(f"{name}.{factor}") for factor in ("down", "up")}
+                    common = [f for f in layer.factors if f not in layer.row.core]
+                    own = {part: tensors.get(layer.row.key(name, part)) for part in common}
                     layer.computed_by.refuse_other(own)
                 if layer.bases_pending:  # its weight and bias are the base model's
                     layer.keep_base()
@@ -264,23 +265,6 @@ def install(
             apply(model, changes, trained_names(saved_modules(model), layers))
         fill(model, layers, tensors, saved)
     return model
-
-
-def plan_of(
-    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], fused: bool, path: Any
-) -> Plan:
-    """The layers that a file asks for, as modules of this model."""
-    modules = modules_by_name(model)
-    plan: Plan = {}
-    for name, entry in config["layers"].items():
-        if name not in modules:
-            raise ValueError(f"{path} adapts {name}, but this model has no such module")
-        cls, settings = METHODS[entry["method"]][fused], entry["settings"]
-        trained = [tensors.get(f"{name}.{f}") for f in cls.factors if f in settings["train"]]
-        dtypes = [tensor.dtype for tensor in trained if tensor is not None]
-        dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
-        plan[name] = cls, {**settings, "dtype": dtype}
-    return plan
 
 
 def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], path: Any) -> None:
@@ -302,6 +286,13 @@ def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], 
                 f"{path} does not fit this adapted model: alpha and train of {name} are "
                 f"{layer.alpha}, {layer.train_names} here and {alpha}, {train} there; "
                 "unload(model) to take the file's own layers"
+            )
+        unsaved = any(not factor.saved for factor in layer.row.factors.values())
+        if unsaved and settings["seed"] != layer.options["seed"]:
+            raise ValueError(
+                f"{path} does not fit this adapted model: seed of {name} is "
+                f"{layer.options['seed']} here and {settings['seed']} there, and so are its random "
+                "factors; unload(model) to take the file's own layers"
             )
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge(model) before loading an adapter")
@@ -339,7 +330,7 @@ def shapes_of(layers: Mapping[str, LowRankLinear], config: dict[str, Any]) -> di
     for name, layer in layers.items():
         trained = config["layers"][name]["settings"]["train"]
         for part, tensor in parts(layer, trained, config["bases"]).items():
-            expected[f"{name}.{part}"] = tensor.shape
+            expected[layer.row.key(name, part)] = tensor.shape
     return expected
 
 
@@ -377,7 +368,8 @@ def check_fingerprint(
     path: Any,
 ) -> None:
     """Raise if the file was made for another weight or, being without them, for other bases."""
-    sides = layer.down.shape[0], layer.up.shape[1]
+    down, up = layer.bases
+    sides = down.shape[0], up.shape[1]
     if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
     found = differing(ours, there, *sides)
@@ -386,11 +378,11 @@ def check_fingerprint(
             name,
             f"{path} was made for another base model: the weight of {name} differs from the one it "
             "was trained on",
-            all(f"{name}.{factor}" in tensors for factor in ("down", "up")),
+            all(layer.row.key(name, factor) in tensors for factor in ("down", "up")),
         )
     option = "save_projection" if peft_folder.is_folder(path) else "bases"
     for factor in ("down", "up"):
-        if factor in found and f"{name}.{factor}" not in tensors:
+        if factor in found and layer.row.key(name, factor) not in tensors:
             raise ValueError(
                 f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
                 f"is not the one it was trained with; save it with {option}=True"
@@ -407,9 +399,10 @@ def fill(
     """Copy the values, checked before, into the model; all of them or none."""
     changed = []
     for name, layer in layers.items():
-        frozen = ("down", "up") if layer.in_bank else ()  # a bank's, and alike
+        own = {*layer.factors} - {*layer.row.core}
+        frozen = own if layer.in_bank else ()  # a bank's, and alike
         for part in (*layer.factors, "weight", "bias"):
-            if (key := f"{name}.{part}") in tensors and part not in frozen:
+            if (key := layer.row.key(name, part)) in tensors and part not in frozen:
                 changed.append((layer, part, tensors[key]))
     modules = modules_by_name(model)
     before = [getattr(layer, part) for layer, part, _ in changed]

@@ -147,8 +147,9 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError("--to fused needs --base: the file is to know its base model's weights")
     config, tensors = contents(args, kind)
     for name, entry in config["layers"].items():
-        for factor in METHODS[entry["method"]][0].factors:
-            if f"{name}.{factor}" not in tensors:
+        row = METHODS[entry["method"]][0].row
+        for factor in row.factors:
+            if row.key(name, factor) not in tensors:
                 raise ValueError(
                     f"{args.source} has no {name}.{factor}: to compute its frozen factors give its "
                     "base model by --base"

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..methods import METHODS
+from ..methods import METHODS, LowRankLinear
+from ..methods.accept import WEIGHT_DTYPES
+from ..models.adapt import Plan
+from ..models.targets import modules_by_name
 from . import peft_folder
 
 FORMAT, VERSION = "fused_lowrank", "1"
@@ -32,6 +35,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sizes_of(layer: LowRankLinear) -> dict[str, Any]:
+    """The entry of a file with the sizes of a layer whose factors do not tell them."""
+    if layer.row.parts is None:
+        return {}
+    return {"sizes": [layer.in_features, layer.out_features]}
+
+
+def require_path(path: Any, call: str) -> None:
+    """Raise TypeError for what is no path, as where arguments were swapped; `call` says how."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}: it must be a path; call {call}")
 
 
 def opened(
@@ -97,3 +113,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     except (KeyError, TypeError, AttributeError) as error:
         raise unreadable(path, error) from error
     return config, tensors
+
+
+def plan_of(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], fused: bool, path: Any
+) -> Plan:
+    """The layers that a file asks for, as modules of this model."""
+    modules = modules_by_name(model)
+    plan: Plan = {}
+    for name, entry in config["layers"].items():
+        if name not in modules:
+            raise ValueError(f"{path} adapts {name}, but this model has no such module")
+        cls, settings = METHODS[entry["method"]][fused], entry["settings"]
+        keys = [cls.row.key(name, f) for f in cls.factors if f in settings["train"]]
+        trained = [tensors.get(key) for key in keys]
+        dtypes = [tensor.dtype for tensor in trained if tensor is not None]
+        dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
+        plan[name] = cls, {**settings, "dtype": dtype}
+    return plan

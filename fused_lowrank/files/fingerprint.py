@@ -43,7 +43,7 @@ def fingerprint_of(layer: LowRankLinear, originals: Mapping[Tensor, Tensor] = {}
     """The fingerprint of an adapted layer, with the weight it had before, where that is trained."""
     with here(layer):
         weight = originals.get(layer.base_weight, layer.base_weight)
-        return fingerprint(weight, layer.down, layer.up)
+        return fingerprint(weight, *layer.bases)
 
 
 def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> bool:

@@ -13,11 +13,14 @@ from ..bank import file as bank_file
 from ..methods import METHODS
 from . import adapter as adapter_file
 from . import official, peft_folder
+from .peft_others import OTHERS
 
+TITLES = " or ".join(METHODS[name][0].row.title for name in peft_folder.TYPES.values())
+TITLES += "".join(f" or {row.title}" for row in OTHERS.values())
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",
     "bank": "bank of fused_lowrank, by AdapterBank.save",
-    "peft": "LoRA-XS or LoRA-Mini in PEFT's format",
+    "peft": f"{TITLES} in PEFT's format",
     "official": "LoRA-XS checkpoint of the authors' code",
     "lora": "plain LoRA in PEFT's format",
 }
@@ -41,7 +44,7 @@ def kind_of(path: Path) -> str:
             if form == module.FORMAT:
                 return kind
     method = str(peft_folder.config_of(file).get("peft_type"))
-    if method in peft_folder.TYPES:
+    if method in peft_folder.TYPES or method in OTHERS:
         return "peft"
     if method != "LORA":
         raise ValueError(f"{path} is an adapter of PEFT's {method}, which is not known here")
@@ -76,7 +79,7 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
     count = 0
     for name, entry in entries.items():
         for part in (*METHODS[entry["method"]][0].factors, "weight", "bias"):
-            tensor = tensors.get(f"{name}.{part}")
+            tensor = tensors.get(METHODS[entry["method"]][0].row.key(name, part))
             kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "not inside"
             if part in entry["settings"]["train"]:
                 trained[f"{part} {kind}"] = None
@@ -95,10 +98,12 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
 def of_layers(entries: dict[str, Any]) -> Rows:
     """The rows to print of the layers' settings."""
     settings = [entry["settings"] for entry in entries.values()]
+    rows_of = (METHODS[entry["method"]][0].row for entry in entries.values())
+    ranks = dict.fromkeys(rank for row in rows_of for rank in row.ranks)
     rows = [
         ("method", listed(entry["method"] for entry in entries.values())),
         ("layers", shown(list(entries))),
-        *((key, listed(own[key] for own in settings if key in own)) for key in ("r", "a", "b")),
+        *((key, listed(own[key] for own in settings if key in own)) for key in ranks),
     ]
     rows.append(("scale", listed(f"{own['alpha'] / own['r']:g}" for own in settings)))
     return [row for row in rows if row[1]]

@@ -30,6 +30,7 @@ from ..compute.reference import Core
 from ..context.elsewhere import each_here, value_of
 from ..methods import METHODS, LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES
+from ..methods.shared import shared_by
 from ..models.adapt import adapted_layers
 from ..models.targets import check_places, matches, named_modules, unwrapped
 from ..models.ties import ties_of, trained_names
@@ -39,11 +40,10 @@ from .adapter import (
     complete_layers,
     own_copy,
     pop_fingerprints,
-    require_path,
     require_whole,
     shapes_of,
 )
-from .contents import read, replacing
+from .contents import read, replacing, require_path
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
 
 
@@ -123,8 +123,10 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
     if "weight" in layer.train_names:
         raise ValueError(f"{name} trains its weight, which plain LoRA cannot hold: merge instead")
     bias = layer.bias if "bias" in layer.train_names else None
-    core = layer.core_factors
-    return Part(layer.down, core, layer.up, layer.alpha, layer.r, layer.dropout, bias)
+    down, core, up, gain = layer.parts()
+    if gain is not None:
+        raise ValueError(f"{name} scales its outputs, which plain LoRA cannot hold: merge instead")
+    return Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias)
 
 
 def own_part(part: Part) -> Part:
@@ -188,15 +190,13 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
 
 def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> Adapter:
     """The adapter of a file of `save_adapter`, less its fingerprints."""
-    layers = {
-        name: stand_in(name, entry, tensors, path) for name, entry in config["layers"].items()
-    }
+    layers = stand_ins(config["layers"], tensors, path)
     saved = tuple(f"{name}." for name in config["modules_to_save"])
     rest = {key: t.shape for key, t in tensors.items() if saved and key.startswith(saved)}
     check_shapes({**shapes_of(layers, config), **rest}, layers, tensors, path)
     for name, layer in layers.items():
         for part in (*layer.factors, "bias"):
-            if (value := tensors.get(f"{name}.{part}")) is not None:
+            if (value := tensors.get(layer.row.key(name, part))) is not None:
                 setattr(layer, part, nn.Parameter(value, requires_grad=False))
     parts = {name: of_layer(name, layer) for name, layer in layers.items()}
     values = {key: tensors[key] for key in rest}
@@ -239,25 +239,48 @@ def with_tied(saved: Iterable[str], layers: Collection[str], tied: Mapping[str, 
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def stand_in(
+def stand_ins(
+    entries: Mapping[str, Any], tensors: dict[str, Tensor], path: Any
+) -> dict[str, LowRankLinear]:
+    """The layers that a file describes, on the meta device."""
+    linears = {}
+    for name, entry in entries.items():
+        k, n = sizes_in(name, entry, tensors, path)
+        linears[name] = nn.Linear(k, n, f"{name}.bias" in tensors, device="meta")
+    first = next(iter(entries.values()))
+    cls, settings = METHODS[first["method"]][0], first["settings"]
+    own = {"_shared": shared_by(cls.row, linears.values(), settings)} if cls.row.shared else {}
+    layers = {}
+    for name, entry in entries.items():
+        keywords = {"_linear": linears[name], **entry["settings"], **own}
+        linear = linears[name]
+        try:
+            layers[name] = METHODS[entry["method"]][0](
+                linear.in_features, linear.out_features, linear.bias is not None, **keywords
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
+    return layers
+
+
+def sizes_in(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Any
-) -> LowRankLinear:
-    """A layer on the meta device, as a file describes it."""
-    cls = METHODS[entry["method"]][0]
-    for factor in cls.factors:
-        if f"{name}.{factor}" not in tensors:
+) -> tuple[int, int]:
+    """(in_features, out_features) of a layer that a file describes."""
+    row = METHODS[entry["method"]][0].row
+    for factor in row.factors:
+        if row.key(name, factor) not in tensors:
             raise ValueError(
                 f"{path} has no {name}.{factor}: a file saved without its frozen factors has to be "
                 "loaded into its base model, and that exported"
             )
+    if "sizes" in entry:
+        k, n = entry["sizes"]
+        return int(k), int(n)
     down, up = tensors[f"{name}.down"], tensors[f"{name}.up"]
     if down.dim() != 2 or up.dim() != 2:
         raise ValueError(f"{path}: down and up of {name} are no matrices: it is damaged")
-    sizes, settings = (down.shape[1], up.shape[0], f"{name}.bias" in tensors), entry["settings"]
-    try:
-        return cls(*sizes, device="meta", **settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {name}: {error}") from None
+    return down.shape[1], up.shape[0]
 
 
 # --- what is written ---
@@ -316,6 +339,8 @@ def factored(
     )
     if len(wide) == 2:
         a, b = wide[0].t() @ a, b @ wide[1].t()
+    elif wide and wide[0].dim() == 1:
+        b = b * wide[0]
     elif wide and a.shape[0] <= b.shape[1]:
         b = b @ wide[0].t()
     elif wide:

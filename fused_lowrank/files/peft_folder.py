@@ -1,5 +1,7 @@
 """Folders of adapters in PEFT's format, read without PEFT.
 
+`peft_others` reads those of PEFT's own VeRA and AdaLoRA. Of the methods here:
+
 adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
   base_model.model.<module>.lora_xs_core         of `LoraXSConfig`
@@ -32,18 +34,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..methods import METHODS, LowRankLinear
-from ..methods.initialisers import seeded_bases, svd_bases
+from ..methods.bases import Bases, Source
 from ..models.adapt import adapted_layers
 from ..models.patterns import pattern_of
 from ..models.targets import check_places, modules_by_name
 from ..models.ties import ties_of
+from . import peft_others
 from .fingerprint import FINGERPRINT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
 FILES = WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin"
 HEADS = ["classifier", "score"]  # what PEFT trains whole where the config does not say
-TYPES = {"LORA_XS": "lora_xs", "LORA_MINI": "lora_mini"}
+TYPES = {name.upper(): name for name, (cls, _) in METHODS.items() if cls.row.bases}  # in PEFT
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -215,15 +218,23 @@ def parsed(
             "through the kernels here; a checkpoint of the LoRA-XS authors' code is loaded by "
             "load_official_lora_xs"
         )
+    if kind in peft_others.OTHERS:
+        refuse(config, ["fan_in_fan_out"], path)
+        contents, tensors, rest = peft_others.parsed(config, state, path)
+        saved, found = whole_modules(rest, config, path)
+        partial = [name for name in saved if not name.endswith(heads_of(config))]
+        contents |= {"modules_to_save": saved, "tied": {}, "partial": partial}
+        return contents, {**tensors, **found}
     if kind not in TYPES:
         raise ValueError(
-            f"{path} is an adapter of {kind}: it must be {' or '.join(TYPES)}; PEFT loads the "
-            "others, and load_official_lora_xs those of the LoRA-XS authors' code"
+            f"{path} is an adapter of {kind}: it must be "
+            f"{' or '.join([*TYPES, *peft_others.OTHERS])}; PEFT loads the others, and "
+            "load_official_lora_xs those of the LoRA-XS authors' code"
         )
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]
     frozen = ("down", "up", FINGERPRINT)
-    trained = (part for part in METHODS[method][0].factors if part not in frozen)
+    trained = METHODS[method][0].row.core
     suffixes = {f".{method}_{part}": part for part in trained}
     suffixes |= {f".basis_{part}": part for part in frozen}
     suffixes |= {".base_layer.bias": "bias", ".base_layer.weight": "weight"}
@@ -246,7 +257,7 @@ def parsed(
     if not entries:
         raise ValueError(f"{path} adapts no layers: it is damaged")
     tensors = {f"{name}.{part}": t for name, parts in layers.items() for part, t in parts.items()}
-    contents: dict[str, Any] = {"layers": entries, "modules_to_save": saved, "bases": bases}
+    contents = {"layers": entries, "modules_to_save": saved, "bases": bases}
     contents["tied"] = {}  # PEFT trains copies of modules, tied to nothing
     contents["seed"] = config.get("projection_seed", 42)
     contents["partial"] = [name for name in saved if not name.endswith(heads_of(config))]
@@ -277,13 +288,9 @@ def complete(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor
 
 def frozen_factors(layer: LowRankLinear, name: str, seed: int) -> tuple[Tensor, Tensor]:
     """(down, up) of a layer as the PEFT integration makes them, in the weight's dtype."""
-    weight, p, q = layer.base_weight, layer.down.shape[0], layer.up.shape[1]
-    if layer.method == "lora_xs":
-        try:
-            return svd_bases(weight, p, seed=seed)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    down, up = seeded_bases(p, layer.in_features, layer.out_features, q, name, seed)
+    weight, (down, up) = layer.base_weight, layer.bases
+    made: Bases = layer.row.bases
+    down, up = made.new(Source(weight, name, seed), len(down), up.shape[1])
     return down.to(weight), up.to(weight)
 
 
@@ -292,16 +299,17 @@ def settings_of(
 ) -> dict[str, Any]:
     """The keywords of a layer. Its rank is that of its tensors, which PEFT may have reduced."""
     asked, alpha = scaling(config, name, path)
-    trained = [f for f in METHODS[method][0].factors if f not in ("down", "up")]
+    row = METHODS[method][0].row
+    trained, sizes = row.core, dict[str, int]()
     for factor in trained:
         if factor not in parts or parts[factor].dim() != 2:
             raise ValueError(f"{path} lacks {factor} of {name}: it is damaged")
-    first, last = parts[trained[0]], parts[trained[-1]]
-    r = first.shape[1]
-    settings = {
+        sizes.update(zip(row.factors[factor].sides, parts[factor].shape, strict=True))
+    r = sizes["r"]
+    return {
         "r": r,
         "alpha": alpha if r == asked else alpha / asked * r,
         "dropout": float(config.get("lora_dropout") or 0.0),
         "train": (*trained, *(["bias"] if "bias" in parts else [])),
+        **sizes,
     }
-    return settings if method == "lora_xs" else {**settings, "a": len(first), "b": last.shape[1]}

@@ -1,27 +1,56 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
-    initialisers      first values of factors, by name
+    initialisers      first values of factors, as functions
+    starts            those by the names that rows give them
+    bases             frozen factors that a seed determines, for PEFT
+    method            a method as a row of data: Factor, Parts, Method
     keywords          keywords that all layers take, those by other names, integers of any kind
+    shared            factors that all layers of a model have in common
     tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
     state             what a state_dict of a layer means, merged or not
     computer          the slot of a layer for who computes it in its place
     merging           W, and W + ΔW in its place
     layer             what all layers have in common
-    lora, lora_xs     the methods themselves, one a file
-    lora_mini
+    family            the methods themselves, one a file
+    family.lora
+    family.lora_fa
+    family.lora_xs
+    family.lora_mini
+    family.tied_lora
+    family.melora
+    family.nola
+    family.adalora
+    family.vera
 
 A module imports those above it in this list.
 """
 
+from .family.adalora import AdaLoraLinear, FusedAdaLoraLinear
+from .family.lora import FusedLoraLinear, LoraLinear
+from .family.lora_fa import FusedLoraFALinear, LoraFALinear
+from .family.lora_mini import FusedLoraMiniLinear, LoraMiniLinear
+from .family.lora_xs import FusedLoraXSLinear, LoraXSLinear
+from .family.melora import FusedMeloraLinear, MeloraLinear
+from .family.nola import FusedNolaLinear, NolaLinear
+from .family.tied_lora import FusedTiedLoraLinear, TiedLoraLinear
+from .family.vera import FusedVeraLinear, VeraLinear
 from .layer import LowRankLinear
-from .lora import FusedLoraLinear, LoraLinear
-from .lora_mini import FusedLoraMiniLinear, LoraMiniLinear
-from .lora_xs import FusedLoraXSLinear, LoraXSLinear
 
 # method → (reference layer, fused layer)
 METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
-    "lora": (LoraLinear, FusedLoraLinear),
-    "lora_xs": (LoraXSLinear, FusedLoraXSLinear),
-    "lora_mini": (LoraMiniLinear, FusedLoraMiniLinear),
+    cls.method: (cls, fused)
+    for cls, fused in (
+        (LoraLinear, FusedLoraLinear),
+        (LoraXSLinear, FusedLoraXSLinear),
+        (LoraMiniLinear, FusedLoraMiniLinear),
+        (LoraFALinear, FusedLoraFALinear),
+        (VeraLinear, FusedVeraLinear),
+        (TiedLoraLinear, FusedTiedLoraLinear),
+        (MeloraLinear, FusedMeloraLinear),
+        (NolaLinear, FusedNolaLinear),
+        (AdaLoraLinear, FusedAdaLoraLinear),
+    )
 }
+
+__all__ = [cls.__name__ for pair in METHODS.values() for cls in pair]

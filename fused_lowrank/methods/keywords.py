@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
+import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
+
+from ..compute import choose
+from .method import Method
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -36,7 +39,7 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
     "device": "a layer stays where its weight is",
 }
-HIDDEN = {"self", "in_features", "out_features", "bias", "device", "_linear", "_defer"}
+HIDDEN = {"self", "in_features", "out_features", "bias", "device"}
 
 
 class Shared(TypedDict, total=False):
@@ -50,6 +53,7 @@ class Shared(TypedDict, total=False):
     dtype: torch.dtype | None
     _linear: nn.Linear | None  # whose Parameters the layer takes; None: new ones
     _defer: bool  # whether the factors get their values later
+    _shared: dict[str, nn.Parameter] | None  # the factors that other layers have as well, by name
 
 
 DEFAULTS: Shared = {
@@ -62,41 +66,118 @@ DEFAULTS: Shared = {
     "_linear": None,
     "_defer": False,
 }
-Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
-def takes_shared(constructor: Constructor) -> Constructor:
-    """The constructor of a method, with the shared keywords in the place of its `**shared`.
-
-    Its signature names them where users look for them: ranks, alpha, dropouts, what is the method's
-    own, the rest. Others are a TypeError, as in Python, before anything is looked at.
-    """
-    signature = inspect.signature(constructor)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    first = sum(p.kind is not p.KEYWORD_ONLY or type(p.default) is int for p in own)
+def signature_of(row: Method) -> inspect.Signature:
+    """The signature of a method's constructor: sizes, ranks, alpha, dropouts, its own, the rest."""
     annotations: dict[str, Any] = Shared.__annotations__
     kinds = {name: kind.__forward_arg__ for name, kind in annotations.items()}
-    shared = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name])
-        for name, value in DEFAULTS.items()
-    ]
-    known = signature.replace(parameters=[*own[:first], *shared[:3], *own[first:], *shared[3:]])
+    own: list[tuple[str, Any, str]] = [("train", row.trained, "tuple[str, ...]")]
+    for name, values in row.options.items():
+        value = values[0] if isinstance(values, tuple) else values
+        own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
+    shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
+    keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
+    keywords += [*shared[3:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
+    return inspect.Signature(
+        [
+            Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+            Parameter("in_features", Parameter.POSITIONAL_OR_KEYWORD, annotation="int"),
+            Parameter("out_features", Parameter.POSITIONAL_OR_KEYWORD, annotation="int"),
+            Parameter("bias", Parameter.POSITIONAL_OR_KEYWORD, default=True, annotation="bool"),
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+                for name, value, kind in keywords
+            ),
+        ],
+        return_annotation="None",
+    )
 
-    @functools.wraps(constructor)
-    def checked(self: Any, *sizes: Any, **keywords: Any) -> None:
+
+def constructor_of(cls: type, row: Method) -> Callable[..., None]:
+    """The `__init__` of a method's layer class, whose signature names all that it takes.
+
+    Other keywords are a TypeError, as in Python, before anything is looked at.
+    """
+    signature = signature_of(row)
+    defaults = {
+        name: p.default for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
+
+    def __init__(
+        self: Any, in_features: int, out_features: int, bias: bool = True, **keywords: Any
+    ) -> None:
         for name in keywords:
-            if name not in known.parameters:
-                called = f"{constructor.__qualname__}()"
+            if name not in defaults:
+                called = f"{cls.__qualname__}.__init__()"
                 raise TypeError(f"{called} got an unexpected keyword argument {name!r}")
-        constructor(self, *sizes, **keywords)
+        self.build(in_features, out_features, bias, {**defaults, **keywords})
 
-    checked.__signature__ = known  # type: ignore[attr-defined]
-    return cast(Constructor, checked)
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    return __init__
+
+
+def sized(
+    row: Method, in_features: int, out_features: int, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """The sizes of K, N and a method's ranks, by letter; ValueError for a rank out of range."""
+    sizes = {"K": in_features, "N": out_features}
+    for name in (*row.limits, *(name for name in row.ranks if name not in row.limits)):
+        sizes[name] = check_rank(name, given[name], row.limit(name, sizes), row.limit_is(name))
+    if n := sizes.get(row.divides):
+        for side, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % n:
+                raise ValueError(f"{row.divides} is {n}: it must divide {side}, which is {size}")
+    return sizes
+
+
+def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a method's own options, by keyword; ValueError for an unknown one."""
+    found = {}
+    for name, values in row.options.items():
+        value = given[name]
+        if isinstance(values, tuple):
+            if value not in values:
+                known = " or ".join(map(repr, values))
+                hint = row.hints.get(name, "")
+                raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
+        elif isinstance(values, int):
+            value = integer(name, value)
+        else:
+            value = number(name, value)
+        found[name] = value
+    return found
+
+
+def getter(names: tuple[str, ...]) -> property:
+    """The property that gives one Parameter, or the pair, of these names."""
+    first, last = names[0], names[-1]
+    if len(names) == 2:
+        return property(lambda self: (getattr(self, first), getattr(self, last)))
+    return property(lambda self: getattr(self, first))
+
+
+def check_settings(layer: Any) -> None:
+    """Raise ValueError for settings that all methods have, and that are out of range."""
+    saved = (name for name, factor in layer.row.factors.items() if factor.saved)
+    known = ("weight", "bias", *saved)
+    if unknown := [name for name in layer.train_names if name not in known]:
+        raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
+    choose.check_known(layer.impl)
+    if not math.isfinite(layer.alpha):
+        raise ValueError(f"alpha is {layer.alpha}: it must be finite")
+    if not 0.0 <= layer.dropout < 1.0:
+        raise ValueError(f"dropout is {layer.dropout}: it must be at least 0 and below 1")
+    if not 0.0 <= layer.rank_dropout < 1.0:
+        said = f"rank_dropout is {layer.rank_dropout}"
+        raise ValueError(f"{said}: it must be at least 0 and below 1")
 
 
 def known_keywords(cls: type) -> list[str]:
     """The keywords of a layer that is made around a linear one, in their order."""
-    return [name for name in inspect.signature(cls).parameters if name not in HIDDEN]
+    names = inspect.signature(cls).parameters
+    return [name for name in names if name not in HIDDEN and not name.startswith("_")]
 
 
 def check_keywords(cls: Any, given: Iterable[str]) -> None:
@@ -123,6 +204,17 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}: it must be an integer") from None
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number as Python's float; ValueError for what is none."""
+    try:
+        found = float(value)
+        if isinstance(value, str | bool) or not math.isfinite(found):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number") from None
+    return found
 
 
 def check_rank(name: str, value: Any, limit: int, of: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,30 +19,35 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
-from .keywords import DEFAULTS, Shared, check_keywords
+from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
-from .state import MERGED, is_other, product_of, refuse_wrong, unmerged
+from .method import Method, Parts
+from .shared import fill_shared, leave_to_others
+from .starts import FILLS, check_learns, fill
+from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
 
 class LowRankLinear(MergingLinear):
     """A linear layer with a low-rank term: y = x·Wᵀ + bias + scale · ((x·downᵀ) · core) · upᵀ.
 
-    Subclasses are methods: they say which `factors` they have, of which shapes, and how these
-    start. `impl` says how the layer is computed: the reference layers in plain torch, the fused
-    ones by `lowrank_linear(impl="auto")`. Weight and bias stay the Parameters they were.
+    Subclasses are methods: each has its `row`, which says which factors it has, of which shapes,
+    how these start and what they make. `impl` says how the layer is computed: the reference layers
+    in plain torch, the fused ones by `lowrank_linear(impl="auto")`. Weight and bias stay the
+    Parameters they were.
     """
 
-    method: ClassVar[str]
+    row: ClassVar[Method]
+    method: ClassVar[str]  # the row's name, and what else of it is asked for often
     factors: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
-    output_factors: ClassVar[tuple[str, ...]] = ("up",)  # those on the output's side of the core
+    output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
     rank_dropout: float = 0.0
-    by_attributes: ClassVar[bool] = False  # whether a subclass has made one of its own of a factor
+    by_attributes: ClassVar[bool] = False  # whether the parts are more than Parameters of theirs
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -53,29 +57,45 @@ class LowRankLinear(MergingLinear):
     bias: nn.Parameter | None
     down: nn.Parameter
     up: nn.Parameter
+    r: int
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        shapes: dict[str, tuple[int, int]],
-        *,
-        r: int,
-        train: tuple[str, ...],
-        **shared: Unpack[Shared],
-    ) -> None:
+    if TYPE_CHECKING:  # each row's class has its own, which names its keywords
+
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, **keywords: Any
+        ) -> None: ...
+
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if row is not None:
+            cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
+            cls.learning_rate, cls.output_factors = row.learning_rate, row.outputs
+            cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
+            cls.by_attributes = row.parts is not None
+            if row.parts is None and row.core:  # the way that costs the host least
+                cls.core_factors = getter(row.core)  # type: ignore[assignment]
+        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
+            cls.by_attributes = True
+
+    def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
+        """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        given: Shared = {**DEFAULTS, **shared}
-        alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
+        row, train = self.row, tuple(given["train"])
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.alpha = r, float(r if alpha is None else alpha)
-        self.dropout, self.train_names = float(given["dropout"]), tuple(train)
+        sizes = sized(row, in_features, out_features, given)
+        self.ranks = {name: sizes[name] for name in row.ranks}
+        vars(self).update(self.ranks)
+        self.options = chosen(row, given)
+        vars(self).update(self.options)
+        self.train_names, self.dropout = train, float(given["dropout"])
         self.rank_dropout = float(given["rank_dropout"])
+        check_learns(self)
+        alpha, dtype, linear = given["alpha"], given["dtype"], given["_linear"]
+        self.alpha = float(self.r if alpha is None else alpha)
         if given["impl"] is not None:
             self.impl = given["impl"]
-        self._check_settings()
-        self.scale = self.alpha / r
+        check_settings(self)
+        self.scale = self.alpha / self.r
         self.disabled: bool | Switch = False  # in all contexts, or in some
 
         own_linear = linear is not None
@@ -83,53 +103,38 @@ class LowRankLinear(MergingLinear):
             linear = nn.Linear(in_features, out_features, bias, given["device"], dtype)
             trained_dtype = linear.weight.dtype
             if not linear.weight.is_meta and not set(train).isdisjoint(self.factors):
-                warn_of_scales({"": self.scale}, stacklevel=5)
+                warn_of_scales({"": self.scale}, stacklevel=4)
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", linear.bias)
-        for name, size in shapes.items():
-            kind = trained_dtype if name in self.train_names else self.weight.dtype
-            factor = torch.empty(size, dtype=kind, device=self.weight.device)
+        given_shared = given.get("_shared") or {}
+        for name in self.factors:
+            if name in given_shared:
+                self.register_parameter(name, given_shared[name])
+                continue
+            kind = trained_dtype if name in train else self.weight.dtype
+            factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self.train_names)
+            parameter.requires_grad_(name in train)
         self.bases_pending = given["_defer"] or self.weight.is_meta
         if own_linear and not self.bases_pending:
             self.keep_base()
+        if not self.bases_pending:
+            self.init_factors(with_shared=not given_shared)
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
-            cls.by_attributes = True
-
-    def _check_settings(self) -> None:
-        known = ("weight", "bias", *self.factors)
-        if unknown := [name for name in self.train_names if name not in known]:
-            raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
-        choose.check_known(self.impl)
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}: it must be finite")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        if not 0.0 <= self.rank_dropout < 1.0:
-            said = f"rank_dropout is {self.rank_dropout}"
-            raise ValueError(f"{said}: it must be at least 0 and below 1")
-
-    @classmethod
-    def _check_learns(cls, train: tuple[str, ...], zero: str) -> None:
-        """Raise if factors are trained beside `zero`, which starts at 0 and is not."""
-        others = [name for name in train if name in cls.factors]
-        if others and zero not in others:
-            raise ValueError(
-                f"train is {train}, but {zero} starts at zero: as long as it is not "
-                f"trained, the gradients of the other factors are zero. Add {zero!r} to train"
-            )
+    @property
+    def inits(self) -> dict[str, str]:
+        """The names of the factors' first values, by factor."""
+        return self.row.inits(self.options.get("init"))
 
     @torch.no_grad()
-    def init_factors(self) -> None:
+    def init_factors(self, with_shared: bool = True) -> None:
         """Give the factors their initial values; LoRA-XS takes its bases from the weight.
+
+        `with_shared` says whether those that other layers have as well are among them.
 
         Of a layer that is sharded, every rank must call this: its weight is gathered for it, and
         the first rank's values are taken.
@@ -139,6 +144,8 @@ class LowRankLinear(MergingLinear):
             self._init_sharded()
         else:
             self._init_factors()
+            if with_shared:
+                fill_shared(self.row, self.factors_now(), self.options)
         self.bases_pending = False
 
     def _init_sharded(self) -> None:
@@ -153,16 +160,41 @@ class LowRankLinear(MergingLinear):
             own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
     def _init_factors(self) -> None:
-        raise NotImplementedError
+        fill(self)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
-        raise NotImplementedError
+        parts = core if isinstance(core, tuple) else (core,)
+        for name, part in zip(self.row.core, parts, strict=True):
+            FILLS[self.inits[name]](part, self.options)
 
     @property
     def core_factors(self) -> Core:
         """The core as `lowrank_linear` takes it."""
-        raise NotImplementedError
+        return self.parts().core if self.row.parts is not None else None
+
+    def parts(self) -> Parts:
+        """The equation's down, core, up and gain."""
+        return self.row.made(self.factors_now(), self.base_weight, self.scale)
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """down (P, K) and up (N, Q) as a fingerprint knows them: of factors, and cut to K and N.
+
+        P or Q is 0 where the method has no factor of that side.
+        """
+        return self.row.bases_of(self.factors_now(), self.base_weight)
+
+    def shared_parts(self) -> tuple[Tensor, Tensor]:
+        """down and up of the equation, which all adapters in a bank have in common."""
+        if self.row.parts is None:
+            return self.down, self.up
+        down, _, up, _ = self.parts()
+        return down, up
+
+    def factors_now(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        return {name: getattr(self, name) for name in self.factors}
 
     @property
     def in_bank(self) -> bool:
@@ -182,6 +214,8 @@ class LowRankLinear(MergingLinear):
             "dropout": self.dropout,
             **({"rank_dropout": self.rank_dropout} if self.rank_dropout else {}),
             "train": self.train_names,
+            **{name: rank for name, rank in self.ranks.items() if name != "r"},
+            **self.options,
         }
 
     @classmethod
@@ -207,16 +241,21 @@ class LowRankLinear(MergingLinear):
         return layer
 
     @classmethod
-    def _around(cls, linear: nn.Linear, defer_bases: bool, keywords: dict[str, Any]) -> Self:
-        """`from_linear`, which leaves its warnings to the caller."""
+    def _around(
+        cls, linear: nn.Linear, defer_bases: bool, keywords: dict[str, Any], own: Any = None
+    ) -> Self:
+        """`from_linear`, which leaves its warnings to the caller.
+
+        `own` has keywords of the constructor that users do not give.
+        """
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         check_keywords(cls, keywords)
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
         with here(linear):
-            layer = cls(*sizes, _linear=linear, _defer=defer_bases, **keywords)
+            given = {**keywords, "_linear": linear, "_defer": defer_bases, **(own or {})}
+            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **given)
             if reason := clashes(linear, layer):
                 raise TypeError(f"linear {reason}")
             carry(linear, layer)
@@ -251,18 +290,19 @@ class LowRankLinear(MergingLinear):
             return self.own(x)
         if self.uncalled:
             note_call(self)
-        weight, down, up, bias = self.own_tensors()
-        return self.compute(x, weight, down, self.core_factors, up, bias)
+        weight, down, core, up, bias, gain = self.own_tensors()
+        return self.compute(x, weight, down, core, up, bias, None, gain)
 
-    def own_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(weight, down, up, bias), by the way that costs the host least."""
+    def own_tensors(self) -> tuple[Tensor, Tensor, Core, Tensor, Tensor | None, Tensor | None]:
+        """(weight, down, core, up, bias, gain), by the way that costs the host least."""
         if not self.by_attributes:
             own: Any = self._parameters
             try:
-                return own["weight"], own["down"], own["up"], own["bias"]
+                return own["weight"], own["down"], self.core_factors, own["up"], own["bias"], None
             except KeyError:  # parametrised, or pruned, since
                 pass
-        return self.weight, self.down, self.up, self.bias
+        down, core, up, gain = self.parts()
+        return self.weight, down, core, up, self.bias, gain
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whoever else computes it."""
@@ -277,7 +317,8 @@ class LowRankLinear(MergingLinear):
             return dense(x, present(self, self.weight), self.bias)
         if self.bases_pending:
             self._require_factors()
-        return self.compute(x, self.weight, self.down, self.core_factors, self.up, self.bias)
+        down, core, up, gain = self.parts()
+        return self.compute(x, self.weight, down, core, up, self.bias, None, gain)
 
     def compute(
         self,
@@ -288,13 +329,14 @@ class LowRankLinear(MergingLinear):
         up: Tensor,
         bias: Tensor | None,
         seed: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> Tensor:
         """y of these operands by this layer's implementation, with its scale and dropouts."""
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout)
-        if dropout is None and self.impl == "auto":
+        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)
+        if dropout is None and self.impl == "auto" and gain is None:
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if choose.small(x):
                     return chain(operands)
@@ -320,8 +362,9 @@ class LowRankLinear(MergingLinear):
         self._require_factors()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with here(self):
-            present(self, self.up)
-            return self.scale * product_of([getattr(self, name) for name in self.factors], dtype)
+            for name in self.factors:
+                present(self, getattr(self, name))
+            return delta_of(self, self.factors_now(), self.base_weight, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy of the layer, which is in no bank."""
@@ -345,6 +388,7 @@ class LowRankLinear(MergingLinear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        leave_to_others(self, destination, prefix)
         if self.merged:
             destination[prefix + MERGED] = torch.ones(1, dtype=torch.uint8)
 
@@ -353,8 +397,11 @@ class LowRankLinear(MergingLinear):
         if prefix + MERGED in state_dict:
             state_dict = unmerged(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in self.factors]
-        if not self.down.is_meta and all(is_other(value, own) for value, own in values):
+        unsaved = {prefix + name for name, f in self.row.factors.items() if not f.saved}
+        rest[2][:] = [key for key in rest[2] if key not in unsaved]
+        own = [name for name in self.factors if name not in self.row.elsewhere]
+        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in own]
+        if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
             self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
             self.bases_pending = False
 

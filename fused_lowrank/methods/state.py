@@ -34,17 +34,21 @@ def unmerged(
     """
     state = {key: value for key, value in state.items() if key != prefix + MERGED}
     merged, own = state.get(prefix + "weight"), layer.weight
-    factors: list[Any] = [state.get(prefix + name) for name in layer.factors]
+    factors: dict[str, Any] = {name: state.get(prefix + name) for name in layer.factors}
+    for name in layer.row.elsewhere:  # another layer has it, and it is loaded already
+        if factors[name] is None:
+            factors[name] = getattr(layer, name).detach()
     if merged is None:
         return state
-    if any(factor is None for factor in factors):
+    if any(factor is None for factor in factors.values()):
         errors.append(
             f"{prefix}weight is W + ΔW of a merged layer, and the factors of ΔW are not all there: "
             "unmerge(model) before its state_dict is taken"
         )
         return state
     dtype = torch.promote_types(merged.dtype, torch.float32)
-    delta = layer.scale * product_of([f.to(merged.device) for f in factors], dtype)
+    here = {name: factor.to(merged.device) for name, factor in factors.items()}
+    delta = delta_of(layer, here, merged, dtype)
     state[prefix + "weight"] = (merged - delta).to(merged.dtype)
     if own.dtype == merged.dtype and own.shape == merged.shape and not own.is_meta:
         before = own.detach().to(merged.device)
@@ -68,9 +72,22 @@ def is_other(value: Any, own: Any) -> bool:
     return value is not None and (not own.numel() or value.data_ptr() != own.data_ptr())
 
 
+def delta_of(
+    layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """ΔW of a layer with these factors over this weight, computed in a dtype."""
+    wide = {name: factor.to(dtype) for name, factor in factors.items()}
+    down, core, up, gain = layer.row.made(wide, weight, layer.scale)
+    cores = () if core is None else core if isinstance(core, tuple) else (core,)
+    delta: Tensor = layer.scale * product_of([down, *cores, up], dtype)
+    return delta if gain is None else gain[:, None] * (weight.to(dtype) + delta) - weight
+
+
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """up·coreᵀ·down of (down, up), (down, core, up) or (down, a, b, up), computed in a dtype."""
     down, *core, up = (factor.to(dtype) for factor in factors)
-    if core:
+    if len(core) == 1 and core[0].dim() == 1:
+        up = up * core[0]
+    elif core:
         up = up @ (core[0] if len(core) == 1 else core[0] @ core[1]).t()
     return up @ down

@@ -8,6 +8,7 @@
     whole_modules     modules trained whole, known by their places
     ties              weights that several modules share
     adapt             `adapt`, `unload`, `merge`, `disable_adapters`
+    budget            AdaLoRA's ranks, given to the layers that use them
     groups            parameters in groups for an optimiser: LoRA+
     restarts          ReLoRA's restart: adapters merged for good, and begun anew
 

@@ -21,6 +21,7 @@ from ..methods import METHODS, LowRankLinear
 from ..methods.accept import clashes, why_no_weight
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
+from ..methods.shared import shared_by, spread, tie, tie_within
 from ..methods.state import refuse_wrong
 from .patterns import check_layers, own_keywords
 from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
@@ -71,7 +72,7 @@ def adapt(
 
     Args:
         model: any module; it keeps its class.
-        method: "lora", "lora_xs" or "lora_mini".
+        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`.
         target_modules: a list of module names or of their last parts; or a regular expression that
             must match whole names; or "all-linear": every nn.Linear but the output layer (what
             model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
@@ -122,7 +123,7 @@ def adapt(
     refuse_peft(model)
     cls = METHODS[method][fused]
     check_keywords(cls, method_keywords)
-    for rank in {"r", "a", "b"} & method_keywords.keys():
+    for rank in cls.row.ranks.keys() & method_keywords.keys():
         method_keywords[rank] = integer(rank, method_keywords[rank])
     check_patterns("target_modules", target_modules)
     check_patterns("exclude_modules", exclude_modules or ())
@@ -134,7 +135,7 @@ def adapt(
     targets = match_targets(model, target_modules, exclude_modules, saved, within)
     own = own_keywords(targets, cls, method_keywords, rank_pattern, alpha_pattern, use_rslora)
     if target_modules == "all-linear":
-        own = fitted(model, own, cls)
+        own = fitted(model, own, cls.row)
     plan: Plan = {name: (cls, keywords) for name, keywords in own.items()}
     with unchanged_on_error(model):
         layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
@@ -165,11 +166,14 @@ def build(
             raise ValueError(f"{name}: {error}{hint}") from None
         if reason := clashes(linear, trial):
             raise TypeError(f"{name} {reason}")
-    method = next(iter(plan.values()))[0].method
+    first, given = next(iter(plan.values()))
+    shared = shared_by(first.row, [modules[name] for name in plan], given, defer_bases)
+    own = {"_shared": shared} if shared else {}
     layers = {}
-    for name, (cls, keywords) in tqdm(plan.items(), method, disable=not progress, unit="layer"):
+    bar = tqdm(plan.items(), first.method, disable=not progress, unit="layer")
+    for name, (cls, keywords) in bar:
         try:
-            layers[name] = cls._around(modules[name], defer_bases, keywords)
+            layers[name] = cls._around(modules[name], defer_bases, keywords, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}{hint}") from None
     return layers
@@ -190,6 +194,8 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     keep(model, saved, copies)
     leave_fast_paths(model, LowRankLinear)
     model.register_load_state_dict_pre_hook(refuse_wrong_within)
+    if any(layer.row.shared for layer in layers.values()):
+        model.register_load_state_dict_post_hook(tie_within)
     watch_saving(model)
 
 
@@ -209,6 +215,7 @@ def refuse_wrong_within(module: nn.Module, state: Mapping[str, Any], prefix: str
     for name, layer in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(layer, LowRankLinear):
             refuse_wrong(layer, state, f"{name}." if name else "")
+    spread(dict(adapted_layers(module)), state, prefix)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
@@ -246,6 +253,7 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     for name, layer in pending.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
+    tie(pending.values())
     for name, layer in tqdm(pending.items(), "init_bases", disable=not progress, unit="layer"):
         try:
             layer.init_factors()
@@ -301,6 +309,9 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         hooks: dict[int, Any] = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if hook.hook is refuse_wrong_within]:
             del hooks[key]
+        after: dict[int, Any] = module._load_state_dict_post_hooks
+        for key in [key for key, hook in after.items() if hook is tie_within]:
+            del after[key]
     return model
 
 

@@ -123,6 +123,8 @@ def refuse(name: str, layer: LowRankLinear) -> None:
         raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
     if reason := why_no_weight(layer.base_weight):
         raise TypeError(f"cannot merge into {name}, which has {reason}")
+    if layer.row.shared:
+        raise ValueError(f"{name} shares factors of {layer.method} with others: it has no restart")
     if "weight" in layer.train_names:
         raise ValueError(
             f"{name} trains its weight, to which a restart would add: train the factors alone"

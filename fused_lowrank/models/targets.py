@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..context.readers import readers
 from ..methods.accept import has_product, is_parametrized, why_no_weight
+from ..methods.method import Method
 from .patterns import Layers, in_layers
 
 Patterns = str | list[str] | tuple[str, ...] | set[str]
@@ -244,21 +244,18 @@ def warn_of_left_out(left: Mapping[str, str], stacklevel: int) -> None:
 
 
 def fitted(
-    model: nn.Module, plan: dict[str, dict[str, Any]], cls: type[nn.Module]
+    model: nn.Module, plan: dict[str, dict[str, Any]], row: Method
 ) -> dict[str, dict[str, Any]]:
     """The keywords of each of these layers, with ranks taken down to what it has room for.
 
     Their scale stays that of the rank asked for; one warning says which they are.
     """
     modules, own_plan, reduced = modules_by_name(model), {}, []
-    defaults = inspect.signature(cls.__init__).parameters
     for name, keywords in plan.items():
-        ranks = {n: keywords.get(n, defaults[n].default) for n in ("r", "a", "b") if n in defaults}
+        ranks = {rank: keywords.get(rank, default) for rank, default in row.ranks.items()}
         linear = modules[name]
-        room = {"a": linear.in_features, "b": linear.out_features}
-        most = {n: room.get(n, min(room.values())) for n in ranks}
-        most["r"] = min([most["r"], *(min(most[n], ranks[n]) for n in ranks if n in room)])
-        small = {n: most[n] for n in ranks if ranks[n] > most[n]}
+        sizes = row.fitted(linear.in_features, linear.out_features, ranks)
+        small = {n: sizes[n] for n in ranks if ranks[n] > sizes[n]}
         own = {**keywords, **small}
         if "r" in small and keywords.get("alpha") is not None:
             own["alpha"] = keywords["alpha"] * small["r"] / ranks["r"]

@@ -30,8 +30,13 @@ def tensors_by_name(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for name, module in named_modules(model)
         for slot in (module._parameters, module._buffers)
         for part, tensor in slot.items()
-        if tensor is not None
+        if tensor is not None and part not in shared_in(module)
     }
+
+
+def shared_in(module: nn.Module) -> tuple[str, ...]:
+    """The names of the factors that an adapted layer shares with others by itself."""
+    return module.row.shared if isinstance(module, LowRankLinear) else ()
 
 
 def present(holder: nn.Module, part: str) -> Any:

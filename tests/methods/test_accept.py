@@ -18,6 +18,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "lora_xs": {"r": 3},
     "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 3},
+    "vera": {"r": 3},
+    "tied_lora": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 4, "m": 5},
+    "adalora": {"r": 4},
 }
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -137,8 +143,8 @@ def test_quantised_weights_in_peft(method: str, tmp_path: Path) -> None:
     """
     from peft_cases import CONFIGS, peft
 
-    if method == "lora":
-        pytest.skip("PEFT's own")
+    if method not in CONFIGS:
+        pytest.skip("PEFT's own, or none")
     config = CONFIGS[method](target_modules=["0", "1"], **SETTINGS[method])
     model = model_of(packed_weight())
     for target in (["0", "1"], "all-linear"):

@@ -26,7 +26,7 @@ def test_fused_is_a_drop_in(method: str, device: torch.device) -> None:
     assert shapes == {n: (p.shape, p.dtype, p.requires_grad) for n, p in fused.named_parameters()}
     x = torch.randn(7, K, device=device)
     for source, target in ((plain, fused), (fused, plain)):
-        nn.init.normal_(source.down)
+        nn.init.normal_(getattr(source, source.train_names[0]))
         assert not torch.allclose(source(x), target(x))
         target.load_state_dict(source.state_dict(), strict=True)
         difference = (source(x) - target(x)).double().cpu().abs()
@@ -42,6 +42,12 @@ def test_parameters(method: str, cls: type[LowRankLinear], device: torch.device)
         "lora": {"down": (r, K), "up": (N, r)},
         "lora_xs": {"down": (r, K), "core": (r, r), "up": (N, r)},
         "lora_mini": {"down": (a, K), "a_train": (a, r), "b_train": (r, b), "up": (N, b)},
+        "lora_fa": {"down": (r, K), "up": (N, r)},
+        "vera": {"down": (r, K), "up": (N, r), "d": (r,), "b": (N,)},
+        "tied_lora": {"down": (r, K), "up": (N, r), "u": (r,), "v": (N,)},
+        "melora": {"down": (r * 2, K // 2), "up": (N, r)},
+        "nola": {"down_bases": (5, r, K), "up_bases": (5, N, r), "a": (5,), "b": (5,)},
+        "adalora": {"down": (r, K), "core": (r,), "up": (N, r)},
     }[method]
     expected = {"weight": (N, K), "bias": (N,), **shapes}
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
@@ -90,8 +96,9 @@ def test_trained_factors_dtype(method: str, dtype: torch.dtype, device: torch.de
 @classes
 def test_gradients_of_train(method: str, cls: type[LowRankLinear], device: torch.device) -> None:
     """For every subset of names: gradients for exactly those; what never could learn is refused."""
-    zero = {"lora": "up", "lora_mini": "b_train"}.get(method)
-    names = ("weight", "bias", *cls.factors)
+    zero = next((n for n, init in cls.row.inits("identity").items() if "zero" in init), None)
+    zero = "b" if method == "vera" else zero
+    names = ("weight", "bias", *(n for n, f in cls.row.factors.items() if f.saved))
     for size in range(len(names) + 1):
         for train in itertools.combinations(names, size):
             factors = set(train) & set(cls.factors)

@@ -15,6 +15,12 @@ SETTINGS = {
     "lora": {"r": 5, "alpha": 3},
     "lora_xs": {"r": 5, "alpha": 3},
     "lora_mini": {"r": 3, "a": 8, "b": 6, "alpha": 2},
+    "lora_fa": {"r": 5, "alpha": 3},
+    "vera": {"r": 5, "alpha": 3},
+    "tied_lora": {"r": 5, "alpha": 3},
+    "melora": {"r": 2, "n": 4, "alpha": 3},
+    "nola": {"r": 5, "m": 3, "alpha": 3},
+    "adalora": {"r": 5, "alpha": 3},
 }
 METHOD = pytest.mark.parametrize("method", METHODS)
 IMPL = pytest.mark.parametrize("impl", ["reference", "aten", "auto", "triton"])
@@ -34,18 +40,16 @@ def layer_of(method: str, impl: str | None = None, **more: object) -> LowRankLin
 def mask_of(seed: int, layer: LowRankLinear) -> Tensor:
     """(Q,): what a call draws after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
-    return (torch.rand(layer.up.shape[1]) >= P) / (1 - P)
+    return (torch.rand(layer.parts().up.shape[1]) >= P) / (1 - P)
 
 
 def expected(layer: LowRankLinear, x: Tensor, mask: Tensor) -> Tensor:
     """y with the columns of u that the mask has, in plain torch."""
-    core = layer.core_factors
-    t = x @ layer.down.t()
+    down, core, up, _ = layer.parts()
+    t = x @ down.t()
     for part in core if isinstance(core, tuple) else () if core is None else (core,):
-        t = t @ part
-    return (
-        nn.functional.linear(x, layer.weight, layer.bias) + layer.scale * (t * mask) @ layer.up.t()
-    )
+        t = t * part if part.dim() == 1 else t @ part
+    return nn.functional.linear(x, layer.weight, layer.bias) + layer.scale * (t * mask) @ up.t()
 
 
 @METHOD

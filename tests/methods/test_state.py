@@ -26,6 +26,7 @@ from fused_lowrank import (
     unload,
     unmerge,
 )
+from fused_lowrank.methods import METHODS
 from fused_lowrank.models.whole_modules import KEPT
 
 
@@ -37,9 +38,7 @@ def ids(device: torch.device) -> torch.Tensor:
 
 def names(method: str) -> tuple[str, ...]:
     """What a method trains by itself."""
-    return {"lora": ("down", "up"), "lora_xs": ("core",), "lora_mini": ("a_train", "b_train")}[
-        method
-    ]
+    return METHODS[method][0].row.trained
 
 
 # --- the base, where weight and bias are trained ---
@@ -238,7 +237,7 @@ def test_an_optimiser_outlives_a_merged_state(ids: torch.Tensor) -> None:
         ("fused_lowrank.models.adapt", "keep"),
         ("fused_lowrank.models.adapt", "replace_modules"),
         ("fused_lowrank.models.adapt", "leave_fast_paths"),
-        ("fused_lowrank.methods.lora_xs.LoraXSLinear", "_init_factors"),
+        ("fused_lowrank.methods.layer.LowRankLinear", "_init_factors"),
     ],
 )
 def test_adapt_that_fails(owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

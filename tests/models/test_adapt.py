@@ -9,10 +9,20 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, unmerge
-from fused_lowrank.methods import METHODS, LowRankLinear, lora_xs
+from fused_lowrank.methods import METHODS, LowRankLinear, starts
 
 D = 16
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+    "tied_lora": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 4, "m": 5},
+    "adalora": {"r": 4},
+}
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -249,7 +259,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain_model()
     model.first.up.weight.requires_grad = False
     if case == "late failure":
-        svd, left = lora_xs.svd_bases, [2]
+        svd, left = starts.svd_bases, [2]
 
         def fails(*arguments: object) -> object:
             left[0] -= 1
@@ -257,7 +267,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise torch.linalg.LinAlgError("diverged")
             return svd(*arguments)
 
-        monkeypatch.setattr(lora_xs, "svd_bases", fails)
+        monkeypatch.setattr(starts, "svd_bases", fails)
     before = picture(model)
     with pytest.raises(error, match=message):
         adapt(model, **{"r": 2, **keywords})

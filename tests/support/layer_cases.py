@@ -16,6 +16,12 @@ SETTINGS = {
     "lora": {"r": 4, "alpha": 6.0},
     "lora_xs": {"r": 4, "alpha": 6.0},
     "lora_mini": {"r": 3, "a": 6, "b": 5, "alpha": 6.0},
+    "lora_fa": {"r": 4, "alpha": 6.0},
+    "vera": {"r": 4, "alpha": 6.0},
+    "tied_lora": {"r": 4, "alpha": 6.0},
+    "melora": {"r": 2, "n": 2, "alpha": 6.0},
+    "nola": {"r": 4, "m": 5, "alpha": 6.0},
+    "adalora": {"r": 4, "alpha": 6.0},
 }
 
 
@@ -31,18 +37,20 @@ classes = pytest.mark.parametrize(("method", "cls"), CLASSES)
 def layer_of(cls: type[LowRankLinear], device: torch.device, **keywords: object) -> LowRankLinear:
     """A layer with every factor random, so that ΔW is of the size of W."""
     layer = cls(K, N, device=device, **{**SETTINGS[cls.method], **keywords})
-    for name in layer.factors:
+    for name in (name for name, factor in layer.row.factors.items() if factor.saved):
         nn.init.normal_(getattr(layer, name), std=0.5)
     return layer
 
 
 def delta(layer: LowRankLinear) -> torch.Tensor:
     """ΔW in float64, written out here."""
-    core = layer.core_factors
+    wide = {name: factor.double() for name, factor in layer.factors_now().items()}
+    down, core, up, _ = layer.row.made(wide, layer.base_weight, layer.scale)
     if isinstance(core, tuple):
         core = core[0].double().cpu() @ core[1].double().cpu()
-    core = torch.eye(layer.r) if core is None else core
-    up, down = layer.up.double().cpu(), layer.down.double().cpu()
+    core = torch.eye(len(down)) if core is None else core
+    core = torch.diag(core) if core.dim() == 1 else core
+    up, down = up.double().cpu(), down.double().cpu()
     return (layer.alpha / layer.r * up @ core.double().cpu().T @ down).detach()
 
 

@@ -9,7 +9,17 @@ from torch import nn
 from fused_lowrank.methods import METHODS
 
 D, VOCABULARY = 16, 11
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 2, "a": 4, "b": 4}}
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 2, "a": 4, "b": 4},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+    "tied_lora": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 4, "m": 5},
+    "adalora": {"r": 4},
+}
 methods = pytest.mark.parametrize("method", METHODS)
 
 

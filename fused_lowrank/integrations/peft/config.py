@@ -7,12 +7,15 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
+from ...methods.family.lora_mini import LORA_MINI
+from ...methods.family.lora_xs import LORA_XS
 from ...methods.keywords import integer
+from ...methods.method import Method
 from ...models.patterns import check_number, check_rank
 from ...models.targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
@@ -84,7 +87,11 @@ class LowRankConfig(PeftConfig):
     projection_seed: int = 42
 
     method: ClassVar[str]
-    ranks: ClassVar[tuple[str, ...]] = ("r",)
+    ranks: ClassVar[tuple[str, ...]]  # of the method's row
+
+    def __init_subclass__(cls, row: Method, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.method, cls.ranks = row.name, tuple(row.ranks)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -135,7 +142,7 @@ class LowRankConfig(PeftConfig):
 
 
 @dataclass
-class LoraXSConfig(LowRankConfig):
+class LoraXSConfig(LowRankConfig, row=LORA_XS):
     """LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a trained core between frozen bases.
 
     y = x·Wᵀ + bias + scaling · ((x·downᵀ)·core)·upᵀ,   W = S·Σ·Dᵀ,   down = Σᵣ·Dᵣᵀ,   up = Sᵣ
@@ -144,11 +151,9 @@ class LoraXSConfig(LowRankConfig):
     init_weights: True and "identity": core 0; "paper": N(0, 1e-5²). Fields: `LowRankConfig`.
     """
 
-    method: ClassVar[str] = "lora_xs"
-
 
 @dataclass
-class LoraMiniConfig(LowRankConfig):
+class LoraMiniConfig(LowRankConfig, row=LORA_MINI):
     """LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): two trained factors between two frozen ones.
 
     y = x·Wᵀ + bias + scaling · x·Aaux·Atrain·Btrain·Baux
@@ -162,9 +167,6 @@ class LoraMiniConfig(LowRankConfig):
     r: int = 8
     a: int = 64
     b: int = 64
-
-    method: ClassVar[str] = "lora_mini"
-    ranks: ClassVar[tuple[str, ...]] = ("r", "a", "b")
 
 
 def check_mix(

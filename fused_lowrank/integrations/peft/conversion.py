@@ -15,7 +15,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...context.elsewhere import each_here, require_matrices
-from ...files.adapter import own_copy, require_path
+from ...files.adapter import own_copy
+from ...files.contents import require_path
 from ...files.lora_export import Adapter, Part, as_lora, own_part, write
 from ...models.targets import named_modules
 from .layer import PeftLowRankLinear

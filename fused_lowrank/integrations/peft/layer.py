@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -26,6 +26,9 @@ from ...context.declared import ANYWHERE, stated
 from ...context.elsewhere import HookSlot, here
 from ...functional import compute, lowrank_linear, prepared
 from ...methods.accept import is_hooked
+from ...methods.bases import Bases, Source
+from ...methods.method import Method
+from ...methods.starts import FILLS
 from ...methods.tensors import present
 from .config import LowRankConfig
 from .mixed import Entries, Switched, as_before, uncompiled
@@ -60,9 +63,16 @@ class PeftLowRankLinear(Switched, SharedLayer):
     asked: bool = False  # whether a call that was noted was one of training
     set_adapter: Callable[..., None]
 
+    row: ClassVar[Method]
     prefix: ClassVar[str]
     adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
     other_param_names = ("r", "sides", "scaling", "own_scaling", "lora_dropout", "projection_seed")
+
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if row is not None:
+            cls.row, cls.prefix = row, f"{row.name}_"
+            cls.adapter_layer_names = tuple(f"{row.name}_{name}" for name in row.core)
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__()
@@ -93,7 +103,8 @@ class PeftLowRankLinear(Switched, SharedLayer):
 
     def core(self, adapter: str) -> Core:
         """The core of an adapter, (P, Q) or a pair."""
-        raise NotImplementedError
+        own = tuple(self._modules[name][adapter] for name in self.adapter_layer_names)  # type: ignore[index]
+        return own if len(own) == 2 else own[0]
 
     def joined(self, adapters: list[str]) -> tuple[Tensor, Core, Tensor, float]:
         """(down, core, up, scale) of the sum of adapters."""
@@ -173,18 +184,57 @@ class PeftLowRankLinear(Switched, SharedLayer):
         )
 
     def shapes(self, r: int, config: LowRankConfig) -> tuple[list[Sides], Sides]:
-        """The shapes of the trained factors, and (P, Q), for the rank that is asked for."""
-        raise NotImplementedError
+        """The shapes of the trained factors, and (P, Q), for the rank that is asked for.
+
+        Ranks are taken down to what the layer has room for.
+        """
+        row, asked = self.row, {name: getattr(config, name) for name in self.row.ranks}
+        sizes = row.fitted(self.in_features, self.out_features, {**asked, "r": r})
+        shapes: Any = [row.shape(name, sizes) for name in row.core]
+        return shapes, (row.shape("down", sizes)[0], row.shape("up", sizes)[1])
 
     def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
-        """The trained factors of Σ weight · adapter, at scaling 1, in float32 or wider."""
-        p, q = self.common_sides([name for name, _ in shares])
-        cores = [weight * self.scaled(name, p, q) for name, weight in shares]
-        return (torch.stack(cores).sum(0),)
+        """The trained factors of Σ weight · adapter, at scaling 1, in float32 or wider.
 
+        Pairs are put side by side; their product's sum is this where that is wider.
+        """
+        p, q = self.common_sides([name for name, _ in shares])
+        if len(self.row.core) == 1:
+            cores = [weight * self.scaled(name, p, q) for name, weight in shares]
+            return (torch.stack(cores).sum(0),)
+        left, right = [], []
+        for name, weight in shares:
+            a, b = (factor.to(wide(factor.dtype)) for factor in self.trained_factors(name))
+            left.append(pad(weight * self.scaling[name] * a, (0, 0, 0, p - len(a))))
+            right.append(pad(b, (0, q - b.shape[1])))
+        a, b = torch.cat(left, 1), torch.cat(right)
+        if len(b) <= min(p, q):
+            return a, b
+        core, one = a @ b, torch.eye(min(p, q), device=a.device, dtype=a.dtype)
+        return (one, core) if p <= q else (core, one)
+
+    @torch.no_grad()
     def init_core(self, adapter: str, init: bool | str) -> None:
-        """Give the trained factors their initial values."""
-        raise NotImplementedError
+        """Give the trained factors their initial values: as published with "paper", and ΔW = 0
+        with True and "identity"; False: far from both.
+        """
+        word = init if isinstance(init, str) else "identity" if init else "random"
+        inits = self.row.inits(word)
+        for name, factor in zip(self.row.core, self.trained_factors(adapter), strict=True):
+            FILLS[inits[name]](factor, {})
+
+    def source(self, seed: int) -> Source:
+        """The weight, name and seed that determine the frozen factors."""
+        return Source(self.unmerged_weight, self.key, seed)
+
+    def new_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """down (p, in) and up (out, q), as the row says that they are made."""
+        return cast(Bases, self.row.bases).new(self.source(seed), p, q)
+
+    def more_bases(self, p: int, q: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The bases there are, and more of their kind."""
+        there = self.basis_down, self.basis_up
+        return cast(Bases, self.row.bases).more(self.source(seed), there, p, q)
 
     def others(self, adapter: str) -> list[nn.Parameter]:
         """The trained factors of other adapters."""

@@ -10,8 +10,12 @@ import peft
 from peft import PeftType
 from peft.tuners import tuners_utils
 
+from ...methods.family.lora_mini import LORA_MINI
+from ...methods.family.lora_xs import LORA_XS
+
 TESTED = "0.21.2"
-METHODS = ("LORA_XS", "LORA_MINI")
+ROWS = (LORA_XS, LORA_MINI)  # the methods that this package brings to PEFT
+METHODS = tuple(row.name.upper() for row in ROWS)
 
 
 def takes(function: Callable[..., Any], *names: str) -> bool:
@@ -55,7 +59,7 @@ def probe() -> None:
         "BaseTunerLayer._move_adapter_to_device_of_base_layer": lambda: takes(
             layer._move_adapter_to_device_of_base_layer, "adapter_name", "device"
         ),
-        "a PeftType without LORA_XS and LORA_MINI": lambda: (
+        f"a PeftType without {' and '.join(METHODS)}": lambda: (
             not any(name in PeftType.__members__ for name in METHODS)
         ),
     }

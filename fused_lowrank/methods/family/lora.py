@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from ..layer import LowRankLinear
+from ..method import Factor, Method
 
-from .initialisers import kaiming
-from .keywords import Shared, check_rank, takes_shared
-from .layer import LowRankLinear
+LORA = Method(
+    name="lora",
+    title="LoRA",
+    ranks={"r": 16},
+    factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
+    learning_rate=5e-4,
+)
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-
-class LoraLinear(LowRankLinear):
+class LoraLinear(LowRankLinear, row=LORA):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) in plain PyTorch.
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
@@ -28,44 +30,6 @@ class LoraLinear(LowRankLinear):
     rank_dropout outside [0, 1), an unknown impl, and a `train` that could never learn or names what
     is not there.
     """
-
-    method = "lora"
-    factors = ("down", "up")
-    learning_rate = 5e-4
-
-    @takes_shared
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        r: int = 16,
-        train: tuple[str, ...] = ("down", "up"),
-        **shared: Unpack[Shared],
-    ) -> None:
-        r = check_rank("r", r, min(in_features, out_features), "the layer's smaller side")
-        self._check_learns(train, "up")
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            {"down": (r, in_features), "up": (out_features, r)},
-            r=r,
-            train=train,
-            **shared,
-        )
-        if not self.bases_pending:
-            self.init_factors()
-
-    def _init_factors(self) -> None:
-        kaiming(self.down)
-        self.up.zero_()
-
-    @property
-    def core_factors(self) -> None:
-        """The core is the identity."""
-        return None
 
 
 class FusedLoraLinear(LoraLinear):
