@@ -1,6 +1,7 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
     initialisers      first values of factors, by name
+    dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
     tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
