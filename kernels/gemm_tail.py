@@ -71,7 +71,7 @@ def add_tail(
     bias=None,
     gain=None,
 ):
-    """gain ⊙ (acc + u·upᵀ) + bias, one tile; with DROPOUT u·upᵀ only where `bits`, of it, say so.
+    """gain ⊙ (acc + u·upᵀ) + bias of one tile; with DROPOUT u·upᵀ only where `bits` keep y's place.
 
     u is PAD_Q wide and zero beyond Q, so only up needs a mask on Q. Q may be 0: no tail at all. A
     caller that has to wait for u can load `bias` and `gain` before and pass them.

@@ -4,6 +4,7 @@
     starts            those by the names that rows give them
     bases             frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
+    dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
     shared            factors that all layers of a model have in common
     tensors           tensors that are sharded, or on the meta device

@@ -73,8 +73,8 @@ def lost_beside_bias(made: dict[str, Any], dy: Tensor) -> float:
     """The error that dgain may have because z is had from y, which was rounded beside the bias."""
     with torch.no_grad():
         y = reference(**made).double()
-    lost = (y.abs() * dy.double().abs()).sum(0) / made["gain"].double().abs()
-    return float(torch.finfo(made["x"].dtype).eps * lost.norm())
+        lost = (y.abs() * dy.double().abs()).sum(0) / made["gain"].double().abs()
+    return float(torch.finfo(made["x"].dtype).eps * lost.norm().detach())
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "split", "decode", "isolated"])

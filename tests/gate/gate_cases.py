@@ -37,7 +37,7 @@ class Case:
     p: int
     q: int
     r: int  # of the pair; 0: one matrix; -1: no core; -2: a diagonal
-    flags: str  # stored: t and u; b(ias), d(ropout), s(plit over K); gradients a and b;
+    flags: str  # stored: t and u; b(ias), g(ain), d(ropout), s(plit over K); gradients a and b;
     # h(alf), q(uarter), e(ighth of the rows that fill a device with gemm_tail's largest tile), or
     # v: some more than fill it; m(any cores): one for each row or, w(eighted), two
     even_k: bool
@@ -160,6 +160,15 @@ def gemm_cases() -> Iterator[Case]:
         yield from some("bf16", "bf16", ALIGNED, ranks, (False,), flags="b" + flag)
         yield from some("bf16", "fp32", ALIGNED, [(64, True)], (False,), flags="b" + flag)
         yield from some("fp16", "fp32", ALIGNED, [(200, False)], (False,), flags="b" + flag)
+    # A gain is of the forward alone; it only adds to what follows the loop.
+    ahead, odd = ALIGNED[:1], UNALIGNED[:1] + STRIDED
+    yield from some("bf16", "bf16", ahead, [(16, True), (256, True)], flags="bg")
+    yield from some("bf16", "fp32", ahead + odd, [(200, False)], flags="bg")
+    yield from some("bf16", "bf16", ahead, [(64, True)], (False,), flags="g")
+    for flag in FEW_TILES:
+        yield from some("bf16", "bf16", ahead, [(64, True)], (False,), flags="bg" + flag)
+    yield from some("fp16", "fp16", ahead, [(64, True)], flags="bg")
+    yield from some("fp32", "fp32", ahead + odd, [(200, False)], flags="bg")
     # Dropout masks the tail of the backward alone.
     aligned, unaligned = ALIGNED[1:], UNALIGNED[1:]
     yield from some("bf16", "bf16", aligned, [(16, True), (64, True), (256, True)], flags="d")
@@ -203,8 +212,8 @@ def hopper_cases() -> Iterator[Case]:
     are alike both ways, each way for the smallest ranks and the largest.
     """
 
-    def gemm(x: str, q: int, flags: str) -> Iterator[Case]:
-        for layout, aligned in ALIGNED:
+    def gemm(x: str, q: int, flags: str, layouts: Layouts = ALIGNED) -> Iterator[Case]:
+        for layout, aligned in layouts:
             yield Case("gemm_tail", x, x, "", layout, aligned, 0, q, 0, flags, True, False)
 
     def relay(
@@ -252,6 +261,19 @@ def hopper_cases() -> Iterator[Case]:
     yield from relay("bf16", "fp32", 64, 32, 0, "tbmq")
     yield from relay("fp16", "fp16", 64, 64, 8, "tbmw")
     yield from relay("bf16", "fp32", 64, 64, -2, "tbmw")
+    # A gain, of the forward alone: each kernel, each width of tiles.
+    ahead = ALIGNED[:1]
+    yield from gemm("bf16", 64, "bgv", ahead)
+    yield from gemm("bf16", 64, "gv", ahead)
+    yield from gemm("fp16", 256, "bg", ahead)
+    yield from relay("bf16", "fp32", 64, 64, 0, "tbg", layouts=ahead)
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbgh", layouts=ahead)
+    yield from relay("bf16", "fp32", 64, 16, 0, "tbgq", layouts=ahead)
+    yield from relay("fp16", "fp32", 64, 64, 0, "tbg", layouts=ahead)
+    yield from relay("bf16", "fp32", 64, 64, 0, "tbgmw", layouts=ahead)
+    yield from relay("bf16", "fp32", 64, 64, 0, "tbg", eight, ahead)
+    yield from relay("bf16", "fp32", 16, 16, 0, "tbgh", eight, ahead)
+    yield from relay("fp16", "fp32", 64, 64, 0, "tbg", eight, ahead)
 
 
 def decode_cases() -> Iterator[Case]:
@@ -269,6 +291,9 @@ def decode_cases() -> Iterator[Case]:
     yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], few, flags="b")
     yield from some("bf16", [CORE], ALIGNED[:1], DIAGONAL[:1], both)
     yield from some("bf16", [CORE], ALIGNED[:1], DIAGONAL[:1], flags="tbsmw")
+    yield from some("bf16", [CORE], ALIGNED[:1], [FULL[1]], both, flags="tbgs")
+    yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tbgs")
+    yield from some("fp32", [ALL], ALIGNED[:1] + STRIDED, [FULL[0]], few, flags="tbgs")
     # With many cores, on CUDA alone.
     yield from some("bf16", [CORE], ALIGNED, [FULL[1]], flags="tbsmw")
     yield from some("bf16", [CORE], STRIDED, [ODD[0]], few, flags="tbsmw")
@@ -282,6 +307,13 @@ def dropped_cases() -> Iterator[Case]:
         yield Case("dropped", x, x, "", layout, aligned, 0, 0, 0, "d", even, False)
     # The mask depends on nothing but its size.
     yield Case("drawn", "bf16", "bf16", "", "forward", False, 0, 0, 0, "d", True, False)
+
+
+def gain_back_cases() -> Iterator[Case]:
+    # A bias, and rows that are split, only add to a launch; dy ⊙ gain alone is the least of it.
+    for x, (layout, aligned) in itertools.product(DTYPES, (*ALIGNED[:1], *STRIDED)):
+        yield Case("gain_back", x, x, "", layout, aligned, 0, 0, 0, "abs", True, False)
+    yield Case("gain_back", "bf16", "bf16", "", "forward", True, 0, 0, 0, "", True, False)
 
 
 def variant_cases() -> Iterator[Case]:
@@ -302,7 +334,7 @@ def variant_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """What is compiled for each target."""
     made = (shrink_cases(), gemm_cases(), core_grad_cases(), decode_cases(), hopper_cases())
-    made = (*made, dropped_cases(), variant_cases())
+    made = (*made, dropped_cases(), gain_back_cases(), variant_cases())
     return sorted(set(itertools.chain(*made)))
 
 

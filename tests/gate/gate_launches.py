@@ -13,6 +13,7 @@ from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
 from fused_lowrank.kernels.dropout import drawn_bits, dropped
+from fused_lowrank.kernels.gain_back import gain_back
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
@@ -62,6 +63,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
     p, q, r = case.p, case.q, case.r
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     dropout = (seed, 0.1) if "d" in case.flags else None
+    gain = empty(n, dtype="fp32") if "g" in case.flags else None
     if case.kernel == "gemm_tail":
         x = rows(m, k, case.x, case)
         weight = rows(k, n, case.x, case).t() if transposed else rows(n, k, case.x, case)
@@ -69,7 +71,12 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
         u = empty(m, padded(q), dtype=case.x) if q else None
         mask = bits(m, n) if "d" in case.flags else None
-        gemm_tail(x, weight, u, up, bias, transposed, mask, choose)
+        gemm_tail(x, weight, u, up, bias, transposed, mask, choose, gain)
+        return
+    if case.kernel == "gain_back":
+        y = empty(m, n, dtype=case.x) if "a" in case.flags else None
+        bias = empty(n, dtype=case.x) if "b" in case.flags else None
+        gain_back(rows(m, n, case.x, case), y, empty(n, dtype="fp32"), bias, choose)
         return
     if case.kernel == "dropped":
         dropped(rows(m, k, case.x, case), bits(m, k), choose)
@@ -98,7 +105,7 @@ def launch(case: Case, choose: Callable[[Spec, int], TileConfig]) -> None:
         up = empty(*((q, n) if transposed else (n, q)), dtype=case.down)
         bias = empty(n, dtype=case.x) if "b" in case.flags else None
         factors, whole = (down, core, up), decode if case.kernel == "decode" else relay
-        whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, choose)
+        whole(x, weight, *factors, bias, 0.5, transposed, "t" in case.flags, choose, gain)
         return
     shrink(
         x,

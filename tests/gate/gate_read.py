@@ -155,7 +155,7 @@ def problems(
         mma, opcode = wanted_mma(target, tile.block_m)
         if kernel == "core_grad" and not figures.n_mma:
             found.append("no tensor core instruction")
-        gemm = kernel not in ("core_grad", "diagonal", "dropped", "drawn")
+        gemm = kernel not in ("core_grad", "diagonal", "dropped", "drawn", "gain_back")
         if gemm and mma not in figures.mma.split("+"):
             found.append(f"no {mma}, but {figures.mma or 'no tensor core instruction'}")
         if gemm and figures.sass and f"{opcode}:" not in figures.sass:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NUMERICS = "tests/compute/test_numerics.py::test_error_budget"
 GAIN = "tests/compute/test_gain.py::test_error_budget"
+DORA = "tests/methods/test_dora.py"
 GATE = "tests/kernels/test_gate.py::test_check"
 
 # what is broken → file, text, what it becomes, the test that must fail
@@ -65,6 +66,24 @@ FAULTS = {
         "torch.mul(part, gain, out=dz[rows])",
         "dz[rows] = part",
         f"{GAIN}[aten]",
+    ),
+    "the mixed term of DoRA's norm once": (
+        "fused_lowrank/methods/dora.py",
+        "2.0 * mixed",
+        "mixed",
+        f"{DORA}::test_row_norms",
+    ),
+    "a negative square under a root": (
+        "fused_lowrank/methods/dora.py",
+        "torch.maximum(sizes + 2.0 * mixed, least).sqrt_()",
+        "(sizes + 2.0 * mixed).sqrt_()",
+        f"{DORA}::test_a_norm_that_cancels_is_a_number",
+    ),
+    "a norm with a gradient": (
+        "fused_lowrank/methods/dora.py",
+        "@torch.no_grad()\ndef row_norms(",
+        "def row_norms(",
+        f"{DORA}::test_peft",
     ),
     "bare bf16 cast": (
         "kernels/common.py",

@@ -30,6 +30,8 @@ GEMMS = (
     Case("gemm_tail", transposed=True, q=40, width=256),
     Case("gemm_tail", q=24, turned=True),
     Case("gemm_tail", transposed=True, q=24, turned=True),
+    Case("gemm_tail", gain=True, bias=True, width=256, parts=4, stages=4),
+    Case("gemm_tail", gain=True, q=40, dtype="fp16"),
 )
 RELAYS = (
     Case("relay"),
@@ -51,6 +53,8 @@ RELAYS = (
     Case("relay", core="diagonal", p=40, q=40, infinite=True),
     Case("relay", width=256, parts=4, stages=4),
     Case("relay", transposed=True, width=256, stages=4, bias=True, want_t=False),
+    Case("relay", gain=True, bias=True, core="fp32", p=24, q=40),
+    Case("relay", gain=True, width=256, parts=4, stages=4),
 )
 CASES = GEMMS + RELAYS
 
@@ -182,6 +186,19 @@ FAULTS = {
         RING, "bias_ptr + offs_n, mask=offs_n < N, other=0.0", "bias_ptr + offs_n",
         Case("gemm_tail", bias=True), "bias_ptr of 264 elements is reached outside",
     ),
+    "a mask of the gain left out": Planted(
+        RING, "gain_ptr + gain_n, mask=gain_n < N, other=0.0", "gain_ptr + gain_n",
+        Case("gemm_tail", gain=True), "gain_ptr of 264 elements is reached outside",
+    ),
+    "the first part's gain for all": Planted(
+        RING, "gain_n = first_n + gl.arange", "gain_n = n + gl.arange",
+        Case("relay", gain=True), r"y\[.*\] is .*, not",
+    ),
+    "a gain of the bias too": Planted(
+        RING, "acc += bias.to(gl.float32)[None, :]",
+        "acc += bias.to(gl.float32)[None, :] * (gain[None, :] if HAS_GAIN else 1.0)",
+        Case("relay", gain=True, bias=True), r"y\[.*\] is .*, not",
+    ),
     "a tile left out": Planted(
         RING, "tile // per_group) * GROUP_M", "tile // per_group) * 1",
         GEMM, r"y\[.*\] is nan",
@@ -191,7 +208,8 @@ FAULTS = {
 
 def name(case: Case) -> str:
     layout = "backward" if case.transposed else "forward"
-    return f"{case.kernel}-{layout}-{case.dtype}-{case.p}-{case.q}-{case.core}-{case.width}"
+    gain = "-gain" if case.gain else ""
+    return f"{case.kernel}-{layout}-{case.dtype}-{case.p}-{case.q}-{case.core}-{case.width}{gain}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

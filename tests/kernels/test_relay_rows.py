@@ -28,6 +28,7 @@ CASES = (
     Case("relay", transposed=True, mix=1, core="fp32", p=24, q=40),
     Case("relay", mix=2, core="fp32", p=40, q=64, weighted=True, repeat=3, bias=True, want_t=False),
     Case("relay", transposed=True, mix=3, core="bf16", p=64, q=16, repeat=7, turned=True),
+    Case("relay", mix=1, core="fp32", gain=True, bias=True),
     PAIR,
     Case("relay", mix=1, core="pair fp32", p=16, q=32, r=72, group_m=1, width=64, stages=2),
     Case("relay", transposed=True, mix=2, core="pair fp32", p=32, q=24, r=3, weighted=True),

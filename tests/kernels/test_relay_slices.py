@@ -36,6 +36,7 @@ CASES = (
     Case("relay", makers=2, transposed=True, width=256, parts=4),
     Case("relay", makers=3, p=24, q=40, width=64, stages=2, bias=True),
     Case("relay", makers=4, transposed=True, p=64, q=64, width=64, bias=True),
+    Case("relay", makers=2, gain=True, bias=True, p=24, q=40, width=64),
     Case("relay", makers=2, core="one", p=32, q=32, want_t=False),
     Case("relay", makers=3, transposed=True, core="one", p=16, q=16, width=64, turned=True),
     Case("relay", makers=2, core="diagonal fp32", p=24, q=24),

@@ -53,6 +53,7 @@ class Case:
     core: str = "bf16"  # relay: its dtype; "one": none; "pair" or "diagonal" of bf16, or "… fp32"
     infinite: bool = False  # the core has an infinity
     bias: bool = False
+    gain: bool = False
     want_t: bool = True
     width: int = 128  # of a tile
     stages: int = 3
@@ -171,6 +172,7 @@ class Operands:
         self.generator = torch.Generator().manual_seed(seed)
         _, n, k = sizes
         self.weight, self.bias = self.draw(n, k), self.draw(n) if case.bias else None
+        self.gain = self.draw(n, kind=torch.float32) if case.gain else None
         self.down, self.up = self.draw(case.p, k), self.draw(n, case.q)
         kind = torch.float32 if "fp32" in case.core else DTYPES[case.dtype]
         self.factors: tuple[torch.Tensor, ...] = ()  # of the core
@@ -235,11 +237,8 @@ class Operands:
 
     def turned_weight(self) -> torch.Tensor:
         """(N, K), as the case has it lie."""
-        return (
-            self.weight
-            if self.case.transposed == self.case.turned
-            else (self.weight.t().contiguous().t())
-        )
+        case, weight = self.case, self.weight
+        return weight if case.transposed == case.turned else weight.t().contiguous().t()
 
     def gemm_tail(self, x: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
         """y, of a u (M, Q), or without a tail."""
@@ -248,7 +247,7 @@ class Operands:
             u = torch.nn.functional.pad(u, (0, module("tiles").padded(case.q) - case.q))
             up = self.turned(self.up)
         operands = x, self.turned_weight(), u, up, self.bias, case.transposed, None
-        return module("gemm_tail").gemm_tail(*operands, lambda *_: chosen)
+        return module("gemm_tail").gemm_tail(*operands, lambda *_: chosen, self.gain)
 
     def relay(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(y, t)."""
@@ -260,7 +259,7 @@ class Operands:
         else:
             core = core if len(core) == 2 else core[0] if core else None
         factors = self.turned(self.down), core, self.turned(self.up)
-        flags = SCALE, case.transposed, case.want_t, lambda *_: chosen
+        flags = SCALE, case.transposed, case.want_t, lambda *_: chosen, self.gain
         return module("relay").relay(x, self.turned_weight(), *factors, self.bias, *flags)
 
     def t_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,13 +302,13 @@ class Operands:
         off: torch.Tensor | None = None,
     ) -> float:
         """That of y, of the u that it was made of, or of one that may be so far off."""
-        pairs = [(x, self.weight)]
-        if u is not None:
-            pairs.append((u[:, : self.case.q], self.up))
+        pairs = [(x, self.weight), *([] if u is None else [(u[:, : self.case.q], self.up)])]
         exact = sum(a.double() @ b.double().t() for a, b in pairs)
         sums = sum(a.double().abs() @ b.double().t().abs() for a, b in pairs) * SUM
         if off is not None:
             sums = sums + off @ self.up.double().t().abs()
+        if self.gain is not None:
+            exact, sums = exact * self.gain.double(), sums * self.gain.double().abs()
         if self.bias is not None:
             exact = exact + self.bias.double()
         return share("y", y, exact, self.unit * exact.abs() + 2 * sums)

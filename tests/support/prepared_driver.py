@@ -28,6 +28,7 @@ from fused_lowrank.kernels.core_grad import core_grad
 from fused_lowrank.kernels.core_grad_rows import core_grad_rows
 from fused_lowrank.kernels.decode import decode
 from fused_lowrank.kernels.dropout import drawn_bits, dropped
+from fused_lowrank.kernels.gain_back import gain_back
 from fused_lowrank.kernels.gemm_tail import gemm_tail
 from fused_lowrank.kernels.relay import relay
 from fused_lowrank.kernels.shrink import shrink
@@ -292,6 +293,8 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
         "relay, rows": (relay, x, weight, down, Rows(m, 9, 2, True), up, bias, 0.5, False, False),
         "dropped": (dropped, x, torch.zeros(m, common.mask_width(k), dtype=torch.uint8)),
         "drawn": (drawn_bits, seed, 0.1, m, k),
+        "gain_back": (gain_back, zeros(m, n), zeros(m, n), zeros(n, dtype=F32), bias),
+        "gain_back, dz alone": (gain_back, zeros(m, n), None, zeros(n, dtype=F32), None),
     }
     for label, (function, *operands) in launches.items():
         yield label, partial(function, *operands, choose)
@@ -305,6 +308,13 @@ def calls(m: int, few: int, n: int, k: int) -> Iterator[tuple[str, Call]]:
     yield "shrink, bits", partial(shrink, *low, want_bits=True)
     made = gemm_tail, x, weight, u, up, bias, False, None
     yield "gemm_tail, persistent", partial(*made, by_descriptors)
+    gain = zeros(n, dtype=F32)
+    yield "gemm_tail, persistent, gain", partial(*made, by_descriptors, gain)
+    yield "gemm_tail, hopper, gain", partial(*made, choose, gain)
+    layer = *whole, bias, 0.5, False, True
+    yield "decode, gain", partial(decode, some, weight, *layer, choose, gain)
+    yield "relay, gain", partial(relay, x, weight, *layer, choose, gain)
+    yield "relay, slices, gain", partial(relay, x, weight, *layer, by_slices, gain)
 
 
 def built() -> str:

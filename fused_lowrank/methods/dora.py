@@ -1,0 +1,96 @@
+"""DoRA's norms (Liu et al. 2024, arXiv 2402.09353): the gain is a magnitude over a row's norm.
+
+    y = gain ⊙ (x·Wᵀ + low-rank) + bias      gain = magnitude / norm      norm = ‖W + ΔW‖ by row
+
+    ‖Wₙ + ΔWₙ‖² = ‖Wₙ‖² + 2·s·upₙ·coreᵀ·(down·Wₙᵀ) + s²·upₙ·coreᵀ·(down·downᵀ)·core·upₙᵀ
+
+The paper holds the norm constant in the gradient, and so does all of this. What is of W alone, or
+of W and a frozen down, is computed once (`Constants`); a step has N × P work then, and nothing of
+N × K. Where down is trained a step multiplies it by W, into (P, N), and no ΔW is made either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compute.reference import Core, is_diagonal, like, product, wide_dtype
+
+ROWS = 1024  # of W that are widened at a time
+
+
+class Constants(NamedTuple):
+    """The parts of the norm that no step changes, in float32 or wider.
+
+    `of_weight` (N,) is ‖Wₙ‖². `with_down` (P, N), down·Wᵀ, and `of_down` (P, P), down·downᵀ, are
+    None where down is trained.
+    """
+
+    of_weight: Tensor
+    with_down: Tensor | None
+    of_down: Tensor | None
+
+
+@torch.no_grad()
+def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
+    """The constants of weight (N, K) and of a frozen down (P, K); None where down is trained."""
+    wide = wide_dtype(weight.dtype)
+    squares = [like(rows, wide).square().sum(1) for rows in weight.split(ROWS)]
+    of_weight = torch.cat(squares) if squares else weight.new_empty(0, dtype=wide)
+    if down is None:
+        return Constants(of_weight, None, None)
+    return Constants(of_weight, *products(weight, down))
+
+
+def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(down·Wᵀ (P, N), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
+    wide = wide_dtype(weight.dtype)
+    down = like(down, wide)
+    parts = [down @ like(rows, wide).t() for rows in weight.split(ROWS)]
+    return torch.cat(parts, 1), down @ down.t()
+
+
+@torch.no_grad()
+def row_norms(
+    fixed: Constants,
+    weight: Tensor,
+    down: Tensor,
+    core: Core,
+    up: Tensor,
+    scale: float,
+) -> Tensor:
+    """‖Wₙ + ΔWₙ‖ (N,) in float32 or wider: ΔW = scale · up·coreᵀ·down.
+
+    weight (N, K), down (P, K), core (P, Q), or a diagonal (P,), or a pair of factors, or None, up
+    (N, Q); `fixed` are `constants` of them. Where ΔW takes almost all of W away, so that rounding
+    is all that is left, or even less than nothing, the norm is the root of what rounding may leave.
+    """
+    with_down, of_down = fixed.with_down, fixed.of_down
+    if with_down is None or of_down is None:
+        with_down, of_down = products(weight, down)
+    wide, matrix = with_down.dtype, product(core)
+    rows = like(up, wide)  # (N, P): up·coreᵀ
+    if matrix is not None:
+        rows = rows * like(matrix, wide) if is_diagonal(core) else rows @ like(matrix, wide).t()
+    rows = rows * scale
+    mixed = torch.linalg.vecdot(rows, with_down.t())
+    of_delta = torch.linalg.vecdot(rows @ of_down, rows).clamp_min_(0.0)
+    sizes = fixed.of_weight + of_delta
+    least = torch.finfo(wide).eps * sizes  # less than this is rounding's
+    return torch.maximum(sizes + 2.0 * mixed, least).sqrt_()
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm (N,), in float32 or wider; a norm of `row_norms` is a constant here.
+
+    Where the norm is 0 so is all that is multiplied, and the gain is 1. A magnitude of 0 is taken
+    for the smallest that has an inverse, so that the gain's own gradient is a number.
+    """
+    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
+    least = torch.finfo(wide).tiny ** 0.5
+    norm = like(norm, wide)
+    magnitude = like(magnitude, wide)
+    magnitude = magnitude + torch.where(magnitude.detach() == 0, least, 0.0)
+    return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
