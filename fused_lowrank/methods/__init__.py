@@ -1,5 +1,6 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
+    triples           singular triples of a weight
     initialisers      first values of factors, by name
     keywords          keywords that all layers take, those by other names, integers of any kind
     tensors           tensors that are sharded, or on the meta device
