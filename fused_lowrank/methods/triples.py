@@ -22,9 +22,9 @@ ITERATIONS = 10  # of "randomized", as is the next
 OVERSAMPLING = 10
 RANKS = 64  # r is rounded up to a multiple
 SMALL = 8  # "krylov" is exact where the matrix has fewer than 8 times the triples that are wanted
-FIRST = 16, 9  # triples that are found first, and the blocks of as many vectors that they take
+FIRST = 16, 8  # triples that are found first, and the blocks of as many vectors that they take
 MORE = 5  # blocks for those that follow, up to each multiple of 64
-SAMPLED = 8  # one column of so many is in the sketch that the first block is made of
+SAMPLED = 8  # one row of so many is in the sketch that the first block is made of
 CACHED = 2**20  # elements of the weight that a CPU has in its cache, in float32
 
 
@@ -107,50 +107,52 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def krylov(weight: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(down, up) of at least r triples, from the spaces of [Q, WWᵀ·Q, (WWᵀ)²·Q, …].
+    """(down, up) of at least r triples, from W times the spaces of [Q, WᵀW·Q, (WᵀW)²·Q, …].
 
-    The first 16 come of a space of their own, and those up to each multiple of 64 of another, which
-    is orthogonal to all before it and begins with what was left there: so a small rank costs
-    little, and its triples are the first of any higher one. The first Q is W times a random sketch
-    of some of its columns, with a little of all directions in it.
+    The first 16 come of a space of their own, and those up to each multiple of 64 of another, of
+    what W is beside all before, which begins with what was left there: so a small rank costs
+    little, and its triples are the first of any higher one. The first Q is a random sketch of some
+    rows of W, with a little of all directions in it.
     """
-    n, dtype = len(weight), wide(weight)
+    (n, k), dtype = weight.shape, wide(weight)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
         return drawn.to(weight.device)
 
-    some, up = weight[:, ::SAMPLED].to(dtype), weight.new_empty(n, 0, dtype=dtype)
-    sketch = some @ normal(some.shape[1], FIRST[0])
-    everywhere = normal(n, FIRST[0]) * (0.01 * sketch.abs().amax())
-    start = orthonormal(sketch + everywhere, up, normal)
-    down, up, rest = space(weight, start, FIRST[1], up, normal)
-    while up.shape[1] < r:
-        count = RANKS - up.shape[1] % RANKS
-        more, up, rest = space(weight, rest[:, :count], MORE, up, normal)
-        down = torch.cat([down, more])
+    some = weight[::SAMPLED].to(dtype)
+    sketch = (normal(FIRST[0], len(some)) @ some).t()
+    everywhere = normal(k, FIRST[0]) * (0.01 * sketch.abs().amax())
+    start = orthonormal(sketch + everywhere, sketch.new_empty(k, 0), normal)
+    down, up = sketch.new_empty(0, k), sketch.new_empty(n, 0)
+    down, up, rest = grown(weight, start, FIRST[1], down, up, normal)
+    while len(down) < r:
+        count = RANKS - len(down) % RANKS
+        down, up, rest = grown(weight, rest[:, :count], MORE, down, up, normal)
     return down, up
 
 
-def space(
-    weight: Tensor, start: Tensor, blocks: int, found: Tensor, normal: Callable[..., Tensor]
+def grown(
+    weight: Tensor,
+    start: Tensor,
+    blocks: int,
+    down: Tensor,
+    up: Tensor,
+    normal: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best triples in a Krylov space: (down of the new, up of those found and the new, rest).
+    """down and up with the best triples of one more space, and an orthonormal basis of its rest.
 
-    `start` (N, B) is orthonormal and orthogonal to `found`; B triples are taken, and `rest` is an
-    orthonormal basis of what the space has beside them, the best first.
+    `start` (K, B) is orthonormal; B triples are added. The rest (K, …) has the best first.
     """
-    n, size = start.shape
-    basis = start.new_empty(n, found.shape[1] + blocks * size)
-    images = start.new_empty(weight.shape[1], blocks * size)
-    used = found.shape[1]
-    basis[:, :used] = found
+    k, size = start.shape
+    basis = start.new_empty(k, blocks * size)
+    images = start.new_empty(len(weight), blocks * size)
     for i in range(blocks):
-        basis[:, used : used + size] = start
-        used += size
-        image = images[:, i * size : (i + 1) * size]
-        further = products(weight, start, image, last=i == blocks - 1)
+        used = (i + 1) * size
+        basis[:, used - size : used] = start
+        image = images[:, used - size : used]
+        further = products(weight, start, image, down, up, last=i == blocks - 1)
         if further is not None:
             start = orthonormal(further, basis[:, :used], normal)
     squares = images.t() @ images
@@ -159,34 +161,43 @@ def space(
         raise ValueError("the squares of its singular values are more than float32 holds")
     _, vectors = torch.linalg.eigh(squares.double())
     vectors = vectors.flip(1).to(start.dtype)
-    ritz = basis[:, found.shape[1] :] @ vectors
-    turn, sigma, right = torch.linalg.svd((images @ vectors[:, :size]).t(), full_matrices=False)
-    up = torch.cat([found, ritz[:, :size] @ turn], 1)
-    return sigma[:, None] * right, up, ritz[:, size:]
+    more = orthonormal(images @ vectors[:, :size], up, normal)
+    across = start.new_zeros(size, k)
+    for rows, part in pieces(weight, start.dtype):
+        across.addmm_(more[rows].t(), part)
+    turn, sigma, right = torch.linalg.svd(across, full_matrices=False)
+    down = torch.cat([down, sigma[:, None] * right])
+    return down, torch.cat([up, more @ turn], 1), basis @ vectors[:, size:]
 
 
-def products(weight: Tensor, vectors: Tensor, image: Tensor, last: bool) -> Tensor | None:
-    """Write Wᵀ·vectors into `image`, (K, B); return W·image, (N, B), or None for the last.
+def products(
+    weight: Tensor, vectors: Tensor, image: Tensor, down: Tensor, up: Tensor, last: bool
+) -> Tensor | None:
+    """Write W'·vectors into `image`, (N, B); return W'ᵀ·image, (K, B), or None for the last.
 
-    Columns of W are made wide a few at a time and used for both while they are in the cache.
+    W' is W - up·down, where down = upᵀ·W. Rows of W are made wide a few at a time, and used for
+    both while they are in the cache.
     """
-    further = None if last else torch.zeros_like(vectors)
-    for columns, part in pieces(weight, vectors.dtype):
-        torch.mm(part.t(), vectors, out=image[columns])
+    found = down @ vectors
+    further = None if last else torch.zeros_like(vectors.t())
+    for rows, part in pieces(weight, vectors.dtype):
+        torch.mm(part, vectors, out=image[rows])
+        if len(found):
+            image[rows].addmm_(up[rows], found, alpha=-1)
         if further is not None:
-            further.addmm_(part, image[columns])
-    return further
+            further.addmm_(image[rows].t(), part)
+    return None if further is None else further.t()
 
 
 def pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, the weight's values there in a wider dtype), which lie in one buffer on a CPU."""
+    """(rows, the weight's values there in a wider dtype), which lie in one buffer on a CPU."""
     n, k = weight.shape
-    step = max(16, CACHED // n // 16 * 16) if weight.device.type == "cpu" else k
-    buffer = None if weight.dtype == dtype else weight.new_empty(n * min(step, k), dtype=dtype)
-    for first in range(0, k, step):
-        part = weight[:, first : first + step]
+    step = max(16, CACHED // k // 16 * 16) if weight.device.type == "cpu" else n
+    buffer = None if weight.dtype == dtype else weight.new_empty(min(step, n), k, dtype=dtype)
+    for first in range(0, n, step):
+        part = weight[first : first + step]
         if buffer is not None:
-            part = buffer[: part.numel()].view(part.shape).copy_(part)
+            part = buffer[: len(part)].copy_(part)
         yield slice(first, first + step), part
 
 

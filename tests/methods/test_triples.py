@@ -30,7 +30,7 @@ WEIGHTS = {
     "eye": lambda: torch.eye(N),
     "three rows": lambda: torch.cat([torch.randn(3, K), torch.zeros(N - 3, K)]),
     "one entry": lambda: torch.zeros(N, K).index_put((torch.tensor(5),) * 2, torch.tensor(3.0)),
-    "unsampled": lambda: torch.randn(N, K) * (torch.arange(K) % triples.SAMPLED > 0),
+    "unsampled": lambda: torch.randn(N, K) * (torch.arange(N)[:, None] % triples.SAMPLED > 0),
 }
 
 
@@ -81,7 +81,7 @@ def test_krylov_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight is read in pieces that fit a cache, the last of which may be smaller."""
     weight = spread(COUNT**-0.5)
     down, up = leading(weight, 16)
-    for cached in (1, 100 * N):
+    for cached in (1, 100 * K):
         monkeypatch.setattr(triples, "CACHED", cached)
         again = leading(weight, 16)
         torch.testing.assert_close(again[0], down, rtol=0, atol=1e-4)
