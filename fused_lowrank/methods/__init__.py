@@ -1,5 +1,6 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
+    triples           singular triples of a weight
     initialisers      first values of factors, as functions
     starts            those by the names that rows give them
     bases             frozen factors that a seed determines, for PEFT
