@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..methods import METHODS, LowRankLinear
-from ..methods.bases import Bases, Source
+from ..methods.initial.bases import Bases, Source
 from ..models.adapt import adapted_layers
 from ..models.patterns import pattern_of
 from ..models.targets import check_places, modules_by_name

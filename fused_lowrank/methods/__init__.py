@@ -1,9 +1,10 @@
 """The methods as layers: for each, the reference in plain PyTorch and its fused drop-in.
 
-    triples           singular triples of a weight
-    initialisers      first values of factors, as functions
-    starts            those by the names that rows give them
-    bases             frozen factors that a seed determines, for PEFT
+    initial           first values of factors, what they are made of, a file each
+    initial.triples   singular triples of a weight
+    initial.values    first values of factors, as functions
+    initial.starts    those by the names that rows give them
+    initial.bases     frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
     dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind

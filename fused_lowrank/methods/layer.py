@@ -19,11 +19,11 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
+from .initial.starts import FILLS, check_learns, fill
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
 from .method import Method, Parts
 from .shared import fill_shared, leave_to_others
-from .starts import FILLS, check_learns, fill
 from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
 from .tensors import is_sharded, present, whole
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..context.elsewhere import hook_of
+from .initial.starts import DRAWS, FILLS
 from .keywords import chosen, signature_of, sized
 from .method import Method
-from .starts import DRAWS, FILLS
 
 
 @torch.no_grad()

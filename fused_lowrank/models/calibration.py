@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..context.disabling import disabled
 from ..methods import LowRankLinear
-from ..methods.initialisers import Inputs
-from ..methods.triples import RANKS, leading
+from ..methods.initial.triples import RANKS, leading
+from ..methods.initial.values import Inputs
 
 IGNORED = -100  # a label that no loss is taken of
 HOW = "data is an iterable of batches, each of which goes to the model as forward_fn says"

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fused_lowrank.methods.initialisers import (
+from fused_lowrank.methods.initial.values import (
     INITS,
     Inputs,
     check_init,

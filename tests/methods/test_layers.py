@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_lowrank import lowrank_linear
 from fused_lowrank.methods import METHODS, LowRankLinear
-from fused_lowrank.methods.initialisers import svd_bases
+from fused_lowrank.methods.initial.values import svd_bases
 
 # --- the drop-in: constructor, parameters, state_dict ---
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_lowrank.methods import triples
-from fused_lowrank.methods.initialisers import svd_bases
-from fused_lowrank.methods.triples import leading, smallest
+from fused_lowrank.methods.initial import triples
+from fused_lowrank.methods.initial.triples import leading, smallest
+from fused_lowrank.methods.initial.values import svd_bases
 
 N, K = 640, 576  # of more than 8·64 on either side: "krylov" is not exact there
 

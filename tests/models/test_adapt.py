@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, unmerge
-from fused_lowrank.methods import METHODS, LowRankLinear, starts
+from fused_lowrank.methods import METHODS, LowRankLinear
+from fused_lowrank.methods.initial import starts
 
 D = 16
 SETTINGS = {

@@ -26,9 +26,9 @@ from ...context.declared import ANYWHERE, stated
 from ...context.elsewhere import HookSlot, here
 from ...functional import compute, lowrank_linear, prepared
 from ...methods.accept import is_hooked
-from ...methods.bases import Bases, Source
+from ...methods.initial.bases import Bases, Source
+from ...methods.initial.starts import FILLS
 from ...methods.method import Method
-from ...methods.starts import FILLS
 from ...methods.tensors import present
 from .config import LowRankConfig
 from .mixed import Entries, Switched, as_before, uncompiled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..bases import SEEDED
+from ..initial.bases import SEEDED
 from ..layer import LowRankLinear
 from ..method import Factor, Method
 

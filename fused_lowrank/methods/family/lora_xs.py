@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..bases import SVD
+from ..initial.bases import SVD
 from ..layer import LowRankLinear
 from ..method import Factor, Method
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .initialisers import kaiming, svd_bases
+from .values import kaiming, svd_bases
 
 CORE_STD = 1e-5  # of LoRA-XS's core, as published
 Options = Mapping[str, Any]

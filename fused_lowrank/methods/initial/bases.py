@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .initialisers import seeded_bases, seeded_uniform, svd_bases
+from .values import seeded_bases, seeded_uniform, svd_bases
 
 Pair = tuple[Tensor, Tensor]
 
