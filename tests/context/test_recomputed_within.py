@@ -1,6 +1,7 @@
 """A `with` within what a checkpoint computes again: entered again, and each call is as it was."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -68,6 +69,42 @@ def test_uses_of_a_bank(train: bool) -> None:
         check(call, x_of(3, 4))
         with bank.use("a"):
             check(call, x_of(3, 3))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("names", ["a", ["b", None, "a"], None])
+def test_a_use_around_that_is_over(names: Any, train: bool) -> None:
+    """Before the backward, which is in nobody's use or in another: it is known by what was noted
+    beside a use within the checkpoint, whichever of the two came first.
+    """
+    model, bank = bank_of("cores", 4, names="ab")
+    model.train(train)
+
+    def once(x: Tensor) -> Tensor:
+        with bank.use(["a", "b", None]):
+            return model(x)
+
+    calls: list[Call] = [
+        lambda x: once(x) * model(x),
+        lambda x: model(x) * once(x),
+        lambda x: once(x.tanh()) * model(once(x).sum() * x),
+    ]
+    x = x_of(3, 4)
+
+    def grad(call: Call, within: Callable[[Call, Tensor], Tensor], another: bool) -> Any:
+        own = x.clone().requires_grad_()
+        with bank.use(names):
+            loss = within(call, own).square().sum()
+        with bank.use("b") if another else nullcontext():
+            model(x)
+            loss.backward()
+        return own.grad
+
+    for call in calls:
+        expected = grad(call, lambda call, x: call(x), another=False)
+        for within in CHECKPOINTS.values():
+            for another in False, True:
+                torch.testing.assert_close(grad(call, within, another), expected)
 
 
 def test_uses_of_a_bank_in_a_graph() -> None:
