@@ -175,6 +175,31 @@ def test_of_peft(method: str, time: int) -> None:
         check(call, torch.randn(4, time, 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_layouts_of_one_shape_of_peft(method: str, reentrant: bool) -> None:
+    """A layer that is called with time first, too: an error where only that could tell the two."""
+    model, names = tuned(method), ["a1", "b1", "__base__", "b1"]
+    base = model.get_base_model()
+    base.second = base.first
+
+    def grad(x: Tensor, names: list[str], checkpointed: bool | None = None) -> Any:
+        own = x.clone().requires_grad_()
+        base.reentrant = checkpointed
+        model(own, adapter_names=names).square().sum().backward()
+        return own.grad
+
+    for time in 3, 4:
+        x = torch.randn(4, time, 8, dtype=torch.float64)
+        each = [grad(one[None], [name]) for one, name in zip(x, names, strict=True)]
+        torch.testing.assert_close(grad(x, names), torch.cat(each))
+        if time != len(names):
+            torch.testing.assert_close(grad(x, names, reentrant), torch.cat(each))
+            continue
+        with pytest.raises(RuntimeError, match="is not known any more"):
+            grad(x, names, reentrant)
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 def test_disabled_within_disabled_of_peft(method: str) -> None:
     """One `with` around the checkpoint and one within it."""
