@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft_cases import config, mlp, peft
+from recycler import Recycler
 
 from fused_lowrank import adapt, save_adapter
 
@@ -40,25 +39,6 @@ def dispatched(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     places = {f"{prefix}.{name}".strip("."): "cpu" for name in names}
     places[next(iter(places))] = "disk"
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
-
-
-class Recycler:
-    """Copies of tensors in memory that is given again as soon as nobody has the copy.
-
-    An allocator does so now and then: with this, what takes one tensor for another that had its
-    address does it each time.
-    """
-
-    def __init__(self) -> None:
-        self.memory: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # and who has it
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        free = [m for m, user in self.memory if m.nbytes == tensor.nbytes and user() is None]
-        memory = free[0] if free else np.empty(tensor.nbytes, np.uint8)
-        self.memory = [pair for pair in self.memory if pair[0] is not memory]
-        view = memory.view()  # of which the copy has the only reference
-        self.memory.append((memory, weakref.ref(view)))
-        return torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @pytest.fixture(params=[to_ram, to_disk, dispatched], ids=lambda way: way.__name__)
