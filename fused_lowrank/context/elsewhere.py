@@ -292,6 +292,7 @@ def settle_within(model: nn.Module, module: nn.Module) -> None:
         for name, source in sources_of(other, shapes)
         if (place := lies(source)) in own
     ]
+    del sources
     settle(module)
     for other, name, (part, theirs) in tied:
         hold(other)
