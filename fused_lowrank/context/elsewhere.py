@@ -278,23 +278,30 @@ def hold(module: nn.Module, *names: str) -> None:
 
 
 def settle_within(model: nn.Module, module: nn.Module) -> None:
-    """`settle` a module of a model and what it is tied to, for brought apart they would differ."""
-    own = {
-        (source.data_ptr(), source.shape): (part, name)
-        for part in module.modules()
-        for name, source in sources_of(part)
-    }
-    shapes = {shape for _, shape in own}
+    """`settle` a module of a model and what it is tied to, for brought apart they would differ.
+
+    What is read from disk is tied to nothing: each reading of it lies in memory of its own.
+    """
+    # These are kept until all are compared: memory that is free again is given to other readings.
+    sources = [(s, part, name) for part in module.modules() for name, s in sources_of(part)]
+    own = {lies(source): (part, name) for source, part, name in sources}
+    shapes = {source.shape for source, *_ in sources}
     tied = [
         (other, name, own[place])
         for other in model.modules()
         for name, source in sources_of(other, shapes)
-        if (place := (source.data_ptr(), source.shape)) in own
+        if (place := lies(source)) in own
     ]
+    del sources
     settle(module)
     for other, name, (part, theirs) in tied:
         hold(other)
         other._parameters[name] = part._parameters[theirs]
+
+
+def lies(source: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies and how; true of no other for as long as somebody has the tensor."""
+    return source.data_ptr(), source.shape, source.stride()
 
 
 def is_away(module: nn.Module) -> bool:

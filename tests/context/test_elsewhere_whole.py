@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,39 @@ def test_offloaded_between_two_steps() -> None:
     assert_learns_alike(model, other, x)
     accelerate.cpu_offload(model.head, execution_device="cpu")
     assert_learns_alike(model, other, x)
+
+
+class Alike(torch.nn.Module):
+    """A stack of layers of one shape, of which two are in a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+        self.first, self.last = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.block(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("whole", ["last", "block"])
+def test_of_layers_alike(whole: str, first: bool, tmp_path: Path, offload: Offload) -> None:
+    """Each has its own values, although one is read from disk to where another was."""
+    base, x = Alike().double().eval(), torch.randn(4, 6).double()
+
+    def adapted(model: torch.nn.Module) -> torch.nn.Module:
+        torch.manual_seed(0)
+        settings: Any = {"r": 2, "target_modules": ["first"], "modules_to_save": [whole]}
+        return adapt(model, "lora_xs", **settings, **Q)
+
+    other = adapted(copy.deepcopy(base))
+    model = adapted(offload(copy.deepcopy(base))) if first else offload(copy.deepcopy(other))
+    assert_learns_alike(model, other, x)
+    torch.testing.assert_close(model(x), other(x), **CLOSE)
+    loaded = load_adapter(copy.deepcopy(base), saved(model, tmp_path / "file"), **Q)
+    torch.testing.assert_close(loaded(x), other(x), **CLOSE)
+    fused_lowrank.unload(model)
+    torch.testing.assert_close(model(x), base(x), **CLOSE)
 
 
 def test_tied_and_offloaded_after() -> None:

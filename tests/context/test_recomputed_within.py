@@ -1,6 +1,7 @@
 """A `with` within what a checkpoint computes again: entered again, and each call is as it was."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -70,6 +71,42 @@ def test_uses_of_a_bank(train: bool) -> None:
             check(call, x_of(3, 3))
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("names", ["a", ["b", None, "a"], None])
+def test_a_use_around_that_is_over(names: Any, train: bool) -> None:
+    """Before the backward, which is in nobody's use or in another: it is known by what was noted
+    beside a use within the checkpoint, whichever of the two came first.
+    """
+    model, bank = bank_of("cores", 4, names="ab")
+    model.train(train)
+
+    def once(x: Tensor) -> Tensor:
+        with bank.use(["a", "b", None]):
+            return model(x)
+
+    calls: list[Call] = [
+        lambda x: once(x) * model(x),
+        lambda x: model(x) * once(x),
+        lambda x: once(x.tanh()) * model(once(x).sum() * x),
+    ]
+    x = x_of(3, 4)
+
+    def grad(call: Call, within: Callable[[Call, Tensor], Tensor], another: bool) -> Any:
+        own = x.clone().requires_grad_()
+        with bank.use(names):
+            loss = within(call, own).square().sum()
+        with bank.use("b") if another else nullcontext():
+            model(x)
+            loss.backward()
+        return own.grad
+
+    for call in calls:
+        expected = grad(call, lambda call, x: call(x), another=False)
+        for within in CHECKPOINTS.values():
+            for another in False, True:
+                torch.testing.assert_close(grad(call, within, another), expected)
+
+
 def test_uses_of_a_bank_in_a_graph() -> None:
     """Of single adapters; of names for each sequence where the checkpoint has one such use."""
     model, bank = bank_of("cores", 4, names="ab")
@@ -136,6 +173,31 @@ def test_of_peft(method: str, time: int) -> None:
     ]
     for call in calls:
         check(call, torch.randn(4, time, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_layouts_of_one_shape_of_peft(method: str, reentrant: bool) -> None:
+    """A layer that is called with time first, too: an error where only that could tell the two."""
+    model, names = tuned(method), ["a1", "b1", "__base__", "b1"]
+    base = model.get_base_model()
+    base.second = base.first
+
+    def grad(x: Tensor, names: list[str], checkpointed: bool | None = None) -> Any:
+        own = x.clone().requires_grad_()
+        base.reentrant = checkpointed
+        model(own, adapter_names=names).square().sum().backward()
+        return own.grad
+
+    for time in 3, 4:
+        x = torch.randn(4, time, 8, dtype=torch.float64)
+        each = [grad(one[None], [name]) for one, name in zip(x, names, strict=True)]
+        torch.testing.assert_close(grad(x, names), torch.cat(each))
+        if time != len(names):
+            torch.testing.assert_close(grad(x, names, reentrant), torch.cat(each))
+            continue
+        with pytest.raises(RuntimeError, match="is not known any more"):
+            grad(x, names, reentrant)
 
 
 @pytest.mark.parametrize("method", CONFIGS)

@@ -16,6 +16,7 @@ from peft_cases import (
     mlp,
     peft,
 )
+from recycler import Recycler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -290,3 +291,18 @@ def test_through_the_kernels(
         close = CLOSE if dtype == torch.float64 else {}
         torch.testing.assert_close(step(adapter), expected, **close)
     assert calls == ["alone"] * 4 + ["rows"] * 2
+
+
+@methods
+def test_cores_that_lie_where_old_ones_lay(method: str) -> None:
+    """Values given by `.data`, which PyTorch does not count, twice between two calls."""
+    model = peft.get_peft_model(mlp(), config(method)).eval()
+    x, names, recycled = inputs(), ["default"] * 6, Recycler()
+    layer = model.base_model.model.lin0
+    core = getattr(layer, layer.adapter_layer_names[0])["default"]
+    core.data = recycled(core.data)
+    with torch.no_grad():
+        model(x, adapter_names=names)
+        core.data = recycled(core.data)
+        core.data = recycled(2 * core.data)
+        torch.testing.assert_close(model(x, adapter_names=names), model(x), **CLOSE)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft_cases import config, mlp, peft
+from recycler import Recycler
 
 from fused_lowrank import adapt, save_adapter
 
@@ -33,16 +34,20 @@ def to_disk(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
 def dispatched(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """The first layer is on disk, the others are not."""
-    prefix = "base_model.model." if hasattr(model, "peft_config") else ""
-    places = {"lin0": "disk", "lin1": "cpu", "conv": "cpu", "head": "cpu"}
-    return accelerate.dispatch_model(
-        model, {prefix + k: v for k, v in places.items()}, main_device="cpu", offload_dir=folder
-    )
+    prefix = "base_model.model" if hasattr(model, "peft_config") else ""
+    names = [name for name, _ in model.get_submodule(prefix).named_children()]
+    places = {f"{prefix}.{name}".strip("."): "cpu" for name in names}
+    places[next(iter(places))] = "disk"
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
 
 
 @pytest.fixture(params=[to_ram, to_disk, dispatched], ids=lambda way: way.__name__)
-def offload(request, tmp_path) -> Offload:
-    """A way to offload a model, in place."""
+def offload(request, tmp_path, monkeypatch) -> Offload:
+    """A way to offload a model, in place; what is read from disk is recycled."""
+    from accelerate.utils import offload as reading
+
+    recycled, load = Recycler(), reading.load_offloaded_weight
+    monkeypatch.setattr(reading, "load_offloaded_weight", lambda *given: recycled(load(*given)))
     return lambda model: request.param(model, tmp_path / "offloaded")
 
 

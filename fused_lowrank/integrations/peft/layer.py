@@ -345,7 +345,8 @@ class PeftLowRankLinear(Switched, SharedLayer):
         if last is None or last[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():
                 table = torch.stack([self.scaled(name, p, q) for name in adapters])
-            self._kept = last = stamp, table, factors  # which keeps their ids taken
+            taken = [(f, f.detach()) for f in factors]  # their ids and their memory: for no others
+            self._kept = last = stamp, table, taken
         return last[1]
 
     def _factors(self, name: str, adapters: list[str]) -> list[nn.Parameter]:
