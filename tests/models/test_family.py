@@ -292,6 +292,13 @@ def test_peft_checkpoints_load(kind: str, tmp_path: Path) -> None:
                 nn.init.normal_(parameter)
     y = theirs.base_model.model(x())
     theirs.save_pretrained(tmp_path)
+    if kind != "adalora":
+        with pytest.raises(ValueError, match="how large|has no .*down"):
+            export_lora(tmp_path, tmp_path / "lora")
+    else:
+        export_lora(tmp_path, tmp_path / "lora")
+        exported = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
+        assert torch.allclose(exported(x()), y, atol=1e-5)
     ours: Any = load_adapter(base(), tmp_path, **QUIET)
     assert torch.allclose(ours(x()), y, atol=1e-5)
     if kind == "adalora":
