@@ -16,6 +16,7 @@ from .files.official import load_official_lora_xs
 from .functional import lowrank_linear
 from .methods import *  # noqa: F403 - the layers of every method
 from .models.adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
+from .models.budget import RankBudget, orthogonality
 from .models.groups import parameter_groups
 from .models.restarts import merge_and_restart
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
     "Explanation",
+    "RankBudget",
     "adapt",
     "declare_rows",
     "disable_adapters",
@@ -34,6 +36,7 @@ __all__ = [
     "lowrank_linear",
     "merge",
     "merge_and_restart",
+    "orthogonality",
     "parameter_groups",
     "save_adapter",
     "unload",

@@ -277,6 +277,10 @@ def sizes_in(
     if "sizes" in entry:
         k, n = entry["sizes"]
         return int(k), int(n)
+    if row.shared:
+        raise ValueError(
+            f"{path} does not say how large {name} is: load it into its base model, and export that"
+        )
     down, up = tensors[f"{name}.down"], tensors[f"{name}.up"]
     if down.dim() != 2 or up.dim() != 2:
         raise ValueError(f"{path}: down and up of {name} are no matrices: it is damaged")

@@ -32,6 +32,11 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "init_lora_weights": "how factors start is init, which LoRA-Mini has",
     "init_weights": "how factors start is init, which LoRA-Mini has",
     "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
+    "init_r": "it is called r",
+    "target_r": "it is RankBudget's, which takes ranks from the layers in training",
+    "total_step": "it is RankBudget's, which takes ranks from the layers in training",
+    "vera_dropout": "it is called dropout",
+    "projection_prng_key": "it is called seed, which vera has",
     "save_projection": "it is bases, of save_adapter",
     "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
     "use_dora": "DoRA is not one of the methods",
@@ -151,7 +156,9 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def getter(names: tuple[str, ...]) -> property:
-    """The property that gives one Parameter, or the pair, of these names."""
+    """The property that gives one Parameter, or the pair, of these names; of none it is None."""
+    if not names:
+        return property(lambda self: None)
     first, last = names[0], names[-1]
     if len(names) == 2:
         return property(lambda self: (getattr(self, first), getattr(self, last)))

@@ -72,7 +72,7 @@ class LowRankLinear(MergingLinear):
             cls.learning_rate, cls.output_factors = row.learning_rate, row.outputs
             cls.__init__ = constructor_of(cls, row)  # type: ignore[method-assign]
             cls.by_attributes = row.parts is not None
-            if row.parts is None and row.core:  # the way that costs the host least
+            if row.parts is None:  # the way that costs the host least
                 cls.core_factors = getter(row.core)  # type: ignore[assignment]
         if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
@@ -171,7 +171,7 @@ class LowRankLinear(MergingLinear):
     @property
     def core_factors(self) -> Core:
         """The core as `lowrank_linear` takes it."""
-        return self.parts().core if self.row.parts is not None else None
+        return self.parts().core
 
     def parts(self) -> Parts:
         """The equation's down, core, up and gain."""

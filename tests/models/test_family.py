@@ -263,6 +263,10 @@ def test_adalora_is_pefts() -> None:
             optimiser.step()
         budget.update_and_allocate(step)
         of.update_and_allocate(step)
+        for i in (0, 2) if step < 9 else ():
+            a, e, b = (of.rankallocator._element_score(f"{i}.lora_{f}.default") for f in "AEB")
+            scores = e[:, 0] + a.mean(1) + b.mean(0)
+            assert torch.allclose(budget.scores(str(i)), scores, rtol=1e-3)
         for optimiser in optimisers:
             optimiser.zero_grad()
         for i in (0, 2):
@@ -292,6 +296,13 @@ def test_peft_checkpoints_load(kind: str, tmp_path: Path) -> None:
                 nn.init.normal_(parameter)
     y = theirs.base_model.model(x())
     theirs.save_pretrained(tmp_path)
+    if kind != "adalora":
+        with pytest.raises(ValueError, match=r"how large|has no .*down"):
+            export_lora(tmp_path, tmp_path / "lora")
+    else:
+        export_lora(tmp_path, tmp_path / "lora")
+        exported = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
+        assert torch.allclose(exported(x()), y, atol=1e-5)
     ours: Any = load_adapter(base(), tmp_path, **QUIET)
     assert torch.allclose(ours(x()), y, atol=1e-5)
     if kind == "adalora":

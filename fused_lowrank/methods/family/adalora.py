@@ -2,7 +2,7 @@
 
 y = x·Wᵀ + bias + scale · ((x·downᵀ) ⊙ core)·upᵀ
 
-`models.budget.RankBudget` gives the ranks to the layers that use them, in training.
+`fused_lowrank.RankBudget` gives the ranks to the layers that use them, in training.
 """
 
 from __future__ import annotations
