@@ -22,7 +22,7 @@ ITERATIONS = 10  # of "randomized", as is the next
 OVERSAMPLING = 10
 RANKS = 64  # r is rounded up to a multiple
 SMALL = 8  # "krylov" is exact where the matrix has fewer than 8 times the triples that are wanted
-FIRST = 16, 10  # triples that are found first, and the blocks of as many vectors that they take
+FIRST = 16, 9  # triples that are found first, and the blocks of as many vectors that they take
 MORE = 5  # blocks for those that follow, up to each multiple of 64
 SAMPLED = 8  # one row of so many is in the sketch that the first block is made of
 CACHED = 2**20  # elements of the weight that a CPU has in its cache, in float32
@@ -209,8 +209,9 @@ def orthonormal(vectors: Tensor, basis: Tensor, normal: Callable[..., Tensor]) -
     size = vectors.abs().amax()
     vectors, rest = qr(vectors - basis @ (basis.t() @ vectors))
     nothing = rest.diagonal().abs() <= 1e-5 * size
-    if nothing.any():
-        vectors[:, nothing] = normal(len(vectors), int(nothing.sum()))
-    for _ in range(2):  # for what rounding left, and for the others
+    missing = int(nothing.sum())
+    if missing:
+        vectors[:, nothing] = normal(len(vectors), missing)
+    for _ in range(2 if missing else 1):  # for what rounding left, and for the others
         vectors = qr(vectors - basis @ (basis.t() @ vectors))[0]
     return vectors
