@@ -38,7 +38,6 @@ class Plan:
     ours: bool = False  # its launches, core gradients and dropout's mask are this library's
     tiles: str = ""  # the set of tiles that its launches take
     automatic: bool = True  # may be chosen; others are taken where they are named
-    automatic_by_row: bool = True  # also with a core for each row; no GPU has run that relay
     alone: bool = False  # a row at a time
     promise: str = ""  # for whose sake it is taken, whatever it costs
 
@@ -73,8 +72,7 @@ class Plan:
 
     def is_candidate(self, problem: Problem) -> bool:
         """Whether it can compute the pass and may be chosen for it, without being named."""
-        automatic = self.automatic and (self.automatic_by_row or not problem.by_row)
-        return automatic and not self.why_not(problem)
+        return self.automatic and not self.why_not(problem)
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of the plan's steps, on paper."""
@@ -102,7 +100,7 @@ ROWS = (
     ),
     Plan("mixed", _our_shrink, _first, ours=True),
     Plan("decode", _our_shrink, whole=_decode, ours=True),
-    Plan("relay", _our_shrink, whole=_relay, ours=True, automatic_by_row=False),
+    Plan("relay", _our_shrink, whole=_relay, ours=True),
     *(
         Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
         for name in SLICES

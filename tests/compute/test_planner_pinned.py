@@ -302,16 +302,15 @@ def test_the_relay_is_chosen_by_itself_where_it_can_be_had(monkeypatch) -> None:
     assert not offered(TARGETS["sm_100"])
 
 
-def test_the_relay_of_a_bank_is_taken_by_its_name(monkeypatch) -> None:
-    """With a core for each row it has not run yet: `split` is chosen until it has."""
+def test_the_relay_of_a_bank_is_chosen_by_itself_too(monkeypatch) -> None:
+    """With a core for each row, wherever it can be had with one."""
     from fused_lowrank.kernels.tiles import TARGETS
 
     hopper = TARGETS["sm_90"]
     monkeypatch.setattr(devices, "target", lambda device: hopper)
     rows = at(m=8192, dtype=torch.bfloat16, bulk=True, by_row=True)
     for problem in (rows, rows._replace(m=128, transposed=True)):
-        assert choose.candidates(problem, "triton") == ["split"]
-        assert choose.named("relay", problem, "triton").plans == ("relay",)
+        assert choose.candidates(problem, "triton") == ["split", "relay"]
     for change in ({"p": 100}, {"m": 64}, {"bulk": False}, {"dropout": True}):
         with pytest.raises(RuntimeError, match="the pinned plan relay cannot compute this"):
             choose.named("relay", rows._replace(**change), "triton")

@@ -238,5 +238,5 @@ def test_dropout_is_of_training_alone(device: torch.device) -> None:
     operands = layer.weight, layer.down, layer.core, layer.up, layer.bias
     assert torch.equal(layer.eval()(x), lowrank_linear(x, *operands, scale=layer.scale))
     assert not torch.allclose(layer.train()(x), layer(x))
-    nn.init.zeros_(layer.core)
-    assert torch.equal(layer(x), layer.eval()(x))
+    nn.init.zeros_(layer.core)  # a GPU computes the two by other plans
+    torch.testing.assert_close(layer(x), layer.eval()(x))
