@@ -178,6 +178,15 @@ def split_columns(x):
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def scaled(acc, bias_ptr, gain_ptr, first_n, N, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """gain ⊙ acc + bias of columns from first_n on."""
+    acc *= load_columns(gain_ptr, first_n, N, BLOCK_N)[None, :].to(acc.dtype)
+    if HAS_BIAS:
+        acc += load_columns(bias_ptr, first_n, N, BLOCK_N)[None, :].to(acc.dtype)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_tail_persistent_kernel(
     x_desc,
@@ -219,10 +228,13 @@ def gemm_tail_persistent_kernel(
 
         # y is stored in parts: the tile as a whole would take the shared memory of a stage. With
         # dropout the tail has sums of its own, and those of a quarter are all that fits.
+        # A gain beside a whole tile's sums takes registers that sm_100 lacks.
+        LATE: tl.constexpr = HAS_GAIN and not DROPOUT
         if not DROPOUT:
             acc = add_tail(
                 acc, u_ptr, up_ptr, bias_ptr, gain_ptr, 0, first_m, first_n, M, N,
-                Q, PAD_Q, TRANSPOSED, HAS_BIAS, HAS_GAIN, False, BLOCK_M, BLOCK_N, BLOCK_Q,
+                Q, PAD_Q, TRANSPOSED, HAS_BIAS and not LATE, False, False, BLOCK_M, BLOCK_N,
+                BLOCK_Q,
             )  # fmt: skip
         halves = split_columns(acc)
         if DROPOUT:
@@ -238,6 +250,9 @@ def gemm_tail_persistent_kernel(
                         HAS_BIAS, HAS_GAIN, True, BLOCK_M, BLOCK_N // 4, BLOCK_Q,
                     )  # fmt: skip
                     y_desc.store([first_m, column + j * (BLOCK_N // 4)], cast(part, dtype))
+            elif LATE:
+                part = scaled(halves[i], bias_ptr, gain_ptr, column, N, HAS_BIAS, BLOCK_N // 2)
+                y_desc.store([first_m, column], cast(part, dtype))
             else:
                 y_desc.store([first_m, column], cast(halves[i], dtype))
 

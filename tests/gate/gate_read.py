@@ -192,9 +192,9 @@ def problems_of_hopper(kernel: Any, figures: Figures, case: Case, tile: TileConf
     return found
 
 
-def problems_of_products(kernel: Any) -> list[str]:
+def problems_of_products(kernel: Any, tile: TileConfig) -> list[str]:
     """What is wrong with the matrix products of a kernel for sm_90 as ptxas has made it."""
-    stale = stale_descriptors(cuobjdump("-sass", kernel.asm["cubin"]))
+    stale = stale_descriptors(cuobjdump("-sass", kernel.asm["cubin"]), single=tile.hopper)
     return [f"operands of another branch: {stale[0]}; {len(stale)} in all"] if stale else []
 
 
@@ -250,7 +250,7 @@ def judged(
     if tile.hopper:
         wrong += problems_of_hopper(kernel, figures, case, tile)
     if target.name == "sm_90" and (sass or tile.hopper):
-        wrong += problems_of_products(kernel)
+        wrong += problems_of_products(kernel, tile)
     if case.kernel == "decode" and case.aligned and target.backend == "cuda":
         wrong += problems_of_decode(kernel, case, tile)
     return figures, wrong

@@ -5,8 +5,9 @@ two branches begin with the same step of a ring, as tiles of the first column an
 the relay, it computes them in one of the branches and takes them for computed in the other too: the
 other then multiplies whatever these registers hold. PTX is right, and nothing says a word.
 
-So for each product it is asked which instructions may have set its descriptors' registers. In code
-that is right it is one instruction, which all ways to the product pass.
+So for each product it is asked which instructions may have set its descriptors' registers. None may
+be left unset on a way to it. In the kernels in Gluon it is a single instruction, which all ways to
+the product pass; two branches of others may each set it rightly.
 """
 
 from __future__ import annotations
@@ -67,8 +68,11 @@ def descriptors(text: str) -> range:
     return range(first + 2 if found[1] else first, first + 4)
 
 
-def stale_descriptors(sass: str) -> list[str]:
-    """The products whose descriptors no single instruction sets, as lines of text."""
+def stale_descriptors(sass: str, single: bool = True) -> list[str]:
+    """The products whose descriptors may be unset, as lines of text.
+
+    With `single` also those that more than one instruction sets.
+    """
     code = instructions(sass)
     after = successors(code)
     wanted = {register for _, _, text in code for register in descriptors(text)}
@@ -92,7 +96,7 @@ def stale_descriptors(sass: str) -> list[str]:
     found = []
     for (at, _, text), there in zip(code, setters, strict=True):
         for register in descriptors(text) if there is not None else ():
-            if len(there[register]) > 1:
+            if len(there[register]) > 1 and (single or ENTRY in there[register]):
                 places = (f"{code[i][0]:#x}" if i >= 0 else "none" for i in there[register])
                 found.append(f"{at:#x} {text}: UR{register} is set by {', '.join(sorted(places))}")
     return found

@@ -45,6 +45,18 @@ def test_nothing_else_is_found(text: str, instead: str) -> None:
     assert not stale_descriptors(TWO_BRANCHES.replace(text, instead))
 
 
+def test_two_branches_may_each_set_them_unless_it_is_to_be_one() -> None:
+    sets = "UIADD3.64 UR12, UR4, 0x2, URZ"
+    both = TWO_BRANCHES.replace("NOP", sets)
+    places = [line.split(": ")[1] for line in stale_descriptors(both)][:2]
+    assert places == ["UR12 is set by 0x20, 0x60", "UR13 is set by 0x20, 0x60"]
+    assert len(stale_descriptors(both)) == 4
+    assert [line.split(": ")[1] for line in stale_descriptors(both, single=False)] == [
+        "UR14 is set by 0x30, none",
+        "UR15 is set by 0x40, none",
+    ]
+
+
 def test_a_branch_that_writes_under_a_predicate_does_not_count() -> None:
     maybe = TWO_BRANCHES.replace("NOP", "@UP0 UIADD3.64 UR12, UR4, 0x2, URZ")
     assert "UR12 is set by 0x20, 0x60, none" in stale_descriptors(maybe)[0]
