@@ -122,7 +122,7 @@ def load(store: AdapterStore, path: str | os.PathLike[str], progress: bool) -> N
     for name in tqdm(store.layers, "load", disable=not progress, unit="layer"):
         *values, scales = (tensors[f"{name}.{part}"] for part in parts(pairs[name]))
         core = joined(values)
-        check_core(core, len(names), name, str(path))
+        check_core(store.layers[name], core, len(names), name, str(path))
         if scales.shape != (len(names),) or scales.dtype != torch.float32:
             raise ValueError(f"{path} is damaged: {name}.scales are not one for each adapter")
         others: dict[str, Tensor | None] = {

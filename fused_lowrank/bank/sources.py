@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compute.reference import is_diagonal
 from ..context.elsewhere import here, is_known, tensors_of
 from ..files import peft_folder
 from ..files.contents import read
@@ -214,11 +215,11 @@ def holds(dtype: torch.dtype, values: Tensor) -> bool:
     return -torch.finfo(dtype).max <= float(low) and float(high) <= torch.finfo(dtype).max
 
 
-def check_core(core: Any, count: int, name: str, what: str) -> None:
-    """Raise unless these are cores of `count` adapters."""
+def check_core(layer: LowRankLinear, core: Any, count: int, name: str, what: str) -> None:
+    """Raise unless these are cores of `count` adapters, diagonals where the layer's is one."""
     pair = core if isinstance(core, tuple) else (core,)
-    dims = (3,) if isinstance(core, tuple) else (2, 3)
-    sound = all(part.dim() in dims and len(part) == count for part in pair)
+    dim = 2 if is_diagonal(layer.core_factors) else 3
+    sound = all(part.dim() == dim and len(part) == count for part in pair)
     if not sound or any(part.dtype not in WEIGHT_DTYPES for part in pair):
         raise ValueError(f"{what}: the core of {name} is damaged")
     if len(pair) == 2 and pair[0].shape[2] != pair[1].shape[1]:
@@ -293,7 +294,7 @@ def of_tensors(
     if not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{what} lacks {' or '.join(f'{name}.{factor}' for factor in names)}")
     core = single(layer.row.core_of(values))
-    check_core(core, 1, name, what)
+    check_core(layer, core, 1, name, what)
     down, up, weight = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
     others = {label: get(f"{name}.{label}") for label in others_of(layer)}
     return Found(core, torch.tensor([layer.scale]), down, up, weight, others=others)

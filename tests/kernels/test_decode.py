@@ -294,9 +294,9 @@ def test_u_is_made_by_several_programs(m: int, device: torch.device, monkeypatch
         assert (numbers["lows"], numbers["makers"]) == (3, -(-m // 16))
         assert grid == (3 + numbers["makers"] + 2 * numbers["splits"],)
         assert values["BLOCK_T"] == 16
-    of = [module.constants(p, p, 0, 64, False, False, True, 1, TILE) for p in (16, 64)]
+    of = [module.constants(p, p, 0, 64, False, False, False, True, 1, TILE) for p in (16, 64)]
     of += [
-        module.constants(p, p, 0, 64, False, False, True, 1, replace(TILE, block_m=64))
+        module.constants(p, p, 0, 64, False, False, False, True, 1, replace(TILE, block_m=64))
         for p in (16, 64)
     ]
     assert [values["BLOCK_T"] for values in of] == [16, 2, 16, 8]
