@@ -189,8 +189,8 @@ FAULTS = {
     ),
     "a tensor map kept for another address": (
         "kernels/launch.py",
-        "(filled := kept.get(address)) is None",
-        "(filled := next(iter(kept.values()), None)) is None",
+        "(filled := filled_before.get(address)) is None",
+        "(filled := next(iter(filled_before.values()), None)) is None",
         "tests/kernels/test_prepared.py::test_check[arguments-check_nothing_else_is_taken_for_it]",
     ),
     "the counters of another stream": (
