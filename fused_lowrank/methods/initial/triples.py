@@ -21,7 +21,7 @@ SEED = 42
 ITERATIONS = 10  # of "randomized", as is the next
 OVERSAMPLING = 10
 RANKS = 64  # r is rounded up to a multiple
-SMALL = 8  # "krylov" is exact where the matrix has fewer than 8 times the triples that are wanted
+NARROW = 8  # "krylov" is exact where the matrix has fewer than 8 times the triples that are wanted
 FIRST = 16, 9  # triples that are found first, and the blocks of as many vectors that they take
 MORE = 5  # blocks for those that follow, up to each multiple of 64
 SAMPLED = 8  # one row of so many is in the sketch that the first block is made of
@@ -40,7 +40,7 @@ def leading(weight: Tensor, r: int, way: str = "krylov", seed: int = SEED) -> tu
     if way not in WAYS:
         raise ValueError(f"svd is {way!r}: it must be one of {', '.join(map(repr, WAYS))}")
     wanted = min(-r // RANKS * -RANKS, *weight.shape)
-    if way == "krylov" and SMALL * wanted <= min(weight.shape):
+    if way == "krylov" and NARROW * wanted <= min(weight.shape):
         down, up = krylov(weight, r, seed)
     elif way == "randomized":
         down, up = randomized(finite(weight), wanted, seed)
