@@ -5,11 +5,26 @@ import torch
 from torch import nn
 
 from fused_lowrank import adapt, parameter_groups
-from fused_lowrank.methods import METHODS
 
 D = 16
-SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 4, "a": 8, "b": 8}}
-OUTPUT = {"lora": ["up"], "lora_xs": [], "lora_mini": ["b_train"]}  # with the greater rate
+SETTINGS = {
+    "lora": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 4, "a": 8, "b": 8},
+    "lora_fa": {"r": 4},
+    "vera": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "adalora": {"r": 4},
+}
+OUTPUT = {  # with the greater rate
+    "lora": ["up"],
+    "lora_xs": [],
+    "lora_mini": ["b_train"],
+    "lora_fa": ["up"],
+    "vera": ["b"],
+    "melora": ["up"],
+    "adalora": ["up"],
+}
 
 
 def plain() -> nn.Sequential:
@@ -25,7 +40,7 @@ def named(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
     return {group["name"]: [names[id(own)] for own in group["params"]] for group in groups}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_every_method(method: str) -> None:
     """Factors by their side, everything else apart, and nothing of it twice."""
     settings = {"target_modules": ["1", "3"], "progress": False, **SETTINGS[method]}
@@ -35,13 +50,14 @@ def test_every_method(method: str) -> None:
     trained = model[1].train_names
     output = [f"{i}.{name}" for i in (1, 3) for name in OUTPUT[method]]
     others = [f"{i}.{n}" for i in (1, 3) for n in trained if n not in OUTPUT[method]]
-    assert sorted(found.pop("factors")) == sorted(others)
-    assert found.pop("output_factors", []) == output
+    for kind, names in (("factors", others), ("output_factors", output)):  # vectors do not decay
+        assert sorted(found.pop(kind, []) + found.pop(f"{kind}_no_decay", [])) == sorted(names)
     assert found == {
         "others": ["5.weight"],
         "others_no_decay": ["2.weight", "2.bias", "4.weight", "5.bias"],
     }
     expected = {"factors": (1e-3, 0.1), "output_factors": (16e-3, 0.1)}
+    expected |= {"factors_no_decay": (1e-3, 0.0), "output_factors_no_decay": (16e-3, 0.0)}
     expected |= {"others": (1e-3, 0.1), "others_no_decay": (1e-3, 0.0)}
     for group in groups:
         lr, decay = expected[group["name"]]

@@ -20,11 +20,11 @@ from fused_lowrank import (
     save_adapter,
     unload,
 )
-from fused_lowrank.methods import METHODS, LowRankLinear
+from fused_lowrank.methods import LowRankLinear
 
 D = 16
-METHOD = pytest.mark.parametrize("method", METHODS)
 SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 4, "a": 8, "b": 8}}
+METHOD = pytest.mark.parametrize("method", SETTINGS)
 
 
 class Block(nn.Module):

@@ -244,7 +244,7 @@ def test_command_line(tmp_path: Path, capsys: Any) -> None:
     saved("mini", tmp_path / "mini")
     assert main(["inspect", str(tmp_path / "mini")]) == 0
     out = capsys.readouterr().out
-    assert "kind       LoRA-XS or LoRA-Mini in PEFT's format" in out
+    assert "kind       LoRA-XS or LoRA-Mini or VeRA or AdaLoRA in PEFT's format" in out
     assert re.search(r"^r +2\na +6, 4\nb +8, 4\nscale +2\.5\n", out, re.M)
     arguments = [str(tmp_path / "mini"), str(tmp_path / "lora"), "--to", "peft-lora"]
     assert main(["convert", *arguments]) == 0
@@ -270,7 +270,7 @@ FILES: dict[str, tuple[Callable[[State, dict[str, Any]], Any], str]] = {
     "Conv1D": (lambda s, c: c.update(fan_in_fan_out=True), "fan_in_fan_out is True"),
     "no r": (lambda s, c: c.pop("r"), "cannot be read"),
     "patterns": (lambda s, c: c.update(rank_pattern={"(": 1}), "cannot be read"),
-    "method": (lambda s, c: c.update(peft_type="VERA"), "adapter of VERA"),
+    "method": (lambda s, c: c.update(peft_type="LOHA"), "adapter of LOHA"),
 }
 
 
