@@ -207,6 +207,7 @@ def test_why_no_plan_multiplies_by_the_sum_of_weights(device: torch.device) -> N
     assert lost(ours.double()) < 1e-3
 
 
+@pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("rank", [16, 100])
 @pytest.mark.parametrize("rows", [1, 80, 333])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -214,6 +215,7 @@ def test_persistent_gemm_tail(
     dtype: torch.dtype,
     rows: int,
     rank: int,
+    gain: bool,
     device: torch.device,
     counted_launches,
 ) -> None:
@@ -227,6 +229,8 @@ def test_persistent_gemm_tail(
         made[name] *= rank**-0.5
     made["core"] = torch.randn(rank, rank, device=device).requires_grad_()
     made["bias"] = torch.randn(176, device=device).to(dtype)
+    if gain:
+        made["gain"] = (0.5 + torch.rand(176, device=device)).requires_grad_()
     made["x"].requires_grad_()
     tiles = {
         "gemm_tail": TileConfig(64, 64, 32, 4, 2, persistent=True),

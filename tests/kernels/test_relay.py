@@ -188,10 +188,12 @@ def test_a_core_of_another_dtype_is_multiplied_as_two() -> None:
     assert parts == {BF16: 4, F32: 8}
 
 
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("core", ["matrix", "diagonal", "none"])
 @pytest.mark.parametrize("sizes", [(77, 1024, 1032), (300, 4096, 1024), (2500, 1160, 2056)])
 @pytest.mark.parametrize("plan", [name for name in PLANS if name.startswith("relay")])
 def test_on_a_gpu_it_is_right_and_reproducible(
-    plan: str, sizes: tuple[int, int, int], device: torch.device
+    plan: str, sizes: tuple[int, int, int], core: str, gain: bool, device: torch.device
 ) -> None:
     """Both ways, whoever makes t: within the error budget, and the same bits again and again."""
     where = devices.target(device)
@@ -203,7 +205,10 @@ def test_on_a_gpu_it_is_right_and_reproducible(
         name: (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(BF16)
         for name, shape in shapes.items()
     }
-    made["core"] = torch.randn(16, 16, device=device).requires_grad_()
+    size = {"matrix": (16, 16), "diagonal": (16,)}.get(core)
+    made["core"] = torch.randn(size, device=device).requires_grad_() if size else None
+    if gain:
+        made["gain"] = (0.5 + torch.rand(n, device=device)).requires_grad_()
     made["x"].requires_grad_()
     dy = torch.randn(m, n, device=device).to(BF16)
     ours = partial(lowrank_linear, scale=0.5, impl="triton")
