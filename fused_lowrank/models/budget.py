@@ -68,7 +68,7 @@ class RankBudget:
             raise ValueError(f"beta1 and beta2 are {beta1}, {beta2}: they must be within 0 and 1")
         self.start, self.stop, self.each = tinit, total_step - tfinal, deltaT
         self.betas = beta1, beta2
-        self.means: dict[str, tuple[Tensor, Tensor]] = {}  # by layer.factor, of sensitivity and …
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}  # by layer.factor: |v·g|, its spread
         self.masks: dict[str, Tensor] = {}  # bool (r,), by layer: the entries that stay
 
     def at(self, step: int) -> tuple[int, bool]:

@@ -31,7 +31,7 @@ class Bases(NamedTuple):
     more: Callable[[Source, Pair, int, int], Pair]  # those that begin with a pair, larger
 
 
-def triples(source: Source, weight: Tensor, rank: int) -> Pair:
+def triples_of(source: Source, weight: Tensor, rank: int) -> Pair:
     """`svd_bases` of a weight, whose errors name the layer."""
     try:
         return svd_bases(weight, rank, seed=source.seed)
@@ -41,7 +41,7 @@ def triples(source: Source, weight: Tensor, rank: int) -> Pair:
 
 def svd_new(source: Source, p: int, q: int) -> Pair:
     """Σ·Dᵀ and S of the weight's leading triples, in its dtype."""
-    return triples(source, source.weight, p)
+    return triples_of(source, source.weight, p)
 
 
 def svd_more(source: Source, there: Pair, p: int, q: int) -> Pair:
@@ -50,7 +50,7 @@ def svd_more(source: Source, there: Pair, p: int, q: int) -> Pair:
     basis, _ = torch.linalg.qr(up.to(torch.promote_types(up.dtype, torch.float32)))
     weight = source.weight.to(basis.dtype)
     rest = weight - basis @ (basis.t() @ weight)
-    more_down, more_up = (new.to(up.dtype) for new in triples(source, rest, p - len(down)))
+    more_down, more_up = (new.to(up.dtype) for new in triples_of(source, rest, p - len(down)))
     return torch.cat([down, more_down]), torch.cat([up, more_up], 1)
 
 
