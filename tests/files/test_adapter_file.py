@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_model import SETTINGS, D, methods
 from torch import nn
 
 from fused_lowrank import (
@@ -23,20 +24,6 @@ from fused_lowrank import (
 )
 from fused_lowrank.files import adapter as adapter_file
 from fused_lowrank.methods import METHODS, LowRankLinear
-
-D = 16
-SETTINGS = {
-    "lora": {"r": 4},
-    "lora_xs": {"r": 4},
-    "lora_mini": {"r": 2, "a": 4, "b": 4},
-    "lora_fa": {"r": 4},
-    "vera": {"r": 4},
-    "tied_lora": {"r": 4},
-    "melora": {"r": 2, "n": 2},
-    "nola": {"r": 4, "m": 5},
-    "adalora": {"r": 4},
-}
-methods = pytest.mark.parametrize("method", METHODS)
 
 
 def base(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

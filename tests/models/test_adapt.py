@@ -6,25 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from tiny_model import SETTINGS, D, methods
 from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from fused_lowrank.methods import METHODS, LowRankLinear
 from fused_lowrank.methods.initial import starts
-
-D = 16
-SETTINGS = {
-    "lora": {"r": 4},
-    "lora_xs": {"r": 4},
-    "lora_mini": {"r": 2, "a": 4, "b": 4},
-    "lora_fa": {"r": 4},
-    "vera": {"r": 4},
-    "tied_lora": {"r": 4},
-    "melora": {"r": 2, "n": 2},
-    "nola": {"r": 4, "m": 5},
-    "adalora": {"r": 4},
-}
-methods = pytest.mark.parametrize("method", METHODS)
 
 
 def plain_model(device: torch.device | str = "cpu") -> nn.Sequential:
