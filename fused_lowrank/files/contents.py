@@ -20,6 +20,7 @@ from ..models.targets import modules_by_name
 from . import peft_folder
 
 FORMAT, VERSION = "fused_lowrank", "1"
+LATER = {"init"}  # keywords that older files lack, which mean their defaults
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
 
 
@@ -79,7 +80,7 @@ def opened(
         for entry in config["layers"].values():
             cls = METHODS[entry["method"]][0]
             checked = cls(ANY_SIDE, ANY_SIDE, device="meta", **entry["settings"]).settings()
-            if missing := checked.keys() - entry["settings"].keys():
+            if missing := checked.keys() - entry["settings"].keys() - LATER:
                 raise TypeError(f"no {', '.join(sorted(missing))}")
             entry["settings"] = checked
         if not config["layers"]:

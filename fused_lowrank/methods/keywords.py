@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..compute import choose
+from .initial.values import Inputs, needs
 from .method import Method
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
@@ -29,8 +30,8 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "layers_to_transform": "adapt takes it",
     "layers_pattern": "adapt takes it",
     "rank_dropout_scale": "rank_dropout scales what it keeps by 1 / (1 - p)",
-    "init_lora_weights": "how factors start is init, which LoRA-Mini has",
-    "init_weights": "how factors start is init, which LoRA-Mini has",
+    "init_lora_weights": "how factors start is init",
+    "init_weights": "how factors start is init",
     "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
     "init_r": "it is called r",
     "target_r": "it is RankBudget's, which takes ranks from the layers in training",
@@ -58,6 +59,7 @@ class Shared(TypedDict, total=False):
     dtype: torch.dtype | None
     _linear: nn.Linear | None  # whose Parameters the layer takes; None: new ones
     _defer: bool  # whether the factors get their values later
+    _inputs: Inputs | None  # what is known of a layer's inputs
     _shared: dict[str, nn.Parameter] | None  # the factors that other layers have as well, by name
 
 
@@ -83,7 +85,9 @@ def signature_of(row: Method) -> inspect.Signature:
         own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
     shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
     keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
-    keywords += [*shared[3:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
+    keywords += shared[3:]
+    hidden = {"_inputs": any(map(needs, row.inits_known)), "_shared": row.shared}
+    keywords += [(name, None, kinds[name]) for name, there in hidden.items() if there]
     return inspect.Signature(
         [
             Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),

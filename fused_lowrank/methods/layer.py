@@ -20,6 +20,7 @@ from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
+from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
 from .method import Method, Parts
@@ -58,6 +59,7 @@ class LowRankLinear(MergingLinear):
     down: nn.Parameter
     up: nn.Parameter
     r: int
+    inputs: Inputs | None  # what is known of x, while the factors get their first values
 
     if TYPE_CHECKING:  # each row's class has its own, which names its keywords
 
@@ -120,10 +122,12 @@ class LowRankLinear(MergingLinear):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in train)
         self.bases_pending = given["_defer"] or self.weight.is_meta
+        self.inputs = given.get("_inputs")
         if own_linear and not self.bases_pending:
             self.keep_base()
         if not self.bases_pending:
             self.init_factors(with_shared=not given_shared)
+        self.inputs = None  # they are as large as down, or K × K
 
     @property
     def inits(self) -> dict[str, str]:

@@ -91,6 +91,11 @@ class Method:
         return tuple(name for name, factor in self.factors.items() if factor.trained)
 
     @property
+    def inits_known(self) -> tuple[str, ...]:
+        """The values of the option "init", the default first."""
+        return tuple(self.options.get("init", ()))
+
+    @property
     def common(self) -> set[str]:
         """The names of what all adapters in a bank have in common: all but the core."""
         return {*self.factors, "weight", "bias"} - {*self.core}

@@ -11,6 +11,12 @@ LORA = Method(
     ranks={"r": 16},
     factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
     learning_rate=5e-4,
+    options={"init": ("kaiming", "gaussian", "orthogonal", "eva")},
+    starts={
+        "gaussian": {"down": "gaussian"},
+        "orthogonal": {"down": "lora", "up": "lora"},
+        "eva": {"down": "lora"},
+    },
 )
 
 
@@ -18,7 +24,8 @@ class LoraLinear(LowRankLinear, row=LORA):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) in plain PyTorch.
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
-    is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
+    is LoRA's A, and up (out, r), its B. `init` says how these start: down Kaiming-uniform (a = √5)
+    and up zero with "kaiming"; others are in `methods.initial.values`.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
     `rank_dropout` on the columns of u.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
