@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compute import choose
 from .initial.values import Inputs, needs
-from .method import Method
+from .method import Method, numbered
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -147,7 +147,7 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in row.options.items():
         value = given[name]
         if isinstance(values, tuple):
-            if value not in values:
+            if numbered(value) not in values or str(value).endswith("_N"):
                 known = " or ".join(map(repr, values))
                 hint = row.hints.get(name, "")
                 raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
@@ -171,7 +171,7 @@ def getter(names: tuple[str, ...]) -> property:
 
 def check_settings(layer: Any) -> None:
     """Raise ValueError for settings that all methods have, and that are out of range."""
-    saved = (name for name, factor in layer.row.factors.items() if factor.saved)
+    saved = (name for name, f in layer.row.factors.items() if f.saved and not f.like)
     known = ("weight", "bias", *saved)
     if unknown := [name for name in layer.train_names if name not in known]:
         raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
@@ -183,6 +183,11 @@ def check_settings(layer: Any) -> None:
     if not 0.0 <= layer.rank_dropout < 1.0:
         said = f"rank_dropout is {layer.rank_dropout}"
         raise ValueError(f"{said}: it must be at least 0 and below 1")
+    if layer.rank_dropout and any(factor.like for factor in layer.row.factors.values()):
+        raise ValueError(
+            f"rank_dropout is {layer.rank_dropout}, and init {layer.init!r}: what is dropped would "
+            "be missing from W; take dropout, which acts on what was learned alone"
+        )
 
 
 def known_keywords(cls: type) -> list[str]:

@@ -19,6 +19,7 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
+from .initial.residual import under
 from .initial.starts import FILLS, check_learns, fill
 from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
@@ -82,7 +83,9 @@ class LowRankLinear(MergingLinear):
     def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
         """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        row, train = self.row, tuple(given["train"])
+        train, row = tuple(given["train"]), under(self.row, given.get("init"))
+        if row is not self.row:
+            vars(self).update(row=row, factors=tuple(row.factors), by_attributes=True)
         self.in_features, self.out_features = in_features, out_features
         sizes = sized(row, in_features, out_features, given)
         self.ranks = {name: sizes[name] for name in row.ranks}
@@ -116,7 +119,8 @@ class LowRankLinear(MergingLinear):
             if name in given_shared:
                 self.register_parameter(name, given_shared[name])
                 continue
-            kind = trained_dtype if name in train else self.weight.dtype
+            alike = row.factors[name].like or name
+            kind = trained_dtype if alike in train else self.weight.dtype
             factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():

@@ -36,6 +36,7 @@ from .targets import (
     match_targets,
     modules_by_name,
     named_modules,
+    replace_modules,
 )
 from .ties import note_untied, refuse_views, tied_layers
 from .unchanged import unchanged_on_error
@@ -215,14 +216,6 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     if any(layer.row.shared for layer in layers.values()):
         model.register_load_state_dict_post_hook(tie_within)
     watch_saving(model)
-
-
-def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
-    """Put new[id(module)] wherever that module stands, also where it stands more than once."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                setattr(parent, name, new[id(child)])
 
 
 # --- the whole model's adapters ---

@@ -115,9 +115,11 @@ def needed(cls: type[LowRankLinear], given: Mapping[str, Any], data: Any, later:
     if data is not None:
         require_batches(data)
         if not need:
-            wanting = " or ".join(repr(word) for word in known if needs(word)) or "none has"
+            wanting = " or ".join(repr(word) for word in known if needs(word))
             raise ValueError(
                 f"data is given, and init={init!r} needs none: of {cls.method}'s, {wanting} does"
+                if wanting
+                else f"data is given, and {cls.method} has no init that needs any"
             )
     return need
 

@@ -85,7 +85,7 @@ def fill(layer: Any) -> None:
         if init in PAIRS:
             if init not in pairs:
                 down, up = PAIRS[init](layer)
-                pairs[init] = {"down": down, "up": up}
+                pairs[init] = {"down": down, "up": up, "start_down": down, "start_up": -up}
             factor.copy_(pairs[init][name])
         else:
             FILLS[init](factor, layer.options)
