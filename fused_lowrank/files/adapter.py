@@ -45,7 +45,16 @@ from ..models.ties import apply, changes_for, holders_in_part, refuse_views, tie
 from ..models.unchanged import unchanged_on_error, values_unchanged_on_error
 from ..models.whole_modules import base_of, saved_modules, state_of, warn_of_forgotten
 from . import peft_folder
-from .contents import FORMAT, VERSION, plan_of, read, replacing, require_path, sizes_of
+from .contents import (
+    FORMAT,
+    VERSION,
+    holds_factors,
+    plan_of,
+    read,
+    replacing,
+    require_path,
+    sizes_of,
+)
 from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
 from .other_base import on_other_base as asked
 from .other_base import refuse_other_base
@@ -53,8 +62,8 @@ from .other_base import refuse_other_base
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
     """The tensors of a layer that a file holds, by name: what is trained and, with bases, more."""
-    known = (name for name, factor in layer.row.factors.items() if factor.saved)
-    names = [name for name in known if bases or name in train]
+    known = ((name, factor) for name, factor in layer.row.factors.items() if factor.saved)
+    names = [name for name, factor in known if bases or factor.like or name in train]
     own = {name: getattr(layer, name) for name in names}
     if "weight" in train:
         own["weight"] = layer.base_weight
@@ -239,7 +248,7 @@ def install(
     with unchanged_on_error(model):
         if not present:
             plan = plan_of(model, config, tensors, fused, path)
-            later = config["bases"] or "seed" in config  # they come from the file, or its seed
+            later = "seed" in config or holds_factors(config, plan, tensors, path)
             try:
                 layers = build(model, plan, progress=progress, defer_bases=later)
             except TypeError as error:

@@ -24,8 +24,9 @@ from torch import nn
 
 from ..bank import file as bank_file
 from ..methods import METHODS
-from ..models.adapt import require_adapted, tied_layers, unload
+from ..models.adapt import require_adapted, unload
 from ..models.targets import modules_by_name
+from ..models.ties import tied_layers
 from ..models.whole_modules import SLOTS
 from . import adapter as adapter_file
 from . import official, peft_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ..methods import METHODS, LowRankLinear
 from ..methods.accept import WEIGHT_DTYPES
+from ..methods.initial.values import needs
 from ..models.adapt import Plan
 from ..models.targets import modules_by_name
 from . import peft_folder
 
 FORMAT, VERSION = "fused_lowrank", "1"
+LATER = {"init"}  # keywords that older files lack, which mean their defaults
 ANY_SIDE = 2**20  # of a layer, for checks that ask for no model
 
 
@@ -79,7 +81,7 @@ def opened(
         for entry in config["layers"].values():
             cls = METHODS[entry["method"]][0]
             checked = cls(ANY_SIDE, ANY_SIDE, device="meta", **entry["settings"]).settings()
-            if missing := checked.keys() - entry["settings"].keys():
+            if missing := checked.keys() - entry["settings"].keys() - LATER:
                 raise TypeError(f"no {', '.join(sorted(missing))}")
             entry["settings"] = checked
         if not config["layers"]:
@@ -131,3 +133,26 @@ def plan_of(
         dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
         plan[name] = cls, {**settings, "dtype": dtype}
     return plan
+
+
+def holds_factors(
+    config: dict[str, Any], plan: Plan, tensors: Mapping[str, Tensor], path: Any
+) -> bool:
+    """Whether a file has all factors that its layers save, so that none needs to be made.
+
+    Raises ValueError if it lacks some that only data would make again.
+    """
+    lacking = [
+        keywords.get("init", "")
+        for name, (cls, keywords) in plan.items()
+        for factor, own in cls.row.factors.items()
+        if own.saved and cls.row.key(name, factor) not in tensors
+    ]
+    if config["bases"] or not lacking:
+        return True
+    if init := next((init for init in lacking if needs(init)), None):
+        raise ValueError(
+            f"{path} was saved without its frozen factors, which init={init!r} made of a model's "
+            "inputs: save it with bases=True"
+        )
+    return False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bank import file as bank_file
 from ..methods import METHODS
+from ..methods.initial.residual import under
 from . import adapter as adapter_file
 from . import official, peft_folder
 from .peft_others import OTHERS
@@ -78,8 +79,9 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
     frozen: dict[str, None] = {}
     count = 0
     for name, entry in entries.items():
-        for part in (*METHODS[entry["method"]][0].factors, "weight", "bias"):
-            tensor = tensors.get(METHODS[entry["method"]][0].row.key(name, part))
+        row = under(METHODS[entry["method"]][0].row, entry["settings"].get("init"))
+        for part in (*row.factors, "weight", "bias"):
+            tensor = tensors.get(row.key(name, part))
             kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "not inside"
             if part in entry["settings"]["train"]:
                 trained[f"{part} {kind}"] = None

@@ -109,7 +109,7 @@ def read(
     layers = {}
     for name in factors:
         r, alpha = scaling(settings, name, path)
-        own = {"r": r, "alpha": alpha, "dropout": dropout, "train": ("core",)}
+        own = {"r": r, "alpha": alpha, "dropout": dropout, "train": ("core",), "svd": "randomized"}
         layers[name] = {"method": "lora_xs", "settings": own}
     tensors = {f"{n}.{factor}": t for n, found in factors.items() for factor, t in found.items()}
     config = {"layers": layers, "modules_to_save": saved, "tied": {}, "bases": True}

@@ -312,4 +312,5 @@ def settings_of(
         "dropout": float(config.get("lora_dropout") or 0.0),
         "train": (*trained, *(["bias"] if "bias" in parts else [])),
         **sizes,
+        **({"svd": "randomized"} if "svd" in row.options else {}),  # as the integration's are
     }

@@ -6,6 +6,7 @@
     initial.starts    those by the names that rows give them
     initial.bases     frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
+    initial.residual  factors that start as a part of W, and are taken from it
     dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
     shared            factors that all layers of a model have in common

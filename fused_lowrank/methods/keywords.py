@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..compute import choose
-from .method import Method
+from .initial.values import Inputs, needs
+from .method import Method, numbered
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -29,8 +30,8 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "layers_to_transform": "adapt takes it",
     "layers_pattern": "adapt takes it",
     "rank_dropout_scale": "rank_dropout scales what it keeps by 1 / (1 - p)",
-    "init_lora_weights": "how factors start is init, which LoRA-Mini has",
-    "init_weights": "how factors start is init, which LoRA-Mini has",
+    "init_lora_weights": "how factors start is init",
+    "init_weights": "how factors start is init",
     "fan_in_fan_out": f"only nn.Linear is adapted here; {PEFT}",
     "init_r": "it is called r",
     "target_r": "it is RankBudget's, which takes ranks from the layers in training",
@@ -58,6 +59,7 @@ class Shared(TypedDict, total=False):
     dtype: torch.dtype | None
     _linear: nn.Linear | None  # whose Parameters the layer takes; None: new ones
     _defer: bool  # whether the factors get their values later
+    _inputs: Inputs | None  # what is known of a layer's inputs
     _shared: dict[str, nn.Parameter] | None  # the factors that other layers have as well, by name
 
 
@@ -83,7 +85,9 @@ def signature_of(row: Method) -> inspect.Signature:
         own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
     shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
     keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
-    keywords += [*shared[3:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
+    keywords += shared[3:]
+    hidden = {"_inputs": any(map(needs, row.inits_known)), "_shared": row.shared}
+    keywords += [(name, None, kinds[name]) for name, there in hidden.items() if there]
     return inspect.Signature(
         [
             Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
@@ -143,7 +147,7 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in row.options.items():
         value = given[name]
         if isinstance(values, tuple):
-            if value not in values:
+            if numbered(value) not in values or str(value).endswith("_N"):
                 known = " or ".join(map(repr, values))
                 hint = row.hints.get(name, "")
                 raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
@@ -167,7 +171,7 @@ def getter(names: tuple[str, ...]) -> property:
 
 def check_settings(layer: Any) -> None:
     """Raise ValueError for settings that all methods have, and that are out of range."""
-    saved = (name for name, factor in layer.row.factors.items() if factor.saved)
+    saved = (name for name, f in layer.row.factors.items() if f.saved and not f.like)
     known = ("weight", "bias", *saved)
     if unknown := [name for name in layer.train_names if name not in known]:
         raise ValueError(f"train names {unknown}: it may name {', '.join(known)}")
@@ -179,6 +183,11 @@ def check_settings(layer: Any) -> None:
     if not 0.0 <= layer.rank_dropout < 1.0:
         said = f"rank_dropout is {layer.rank_dropout}"
         raise ValueError(f"{said}: it must be at least 0 and below 1")
+    if layer.rank_dropout and any(factor.like for factor in layer.row.factors.values()):
+        raise ValueError(
+            f"rank_dropout is {layer.rank_dropout}, and init {layer.init!r}: what is dropped would "
+            "be missing from W; take dropout, which acts on what was learned alone"
+        )
 
 
 def known_keywords(cls: type) -> list[str]:

@@ -19,7 +19,9 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
 from .accept import carry, clashes, give_back, why_not_linear
+from .initial.residual import under
 from .initial.starts import FILLS, check_learns, fill
+from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
 from .method import Method, Parts
@@ -58,6 +60,7 @@ class LowRankLinear(MergingLinear):
     down: nn.Parameter
     up: nn.Parameter
     r: int
+    inputs: Inputs | None  # what is known of x, while the factors get their first values
 
     if TYPE_CHECKING:  # each row's class has its own, which names its keywords
 
@@ -80,7 +83,9 @@ class LowRankLinear(MergingLinear):
     def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
         """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        row, train = self.row, tuple(given["train"])
+        train, row = tuple(given["train"]), under(self.row, given.get("init"))
+        if row is not self.row:
+            vars(self).update(row=row, factors=tuple(row.factors), by_attributes=True)
         self.in_features, self.out_features = in_features, out_features
         sizes = sized(row, in_features, out_features, given)
         self.ranks = {name: sizes[name] for name in row.ranks}
@@ -114,16 +119,19 @@ class LowRankLinear(MergingLinear):
             if name in given_shared:
                 self.register_parameter(name, given_shared[name])
                 continue
-            kind = trained_dtype if name in train else self.weight.dtype
+            alike = row.factors[name].like or name
+            kind = trained_dtype if alike in train else self.weight.dtype
             factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in train)
         self.bases_pending = given["_defer"] or self.weight.is_meta
+        self.inputs = given.get("_inputs")
         if own_linear and not self.bases_pending:
             self.keep_base()
         if not self.bases_pending:
             self.init_factors(with_shared=not given_shared)
+        self.inputs = None  # they are as large as down, or K × K
 
     @property
     def inits(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ row; nothing else says what a method is. `fused_lowrank.methods.METHODS` has all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ class Factor:
     trained: bool = False
     shared: bool = False
     saved: bool = True  # whether files and a state_dict have it; otherwise it is made from a seed
+    like: str = ""  # the factor that it starts as and has the dtype of; files always have it
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class PeftNames:
 
 
 Sizes = Mapping[str, int]  # letter → size
+
+
+def numbered(word: Any) -> Any:
+    """A word with N in place of the number that it ends with, if any: "pissa_niter_N"."""
+    return re.sub(r"_[1-9]\d*$", "_N", word) if isinstance(word, str) else word
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,17 @@ class Method:
     divides: str = ""  # the rank of which K and N must be multiples
     sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added
     slices: bool = True  # whether a rank with a slice of K or N computes a slice of the layer
-    residual: bool = False  # whether the base weight is W less the factors' first product
+    residual: tuple[str, ...] = ()  # how the names begin of the inits that start as a part of W
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The factors that are trained unless `train` names others."""
         return tuple(name for name, factor in self.factors.items() if factor.trained)
+
+    @property
+    def inits_known(self) -> tuple[str, ...]:
+        """The values of the option "init", the default first."""
+        return tuple(self.options.get("init", ()))
 
     @property
     def common(self) -> set[str]:
@@ -113,7 +125,7 @@ class Method:
     def inits(self, word: Any = None) -> dict[str, str]:
         """The first values of the factors, by name, under a word of `starts`."""
         own = {name: factor.init for name, factor in self.factors.items()}
-        return {**own, **self.starts.get(word, {})}
+        return {**own, **self.starts.get(numbered(word), {})}
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The shape of a factor, of the sizes of K, N and the ranks."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
 from ..methods import METHODS, LowRankLinear
 from ..methods.accept import clashes, why_no_weight
+from ..methods.initial.values import Inputs
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
 from ..methods.shared import shared_by, spread, tie, tie_within
 from ..methods.state import refuse_wrong
+from .calibration import inputs_of, needed
 from .patterns import check_layers, own_keywords
 from .refusals import refuse_peft, refuse_wrapped, require_not_fsdp
 from .saving import forget_saving, watch_saving
@@ -34,8 +36,9 @@ from .targets import (
     match_targets,
     modules_by_name,
     named_modules,
+    replace_modules,
 )
-from .ties import memory, note_untied, refuse_views
+from .ties import note_untied, refuse_views, tied_layers
 from .unchanged import unchanged_on_error
 from .whole_modules import (
     base_in_place,
@@ -66,6 +69,8 @@ def adapt(
     fused: bool = True,
     progress: bool = True,
     defer_bases: bool = False,
+    data: Iterable[Any] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     **method_keywords: Any,
 ) -> nn.Module:
     """Replace linear layers of `model` by adapted ones and freeze everything else, in place.
@@ -94,8 +99,10 @@ def adapt(
         progress: show a progress bar and, at the end, what is trained, on stderr.
         defer_bases: leave the factors uninitialised, for a model on the meta device; call
             `init_bases` when its weights are there.
-        method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; svd
-            (LoRA-XS); a, b, init (LoRA-Mini).
+        data: batches of inputs to the model, for an init that needs them; see `calibrate`.
+        forward_fn: calls the model with a batch; None: model(**batch), or model(*batch).
+        method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; init; svd
+            (LoRA-XS); a, b (LoRA-Mini). `methods.initial.values` says what an init is.
 
     Returns:
         The same model.
@@ -125,6 +132,7 @@ def adapt(
     check_keywords(cls, method_keywords)
     for rank in cls.row.ranks.keys() & method_keywords.keys():
         method_keywords[rank] = integer(rank, method_keywords[rank])
+    need = needed(cls, method_keywords, data, defer_bases)
     check_patterns("target_modules", target_modules)
     check_patterns("exclude_modules", exclude_modules or ())
     if isinstance(modules_to_save, str):
@@ -138,7 +146,8 @@ def adapt(
         own = fitted(model, own, cls.row)
     plan: Plan = {name: (cls, keywords) for name, keywords in own.items()}
     with unchanged_on_error(model):
-        layers = build(model, plan, progress=progress, defer_bases=defer_bases, hint=LEAVE)
+        gather = partial(inputs_of, model, plan, need, data, forward_fn, progress)
+        layers = build(model, plan, gather, progress=progress, defer_bases=defer_bases, hint=LEAVE)
         refuse_views(model, saved, layers)
         place(model, layers, saved)
         warn_of_nothing_learned(layers, stacklevel=3)
@@ -151,9 +160,18 @@ def adapt(
 
 
 def build(
-    model: nn.Module, plan: Plan, *, progress: bool, defer_bases: bool, hint: str = ""
+    model: nn.Module,
+    plan: Plan,
+    gather: Callable[[], Mapping[str, Inputs]] = dict,
+    *,
+    progress: bool,
+    defer_bases: bool,
+    hint: str = "",
 ) -> dict[str, LowRankLinear]:
-    """The adapted layers of a plan, by name, not yet in the model; all checks come first."""
+    """The adapted layers of a plan, by name, not yet in the model; all checks come first.
+
+    After these `gather` says what is known of the layers' inputs.
+    """
     refuse_wrapped(model)
     modules = modules_by_name(model)
     for name, (cls, keywords) in plan.items():
@@ -169,11 +187,12 @@ def build(
     first, given = next(iter(plan.values()))
     shared = shared_by(first.row, [modules[name] for name in plan], given, defer_bases)
     own = {"_shared": shared} if shared else {}
-    layers = {}
+    layers, inputs = {}, gather()
     bar = tqdm(plan.items(), first.method, disable=not progress, unit="layer")
     for name, (cls, keywords) in bar:
         try:
-            layers[name] = cls._around(modules[name], defer_bases, keywords, own)
+            known = {"_inputs": inputs[name]} if name in inputs else {}
+            layers[name] = cls._around(modules[name], defer_bases, keywords, {**own, **known})
         except ValueError as error:
             raise ValueError(f"{name}: {error}{hint}") from None
     return layers
@@ -197,14 +216,6 @@ def place(model: nn.Module, layers: dict[str, LowRankLinear], saved: list[str]) 
     if any(layer.row.shared for layer in layers.values()):
         model.register_load_state_dict_post_hook(tie_within)
     watch_saving(model)
-
-
-def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
-    """Put new[id(module)] wherever that module stands, also where it stands more than once."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                setattr(parent, name, new[id(child)])
 
 
 # --- the whole model's adapters ---
@@ -330,17 +341,6 @@ def merge(model: nn.Module) -> nn.Module:
     """
     merge_layers(require_adapted(model), model)
     return model
-
-
-def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]:
-    """The names of the layers, not merged yet, whose weights other modules have as well."""
-    shared = Counter(
-        memory(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    return [name for name, m in layers.items() if not m.merged and shared[memory(m.weight)] > 1]
 
 
 def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:

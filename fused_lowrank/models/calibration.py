@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..context.disabling import disabled
 from ..methods import LowRankLinear
 from ..methods.initial.triples import RANKS, leading
-from ..methods.initial.values import Inputs
+from ..methods.initial.values import Inputs, needs, without_data
 
 IGNORED = -100  # a label that no loss is taken of
 HOW = "data is an iterable of batches, each of which goes to the model as forward_fn says"
@@ -97,6 +97,49 @@ class Covariance:
     def known(self) -> Inputs:
         """The mean of what was added."""
         return Inputs(covariance=self.sum / max(self.seen, 1))
+
+
+def needed(cls: type[LowRankLinear], given: Mapping[str, Any], data: Any, later: bool) -> Any:
+    """The field of `Inputs` that the init among a method's keywords needs, or None.
+
+    Raises ValueError where it needs data and has none, or has data and needs none, or is to be made
+    `later`; TypeError for data that is no iterable of batches.
+    """
+    known = cls.row.inits_known
+    init: Any = given.get("init", known[0] if known else None)
+    need = needs(init) if init in known else None
+    if need and later:
+        raise ValueError(f"init={init!r} cannot be put off by defer_bases: load the weights first")
+    if need and data is None:
+        raise ValueError(without_data(init))
+    if data is not None:
+        require_batches(data)
+        if not need:
+            wanting = " or ".join(repr(word) for word in known if needs(word))
+            raise ValueError(
+                f"data is given, and init={init!r} needs none: of {cls.method}'s, {wanting} does"
+                if wanting
+                else f"data is given, and {cls.method} has no init that needs any"
+            )
+    return need
+
+
+def inputs_of(
+    model: nn.Module,
+    plan: Mapping[str, tuple[type[LowRankLinear], Mapping[str, Any]]],
+    need: str | None,
+    data: Any,
+    forward_fn: Callable[[nn.Module, Any], Any] | None,
+    progress: bool,
+) -> dict[str, Inputs]:
+    """Knowledge that is `needed` of the inputs of the layers of a plan, by name."""
+    if need is None:
+        return {}
+    gatherers: dict[str, Gatherer] = {}
+    for name, (cls, given) in plan.items():
+        rank = max(int(given.get(key, default)) for key, default in cls.row.ranks.items())
+        gatherers[name] = Covariance() if need == "covariance" else Directions(rank)
+    return calibrate(model, gatherers, data, forward_fn=forward_fn, progress=progress)
 
 
 @torch.no_grad()

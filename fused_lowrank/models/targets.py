@@ -357,3 +357,11 @@ def check_places(names: list[str], model: nn.Module) -> None:
     for name in names:
         if (count := places[id(modules[name])]) > 1:
             raise ValueError(f"{name} stands in {count} places, and PEFT trains only one of them")
+
+
+def replace_modules(model: nn.Module, new: dict[int, Any]) -> None:
+    """Put new[id(module)] wherever that module stands, also where it stands more than once."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                setattr(parent, name, new[id(child)])

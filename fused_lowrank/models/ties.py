@@ -7,6 +7,7 @@ that it computes what the one computed that was saved; `unload` undoes that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,6 +53,17 @@ def memory(tensor: Tensor) -> Any:
         if tensor.data_ptr():
             return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
     return id(tensor)
+
+
+def tied_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> list[str]:
+    """The names of the layers, not merged yet, whose weights other modules have as well."""
+    shared = Counter(
+        memory(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return [name for name, m in layers.items() if not m.merged and shared[memory(m.weight)] > 1]
 
 
 def trained_names(saved: Mapping[str, nn.Module], layers: Mapping[str, LowRankLinear]) -> list[str]:

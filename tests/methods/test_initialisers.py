@@ -281,11 +281,11 @@ def test_names() -> None:
 @pytest.mark.parametrize("init", ["eva", "corda", "corda_kpm"])
 def test_without_data(init: str) -> None:
     """What needs inputs says how to give them."""
-    with pytest.raises(ValueError, match=f"init='{init}' needs to see inputs.*calibrate gathers"):
+    with pytest.raises(ValueError, match=f"init='{init}' needs to see inputs.*data=batches"):
         lora_start(init, decaying(), R, SCALE)
     if init == "eva":
         for start in (xs_bases, lambda *a: mini_bases(*a, R)):
-            with pytest.raises(ValueError, match="calibrate gathers"):
+            with pytest.raises(ValueError, match="data=batches"):
                 start(init, decaying(), R)
 
 

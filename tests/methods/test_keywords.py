@@ -25,10 +25,13 @@ LAYERS = (FusedLoraLinear, FusedLoraXSLinear, FusedLoraMiniLinear)
 SIZES = [("in_features", inspect.Parameter.empty), ("out_features", inspect.Parameter.empty)]
 SIZES += [("bias", True)]
 REST = [("impl", None), ("device", None), ("dtype", None), ("_linear", None), ("_defer", False)]
+REST += [("_inputs", None)]
 SCALE = [("alpha", None), ("dropout", 0.0), ("rank_dropout", 0.0)]
 CONSTRUCTORS = {
-    FusedLoraLinear: [("r", 16), *SCALE, ("train", ("down", "up"))],
-    FusedLoraXSLinear: [("r", 16), *SCALE, ("train", ("core",)), ("svd", "randomized")],
+    FusedLoraLinear: [("r", 16), *SCALE, ("init", "kaiming"), ("train", ("down", "up"))],
+    FusedLoraXSLinear: [
+        *(("r", 16), *SCALE, ("init", "svd"), ("train", ("core",)), ("svd", "krylov")),
+    ],
     FusedLoraMiniLinear: [
         *(("r", 8), ("a", 64), ("b", 64), *SCALE),
         *(("init", "identity"), ("train", ("a_train", "b_train"))),

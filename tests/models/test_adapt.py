@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_lowrank import adapt, disable_adapters, init_bases, merge, unload, unmerge
 from fused_lowrank.methods import METHODS, LowRankLinear
-from fused_lowrank.methods.initial import starts
+from fused_lowrank.methods.initial import values
 
 
 def plain_model(device: torch.device | str = "cpu") -> nn.Sequential:
@@ -247,7 +247,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain_model()
     model.first.up.weight.requires_grad = False
     if case == "late failure":
-        svd, left = starts.svd_bases, [2]
+        svd, left = values.svd_bases, [2]
 
         def fails(*arguments: object) -> object:
             left[0] -= 1
@@ -255,7 +255,7 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise torch.linalg.LinAlgError("diverged")
             return svd(*arguments)
 
-        monkeypatch.setattr(starts, "svd_bases", fails)
+        monkeypatch.setattr(values, "svd_bases", fails)
     before = picture(model)
     with pytest.raises(error, match=message):
         adapt(model, **{"r": 2, **keywords})

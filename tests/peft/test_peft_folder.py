@@ -210,6 +210,7 @@ def test_models_of_peft_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"it is a model of PEFT.*load_adapter\(plain_model"):
             call()
     native = load_adapter(base(), tmp_path / "peft", progress=False)
+    assert native.a.svd == "randomized"
     assert len(AdapterBank.from_model(native, slots=1).layers)
 
 

@@ -218,7 +218,7 @@ class PeftLowRankLinear(Switched, SharedLayer):
         """Give the trained factors their initial values: as published with "paper", and ΔW = 0
         with True and "identity"; False: far from both.
         """
-        word = init if isinstance(init, str) else "identity" if init else "random"
+        word = init if isinstance(init, str) else "identity" if init else "far"
         inits = self.row.inits(word)
         for name, factor in zip(self.row.core, self.trained_factors(adapter), strict=True):
             FILLS[inits[name]](factor, {})

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from ..initial.values import INITS, RESIDUAL
 from ..layer import LowRankLinear
 from ..method import Factor, Method
+
+BOTH = [init for init in INITS["lora"] if init == "orthogonal" or init.startswith(RESIDUAL)]
+LOFTQ = (
+    "; 'loftq' needs a quantised base, and these are not supported; N is a number, as in "
+    "'pissa_niter_16'"
+)
 
 LORA = Method(
     name="lora",
@@ -11,6 +18,14 @@ LORA = Method(
     ranks={"r": 16},
     factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
     learning_rate=5e-4,
+    options={"init": INITS["lora"]},
+    hints={"init": LOFTQ},
+    residual=RESIDUAL,
+    starts={
+        "gaussian": {"down": "gaussian"},
+        "eva": {"down": "lora"},
+        **{init: {"down": "lora", "up": "lora"} for init in BOTH},
+    },
 )
 
 
@@ -18,7 +33,10 @@ class LoraLinear(LowRankLinear, row=LORA):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) in plain PyTorch.
 
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (r, in), which
-    is LoRA's A, and up (out, r), its B. down starts Kaiming-uniform (a = √5), up at zero.
+    is LoRA's A, and up (out, r), its B. `init` says how these start: down Kaiming-uniform (a = √5)
+    and up zero with "kaiming"; others are in `methods.initial.values`. Where they start as a part
+    of W, start_down (r, in) and start_up (out, r) keep what they started as, up's negated, which is
+    taken from W: see `methods.initial.residual`.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
     `rank_dropout` on the columns of u.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
@@ -27,8 +45,8 @@ class LoraLinear(LowRankLinear, row=LORA):
     `impl` is that of `lowrank_linear`; None is the class's own. Files do not keep it.
 
     Raises ValueError for r outside 1 … min(in, out), an alpha that is not finite, a dropout or
-    rank_dropout outside [0, 1), an unknown impl, and a `train` that could never learn or names what
-    is not there.
+    rank_dropout outside [0, 1), an unknown impl or init, and a `train` that could never learn or
+    names what is not there.
     """
 
 

@@ -13,6 +13,8 @@ from ..initial.bases import SEEDED
 from ..layer import LowRankLinear
 from ..method import Factor, Method
 
+OF_WEIGHT = {"down": "lora_mini", "b_train": "drawn_zeros", "up": "lora_mini"}
+
 LORA_MINI = Method(
     name="lora_mini",
     title="LoRA-Mini",
@@ -27,12 +29,15 @@ LORA_MINI = Method(
     learning_rate=1e-2,
     outputs=("b_train", "up"),
     core=("a_train", "b_train"),
-    options={"init": ("identity", "paper")},
+    options={"init": ("identity", "paper", "qr", "svd", "eva")},
     hints={
         "init": " (with both trained factors zero, both gradients would be zero and nothing would "
         "ever be learned)"
     },
-    starts={"identity": {"b_train": "drawn_zeros"}},
+    starts={
+        "identity": {"b_train": "drawn_zeros"},
+        **dict.fromkeys(("qr", "svd", "eva"), OF_WEIGHT),
+    },
     bases=SEEDED,
 )
 
@@ -43,7 +48,8 @@ class LoraMiniLinear(LowRankLinear, row=LORA_MINI):
     Parameters, frozen unless named in `train`: weight (out, in), bias (out,), down (a, in), which
     is Aauxᵀ, a_train (a, r), b_train (r, b) and up (out, b), which is Bauxᵀ. All four start
     Kaiming-uniform (a = √5, fan-in of the map x·F) with init="paper", so that ΔW ≠ 0 at the start;
-    init="identity" sets b_train to zero, so that training starts from the base model.
+    init="identity" sets b_train to zero, so that training starts from the base model, and so do
+    "qr", "svd" and "eva", whose down and up are of the weight and the inputs.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
     `rank_dropout` on the columns of u.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;

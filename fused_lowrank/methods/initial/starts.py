@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .values import kaiming, svd_bases
+from .values import kaiming, lora_start, mini_bases, xs_bases
 
 CORE_STD = 1e-5  # of LoRA-XS's core, as published
 Options = Mapping[str, Any]
@@ -34,12 +34,15 @@ FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
     "noise": lambda tensor, options: nn.init.normal_(tensor, std=CORE_STD),
     "small": lambda tensor, options: nn.init.normal_(tensor, std=0.02),
     "normal": lambda tensor, options: nn.init.normal_(tensor),
+    "gaussian": lambda tensor, options: nn.init.normal_(tensor, std=1 / len(tensor)),
 }
 ZERO = ("zeros", "drawn_zeros", "silence")
 
-# name → (down, up) of a weight and the rank r
-PAIRS: dict[str, Callable[[Tensor, int, Options], tuple[Tensor, Tensor]]] = {
-    "svd": lambda weight, r, options: svd_bases(weight, r, options["svd"]),
+# name → (down, up) of a layer, by its option `init`
+PAIRS: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "lora": lambda m: lora_start(m.init, m.weight, m.r, m.scale, m.inputs)[:2],
+    "lora_xs": lambda m: xs_bases(m.init, m.weight, m.r, m.svd, m.inputs),
+    "lora_mini": lambda m: mini_bases(m.init, m.weight, m.a, m.b, m.inputs),
 }
 
 
@@ -81,8 +84,8 @@ def fill(layer: Any) -> None:
             continue
         if init in PAIRS:
             if init not in pairs:
-                down, up = PAIRS[init](layer.weight, layer.r, layer.options)
-                pairs[init] = {"down": down, "up": up}
+                down, up = PAIRS[init](layer)
+                pairs[init] = {"down": down, "up": up, "start_down": down, "start_up": -up}
             factor.copy_(pairs[init][name])
         else:
             FILLS[init](factor, layer.options)

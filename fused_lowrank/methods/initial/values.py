@@ -114,8 +114,8 @@ def directions_of(inputs: Inputs | None, count: int) -> tuple[Tensor, Tensor]:
 def without_data(init: str) -> str:
     """The message for an initialiser that needs inputs, and got none."""
     return (
-        f"init={init!r} needs to see inputs of the layers: give what "
-        "models.calibration.calibrate gathers of them over some batches"
+        f"init={init!r} needs to see inputs of the layers: give some batches, as in "
+        f"adapt(model, …, init={init!r}, data=batches)"
     )
 
 
