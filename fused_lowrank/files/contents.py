@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..methods import METHODS, LowRankLinear
+from ..methods import METHODS, LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
 from ..models.adapt import Plan
 from ..models.targets import modules_by_name
@@ -125,7 +125,8 @@ def plan_of(
         if name not in modules:
             raise ValueError(f"{path} adapts {name}, but this model has no such module")
         cls, settings = METHODS[entry["method"]][fused], entry["settings"]
-        keys = [cls.row.key(name, f) for f in cls.factors if f in settings["train"]]
+        row = row_of(entry)
+        keys = [row.key(name, f) for f in row.factors if f in settings["train"]]
         trained = [tensors.get(key) for key in keys]
         dtypes = [tensor.dtype for tensor in trained if tensor is not None]
         dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None

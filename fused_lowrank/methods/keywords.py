@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..compute import choose
-from .method import Method
+from .method import MAGNITUDE, Method
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -39,7 +39,8 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "projection_prng_key": "it is called seed, which vera has",
     "save_projection": "it is bases, of save_adapter",
     "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
-    "use_dora": "DoRA is not one of the methods",
+    "use_dora": "it is called dora",
+    "dora": "lora, lora_fa, lora_xs and lora_mini have it",
     "task_type": f"adapt takes any model and asks for no task; {PEFT}",
     "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
     "device": "a layer stays where its weight is",
@@ -83,6 +84,7 @@ def signature_of(row: Method) -> inspect.Signature:
         own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
     shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
     keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
+    keywords += [("dora", False, "bool")] if row.dora is not None else []
     keywords += [*shared[3:], *([("_shared", None, kinds["_shared"])] if row.shared else [])]
     return inspect.Signature(
         [
@@ -116,7 +118,10 @@ def constructor_of(cls: type, row: Method) -> Callable[..., None]:
             if name not in defaults:
                 called = f"{cls.__qualname__}.__init__()"
                 raise TypeError(f"{called} got an unexpected keyword argument {name!r}")
-        self.build(in_features, out_features, bias, {**defaults, **keywords})
+        given = {**defaults, **keywords}
+        if given.get("dora") is True and "train" not in keywords:
+            given["train"] = (*row.trained, MAGNITUDE)
+        self.build(in_features, out_features, bias, given)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
@@ -140,6 +145,8 @@ def sized(
 def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a method's own options, by keyword; ValueError for an unknown one."""
     found = {}
+    if not isinstance(dora := given.get("dora", False), bool):
+        raise ValueError(f"dora is {dora!r}: it must be True or False")
     for name, values in row.options.items():
         value = given[name]
         if isinstance(values, tuple):

@@ -18,6 +18,7 @@ from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
+from . import dora
 from .accept import carry, clashes, give_back, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
@@ -40,14 +41,14 @@ class LowRankLinear(MergingLinear):
     Parameters they were.
     """
 
-    row: ClassVar[Method]
+    row: Method  # of the class or, with DoRA's magnitude, the layer's own
     method: ClassVar[str]  # the row's name, and what else of it is asked for often
-    factors: ClassVar[tuple[str, ...]]
+    factors: tuple[str, ...]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
     output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
     rank_dropout: float = 0.0
-    by_attributes: ClassVar[bool] = False  # whether the parts are more than Parameters of theirs
+    by_attributes: bool = False  # whether the parts are more than Parameters of theirs
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -80,7 +81,9 @@ class LowRankLinear(MergingLinear):
     def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
         """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        row, train = self.row, tuple(given["train"])
+        row, train = self.row.of(given), tuple(given["train"])
+        if row is not self.row:
+            self.row, self.factors, self.by_attributes = row, tuple(row.factors), True
         self.in_features, self.out_features = in_features, out_features
         sizes = sized(row, in_features, out_features, given)
         self.ranks = {name: sizes[name] for name in row.ranks}
@@ -107,6 +110,7 @@ class LowRankLinear(MergingLinear):
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
+        dora.check_rows(row, linear.weight)
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", linear.bias)
         given_shared = given.get("_shared") or {}
@@ -161,6 +165,7 @@ class LowRankLinear(MergingLinear):
 
     def _init_factors(self) -> None:
         fill(self)
+        dora.fill_magnitude(self)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
@@ -175,7 +180,9 @@ class LowRankLinear(MergingLinear):
 
     def parts(self) -> Parts:
         """The equation's down, core, up and gain."""
-        return self.row.made(self.factors_now(), self.base_weight, self.scale)
+        factors, weight = self.factors_now(), self.base_weight
+        made = self.row.made(factors, weight, self.scale)
+        return dora.with_gain(made, factors, weight, self.scale) if self.row.dora else made
 
     @property
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -216,6 +223,7 @@ class LowRankLinear(MergingLinear):
             "train": self.train_names,
             **{name: rank for name, rank in self.ranks.items() if name != "r"},
             **self.options,
+            **({"dora": True} if self.row.dora else {}),
         }
 
     @classmethod
@@ -374,6 +382,7 @@ class LowRankLinear(MergingLinear):
         return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        dora.forget()
         if self.computed_by is not None:
             self.computed_by.look_again(moved=True)
         return super()._apply(fn, recurse)

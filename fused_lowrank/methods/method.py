@@ -7,7 +7,7 @@ row; nothing else says what a method is. `fused_lowrank.methods.METHODS` has all
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..compute.reference import Core
 SIDES = {"K": "the layer's in_features", "N": "the layer's out_features"}
 SHARED = "*"  # in place of a layer's name, in keys of files
 BOTH = "the layer's smaller side"
+MAGNITUDE = "magnitude"  # DoRA's factor
 
 
 class Parts(NamedTuple):
@@ -84,6 +85,19 @@ class Method:
     sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added
     slices: bool = True  # whether a rank with a slice of K or N computes a slice of the layer
     residual: bool = False  # whether the base weight is W less the factors' first product
+    dora: bool | None = None  # whether there is DoRA's magnitude; None: there cannot be
+
+    def of(self, settings: Mapping[str, Any]) -> Method:
+        """The row of a layer with these settings: dora=True adds DoRA's magnitude."""
+        if not settings.get("dora") or self.dora is not False:
+            return self
+        factors = {**self.factors, MAGNITUDE: Factor("N", "norms", trained=True)}
+        return replace(self, factors=factors, dora=True)
+
+    @property
+    def label(self) -> str:
+        """The name, and whether it is with DoRA."""
+        return f"{self.name} with dora" if self.dora else self.name
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from ..context.disabling import disabled
 from ..context.elsewhere import sharder_in
 from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
-from ..methods import METHODS, LowRankLinear
+from ..methods import METHODS, LowRankLinear, named
 from ..methods.accept import clashes, why_no_weight
+from ..methods.dora import check_rows
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
 from ..methods.shared import shared_by, spread, tie, tie_within
@@ -72,7 +73,8 @@ def adapt(
 
     Args:
         model: any module; it keeps its class.
-        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`.
+        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`; or
+            "dora", which is "lora" with dora=True.
         target_modules: a list of module names or of their last parts; or a regular expression that
             must match whole names; or "all-linear": every nn.Linear but the output layer (what
             model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
@@ -95,7 +97,7 @@ def adapt(
         defer_bases: leave the factors uninitialised, for a model on the meta device; call
             `init_bases` when its weights are there.
         method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; svd
-            (LoRA-XS); a, b, init (LoRA-Mini).
+            (LoRA-XS); a, b, init (LoRA-Mini); dora (of these and LoRA-FA).
 
     Returns:
         The same model.
@@ -111,13 +113,7 @@ def adapt(
     Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
     would be learned, what is trained in 16 bits, and which pattern decides nothing.
     """
-    if not isinstance(method, str):
-        raise TypeError(
-            f"method is a {type(method).__name__}: it must be a name, one of {', '.join(METHODS)}; "
-            "a config of PEFT's goes to peft.get_peft_model"
-        )
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    method, method_keywords = named(method, method_keywords)
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model is adapted already: unload(model) first")
     refuse_peft(model)
@@ -253,6 +249,10 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     for name, layer in pending.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
+        try:
+            check_rows(layer.row, layer.weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     tie(pending.values())
     for name, layer in tqdm(pending.items(), "init_bases", disable=not progress, unit="layer"):
         try:

@@ -11,6 +11,7 @@ LORA = Method(
     ranks={"r": 16},
     factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
     learning_rate=5e-4,
+    dora=False,
 )
 
 

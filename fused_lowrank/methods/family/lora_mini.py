@@ -34,6 +34,7 @@ LORA_MINI = Method(
     },
     starts={"identity": {"b_train": "drawn_zeros"}},
     bases=SEEDED,
+    dora=False,
 )
 
 

@@ -25,6 +25,7 @@ LORA_XS = Method(
     options={"svd": ("randomized", "exact")},
     starts={"identity": {"core": "silence"}, "random": {"core": "normal"}},
     bases=SVD,
+    dora=False,
 )
 
 

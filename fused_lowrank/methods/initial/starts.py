@@ -36,6 +36,7 @@ FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
     "normal": lambda tensor, options: nn.init.normal_(tensor),
 }
 ZERO = ("zeros", "drawn_zeros", "silence")
+NORMS = "norms"  # of the rows of W + ΔW: DoRA's, when the others have theirs
 
 # name → (down, up) of a weight and the rank r
 PAIRS: dict[str, Callable[[Tensor, int, Options], tuple[Tensor, Tensor]]] = {
@@ -60,7 +61,8 @@ DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
 
 def check_learns(layer: Any) -> None:
     """Raise ValueError if factors are trained beside one that starts at 0 and is not."""
-    others = [name for name in layer.train_names if name in layer.factors]
+    own = [name for name in layer.train_names if name in layer.factors]
+    others = [name for name in own if layer.row.factors[name].init != NORMS]
     inits, options = layer.inits.items(), layer.options
     zero = [name for name, init in inits if init in ZERO or options.get(init) == 0]
     if len(zero) > 1 and layer.row.parts is not None:
@@ -73,11 +75,11 @@ def check_learns(layer: Any) -> None:
 
 
 def fill(layer: Any) -> None:
-    """Give a layer's factors their first values, in their order; not the shared ones."""
+    """Give a layer's factors their first values, in their order; not shared ones, nor DoRA's."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, init in layer.inits.items():
         factor = getattr(layer, name)
-        if layer.row.factors[name].shared:
+        if layer.row.factors[name].shared or init == NORMS:
             continue
         if init in PAIRS:
             if init not in pairs:
