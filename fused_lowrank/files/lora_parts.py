@@ -55,7 +55,7 @@ def check_dora(adapter: Adapter, asked: bool) -> None:
     if having and not asked:
         raise ValueError(
             f"{having[0]} is with dora, which plain LoRA cannot hold: merge it into the model, or "
-            "export_lora(…, dora=True) (convert --to peft-dora) for PEFT, and engines that know DoRA"
+            "export_lora(…, dora=True), convert --to peft-dora, for PEFT and who else knows DoRA"
         )
     if asked and len(having) < len(adapter.parts):
         without = next(name for name in adapter.parts if name not in having)
