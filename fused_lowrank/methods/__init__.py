@@ -6,10 +6,10 @@
     initial.starts    those by the names that rows give them
     initial.bases     frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
+    tensors           tensors that are sharded, or on the meta device
     dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
     shared            factors that all layers of a model have in common
-    tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
     state             what a state_dict of a layer means, merged or not
     computer          the slot of a layer for who computes it in its place

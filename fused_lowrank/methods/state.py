@@ -86,7 +86,7 @@ def is_other(value: Any, own: Any) -> bool:
 def delta_of(
     layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """What a layer with these factors adds to this weight, computed in a dtype.
+    """The matrix that a layer with these factors adds to this weight, computed in a dtype.
 
     That is scale · up·coreᵀ·down or, where there is a gain, gain ⊙ (W + that) - W.
     """

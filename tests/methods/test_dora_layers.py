@@ -1,86 +1,15 @@
 """Layers with dora=True: a trained magnitude over the norms of the rows of W + ΔW."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from dora_cases import SETTINGS, K, M, N, close, formula, fused, gradients, layer_of, methods
+from torch import nn
 
-from fused_lowrank import (
-    AdapterBank,
-    adapt,
-    disable_adapters,
-    explain,
-    init_bases,
-    load_adapter,
-    save_adapter,
-    unload,
-)
-from fused_lowrank.methods import METHODS, LowRankLinear, dora
-from fused_lowrank.models.restarts import merge_and_restart
-
-K, N, M = 40, 48, 70
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4},
-    "lora_fa": {"r": 4},
-    "lora_xs": {"r": 4},
-    "lora_mini": {"r": 3, "a": 6, "b": 5, "init": "paper"},
-}
-methods = pytest.mark.parametrize("method", SETTINGS)
-fused = pytest.mark.parametrize("fused", [False, True], ids=["reference", "fused"])
-
-
-def layer_of(
-    method: str, fused: bool = True, dtype: torch.dtype = torch.float32, **keywords: Any
-) -> Any:
-    """A layer with dora, all of whose trained values are away from their start."""
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N).to(dtype)
-    keywords = {**SETTINGS[method], "alpha": 6.0, "dora": True, **keywords}
-    layer = METHODS[method][fused].from_linear(linear, **keywords)
-    shift(layer)
-    return layer
-
-
-@torch.no_grad()
-def shift(layer: nn.Module) -> None:
-    """Move what is trained."""
-    for parameter in layer.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-
-
-def formula(layer: LowRankLinear, x: Tensor) -> Tensor:
-    """y in float64 as the paper writes it, the norm a constant in the gradient."""
-    wide: Any = {name: factor.double() for name, factor in layer.factors_now().items()}
-    core = wide.get("core")
-    if "a_train" in wide:
-        core = wide["a_train"] @ wide["b_train"]
-    up = wide["up"] if core is None else wide["up"] @ core.t()
-    whole = layer.weight.double() + layer.scale * up @ wide["down"]
-    gain = wide["magnitude"] / whole.norm(dim=1).detach()
-    y = x.double() @ (gain[:, None] * whole).t()
-    return y if layer.bias is None else y + layer.bias.double()
-
-
-def gradients(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """[y, dx, the gradients of what is trained]."""
-    leaf = x.clone().requires_grad_()
-    y = call(leaf)
-    torch.manual_seed(1)
-    dy = torch.randn(y.shape).to(y.dtype)
-    leaves = [leaf, *(own for own in layer.parameters() if own.requires_grad)]
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-def close(found: list[Tensor], expected: list[Tensor], eps: float) -> None:
-    """Whether tensors agree, by their norms."""
-    for ours, truth in zip(found, expected, strict=True):
-        off = float((ours.double() - truth.double()).norm())
-        assert off <= eps * float(truth.double().norm()) + 1e-30, (off, ours.shape)
+from fused_lowrank import explain
+from fused_lowrank.methods import METHODS, dora
 
 
 @methods
@@ -199,6 +128,7 @@ def test_a_trained_weight_has_no_constants() -> None:
 @pytest.mark.parametrize("rows", [3, M])
 def test_compiled(method: str, rows: int, counted: list[bool]) -> None:
     """One graph, the eager numbers, and constants that are kept as in eager calls."""
+    torch.compiler.reset()
     layer, x = layer_of(method), torch.randn(rows, K)
     expected = gradients(layer, layer, x)
     compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -254,155 +184,6 @@ def test_merging(method: str) -> None:
         other.load_state_dict(state)
 
 
-class Net(nn.Module):
-    """Two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(K, N), nn.Linear(N, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
-def adapted(net: nn.Module, method: str, **keywords: Any) -> Any:
-    """A copy of a model, with dora, away from its start."""
-    keywords = {**SETTINGS[method], "dora": True, **keywords}
-    targets = ["first", "second"]
-    model = adapt(copy.deepcopy(net), method, target_modules=targets, progress=False, **keywords)
-    shift(model)
-    return model
-
-
-@methods
-@pytest.mark.parametrize("bases", [True, False])
-def test_files(method: str, bases: bool, tmp_path: Any) -> None:
-    """Saved and loaded, into a plain model and an adapted one; refused by another base."""
-    torch.manual_seed(0)
-    net, x = Net(), torch.randn(M, K)
-    model = adapted(net, method)
-    save_adapter(model, tmp_path / "file", bases=bases)
-    into = adapted(net, method)
-    targets = [into]
-    if not bases and method in ("lora_fa", "lora_mini"):  # random ones are in no such file
-        there = model.state_dict()
-        frozen = {key: v for key, v in there.items() if key.endswith((".down", ".up"))}
-        into.load_state_dict(frozen, strict=False)
-    else:
-        targets.append(copy.deepcopy(net))
-    for target in targets:
-        found = load_adapter(target, tmp_path / "file", progress=False)
-        close([found(x)], [model(x)], 1e-6)
-        assert found.first.settings() == model.first.settings()
-    with pytest.raises(ValueError, match="another base model"):
-        load_adapter(Net() if bases else adapted(Net(), method), tmp_path / "file", progress=False)
-    plain = adapted(net, method, dora=False)
-    with pytest.raises(ValueError, match=f"first is {method} here and {method} with dora there"):
-        load_adapter(plain, tmp_path / "file", progress=False)
-
-
-@methods
-def test_whole_models(method: str) -> None:
-    """Disabled, copied, pickled, merged and taken out."""
-    torch.manual_seed(0)
-    net, x = Net(), torch.randn(M, K)
-    model = adapted(net, method)
-    expected = model(x)
-    with disable_adapters(model):
-        assert torch.equal(model(x), net(x))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), expected)
-    close([unload(copy.deepcopy(model), merge=True)(x)], [expected], 1e-5)
-    assert torch.equal(unload(model)(x), net(x))
-
-
-def test_dora_is_a_name_of_lora_with_it() -> None:
-    """adapt(model, "dora")."""
-    model = adapt(Net(), "dora", target_modules=["first"], r=2, progress=False)
-    assert model.first.settings() == {**model.first.settings(), "dora": True}
-    assert model.first.method == "lora"
-    with pytest.raises(ValueError, match="take 'lora'"):
-        adapt(Net(), "dora", target_modules=["first"], dora=False, progress=False)
-
-
-def test_meta() -> None:
-    """Layers that are made before their weights are there get their magnitude with their bases."""
-    with torch.device("meta"):
-        net = Net()
-    model = adapt(
-        net, "lora_xs", target_modules=["first"], r=4, dora=True, defer_bases=True, progress=False
-    )
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name in ("first", "second"):
-            for part in ("weight", "bias"):
-                getattr(getattr(model, name), part).normal_()
-        model.first.weight[2] = 0.0
-    with pytest.raises(ValueError, match="first: rows 2 of the weight are zero"):
-        init_bases(model, progress=False)
-    assert model.first.bases_pending
-    with torch.no_grad():
-        model.first.weight[2] = 1.0
-    init_bases(model, progress=False)
-    torch.testing.assert_close(
-        model.first.magnitude, model.first.weight.norm(dim=1), rtol=1e-3, atol=0
-    )
-
-
-# --- refused ---
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-@methods
-def test_rows_without_a_norm(method: str, value: float) -> None:
-    """Refused before anything is changed."""
-    net = Net()
-    with torch.no_grad():
-        net.second.weight[5] = value
-    before, modules = copy.deepcopy(net.state_dict()), list(net.modules())
-    with pytest.raises(ValueError, match=r"second: rows 5 of the weight are zero, or hold NaN"):
-        adapted_in_place(net, method)
-    assert list(net.modules()) == modules
-    assert all(own.requires_grad for own in net.parameters())
-    assert all(
-        torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in net.state_dict().items()
-    )
-
-
-def adapted_in_place(net: nn.Module, method: str) -> None:
-    keywords = {**SETTINGS[method], "dora": True}
-    adapt(net, method, target_modules=["first", "second"], progress=False, **keywords)
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in SETTINGS])
-def test_methods_without_it(method: str) -> None:
-    """They say who has it; and who has it takes True or False alone."""
-    with pytest.raises(TypeError, match="no keyword 'dora': lora, lora_fa, lora_xs and lora_mini"):
-        adapt(Net(), method, target_modules=["first"], dora=True, progress=False)
-    with pytest.raises(ValueError, match="dora is 1: it must be True or False"):
-        adapt(Net(), "lora", target_modules=["first"], dora=1, progress=False)
-
-
-def test_banks(tmp_path: Any) -> None:
-    """A bank takes neither a model with dora nor an adapter with it."""
-    torch.manual_seed(0)
-    net = Net()
-    model, plain = adapted(net, "lora_xs"), adapted(net, "lora_xs", dora=False)
-    with pytest.raises(ValueError, match="first is with dora: the norms of its rows are of one"):
-        AdapterBank(model, slots=2)
-    save_adapter(model, tmp_path / "file")
-    bank = AdapterBank(plain, slots=2)
-    for source in (model, tmp_path / "file"):
-        with pytest.raises(ValueError, match="first is lora_xs with dora there and lora_xs here"):
-            bank.add("a", source)
-    with pytest.raises(ValueError, match="magnitude of first: a bank holds no adapters with dora"):
-        bank.add("a", model.state_dict())
-
-
-# --- beside the rest ---
-
-
 @methods
 def test_dropouts(method: str) -> None:
     """Of the low-rank path alone; the norm is that of W + ΔW whole."""
@@ -415,32 +196,6 @@ def test_dropouts(method: str) -> None:
     assert int(torch.linalg.matrix_rank(low.double(), tol=1e-3)) <= layer.down.shape[0]
     layer.eval()
     close([layer(x)], [formula(layer, x)], 1e-5)
-
-
-@methods
-def test_restart(method: str) -> None:
-    """Merged for good and begun anew: the function stays, and the magnitude is W's norm."""
-    torch.manual_seed(0)
-    net, x = Net(), torch.randn(M, K)
-    if method == "lora_fa":
-        return
-    model = adapted(net, method, **({"init": "identity"} if method == "lora_mini" else {}))
-    expected = model(x).detach()
-    trained = [own for own in model.parameters() if own.requires_grad]
-    merge_and_restart(model, torch.optim.SGD(trained, lr=0.1), progress=False)
-    close([model(x)], [expected], 1e-4)
-    torch.testing.assert_close(
-        model.first.magnitude, model.first.weight.norm(dim=1), rtol=1e-4, atol=0
-    )
-
-
-def test_patterns_and_rslora() -> None:
-    """Settings of adapt compose with it."""
-    model = adapted(Net(), "lora", use_rslora=True, rank_pattern={"second": 2}, alpha=8)
-    assert (model.first.r, model.second.r) == (4, 2)
-    assert model.first.scale == pytest.approx(8 / 2)
-    x = torch.randn(M, K)
-    close([model.first(x)], [formula(model.first, x)], 1e-5)
 
 
 def test_explain() -> None:
