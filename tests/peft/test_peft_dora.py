@@ -87,7 +87,7 @@ def test_export(method: str, by: str, tmp_path: Path, capsys: Any) -> None:
     model = adapted(net, method)
     save_adapter(model, tmp_path / "file")
     source: Any = model if by == "model" else tmp_path / "file"
-    with pytest.raises(ValueError, match="plain LoRA cannot hold: merge .*dora=True.*peft-dora"):
+    with pytest.raises(ValueError, match=r"plain LoRA cannot hold: merge .*dora=True.*peft-dora"):
         export_lora(source, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     if by == "cli":
