@@ -421,7 +421,7 @@ def describe(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     first = next(iter(layers.values()))
     return (
-        f"{first.method}: {len(layers)} layers adapted; {trained:,} of {total:,} parameters "
+        f"{first.row.label}: {len(layers)} layers adapted; {trained:,} of {total:,} parameters "
         f"trained ({trained / total:.3%}); "
         f"a learning rate to start from (AdamW): {first.learning_rate:g}"
     )
