@@ -112,7 +112,8 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         raise ValueError(f"rows is {rows}: it must be at least 1")
     if sharder := sharder_of(layer.weight):
         raise ValueError(f"the layer is sharded by {sharder}: explain it before that")
-    down, core, up, _ = layer.parts()
+    down, core, up, gain = layer.row.made(layer.factors_now(), layer.base_weight, layer.scale)
+    has_gain = gain is not None or bool(layer.row.dora)
     (n, k), p, q = layer.weight.shape, down.shape[0], up.shape[1]
     device, dtype = device_of(layer), layer.weight.dtype
     banked = ", in a bank: each row has an adapter of its own" if layer.in_bank else ""
@@ -139,7 +140,9 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         sizes = (n, k, q, p) if transposed else (k, n, p, q)
         want_u, by_row = transposed and trains_down, layer.in_bank
         flags = transposed, regular, dropout, want_u, by_row, bulk, doubles, diagonal
-        passes.append(of_pass(Problem(device, dtype, bucket(rows), *sizes, *flags), impl))
+        gained = has_gain and not transposed
+        problem = Problem(device, dtype, bucket(rows), *sizes, *flags, gained)
+        passes.append(of_pass(problem, impl))
     return Explanation(name, "", tuple(passes))
 
 
@@ -150,7 +153,8 @@ def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
     if layer.impl == "reference":
         return "the equation in plain torch: no plan is chosen"
     # A bank takes the chain where no gradient is wanted; of a training step, as here, it never is.
-    if not layer.in_bank and layer.impl == "auto" and not layer.dropout and choose.small(x):
+    plain = not (layer.in_bank or layer.dropout or layer.row.dora)
+    if plain and layer.impl == "auto" and choose.small(x):
         return "a chain of library operations: on a CPU the host's work is most of so small a call"
     return ""
 

@@ -37,6 +37,7 @@ from .context.called import note_call
 from .functional import draw_seed
 from .methods import LowRankLinear
 from .methods.computer import Computer
+from .methods.dora import with_gain
 from .methods.method import Parts
 
 Forward = Callable[[LowRankLinear, Any], Tensor]
@@ -104,6 +105,11 @@ class LowRankRowwiseParallel(RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = checked(module, "RowwiseParallel")
+        if layer.row.dora:
+            raise ValueError(
+                "DoRA's norms are of whole rows of W, and each rank would have a part of them: "
+                "take LowRankColwiseParallel for this layer, or fully_shard"
+            )
         check_parts(layer, "in_features", layer.in_features, device_mesh)
         sharded = {"weight": Shard(1), **sides(layer, "K")}
         return parallelized(layer, device_mesh, self, (Shard(-1),), sharded, rowwise)
@@ -198,7 +204,13 @@ def rowwise(layer: LowRankLinear, x: DTensor) -> DTensor:
 def own_parts(layer: LowRankLinear, weight: Tensor) -> Parts:
     """The equation's parts of what this rank has of the factors."""
     factors = {name: local(factor) for name, factor in layer.factors_now().items()}
-    return layer.row.made(factors, weight, layer.scale)
+    made = layer.row.made(factors, weight, layer.scale)
+    if not layer.row.dora:
+        return made
+    own: Any = layer.weight, layer.down  # the tensors that stay the same from call to call
+    held, down = (getattr(tensor, "_local_tensor", tensor) for tensor in own)
+    lasting = made if made.down.requires_grad else made._replace(down=down)
+    return made._replace(gain=with_gain(lasting, factors, held, layer.scale).gain)
 
 
 def local(operand: Any) -> Any:

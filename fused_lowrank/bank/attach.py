@@ -33,6 +33,11 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
             raise ValueError(f"{name} is sharded: a bank's layers are whole, one copy on each rank")
         if sharder := sharder_of(layer.weight):
             raise ValueError(f"{name} is sharded by {sharder}: a bank's layers are whole")
+        if layer.row.dora:
+            raise ValueError(
+                f"{name} is with dora: the norms of its rows are of one adapter, and those of a "
+                "bank would have each their own. Adapt without dora, or merge this one"
+            )
         shared = layer.row.common & set(layer.train_names)
         if not layer.row.core or shared:
             what = ", ".join(sorted(shared)) or "down and up"

@@ -16,8 +16,9 @@ from ..files import peft_folder
 from ..files.contents import read
 from ..files.fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
 from ..files.other_base import refuse_other_base
-from ..methods import LowRankLinear
+from ..methods import LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
+from ..methods.method import MAGNITUDE
 from ..models.adapt import adapted_layers
 from ..models.targets import check_places
 from ..models.whole_modules import saved_modules
@@ -232,7 +233,7 @@ def check_core(layer: LowRankLinear, core: Any, count: int, name: str, what: str
 def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
     """The adapter that a model carries."""
     there, what = dict(adapted_layers(model)), "the model"
-    check_names(store, {name: layer.method for name, layer in there.items()}, what)
+    check_names(store, {name: layer.row.label for name, layer in there.items()}, what)
     trained = {n: layer.train_names for n, layer in there.items()}
     check_trained(store, trained, saved_modules(model), what)
     found = {}
@@ -258,7 +259,7 @@ def of_contents(
     path: str,
 ) -> dict[str, Found]:
     """The adapter in a file of `save_adapter`, or in a folder of PEFT's."""
-    methods = {name: entry["method"] for name, entry in config["layers"].items()}
+    methods = {name: row_of(entry).label for name, entry in config["layers"].items()}
     check_names(store, methods, path)
     trained = {name: entry["settings"]["train"] for name, entry in config["layers"].items()}
     check_trained(store, trained, config["modules_to_save"], path)
@@ -293,6 +294,8 @@ def of_tensors(
     values: Any = {factor: get(f"{name}.{factor}") for factor in names}
     if not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{what} lacks {' or '.join(f'{name}.{factor}' for factor in names)}")
+    if get(f"{name}.{MAGNITUDE}") is not None:
+        raise ValueError(f"{what} has a magnitude of {name}: a bank holds no adapters with dora")
     core = single(layer.row.core_of(values))
     check_core(layer, core, 1, name, what)
     down, up, weight = (get(f"{name}.{part}") for part in ("down", "up", "weight"))
@@ -319,7 +322,7 @@ def check_trained(
 
 def check_names(store: AdapterStore, methods: Mapping[str, str], what: str) -> None:
     """Raise unless the source adapts the layers of the bank, by the same methods."""
-    ours = {name: layer.method for name, layer in store.layers.items()}
+    ours = {name: layer.row.label for name, layer in store.layers.items()}
     if ours != methods:
         name = next(n for n in [*ours, *methods] if ours.get(n) != methods.get(n))
         raise ValueError(

@@ -7,6 +7,7 @@
     contents          what lies in an adapter's file: config and tensors
     adapter           `save_adapter`, `load_adapter`
     official          the checkpoints of LoRA-XS's authors
+    lora_parts        the terms that are exported
     lora_export       adapters as PEFT's plain LoRA
     inspection        a file or folder, described
     cli               the command line

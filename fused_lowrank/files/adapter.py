@@ -35,7 +35,7 @@ from ..context.elsewhere import (
     sharder_in,
 )
 from ..context.learns import warn_of_broken
-from ..methods import LowRankLinear
+from ..methods import LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES, why_no_weight
 from ..methods.tensors import is_sharded, whole
 from ..models.adapt import adapted_layers, build, place, require_adapted
@@ -278,8 +278,8 @@ def install(
 
 def check_same_layers(layers: dict[str, LowRankLinear], config: dict[str, Any], path: Any) -> None:
     """Raise unless the adapted model has the layers of the file, of the same methods and alpha."""
-    there = {name: layer.method for name, layer in layers.items()}
-    asked = {name: entry["method"] for name, entry in config["layers"].items()}
+    there = {name: layer.row.label for name, layer in layers.items()}
+    asked = {name: row_of(entry).label for name, entry in config["layers"].items()}
     if there != asked:
         name = next(n for n in [*there, *asked] if there.get(n) != asked.get(n))
         raise ValueError(

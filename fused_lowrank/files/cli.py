@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..bank import file as bank_file
-from ..methods import METHODS
+from ..methods import row_of
 from ..models.adapt import require_adapted, unload
 from ..models.targets import modules_by_name
 from ..models.ties import tied_layers
@@ -96,8 +96,9 @@ def parser() -> argparse.ArgumentParser:
     both[0].add_argument(
         "--to",
         required=True,
-        choices=("peft-lora", "fused"),
-        help="plain LoRA in PEFT's format, or a file that load_adapter reads",
+        choices=("peft-lora", "peft-dora", "fused"),
+        help="plain LoRA in PEFT's format, or of an adapter with dora PEFT's DoRA, or a file that "
+        "load_adapter reads",
     )
     for own in both:
         own.add_argument("target", type=Path, help="what to write; must not exist")
@@ -142,13 +143,13 @@ def convert(args: argparse.Namespace) -> None:
         if args.to == "fused":
             adapter_file.save_adapter(model, args.target)
         else:
-            export_lora(model, args.target)
+            export_lora(model, args.target, dora=args.to == "peft-dora")
         return
     if args.to == "fused":
         raise ValueError("--to fused needs --base: the file is to know its base model's weights")
     config, tensors = contents(args, kind)
     for name, entry in config["layers"].items():
-        row = METHODS[entry["method"]][0].row
+        row = row_of(entry)
         for factor in row.factors:
             if row.key(name, factor) not in tensors:
                 raise ValueError(
@@ -156,7 +157,8 @@ def convert(args: argparse.Namespace) -> None:
                     "base model by --base"
                 )
     adapter_file.pop_fingerprints(config, tensors)
-    write(of_contents(config, tensors, args.source), args.target, None)
+    adapter = of_contents(config, tensors, args.source)
+    write(adapter, args.target, None, args.to == "peft-dora")
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..methods import METHODS, LowRankLinear
+from ..methods import METHODS, LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
 from ..methods.initial.values import needs
+from ..methods.variants import variant
 from ..models.adapt import Plan
 from ..models.targets import modules_by_name
 from . import peft_folder
@@ -127,7 +128,8 @@ def plan_of(
         if name not in modules:
             raise ValueError(f"{path} adapts {name}, but this model has no such module")
         cls, settings = METHODS[entry["method"]][fused], entry["settings"]
-        keys = [cls.row.key(name, f) for f in cls.factors if f in settings["train"]]
+        row = row_of(entry)
+        keys = [row.key(name, f) for f in row.factors if f in settings["train"]]
         trained = [tensors.get(key) for key in keys]
         dtypes = [tensor.dtype for tensor in trained if tensor is not None]
         dtype = dtypes[0] if dtypes and dtypes[0] in WEIGHT_DTYPES else None
@@ -145,8 +147,9 @@ def holds_factors(
     lacking = [
         keywords.get("init", "")
         for name, (cls, keywords) in plan.items()
-        for factor, own in cls.row.factors.items()
-        if own.saved and cls.row.key(name, factor) not in tensors
+        for row in [variant(cls.row, keywords)]
+        for factor, own in row.factors.items()
+        if own.saved and row.key(name, factor) not in tensors
     ]
     if config["bases"] or not lacking:
         return True

@@ -10,14 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..bank import file as bank_file
-from ..methods import METHODS
-from ..methods.initial.residual import under
+from ..methods import METHODS, row_of
 from . import adapter as adapter_file
 from . import official, peft_folder
 from .peft_others import OTHERS
 
 TITLES = " or ".join(METHODS[name][0].row.title for name in peft_folder.TYPES.values())
-TITLES += "".join(f" or {row.title}" for row in OTHERS.values())
+TITLES += "".join(f" or {row.title}" for row in OTHERS.values()) + " or DoRA"
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",
     "bank": "bank of fused_lowrank, by AdapterBank.save",
@@ -50,6 +49,10 @@ def kind_of(path: Path) -> str:
     if method != "LORA":
         raise ValueError(f"{path} is an adapter of PEFT's {method}, which is not known here")
     keys = peft_folder.tensors_of(file)
+    if peft_folder.config_of(file).get("use_dora") and any(
+        ".lora_magnitude" in key for key in keys
+    ):
+        return "peft"
     return "official" if any(key.endswith(official.LATENT) for key in keys) else "lora"
 
 
@@ -79,7 +82,7 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
     frozen: dict[str, None] = {}
     count = 0
     for name, entry in entries.items():
-        row = under(METHODS[entry["method"]][0].row, entry["settings"].get("init"))
+        row = row_of(entry)
         for part in (*row.factors, "weight", "bias"):
             tensor = tensors.get(row.key(name, part))
             kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "not inside"
@@ -100,10 +103,10 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
 def of_layers(entries: dict[str, Any]) -> Rows:
     """The rows to print of the layers' settings."""
     settings = [entry["settings"] for entry in entries.values()]
-    rows_of = (METHODS[entry["method"]][0].row for entry in entries.values())
+    rows_of = [row_of(entry) for entry in entries.values()]
     ranks = dict.fromkeys(rank for row in rows_of for rank in row.ranks)
     rows = [
-        ("method", listed(entry["method"] for entry in entries.values())),
+        ("method", listed(row.label for row in rows_of)),
         ("layers", shown(list(entries))),
         *((key, listed(own[key] for own in settings if key in own)) for key in ranks),
     ]

@@ -9,12 +9,10 @@ LoRA-XS     A = down               B = up·coreᵀ
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..bank import AdapterBank
-from ..bank.sources import holds
-from ..compute.autograd import places
-from ..compute.reference import Core
 from ..context.elsewhere import each_here, value_of
-from ..methods import METHODS, LowRankLinear
+from ..methods import METHODS, LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
+from ..methods.method import MAGNITUDE
 from ..methods.shared import shared_by
 from ..models.adapt import adapted_layers
 from ..models.targets import check_places, matches, named_modules, unwrapped
@@ -44,30 +40,8 @@ from .adapter import (
     shapes_of,
 )
 from .contents import read, replacing, require_path
+from .lora_parts import Adapter, Part, check_dora, common_scale, factored, number, own_part
 from .peft_folder import CONFIG, PREFIX, WEIGHTS
-
-
-@dataclass
-class Part:
-    """The term that an adapter adds to one layer: alpha / r · up·coreᵀ·down."""
-
-    down: Tensor
-    core: Core
-    up: Tensor
-    alpha: float
-    r: int
-    dropout: float
-    bias: Tensor | None = None  # where it is trained
-
-
-@dataclass
-class Adapter:
-    """An adapter of any origin."""
-
-    parts: dict[str, Part]  # by layer
-    modules: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)  # trained whole: states
-    model: nn.Module | None = None
-    turned: bool = False  # whether its weights are stored (in, out)
 
 
 def export_lora(
@@ -76,6 +50,7 @@ def export_lora(
     *,
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    dora: bool = False,
 ) -> None:
     """Write an adapter as plain LoRA: a folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -89,13 +64,15 @@ def export_lora(
         path: the folder, which may be there already.
         name: of an adapter in a bank.
         dtype: of A and B; None: the widest of the factors they are made of.
+        dora: write an adapter with dora as PEFT's DoRA, which PEFT loads, and few engines do.
 
     Raises:
         TypeError: `path` is no path.
         ValueError: no adapter there, or an uninitialised, disabled or damaged one; a file without
-            its frozen factors; a trained weight, also by a tie, which LoRA cannot hold; a file
-            with a part of a module that is tied to it; values that `dtype` cannot hold; a layer
-            that stands in several places, of which PEFT would adapt one.
+            its frozen factors; one with dora, unless `dora` is True; a trained weight, also by a
+            tie, which LoRA cannot hold; a file with a part of a module that is tied to
+            it; values that `dtype` cannot hold; a layer that stands in several places, of which
+            PEFT would adapt one.
     """
     require_path(path, "export_lora(model, folder)")
     if dtype not in (None, *WEIGHT_DTYPES):
@@ -112,7 +89,7 @@ def export_lora(
         config, tensors = read(source)
         pop_fingerprints(config, tensors)
         adapter = of_contents(config, tensors, source)
-    write(adapter, path, dtype)
+    write(adapter, path, dtype, dora)
 
 
 # --- where adapters come from ---
@@ -123,17 +100,12 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
     if "weight" in layer.train_names:
         raise ValueError(f"{name} trains its weight, which plain LoRA cannot hold: merge instead")
     bias = layer.bias if "bias" in layer.train_names else None
-    down, core, up, gain = layer.parts()
+    factors = layer.factors_now()
+    down, core, up, gain = layer.row.made(factors, layer.base_weight, layer.scale)
     if gain is not None:
         raise ValueError(f"{name} scales its outputs, which plain LoRA cannot hold: merge instead")
-    return Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias)
-
-
-def own_part(part: Part) -> Part:
-    """The part with copies of its own, of what is here for now only."""
-    a, b, bias = (t if t is None else own_copy(t) for t in (*places(part.core), part.bias))
-    core = a if a is None or b is None else (a, b)
-    return replace(part, down=own_copy(part.down), core=core, up=own_copy(part.up), bias=bias)
+    magnitude = factors.get(MAGNITUDE)
+    return Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias, magnitude)
 
 
 def of_model(model: nn.Module) -> Adapter:
@@ -267,7 +239,7 @@ def sizes_in(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Any
 ) -> tuple[int, int]:
     """(in_features, out_features) of a layer that a file describes."""
-    row = METHODS[entry["method"]][0].row
+    row = row_of(entry)
     for factor in row.factors:
         if row.key(name, factor) not in tensors:
             raise ValueError(
@@ -303,14 +275,19 @@ def as_lora(
         ranks[name] = a.shape[0]
         if part.bias is not None:
             tensors[f"{PREFIX}{name}.base_layer.bias"] = part.bias
+        if part.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = part.magnitude
     for name, state in adapter.modules.items():
         tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
     own = {key: own_copy(value) for key, value in tensors.items()}
     return config_of(adapter, ranks, scale), own
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
-    """Write the folder."""
+def write(
+    adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | None, dora: bool = False
+) -> None:
+    """Write the folder; an adapter with `dora` as PEFT's DoRA."""
+    check_dora(adapter, dora)
     config, tensors = as_lora(adapter, dtype)
     folder = Path(path)
     if folder.is_file():
@@ -319,42 +296,6 @@ def write(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype | N
     with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as settings:
         save_file(tensors, weights, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def common_scale(parts: Any) -> Fraction:
-    """The scale of the first layer that has one: engines know only one, so B takes the rest."""
-    scales = (Fraction(part.alpha) / part.r for part in parts)
-    return next((scale for scale in scales if scale), Fraction(0))
-
-
-@torch.no_grad()
-def factored(
-    part: Part, scale: Fraction, dtype: torch.dtype | None, name: str
-) -> tuple[Tensor, Tensor]:
-    """A (r, K) and B (N, r) on the CPU, with scale · B·A = alpha / r · up·coreᵀ·down."""
-    core = part.core
-    cores = core if isinstance(core, tuple) else () if core is None else (core,)
-    if dtype is None:
-        kinds = [factor.dtype for factor in (part.down, *cores, part.up)]
-        dtype = functools.reduce(torch.promote_types, kinds)
-    a, b, *wide = (  # copies, for bits depend on how memory is aligned, which in a file it is not
-        factor.detach().cpu().to(torch.float64, copy=True)
-        for factor in (part.down, part.up, *cores)
-    )
-    if len(wide) == 2:
-        a, b = wide[0].t() @ a, b @ wide[1].t()
-    elif wide and wide[0].dim() == 1:
-        b = b * wide[0]
-    elif wide and a.shape[0] <= b.shape[1]:
-        b = b @ wide[0].t()
-    elif wide:
-        a = wide[0].t() @ a
-    own = Fraction(part.alpha) / part.r
-    if own != scale:
-        b = b * float(own / scale)
-    if not (holds(dtype, a) and holds(dtype, b)):
-        raise ValueError(f"the factors of {name} hold NaN, Inf, or more than {dtype} can hold")
-    return a.to(dtype), b.to(dtype)
 
 
 def config_of(adapter: Adapter, ranks: dict[str, int], scale: Fraction) -> dict[str, Any]:
@@ -383,13 +324,8 @@ def config_of(adapter: Adapter, ranks: dict[str, int], scale: Fraction) -> dict[
         "init_lora_weights": True,
         "fan_in_fan_out": adapter.turned,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(part.magnitude is not None for part in adapter.parts.values()),
     }
-
-
-def number(value: Fraction) -> int | float:
-    """A whole number as such."""
-    return int(value) if value.denominator == 1 else float(value)
 
 
 def base_name(model: nn.Module | None) -> str | None:

@@ -1,6 +1,7 @@
 """Folders of adapters in PEFT's format, read without PEFT.
 
-`peft_others` reads those of PEFT's own VeRA and AdaLoRA. Of the methods here:
+`peft_others` reads those of PEFT's own VeRA and AdaLoRA, `dora_parsed` its DoRA. Of the methods
+here:
 
 adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
@@ -46,6 +47,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's keys
 FILES = WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin"
 HEADS = ["classifier", "score"]  # what PEFT trains whole where the config does not say
+DORA = {  # the ends of PEFT's keys
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".base_layer.bias": "bias",
+    ".base_layer.weight": "weight",
+}
+UNREAD = "fan_in_fan_out", "lora_bias", "use_qalora", "layer_replication", "target_parameters"
 TYPES = {name.upper(): name for name, (cls, _) in METHODS.items() if cls.row.bases}  # in PEFT
 
 
@@ -211,7 +221,9 @@ def parsed(
     config: dict[str, Any], state: dict[str, Tensor], path: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`read` of what a folder holds."""
-    if (kind := config.get("peft_type")) == "LORA":
+    if (kind := config.get("peft_type")) == "LORA" and config.get("use_dora"):
+        return dora_parsed(config, state, path)
+    if kind == "LORA":
         raise ValueError(
             f"{path} is plain LoRA, which is no adapter of {' or '.join(TYPES)}: load it by "
             "peft.PeftModel.from_pretrained, and fused_lowrank.integrations.peft.fuse_lora runs it "
@@ -261,6 +273,43 @@ def parsed(
     contents["tied"] = {}  # PEFT trains copies of modules, tied to nothing
     contents["seed"] = config.get("projection_seed", 42)
     contents["partial"] = [name for name in saved if not name.endswith(heads_of(config))]
+    return contents, {**tensors, **found}
+
+
+def dora_parsed(
+    config: dict[str, Any], state: dict[str, Tensor], path: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`read` of what a folder of PEFT's LoRA with use_dora holds, which has no fingerprint."""
+    refuse(config, UNREAD, path)
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, tensor in state.items():
+        suffix = next((s for s in DORA if key.endswith(s)), None)
+        if suffix is None:
+            rest[key] = tensor
+        elif DORA[suffix] != "weight":  # of an adapted head: the base's
+            layers.setdefault(key.removesuffix(suffix), {})[DORA[suffix]] = tensor
+    if not layers:
+        raise ValueError(f"{path} adapts no layers: it is damaged")
+    entries = {}
+    for name, parts in layers.items():
+        for factor, dims in ("down", 2), ("up", 2), ("magnitude", 1):
+            if factor not in parts or parts[factor].dim() != dims:
+                raise ValueError(f"{path} lacks {factor} of {name}, or it is of no linear layer")
+        asked, alpha = scaling(config, name, path)
+        r, biased = len(parts["down"]), ("bias",) if "bias" in parts else ()
+        settings = {
+            "r": r,
+            "alpha": alpha / asked * r,
+            "dropout": float(config.get("lora_dropout") or 0.0),
+            "train": ("down", "up", "magnitude", *biased),
+            "dora": True,
+        }
+        entries[name] = {"method": "lora", "settings": settings}
+    saved, found = whole_modules(rest, config, path)
+    tensors = {f"{name}.{part}": t for name, parts in layers.items() for part, t in parts.items()}
+    contents = {"layers": entries, "modules_to_save": saved, "bases": True, "unprinted": True}
+    contents |= {"tied": {}, "partial": [n for n in saved if not n.endswith(heads_of(config))]}
     return contents, {**tensors, **found}
 
 

@@ -6,11 +6,11 @@
     initial.starts    those by the names that rows give them
     initial.bases     frozen factors that a seed determines, for PEFT
     method            a method as a row of data: Factor, Parts, Method
-    initial.residual  factors that start as a part of W, and are taken from it
+    variants          rows that settings add factors to: DoRA's, what residual inits started as
+    tensors           tensors that are sharded, or on the meta device
     dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
     shared            factors that all layers of a model have in common
-    tensors           tensors that are sharded, or on the meta device
     accept            which linear layers can be adapted; what is taken over from them
     state             what a state_dict of a layer means, merged or not
     computer          the slot of a layer for who computes it in its place
@@ -30,6 +30,9 @@
 A module imports those above it in this list.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from .family.adalora import AdaLoraLinear, FusedAdaLoraLinear
 from .family.lora import FusedLoraLinear, LoraLinear
 from .family.lora_fa import FusedLoraFALinear, LoraFALinear
@@ -40,6 +43,8 @@ from .family.nola import FusedNolaLinear, NolaLinear
 from .family.tied_lora import FusedTiedLoraLinear, TiedLoraLinear
 from .family.vera import FusedVeraLinear, VeraLinear
 from .layer import LowRankLinear
+from .method import Method
+from .variants import variant
 
 # method → (reference layer, fused layer)
 METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
@@ -56,5 +61,30 @@ METHODS: dict[str, tuple[type[LowRankLinear], type[LowRankLinear]]] = {
         (AdaLoraLinear, FusedAdaLoraLinear),
     )
 }
+
+DORA = "dora"  # the name of LoRA with it
+
+
+def named(method: Any, keywords: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(method, keywords) as METHODS and its layers know them; raises for an unknown method."""
+    names = ", ".join([*METHODS, DORA])
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method is a {type(method).__name__}: it must be a name, one of {names}; "
+            "a config of PEFT's goes to peft.get_peft_model"
+        )
+    if method == DORA:
+        if keywords.get(DORA, True) is not True:
+            raise ValueError(f"dora is {keywords[DORA]!r}, but method is 'dora': take 'lora'")
+        return "lora", {**keywords, DORA: True}
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {names}")
+    return method, dict(keywords)
+
+
+def row_of(entry: Mapping[str, Any]) -> Method:
+    """The row of a layer as files describe it, by its method and settings."""
+    return variant(METHODS[entry["method"]][0].row, entry["settings"])
+
 
 __all__ = [cls.__name__ for pair in METHODS.values() for cls in pair]

@@ -11,12 +11,19 @@ N × K. Where down is trained a step multiplies it by W, into (P, N), and no ΔW
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compute.autograd import join, places
 from ..compute.reference import Core, is_diagonal, like, product, wide_dtype
+from ..compute.run import no_autocast
+from .method import MAGNITUDE, Method, Parts
+from .tensors import whole
 
 ROWS = 1024  # of W that are widened at a time
 
@@ -94,3 +101,103 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     magnitude = like(magnitude, wide)
     magnitude = magnitude + torch.where(magnitude.detach() == 0, least, 0.0)
     return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
+
+
+# --- of a layer ---
+
+Stamp = tuple[int, int, int, int]
+# A frozen down or, beside a trained one, the weight → (the weight, their stamp, the constants)
+KEPT: Any = WeakTensorKeyDictionary()
+
+
+def with_gain(parts: Parts, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
+    """The parts of a layer with the gain that its factors' magnitude is over this weight.
+
+    The norm's constants are computed anew where weight or a frozen down is another tensor, or has
+    been written to; not where that was by way of `.data`, which leaves no trace: call `forget`.
+    """
+    down, core, up, _ = parts
+    keeps, frozen = not weight.requires_grad, not down.requires_grad
+    if torch.compiler.is_compiling():
+        a, b = (t if t is None else t.detach() for t in places(core))
+        own = weight if keeps else weight.detach(), down if frozen else down.detach()
+        norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
+    else:
+        norm = norm_of(weight, down, core, up, scale, keeps, frozen)
+    return parts._replace(gain=gain(factors[MAGNITUDE], norm))
+
+
+@torch.no_grad()
+def norm_of(
+    weight: Tensor, down: Tensor, core: Core, up: Tensor, scale: float, keeps: bool, frozen: bool
+) -> Tensor:
+    """`row_norms` of a layer, with constants that are kept if the weight `keeps` its values."""
+    with no_autocast(weight):
+        fixed = kept(weight, down, frozen) if keeps else constants(weight, None)
+        return row_norms(fixed, weight, down, core, up, scale)
+
+
+def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:
+    """The constants of a weight that is not trained, and of down if it is `frozen`."""
+    key = down if frozen else weight
+    if weight.is_inference() or key.is_inference():  # nobody counts what is written to them
+        return constants(weight, down if frozen else None)
+    stamp = weight.data_ptr(), weight._version, key.data_ptr(), key._version
+    found = KEPT.get(key)
+    if found is not None and found[1] == stamp and found[0]() is weight:
+        return found[2]
+    fixed = constants(weight, down if frozen else None)
+    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # the graph's memory
+        KEPT[key] = weakref.ref(weight), stamp, fixed
+    return fixed
+
+
+def forget() -> None:
+    """Keep no constants: parameters are about to get values, or memory, in whatever way."""
+    if KEPT:
+        KEPT.clear()
+
+
+@torch.library.custom_op("fused_lowrank::dora_norm", mutates_args=())
+def norm_op(
+    weight: Tensor,
+    down: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    up: Tensor,
+    scale: float,
+    keeps: bool,
+    frozen: bool,
+) -> Tensor:
+    return norm_of(weight, down, join(a, b), up, scale, keeps, frozen)
+
+
+@norm_op.register_fake
+def _(weight, *others):  # type: ignore[no-untyped-def]
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+
+
+@torch.no_grad()
+def fill_magnitude(layer: Any) -> None:
+    """Give a layer with DoRA, whose other factors are filled, ‖W + ΔW‖ by row: a gain of 1."""
+    if not layer.row.dora:
+        return
+    factors, weight = layer.factors_now(), layer.base_weight
+    down, core, up, _ = layer.row.made(factors, weight, layer.scale)
+    keeps, frozen = not weight.requires_grad, not down.requires_grad
+    factors[MAGNITUDE].copy_(norm_of(weight, down, core, up, layer.scale, keeps, frozen))
+
+
+@torch.no_grad()
+def check_rows(row: Method, weight: Tensor) -> None:
+    """Raise ValueError if, with DoRA, a row of W is all zeros, or holds NaN or Inf."""
+    if weight.is_meta or not row.dora:
+        return
+    norm = whole(constants(weight).of_weight)
+    bad = (~(norm > 0) | norm.isinf()).nonzero().flatten().tolist()
+    if bad:
+        said = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise ValueError(
+            f"rows {said} of the weight are zero, or hold NaN or Inf: DoRA divides by their norms. "
+            "Adapt this layer without dora"
+        )

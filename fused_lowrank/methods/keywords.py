@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compute import choose
 from .initial.values import Inputs, needs
-from .method import Method, numbered
+from .method import MAGNITUDE, Method, numbered
 
 PEFT = "the configurations of fused_lowrank.integrations.peft have it"
 ELSEWHERE = {  # what users of other libraries call things, and what they are here
@@ -40,7 +40,8 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "projection_prng_key": "it is called seed, which vera has",
     "save_projection": "it is bases, of save_adapter",
     "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
-    "use_dora": "DoRA is not one of the methods",
+    "use_dora": "it is called dora",
+    "dora": "lora, lora_fa, lora_xs and lora_mini have it",
     "task_type": f"adapt takes any model and asks for no task; {PEFT}",
     "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
     "device": "a layer stays where its weight is",
@@ -85,6 +86,7 @@ def signature_of(row: Method) -> inspect.Signature:
         own.insert(0 if name == "init" else len(own), (name, value, type(value).__name__))
     shared = [(name, value, kinds[name]) for name, value in DEFAULTS.items()]
     keywords = [*((name, rank, "int") for name, rank in row.ranks.items()), *shared[:3], *own]
+    keywords += [("dora", False, "bool")] if row.dora is not None else []
     keywords += shared[3:]
     hidden = {"_inputs": any(map(needs, row.inits_known)), "_shared": row.shared}
     keywords += [(name, None, kinds[name]) for name, there in hidden.items() if there]
@@ -120,7 +122,10 @@ def constructor_of(cls: type, row: Method) -> Callable[..., None]:
             if name not in defaults:
                 called = f"{cls.__qualname__}.__init__()"
                 raise TypeError(f"{called} got an unexpected keyword argument {name!r}")
-        self.build(in_features, out_features, bias, {**defaults, **keywords})
+        given = {**defaults, **keywords}
+        if given.get("dora") is True and "train" not in keywords:
+            given["train"] = (*row.trained, MAGNITUDE)
+        self.build(in_features, out_features, bias, given)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
@@ -144,6 +149,8 @@ def sized(
 def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a method's own options, by keyword; ValueError for an unknown one."""
     found = {}
+    if not isinstance(dora := given.get("dora", False), bool):
+        raise ValueError(f"dora is {dora!r}: it must be True or False")
     for name, values in row.options.items():
         value = given[name]
         if isinstance(values, tuple):

@@ -18,16 +18,17 @@ from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared
+from . import dora
 from .accept import carry, clashes, give_back, why_not_linear
-from .initial.residual import under
 from .initial.starts import FILLS, check_learns, fill
 from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
 from .merging import MergingLinear
 from .method import Method, Parts
-from .shared import fill_shared, leave_to_others
-from .state import MERGED, delta_of, is_other, refuse_wrong, unmerged
+from .shared import fill_shared
+from .state import delta_of
 from .tensors import is_sharded, present, whole
+from .variants import variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,14 +43,14 @@ class LowRankLinear(MergingLinear):
     Parameters they were.
     """
 
-    row: ClassVar[Method]
+    row: Method  # of the class or, with DoRA's magnitude, the layer's own
     method: ClassVar[str]  # the row's name, and what else of it is asked for often
-    factors: ClassVar[tuple[str, ...]]
+    factors: tuple[str, ...]
     learning_rate: ClassVar[float]  # to start from, with AdamW
     impl: str = "reference"
     output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
     rank_dropout: float = 0.0
-    by_attributes: ClassVar[bool] = False  # whether the parts are more than Parameters of theirs
+    by_attributes: bool = False  # whether the parts are more than Parameters of theirs
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -83,9 +84,9 @@ class LowRankLinear(MergingLinear):
     def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:
         """The constructor's work; `given` has a value for every keyword."""
         super().__init__()
-        train, row = tuple(given["train"]), under(self.row, given.get("init"))
+        row, train = variant(self.row, given), tuple(given["train"])
         if row is not self.row:
-            vars(self).update(row=row, factors=tuple(row.factors), by_attributes=True)
+            self.row, self.factors, self.by_attributes = row, tuple(row.factors), True
         self.in_features, self.out_features = in_features, out_features
         sizes = sized(row, in_features, out_features, given)
         self.ranks = {name: sizes[name] for name in row.ranks}
@@ -112,6 +113,7 @@ class LowRankLinear(MergingLinear):
         else:
             trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
+        dora.check_rows(row, linear.weight)
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", linear.bias)
         given_shared = given.get("_shared") or {}
@@ -169,6 +171,7 @@ class LowRankLinear(MergingLinear):
 
     def _init_factors(self) -> None:
         fill(self)
+        dora.fill_magnitude(self)
 
     def fill_core(self, core: Any) -> None:
         """Give a core of this layer's shape and kind its initial values, in place."""
@@ -183,7 +186,9 @@ class LowRankLinear(MergingLinear):
 
     def parts(self) -> Parts:
         """The equation's down, core, up and gain."""
-        return self.row.made(self.factors_now(), self.base_weight, self.scale)
+        factors, weight = self.factors_now(), self.base_weight
+        made = self.row.made(factors, weight, self.scale)
+        return dora.with_gain(made, factors, weight, self.scale) if self.row.dora else made
 
     @property
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -224,6 +229,7 @@ class LowRankLinear(MergingLinear):
             "train": self.train_names,
             **{name: rank for name, rank in self.ranks.items() if name != "r"},
             **self.options,
+            **({"dora": True} if self.row.dora else {}),
         }
 
     @classmethod
@@ -382,6 +388,7 @@ class LowRankLinear(MergingLinear):
         return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        dora.forget()
         if self.computed_by is not None:
             self.computed_by.look_again(moved=True)
         return super()._apply(fn, recurse)
@@ -391,27 +398,6 @@ class LowRankLinear(MergingLinear):
         super().register_parameter(name, param)
         if self.computed_by is not None:
             self.computed_by.look_again()
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        leave_to_others(self, destination, prefix)
-        if self.merged:
-            destination[prefix + MERGED] = torch.ones(1, dtype=torch.uint8)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        refuse_wrong(self, state_dict, prefix)
-        if prefix + MERGED in state_dict:
-            state_dict = unmerged(self, state_dict, prefix, rest[-1])
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        unsaved = {prefix + name for name, f in self.row.factors.items() if not f.saved}
-        rest[2][:] = [key for key in rest[2] if key not in unsaved]
-        own = [name for name in self.factors if name not in self.row.elsewhere]
-        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in own]
-        if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
-            self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
-            self.bases_pending = False
 
     def extra_repr(self) -> str:
         """The sizes and settings, for print(model)."""

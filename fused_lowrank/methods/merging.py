@@ -14,6 +14,9 @@ from ..context.called import note_reading
 from ..context.elsewhere import here, kept, replace, sharder_of
 from .accept import why_no_weight
 from .computer import Computer
+from .method import Method
+from .shared import leave_to_others
+from .state import MERGED, is_other, refuse_wrong, unmerged
 from .tensors import fsdp_error, is_sharded, whole
 
 if TYPE_CHECKING:
@@ -23,9 +26,13 @@ if TYPE_CHECKING:
 class MergingLinear(nn.Module):
     """A linear layer whose weight can have ΔW in it, and is trained itself where it is named.
 
-    Subclasses say what ΔW is, by `delta_weight`.
+    Subclasses say what ΔW is, by `delta_weight`. A state_dict has the weight as it is, with a mark
+    beside it while it is merged; one that is loaded brings back W, whatever it holds.
     """
 
+    row: Method
+    factors: tuple[str, ...]
+    bases_pending: bool  # whether the factors have no values yet
     computed_by: Computer | None = None
     train_names: tuple[str, ...]
     bias: nn.Parameter | None
@@ -153,6 +160,27 @@ class MergingLinear(nn.Module):
     def _require_plain_weight(self, what: str) -> None:
         if reason := why_no_weight(self.weight):
             raise TypeError(f"cannot {what} a layer with {reason}")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        leave_to_others(self, destination, prefix)
+        if self.merged:
+            destination[prefix + MERGED] = torch.ones(1, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_wrong(self, state_dict, prefix)
+        if prefix + MERGED in state_dict:
+            state_dict = unmerged(self, state_dict, prefix, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        unsaved = {prefix + name for name, f in self.row.factors.items() if not f.saved}
+        rest[2][:] = [key for key in rest[2] if key not in unsaved]
+        own = [name for name in self.factors if name not in self.row.elsewhere]
+        values = [(state_dict.get(prefix + name), getattr(self, name)) for name in own]
+        if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
+            self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
+            self.bases_pending = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self.merged:  # .to(), .cuda(), … move what is kept too

@@ -18,6 +18,7 @@ from ..compute.reference import Core
 SIDES = {"K": "the layer's in_features", "N": "the layer's out_features"}
 SHARED = "*"  # in place of a layer's name, in keys of files
 BOTH = "the layer's smaller side"
+MAGNITUDE = "magnitude"  # DoRA's factor
 
 
 class Parts(NamedTuple):
@@ -91,6 +92,12 @@ class Method:
     sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added
     slices: bool = True  # whether a rank with a slice of K or N computes a slice of the layer
     residual: tuple[str, ...] = ()  # how the names begin of the inits that start as a part of W
+    dora: bool | None = None  # whether there is DoRA's magnitude; None: there cannot be
+
+    @property
+    def label(self) -> str:
+        """The name, and whether it is with DoRA."""
+        return f"{self.name} with dora" if self.dora else self.name
 
     @property
     def trained(self) -> tuple[str, ...]:

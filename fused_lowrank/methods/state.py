@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dora
+from .method import MAGNITUDE
+
 MERGED = "merged"  # a key of a merged layer's state_dict, which says that the weight is W + ΔW
 
 
 def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     """Raise RuntimeError if `load_state_dict` must not give a layer these values."""
+    dora.forget()
     names = (*layer.factors, "weight")
     present = {name: state[prefix + name] for name in names if prefix + name in state}
     if layer.merged and present:
@@ -48,12 +52,19 @@ def unmerged(
         return state
     dtype = torch.promote_types(merged.dtype, torch.float32)
     here = {name: factor.to(merged.device) for name, factor in factors.items()}
-    delta = delta_of(layer, here, merged, dtype)
-    state[prefix + "weight"] = (merged - delta).to(merged.dtype)
     if own.dtype == merged.dtype and own.shape == merged.shape and not own.is_meta:
         before = own.detach().to(merged.device)
-        if is_sum(before, delta, merged):
+        if is_sum(before, delta_of(layer, here, before, dtype), merged):
             state[prefix + "weight"] = before.clone()
+            return state
+    if layer.row.dora:
+        errors.append(
+            f"{prefix}weight is the merged one of another base model's layer, and from what DoRA "
+            "makes of W nobody can tell W: unmerge(model) before its state_dict is taken"
+        )
+    else:
+        delta = delta_of(layer, here, merged, dtype)
+        state[prefix + "weight"] = (merged - delta).to(merged.dtype)
     return state
 
 
@@ -75,12 +86,24 @@ def is_other(value: Any, own: Any) -> bool:
 def delta_of(
     layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """ΔW of a layer with these factors over this weight, computed in a dtype."""
+    """The matrix that a layer with these factors adds to this weight, computed in a dtype.
+
+    That is scale · up·coreᵀ·down or, where there is a gain, gain ⊙ (W + that) - W.
+    """
+    low, gain = low_rank_of(layer, factors, weight, dtype)
+    if layer.row.dora:
+        gain = dora.gain(factors[MAGNITUDE].to(dtype), (weight.to(dtype) + low).norm(dim=1))
+    return low if gain is None else gain[:, None] * (weight.to(dtype) + low) - weight
+
+
+def low_rank_of(
+    layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """(scale · up·coreᵀ·down, the row's own gain) of a layer, computed in a dtype."""
     wide = {name: factor.to(dtype) for name, factor in factors.items()}
     down, core, up, gain = layer.row.made(wide, weight, layer.scale)
     cores = () if core is None else core if isinstance(core, tuple) else (core,)
-    delta: Tensor = layer.scale * product_of([down, *cores, up], dtype)
-    return delta if gain is None else gain[:, None] * (weight.to(dtype) + delta) - weight
+    return layer.scale * product_of([down, *cores, up], dtype), gain
 
 
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:

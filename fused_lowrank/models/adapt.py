@@ -17,8 +17,9 @@ from ..context.disabling import disabled
 from ..context.elsewhere import sharder_in
 from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
-from ..methods import METHODS, LowRankLinear
+from ..methods import METHODS, LowRankLinear, named
 from ..methods.accept import clashes, why_no_weight
+from ..methods.dora import check_rows
 from ..methods.initial.values import Inputs
 from ..methods.keywords import check_keywords, integer
 from ..methods.layer import why_not_adaptable
@@ -77,7 +78,8 @@ def adapt(
 
     Args:
         model: any module; it keeps its class.
-        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`.
+        method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`; or
+            "dora", which is "lora" with dora=True.
         target_modules: a list of module names or of their last parts; or a regular expression that
             must match whole names; or "all-linear": every nn.Linear but the output layer (what
             model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
@@ -102,7 +104,8 @@ def adapt(
         data: batches of inputs to the model, for an init that needs them; see `calibrate`.
         forward_fn: calls the model with a batch; None: model(**batch), or model(*batch).
         method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; init; svd
-            (LoRA-XS); a, b (LoRA-Mini). `methods.initial.values` says what an init is.
+            (LoRA-XS); a, b (LoRA-Mini); dora (of these and LoRA-FA).
+            `methods.initial.values` says what an init is.
 
     Returns:
         The same model.
@@ -118,13 +121,7 @@ def adapt(
     Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
     would be learned, what is trained in 16 bits, and which pattern decides nothing.
     """
-    if not isinstance(method, str):
-        raise TypeError(
-            f"method is a {type(method).__name__}: it must be a name, one of {', '.join(METHODS)}; "
-            "a config of PEFT's goes to peft.get_peft_model"
-        )
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    method, method_keywords = named(method, method_keywords)
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model is adapted already: unload(model) first")
     refuse_peft(model)
@@ -264,6 +261,10 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     for name, layer in pending.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
+        try:
+            check_rows(layer.row, layer.weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     tie(pending.values())
     for name, layer in tqdm(pending.items(), "init_bases", disable=not progress, unit="layer"):
         try:
@@ -421,7 +422,7 @@ def describe(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     first = next(iter(layers.values()))
     return (
-        f"{first.method}: {len(layers)} layers adapted; {trained:,} of {total:,} parameters "
+        f"{first.row.label}: {len(layers)} layers adapted; {trained:,} of {total:,} parameters "
         f"trained ({trained / total:.3%}); "
         f"a learning rate to start from (AdamW): {first.learning_rate:g}"
     )

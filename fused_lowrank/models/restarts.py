@@ -15,6 +15,7 @@ from ..context.called import refuse_passed_over, shown
 from ..context.elsewhere import fill_in, here
 from ..methods import LowRankLinear
 from ..methods.accept import why_no_weight
+from ..methods.state import low_rank_of
 from ..methods.tensors import fsdp_error, is_sharded
 from .adapt import require_adapted, tied_layers
 from .refusals import require_not_fsdp
@@ -157,7 +158,8 @@ def restarted(layer: LowRankLinear) -> tuple[Factors, float]:
     new = type(layer)._around(linear, False, layer.settings())
     if zero := zero_factor(new):
         getattr(new, zero).zero_()
-    if new.delta_weight().any():
+    low, _ = low_rank_of(new, new.factors_now(), weight, torch.float32)
+    if low.any():
         raise ValueError(f"{layer.method} starts with ΔW ≠ 0 here, so it cannot be begun anew")
     factors = {name: getattr(new, name).detach() for name in layer.factors}
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -24,6 +24,7 @@ LAYERS = (FusedLoraLinear, FusedLoraXSLinear, FusedLoraMiniLinear)
 
 SIZES = [("in_features", inspect.Parameter.empty), ("out_features", inspect.Parameter.empty)]
 SIZES += [("bias", True)]
+DORA = ("dora", False)
 REST = [("impl", None), ("device", None), ("dtype", None), ("_linear", None), ("_defer", False)]
 REST += [("_inputs", None)]
 SCALE = [("alpha", None), ("dropout", 0.0), ("rank_dropout", 0.0)]
@@ -43,7 +44,7 @@ CONSTRUCTORS = {
 def test_constructors_say_what_they_take(cls) -> None:
     """All keywords and their defaults, where help() and editors look, whoever has stated them."""
     parameters = inspect.signature(cls).parameters.values()
-    assert [(p.name, p.default) for p in parameters] == [*SIZES, *CONSTRUCTORS[cls], *REST]
+    assert [(p.name, p.default) for p in parameters] == [*SIZES, *CONSTRUCTORS[cls], DORA, *REST]
     assert str(inspect.signature(cls.__base__)) == str(inspect.signature(cls))
     assert "alpha: 'float | None' = None" in str(inspect.signature(cls))
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters)[3:])

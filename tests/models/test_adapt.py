@@ -206,9 +206,9 @@ def with_experts() -> nn.Module:
 
 REFUSALS = {
     "unknown method": (
-        {"method": "dora", "target_modules": ["up"]},
+        {"method": "bora", "target_modules": ["up"]},
         ValueError,
-        "method is 'dora'",
+        "method is 'bora'",
     ),
     "a config for a method": (
         {"method": {"r": 8}, "target_modules": ["up"]},

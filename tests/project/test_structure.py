@@ -24,7 +24,14 @@ RIDDLES = ("What", "Who", "Whoever", "Whose")  # as subjects that name nothing
 # From the top to the bottom. A module's floor is that of its longest part that is named.
 FLOORS = (
     ("files.cli", "integrations"),
-    ("files.inspection", "files.official", "files.lora_export", "parallel", "explain"),
+    (
+        "files.inspection",
+        "files.official",
+        "files.lora_export",
+        "files.lora_parts",
+        "parallel",
+        "explain",
+    ),
     ("bank",),
     ("files",),
     ("models",),

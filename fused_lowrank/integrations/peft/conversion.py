@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ...context.elsewhere import each_here, require_matrices
 from ...files.adapter import own_copy
 from ...files.contents import require_path
-from ...files.lora_export import Adapter, Part, as_lora, own_part, write
+from ...files.lora_export import as_lora, write
+from ...files.lora_parts import Adapter, Part, own_part
 from ...models.targets import named_modules
 from .layer import PeftLowRankLinear
 

@@ -26,6 +26,7 @@ LORA = Method(
         "eva": {"down": "lora"},
         **{init: {"down": "lora", "up": "lora"} for init in BOTH},
     },
+    dora=False,
 )
 
 
@@ -36,9 +37,12 @@ class LoraLinear(LowRankLinear, row=LORA):
     is LoRA's A, and up (out, r), its B. `init` says how these start: down Kaiming-uniform (a = √5)
     and up zero with "kaiming"; others are in `methods.initial.values`. Where they start as a part
     of W, start_down (r, in) and start_up (out, r) keep what they started as, up's negated, which is
-    taken from W: see `methods.initial.residual`.
+    taken from W: see `methods.variants`.
     scale = alpha / r; alpha None means r. `dropout` acts on the input of down,
     `rank_dropout` on the columns of u.
+    `dora`: DoRA (Liu et al. 2024, arXiv 2402.09353), with a trained factor magnitude (out,) that
+    starts as the norms of the rows of W + ΔW, all of which must be above 0: y is multiplied by
+    magnitude over these norms before the bias, and the norms are constants in the gradient.
     x (..., in) → y (..., out), as `lowrank_linear` takes them. `dtype` is that of a new layer;
     `from_linear` makes trained factors in `dtype`, by default float32 or wider, and frozen ones in
     the weight's.

@@ -39,6 +39,7 @@ LORA_MINI = Method(
         **dict.fromkeys(("qr", "svd", "eva"), OF_WEIGHT),
     },
     bases=SEEDED,
+    dora=False,
 )
 
 

@@ -25,6 +25,7 @@ LORA_XS = Method(
     options={"svd": ("krylov", "exact", "randomized"), "init": ("svd", "minor", "random", "eva")},
     starts={"identity": {"core": "silence"}, "far": {"core": "normal"}},
     bases=SVD,
+    dora=False,
 )
 
 

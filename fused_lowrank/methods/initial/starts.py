@@ -37,6 +37,7 @@ FILLS: dict[str, Callable[[Tensor, Options], Any]] = {
     "gaussian": lambda tensor, options: nn.init.normal_(tensor, std=1 / len(tensor)),
 }
 ZERO = ("zeros", "drawn_zeros", "silence")
+NORMS = "norms"  # of the rows of W + ΔW: DoRA's, when the others have theirs
 
 # name → (down, up) of a layer, by its option `init`
 PAIRS: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
@@ -63,7 +64,8 @@ DRAWS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
 
 def check_learns(layer: Any) -> None:
     """Raise ValueError if factors are trained beside one that starts at 0 and is not."""
-    others = [name for name in layer.train_names if name in layer.factors]
+    own = [name for name in layer.train_names if name in layer.factors]
+    others = [name for name in own if layer.row.factors[name].init != NORMS]
     inits, options = layer.inits.items(), layer.options
     zero = [name for name, init in inits if init in ZERO or options.get(init) == 0]
     if len(zero) > 1 and layer.row.parts is not None:
@@ -76,11 +78,11 @@ def check_learns(layer: Any) -> None:
 
 
 def fill(layer: Any) -> None:
-    """Give a layer's factors their first values, in their order; not the shared ones."""
+    """Give a layer's factors their first values, in their order; not shared ones, nor DoRA's."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, init in layer.inits.items():
         factor = getattr(layer, name)
-        if layer.row.factors[name].shared:
+        if layer.row.factors[name].shared or init == NORMS:
             continue
         if init in PAIRS:
             if init not in pairs:

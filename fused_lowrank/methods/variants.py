@@ -1,4 +1,4 @@
-"""Layers whose factors start as a part of W: what they started as is kept, and taken from W.
+"""Rows that settings add factors to: DoRA's magnitude, and what residual inits started as.
 
 PiSSA and its kin start up·down as some of the triples of W, and train beside W - scale·up·down.
 Here W itself stays the layer's weight, bit for bit and one with whatever it is tied to, and what
@@ -20,21 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Factor, Method, Parts
+from .method import MAGNITUDE, Factor, Method, Parts
 
 
-def under(row: Method, init: Any) -> Method:
-    """The row of layers that start so: the row itself or, with a residual, one of more factors.
+def variant(row: Method, settings: Mapping[str, Any]) -> Method:
+    """The row of layers with these settings: the row itself, or one of more factors.
 
-    These are start_down (r, K) and start_up (N, r): the first down, and the first -up.
+    dora=True adds magnitude (N,). An init that starts as a part of W adds start_down (r, K) and
+    start_up (N, r): the first down, and the first -up.
     """
-    if not (isinstance(init, str) and init.startswith(row.residual)):
-        return row
-    first = {
-        f"start_{name}": Factor(factor.sides, "lora", like=name)
-        for name, factor in row.factors.items()
-    }
-    return replace(row, factors={**row.factors, **first}, parts=less_start)
+    init = settings.get("init")
+    if isinstance(init, str) and init.startswith(row.residual):
+        first = {
+            f"start_{name}": Factor(factor.sides, "lora", like=name)
+            for name, factor in row.factors.items()
+        }
+        row = replace(row, factors={**row.factors, **first}, parts=less_start)
+    if settings.get("dora") and row.dora is False:
+        magnitude = {MAGNITUDE: Factor("N", "norms", trained=True)}
+        row = replace(row, factors={**row.factors, **magnitude}, dora=True)
+    return row
 
 
 def less_start(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:

@@ -1,0 +1,93 @@
+"""Layers and models with dora=True, and the formula that they compute."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_lowrank import adapt
+from fused_lowrank.methods import METHODS, LowRankLinear
+
+K, N, M = 40, 48, 70
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4},
+    "lora_fa": {"r": 4},
+    "lora_xs": {"r": 4},
+    "lora_mini": {"r": 3, "a": 6, "b": 5, "init": "paper"},
+}
+methods = pytest.mark.parametrize("method", SETTINGS)
+fused = pytest.mark.parametrize("fused", [False, True], ids=["reference", "fused"])
+
+
+def layer_of(
+    method: str, fused: bool = True, dtype: torch.dtype = torch.float32, **keywords: Any
+) -> Any:
+    """A layer with dora, all of whose trained values are away from their start."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N).to(dtype)
+    keywords = {**SETTINGS[method], "alpha": 6.0, "dora": True, **keywords}
+    layer = METHODS[method][fused].from_linear(linear, **keywords)
+    shift(layer)
+    return layer
+
+
+@torch.no_grad()
+def shift(layer: nn.Module) -> None:
+    """Move what is trained."""
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def formula(layer: LowRankLinear, x: Tensor) -> Tensor:
+    """y in float64 as the paper writes it, the norm a constant in the gradient."""
+    wide: Any = {name: factor.double() for name, factor in layer.factors_now().items()}
+    core = wide.get("core")
+    if "a_train" in wide:
+        core = wide["a_train"] @ wide["b_train"]
+    up = wide["up"] if core is None else wide["up"] @ core.t()
+    whole = layer.weight.double() + layer.scale * up @ wide["down"]
+    gain = wide["magnitude"] / whole.norm(dim=1).detach()
+    y = x.double() @ (gain[:, None] * whole).t()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def gradients(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """[y, dx, the gradients of what is trained]."""
+    leaf = x.clone().requires_grad_()
+    y = call(leaf)
+    torch.manual_seed(1)
+    dy = torch.randn(y.shape).to(y.dtype)
+    leaves = [leaf, *(own for own in layer.parameters() if own.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def close(found: list[Tensor], expected: list[Tensor], eps: float) -> None:
+    """Whether tensors agree, by their norms."""
+    for ours, truth in zip(found, expected, strict=True):
+        ours, truth = ours.detach().double(), truth.detach().double()
+        off = float((ours - truth).norm())
+        assert off <= eps * float(truth.norm()) + 1e-30, (off, ours.shape)
+
+
+class Net(nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(K, N), nn.Linear(N, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapted(net: nn.Module, method: str, **keywords: Any) -> Any:
+    """A copy of a model, with dora, away from its start."""
+    keywords = {**SETTINGS[method], "dora": True, **keywords}
+    targets = ["first", "second"]
+    model = adapt(copy.deepcopy(net), method, target_modules=targets, progress=False, **keywords)
+    shift(model)
+    return model
