@@ -242,26 +242,30 @@ def stepped(model: nn.Module, x: Tensor) -> list[Tensor]:
     return outputs
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
-def test_trains_as_peft_does(init: str) -> None:
+def test_trains_as_peft_does(init: str, dora: bool) -> None:
     """PEFT puts the residual in the weight's place; what both compute stays the same."""
-    theirs, ours = peft_model(init), adapted("lora", init, alpha=6)
+    theirs, ours = peft_model(init, use_dora=dora), adapted("lora", init, alpha=6, dora=dora)
     if init == "orthogonal":  # which is random
         for name, layer in adapted_layers(ours):
             own = theirs.base_model.model.get_submodule(name)
             layer.down.data.copy_(own.lora_A["default"].weight)
             layer.up.data.copy_(own.lora_B["default"].weight)
+            if dora:
+                layer.magnitude.data.copy_(own.lora_magnitude_vector["default"].weight)
     for y, expected in zip(stepped(ours, batches()[0]), stepped(theirs, batches()[0]), strict=True):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("method", ["lora", "lora_fa"])
 @pytest.mark.parametrize("init", RESIDUALS)
-def test_the_base_stays(method: str, init: str, tmp_path: Path) -> None:
+def test_the_base_stays(method: str, init: str, dora: bool, tmp_path: Path) -> None:
     """W is what it was, bit for bit, trained or not, merged, saved, exported, unloaded."""
     base, x = model_of(), batches()[0]
     before = base[0].weight.detach().clone()
-    model = adapted(method, init, alpha=6)
+    model = adapted(method, init, alpha=6, dora=dora)
     layer: Any = dict(adapted_layers(model))["0"]
     torch.testing.assert_close(layer.delta_weight(), torch.zeros_like(before), rtol=0, atol=1e-6)
     outputs = stepped(model, x)
@@ -277,8 +281,8 @@ def test_the_base_stays(method: str, init: str, tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "a.safetensors", bases=bases or method == "lora_fa")
         again = load_adapter(model_of(), tmp_path / "a.safetensors", progress=False)
         assert torch.equal(again(x), y)
-    export_lora(tmp_path / "a.safetensors", tmp_path / "of file")
-    export_lora(model, tmp_path / "of model")
+    export_lora(tmp_path / "a.safetensors", tmp_path / "of file", dora=dora)
+    export_lora(model, tmp_path / "of model", dora=dora)
     for folder in ("of file", "of model"):
         theirs = PeftModel.from_pretrained(model_of(), tmp_path / folder)
         assert theirs.peft_config["default"].r == 8
