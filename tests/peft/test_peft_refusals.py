@@ -70,6 +70,9 @@ def test_unsupported_layers_are_named(target: str, message: str) -> None:
         ({"bias": "some"}, "bias is 'some'"),
         ({"init_weights": "zeros"}, "init_weights is 'zeros'"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
+        ({"layers_to_transform": [0], "target_modules": ".*up"}, "target_modules is '.*up'"),
+        ({"layers_to_transform": 0, "target_modules": "all-linear"}, "name the modules in a list"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern is '\\('"),
     ],
 )
 def test_bad_configurations(settings: dict[str, Any], message: str) -> None:

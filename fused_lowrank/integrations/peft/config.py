@@ -16,7 +16,7 @@ from ...methods.family.lora_mini import LORA_MINI
 from ...methods.family.lora_xs import LORA_XS
 from ...methods.keywords import integer
 from ...methods.method import Method
-from ...models.patterns import check_number, check_rank
+from ...models.patterns import check_layers, check_number, check_rank
 from ...models.targets import matches
 from . import registry  # noqa: F401 - adds the members of PeftType that are used below
 
@@ -63,7 +63,7 @@ class LowRankConfig(PeftConfig):
 
     Raises:
         ValueError: a number out of range; an unknown `bias` or `init_weights`; `layers_pattern`
-            without `layers_to_transform`.
+            without `layers_to_transform`, or this with a target_modules that is no list.
     """
 
     r: int = 16
@@ -111,6 +111,7 @@ class LowRankConfig(PeftConfig):
         self.alpha_pattern = {
             key: check_number(f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern.items()
         }
+        check_layers(self.target_modules, self.layers_to_transform, self.layers_pattern)
         if isinstance(self.layers_to_transform, list | tuple):
             own = [integer("layers_to_transform", layer) for layer in self.layers_to_transform]
             self.layers_to_transform = own
@@ -131,8 +132,6 @@ class LowRankConfig(PeftConfig):
             raise ValueError(
                 f"init_weights is {self.init_weights!r}: it must be a bool, 'identity' or 'paper'"
             )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given: layers_to_transform must be, too")
         if not self.save_projection:
             warnings.warn(
                 "save_projection=False: files hold a fingerprint of the frozen factors, not these; "
