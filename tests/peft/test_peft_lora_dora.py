@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import dora as theirs_dora
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
     BF16,
@@ -43,6 +43,7 @@ from peft_lora_cases import (
 from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import fuse_lora, unfuse_lora
+from fused_lowrank.methods import dora
 from fused_lowrank.testing import measure
 
 BASES = {
@@ -227,11 +228,22 @@ def test_dora_follows_what_is_written(device: torch.device, ran: Counter) -> Non
     both(lambda model: model.merge_adapter(safe_merge=True))
     both(lambda model: model.unmerge_adapter())
     check()
-    both(lambda model: write(model, "base_layer.weight") or model.to(F32).to(F64))
+    both(lambda model: model._apply(lambda tensor: tensor.data.mul_(0.9)))
+    check()
+    both(lambda model: model.add_adapter("plain", config()))
+    check()
+    both(lambda model: write(model, "plain") or model.set_adapter("plain"))
+    both(lambda model: model.merge_adapter())
+    both(lambda model: write(model, "plain") or model.unmerge_adapter())  # another base from now on
+    both(lambda model: model.set_adapter("default"))
     check()
     both(lambda model: model.float())
+    with torch.no_grad():
+        assert ours(x) is not None and dora.KEPT
     pissa = config(init_lora_weights="pissa", use_dora=True)
-    both(lambda model: model.add_adapter("pissa", pissa) or model.double())
+    both(lambda model: model.add_adapter("pissa", pissa))
+    assert not dora.KEPT  # the new base may lie where that of old constants did
+    both(lambda model: model.double())
     check()
     both(lambda model: model.set_adapter("pissa"))
     check(1)
@@ -290,7 +302,7 @@ def test_a_graph_with_dora(device: torch.device) -> None:
 def test_dora_that_is_left_to_peft(device: torch.device, ran: Counter) -> None:
     """Another variant, a magnitude that is hooked or of a class of its own: named, and PEFT's."""
 
-    class Other(theirs_dora.DoraLinearLayer):
+    class Other(DoraLinearLayer):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return 2 * super().forward(*args, **kwargs)
 

@@ -97,7 +97,11 @@ def test_variants_are_left_alone(later: bool, device: torch.device, ran: Counter
     if not later:
         theirs.add_adapter("other", config(velora_config=VeloraConfig(2)))
     ours = copy.deepcopy(theirs)
-    with nullcontext() if later else pytest.warns(match="left to PEFT.*proj.*'other'.*Velora") as said:
+    with (
+        nullcontext()
+        if later
+        else pytest.warns(match="left to PEFT.*proj.*'other'.*Velora") as said
+    ):
         fuse_lora(ours)
     if later:
         theirs.add_adapter("other", config(velora_config=VeloraConfig(2)))

@@ -46,7 +46,7 @@ MICA = getattr(variants, "MiCALinearVariant", None)  # LoRA beside which B is fr
 BASES = (nn.Linear.forward, Conv1D.forward)  # the forwards that the equation replaces
 USED = (
     *("_disable_adapters", "active_adapters", "base_layer", "lora_A", "lora_B", "lora_dropout"),
-    *("lora_magnitude_vector", "lora_variant", "merge", "merged_adapters", "scaling", "unmerge"),
+    *("lora_magnitude_vector", "lora_variant", "merged_adapters", "scaling", "unmerge"),
     "update_layer",
 )
 
@@ -182,20 +182,12 @@ class FusedLinear(Switched, Linear):
         if reason := why_not_fused(self, adapter_name):
             warnings.warn(f"left to PEFT's own forward: a layer {reason}", stacklevel=2)
 
-    # PEFT writes to the base's weight by way of `.data`, as do the moves of modules.
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merge, as PEFT does."""
-        super().merge(*args, **kwargs)
-        dora.forget()
-
     def unmerge(self) -> None:
-        """Undo `merge`, as PEFT does."""
+        """Undo `merge`, as PEFT does: it writes to the base's weight by way of `.data`."""
         super().unmerge()
         dora.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        dora.forget()
         return super()._apply(fn, recurse)
 
 
@@ -268,7 +260,9 @@ def why_not_fused(layer: Linear, adapter: str) -> str | None:
         if part._parameters["weight"].device != base._parameters["weight"].device:
             return f"whose adapter {adapter!r} has its magnitude on another device than the base"
         if b.bias is not None:
-            return f"whose adapter {adapter!r} has a bias in lora_B, which is in PEFT's norms of DoRA"
+            return (
+                f"whose adapter {adapter!r} has a bias in lora_B, which is in PEFT's norms of DoRA"
+            )
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"with {dropout}"
     return None
