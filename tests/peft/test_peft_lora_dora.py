@@ -239,7 +239,8 @@ def test_dora_follows_what_is_written(device: torch.device, ran: Counter) -> Non
     check()
     both(lambda model: model.float())
     with torch.no_grad():
-        assert ours(x) is not None and dora.KEPT
+        ours(x)
+    assert dora.KEPT
     pissa = config(init_lora_weights="pissa", use_dora=True)
     both(lambda model: model.add_adapter("pissa", pissa))
     assert not dora.KEPT  # the new base may lie where that of old constants did

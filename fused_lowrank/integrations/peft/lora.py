@@ -188,6 +188,7 @@ class FusedLinear(Switched, Linear):
         dora.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        dora.forget()
         return super()._apply(fn, recurse)
 
 
@@ -260,9 +261,7 @@ def why_not_fused(layer: Linear, adapter: str) -> str | None:
         if part._parameters["weight"].device != base._parameters["weight"].device:
             return f"whose adapter {adapter!r} has its magnitude on another device than the base"
         if b.bias is not None:
-            return (
-                f"whose adapter {adapter!r} has a bias in lora_B, which is in PEFT's norms of DoRA"
-            )
+            return f"whose adapter {adapter!r} has a bias in lora_B, of which are PEFT's norms, too"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"with {dropout}"
     return None
@@ -296,11 +295,11 @@ def fuse_lora(model: Model) -> Model:
     Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, initial
     values, bias, lora_bias and dropout, and with DoRA. All else is left to PEFT's own forward:
     other kinds of layers and of LoRA, hooks inside a layer, several active adapters at once, merged
-    and disabled ones. Mixed batches are left to it as well, which refuses them with DoRA, but the rows of each adapter are found as with the methods of
-    this library: `adapter_names` belong to the calling thread or task, and are followed to each
-    layer's rows. One UserWarning names the layers that are left, and why. Adapters may be added,
-    changed and deleted afterwards; if one brings new layers, call this again. Call it before
-    `fully_shard`.
+    and disabled ones. Mixed batches are left to it as well, which refuses them with DoRA, but the
+    rows of each adapter are found as with the methods of this library: `adapter_names` belong to
+    the calling thread or task, and are followed to each layer's rows. One UserWarning names the
+    layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
+    brings new layers, call this again. Call it before `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
