@@ -145,8 +145,8 @@ class FusedLinear(Switched, Linear):
         """
         x, weight, down, _, up, bias, scale, *_ = operands
         magnitude = {MAGNITUDE: magnitude_of(self, adapter)._parameters["weight"]}
-        parts: Any = Parts(down, None, up), magnitude, weight, scale
-        gain = dora.with_gain(*parts, fixed_down=False).gain
+        made = Parts(down, None, up)
+        gain = dora.with_gain(made, magnitude, weight, scale, fixed_down=False).gain
         given: dict[str, Any] = {"scale": scale, "impl": self.impl, "gain": gain}
         if low is None:
             return lowrank_linear(x, weight, down, None, up, bias, **given)
