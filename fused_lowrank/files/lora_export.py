@@ -153,7 +153,7 @@ def whole_modules(
     }
 
 
-def of_bank(bank: AdapterBank, name: str, take: Take) -> Adapter:
+def of_bank(bank: AdapterBank, name: str, take: Take = of_layer) -> Adapter:
     """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is.
 
     All adapters of a bank share the modules that its model trains whole, as they are now.

@@ -26,6 +26,7 @@ peft: Any = pytest.importorskip("peft")
 
 K, HIDDEN, N = 12, 20, 10
 QUIET: dict[str, Any] = {"progress": False}
+TARGETS = ["first", "second"]
 METHODS: dict[str, dict[str, Any]] = {"vera": {"r": 6, "seed": 3}, "adalora": {"r": 4}}
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -52,7 +53,7 @@ def shift(model: Any) -> Any:
 
 
 def adapted(method: str, **keywords: Any) -> Any:
-    given = {"target_modules": ["first", "second"], **METHODS[method], **QUIET, **keywords}
+    given = {"target_modules": TARGETS, **METHODS[method], **QUIET, **keywords}
     return shift(adapt(Net(), method, **given))
 
 
@@ -67,6 +68,10 @@ def loaded(folder: Path) -> Any:
 
 def settings(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
 
 
 @methods
@@ -97,13 +102,13 @@ def test_from_peft_and_back(method: str, tmp_path: Path) -> None:
     """PEFT's folder, read here and written again, is the same adapter to PEFT."""
     if method == "vera":
         config = peft.VeraConfig(
-            r=6, target_modules=["first", "second"], projection_prng_key=5, vera_dropout=0.1
+            r=6, target_modules=TARGETS, projection_prng_key=5, vera_dropout=0.1
         )
     else:
         config = peft.AdaLoraConfig(
             init_r=5,
             lora_alpha=7,
-            target_modules=["first", "second"],
+            target_modules=TARGETS,
             total_step=9,
             lora_dropout=0.1,
         )
@@ -179,16 +184,16 @@ def test_ranks_that_a_budget_left(of: str, tmp_path: Path) -> None:
     assert config["target_r"] == 2
     expected = {f"{name}.lora_E": mask.tolist() for name, mask in masks.items()}
     assert config["rank_pattern"] == expected
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    written = tensors(tmp_path / "peft")
     for name, mask in masks.items():
-        own = tensors[f"base_model.model.{name}.lora_E"]
+        own = written[f"base_model.model.{name}.lora_E"]
         assert torch.equal(own[:, 0], model.get_submodule(name).core[mask])
     theirs = loaded(tmp_path / "peft")
     torch.testing.assert_close(theirs(x()), model(x()))
     theirs.save_pretrained(tmp_path / "again")  # as PEFT itself writes it
-    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+    again = tensors(tmp_path / "again")
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[name], value) for name, value in written.items())
     ours = load_adapter(Net(), tmp_path / "peft", **QUIET)
     torch.testing.assert_close(ours(x()), model(x()))
     assert [ours.first.r, ours.second.r] == [int(mask.sum()) for mask in masks.values()]
