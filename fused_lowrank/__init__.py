@@ -13,6 +13,7 @@ from .explain import Explanation, explain
 from .files.adapter import load_adapter, save_adapter
 from .files.lora_export import export_lora
 from .files.official import load_official_lora_xs
+from .files.peft_export import export_peft
 from .functional import lowrank_linear
 from .methods import *  # noqa: F403 - the layers of every method
 from .models.adapt import adapt, disable_adapters, init_bases, merge, unload, unmerge
@@ -30,6 +31,7 @@ __all__ = [
     "disable_adapters",
     "explain",
     "export_lora",
+    "export_peft",
     "init_bases",
     "load_adapter",
     "load_official_lora_xs",

@@ -41,9 +41,10 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
         shared = layer.row.common & set(layer.train_names)
         if not layer.row.core or shared:
             what = ", ".join(sorted(shared)) or "down and up"
+            own = f", or by {layer.method} with train={layer.row.core}" if layer.row.core else ""
             raise ValueError(
                 f"{name} ({layer.method}) trains {what}, which adapters in a bank share: adapt by "
-                f"{' or '.join(WITH_CORE)}, training the core alone"
+                f"{' or '.join(WITH_CORE)}{own}, training the core alone"
             )
         if layer.merged or layer.bases_pending:
             state = "is merged: unmerge(model)" if layer.merged else "has no factors: init_bases"

@@ -9,6 +9,7 @@
     official          the checkpoints of LoRA-XS's authors
     lora_parts        the terms that are exported
     lora_export       adapters as PEFT's plain LoRA
+    peft_export       adapters as PEFT's own VeRA and AdaLoRA
     inspection        a file or folder, described
     cli               the command line
 

@@ -1,8 +1,8 @@
 """fused-lowrank: what an adapter's file is, and other forms of it.
 
 fused-lowrank inspect SOURCE
-fused-lowrank convert SOURCE TARGET --to peft-lora|fused [--base FOLDER] [--class C] [--name NAME]
-                      [--on-other-base warn]
+fused-lowrank convert SOURCE TARGET --to peft|peft-lora|peft-dora|fused
+                      [--base FOLDER] [--class C] [--name NAME] [--on-other-base warn]
 fused-lowrank merge SOURCE TARGET --base FOLDER [--class C] [--name NAME] [--on-other-base warn]
 """
 
@@ -33,6 +33,7 @@ from . import official, peft_folder
 from .inspection import describe, kind_of
 from .lora_export import export_lora, of_contents, write
 from .other_base import WAYS, on_other_base
+from .peft_export import export_peft, taken_by, write_own
 
 # The base model's weights in whatever format, which the merged ones replace.
 WEIGHTS = re.compile(
@@ -96,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
     both[0].add_argument(
         "--to",
         required=True,
-        choices=("peft-lora", "peft-dora", "fused"),
-        help="plain LoRA in PEFT's format, or of an adapter with dora PEFT's DoRA, or a file that "
-        "load_adapter reads",
+        choices=("peft", "peft-lora", "peft-dora", "fused"),
+        help="PEFT's own VeRA or AdaLoRA; or plain LoRA in PEFT's format, or of an adapter with "
+        "dora PEFT's DoRA; or a file that load_adapter reads",
     )
     for own in both:
         own.add_argument("target", type=Path, help="what to write; must not exist")
@@ -142,6 +143,8 @@ def convert(args: argparse.Namespace) -> None:
         model = adapted(args, kind)
         if args.to == "fused":
             adapter_file.save_adapter(model, args.target)
+        elif args.to == "peft":
+            export_peft(model, args.target)
         else:
             export_lora(model, args.target, dora=args.to == "peft-dora")
         return
@@ -157,8 +160,11 @@ def convert(args: argparse.Namespace) -> None:
                     "base model by --base"
                 )
     adapter_file.pop_fingerprints(config, tensors)
-    adapter = of_contents(config, tensors, args.source)
-    write(adapter, args.target, None, args.to == "peft-dora")
+    if args.to == "peft":
+        write_own(of_contents(config, tensors, args.source, taken_by({})), args.target)
+    else:
+        adapter = of_contents(config, tensors, args.source)
+        write(adapter, args.target, None, args.to == "peft-dora")
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..bank import AdapterBank
-from ..context.elsewhere import each_here, value_of
+from ..context.elsewhere import each_here
 from ..methods import METHODS, LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
 from ..methods.method import MAGNITUDE
@@ -77,26 +77,38 @@ def export_lora(
     require_path(path, "export_lora(model, folder)")
     if dtype not in (None, *WEIGHT_DTYPES):
         raise ValueError(f"dtype is {dtype}: it must be one of {WEIGHT_DTYPES}")
-    if isinstance(source, AdapterBank):
-        if name is None:
-            raise ValueError("source is a bank: say by name which of its adapters to export")
-        adapter = of_bank(source, name)
-    elif name is not None:
-        raise ValueError(f"name is {name!r}, but source is no bank: it holds one adapter")
-    elif isinstance(source, nn.Module):
-        adapter = of_model(source)
-    else:
-        config, tensors = read(source)
-        pop_fingerprints(config, tensors)
-        adapter = of_contents(config, tensors, source)
-    write(adapter, path, dtype, dora)
+    write(adapter_of(source, name, of_layer), path, dtype, dora)
 
 
 # --- where adapters come from ---
 
+# (name, layer, core, scale) → a copy of the layer's part; core and scale are an adapter's in a
+# bank, or None: the layer's own.
+Take = Callable[[str, LowRankLinear, Any, Any], Any]
 
-def of_layer(name: str, layer: LowRankLinear) -> Part:
+
+def adapter_of(
+    source: nn.Module | AdapterBank | str | os.PathLike[str], name: str | None, take: Take
+) -> Adapter:
+    """The adapter that a source has, or of a bank the one of that name."""
+    if isinstance(source, AdapterBank):
+        if name is None:
+            raise ValueError("source is a bank: say by name which of its adapters to export")
+        return of_bank(source, name, take)
+    if name is not None:
+        raise ValueError(f"name is {name!r}, but source is no bank: it holds one adapter")
+    if isinstance(source, nn.Module):
+        return of_model(source, take)
+    config, tensors = read(source)
+    pop_fingerprints(config, tensors)
+    return of_contents(config, tensors, source, take)
+
+
+def of_layer(name: str, layer: LowRankLinear, core: Any = None, scale: Any = None) -> Part:
     """The part of an adapted layer."""
+    if core is not None:
+        down, up = layer.shared_parts()
+        return own_part(Part(down, core, up, scale, 1, layer.dropout))
     if "weight" in layer.train_names:
         raise ValueError(f"{name} trains its weight, which plain LoRA cannot hold: merge instead")
     bias = layer.bias if "bias" in layer.train_names else None
@@ -105,22 +117,22 @@ def of_layer(name: str, layer: LowRankLinear) -> Part:
     if gain is not None:
         raise ValueError(f"{name} scales its outputs, which plain LoRA cannot hold: merge instead")
     magnitude = factors.get(MAGNITUDE)
-    return Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias, magnitude)
+    return own_part(Part(down, core, up, layer.alpha, layer.r, layer.dropout, bias, magnitude))
 
 
-def of_model(model: nn.Module) -> Adapter:
+def of_model(model: nn.Module, take: Take) -> Adapter:
     """The adapter that a model carries."""
     layers = complete_layers(model)
-    warn_of_forgotten(model, 4)
+    warn_of_forgotten(model, 5)
     parts = {}
     for name, layer in each_here(model, layers):
         require_whole(name, layer)
-        parts[name] = own_part(of_layer(name, layer))
+        parts[name] = take(name, layer, None, None)
     return Adapter(parts, whole_modules(model, layers, parts), unwrapped(model))
 
 
 def whole_modules(
-    model: nn.Module, layers: Mapping[str, LowRankLinear], parts: dict[str, Part]
+    model: nn.Module, layers: Mapping[str, LowRankLinear], parts: dict[str, Any]
 ) -> dict[str, Mapping[str, Tensor]]:
     """The states of the modules that PEFT has to train whole; what biases are tied to is added."""
     whole = saved_modules(model)
@@ -141,7 +153,7 @@ def whole_modules(
     }
 
 
-def of_bank(bank: AdapterBank, name: str) -> Adapter:
+def of_bank(bank: AdapterBank, name: str, take: Take = of_layer) -> Adapter:
     """An adapter of a bank. A product of LoRA-Mini's factors is exported as any core is.
 
     All adapters of a bank share the modules that its model trains whole, as they are now.
@@ -149,18 +161,16 @@ def of_bank(bank: AdapterBank, name: str) -> Adapter:
     parts = {}
     bank.store.shared.check()
     with bank.store.holding([name]) as slots:
-        for layer_name, (left, right, scales) in bank.store.tables.items():
-            layer, slot = bank.layers[layer_name], slots[name]
-            core = (
-                left[slot].clone() if right is None else (left[slot].clone(), right[slot].clone())
-            )
-            alpha = float(scales[slot])
-            down, up = (value_of(layer, part) for part in ("down", "up"))
-            parts[layer_name] = Part(down, core, up, alpha, 1, layer.dropout)
+        for layer_name, layer in each_here(bank.model, bank.layers):
+            (left, right, scales), slot = bank.store.tables[layer_name], slots[name]
+            core = left[slot] if right is None else (left[slot], right[slot])
+            parts[layer_name] = take(layer_name, layer, core, float(scales[slot]))
     return Adapter(parts, whole_modules(bank.model, bank.layers, parts))
 
 
-def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> Adapter:
+def of_contents(
+    config: dict[str, Any], tensors: dict[str, Tensor], path: Any, take: Take = of_layer
+) -> Adapter:
     """The adapter of a file of `save_adapter`, less its fingerprints."""
     layers = stand_ins(config["layers"], tensors, path)
     saved = tuple(f"{name}." for name in config["modules_to_save"])
@@ -170,7 +180,7 @@ def of_contents(config: dict[str, Any], tensors: dict[str, Tensor], path: Any) -
         for part in (*layer.factors, "bias"):
             if (value := tensors.get(layer.row.key(name, part))) is not None:
                 setattr(layer, part, nn.Parameter(value, requires_grad=False))
-    parts = {name: of_layer(name, layer) for name, layer in layers.items()}
+    parts = {name: take(name, layer, None, None) for name, layer in layers.items()}
     values = {key: tensors[key] for key in rest}
     tied = config.get("tied") or {}
     values |= {name: tensors[source] for name, source in tied.items()}
@@ -288,7 +298,13 @@ def write(
 ) -> None:
     """Write the folder; an adapter with `dora` as PEFT's DoRA."""
     check_dora(adapter, dora)
-    config, tensors = as_lora(adapter, dtype)
+    write_folder(path, *as_lora(adapter, dtype))
+
+
+def write_folder(
+    path: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Write PEFT's config and tensors, both or neither."""
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"{path} is a file: path is where a folder is to be")

@@ -35,7 +35,7 @@ class Part:
 class Adapter:
     """An adapter of any origin."""
 
-    parts: dict[str, Part]  # by layer
+    parts: dict[str, Any]  # by layer: a `Part`, or what else was taken of it
     modules: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)  # trained whole: states
     model: nn.Module | None = None
     turned: bool = False  # whether its weights are stored (in, out)

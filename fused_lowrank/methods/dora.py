@@ -110,14 +110,21 @@ Stamp = tuple[int, int, int, int]
 KEPT: Any = WeakTensorKeyDictionary()
 
 
-def with_gain(parts: Parts, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
+def with_gain(
+    parts: Parts,
+    factors: Mapping[str, Tensor],
+    weight: Tensor,
+    scale: float,
+    fixed_down: bool = True,
+) -> Parts:
     """The parts of a layer with the gain that its factors' magnitude is over this weight.
 
     The norm's constants are computed anew where weight or a frozen down is another tensor, or has
     been written to; not where that was by way of `.data`, which leaves no trace: call `forget`.
+    Without `fixed_down` nothing is kept of a down that is not trained either.
     """
     down, core, up, _ = parts
-    keeps, frozen = not weight.requires_grad, not down.requires_grad
+    keeps, frozen = not weight.requires_grad, fixed_down and not down.requires_grad
     if torch.compiler.is_compiling():
         a, b = (t if t is None else t.detach() for t in places(core))
         own = weight if keeps else weight.detach(), down if frozen else down.detach()

@@ -49,12 +49,19 @@ class Factor:
 
 @dataclass(frozen=True)
 class PeftNames:
-    """The names that PEFT's own implementation of a method has for its factors, in files."""
+    """The names that PEFT's own implementation of a method has, in files, read and written."""
 
     kind: str  # its PeftType
     factors: Mapping[str, str]  # factor → the last part of PEFT's key
     settings: Callable[[Mapping[str, Any], int], dict[str, Any]]  # (config, rank) → keywords
+    config: Callable[[Mapping[str, Any], int, int, float], dict[str, Any]]  # (keywords, highest
+    # rank, mean of those left, scale of all layers) → what the config has of its own
+    prefix: str  # of the config's dropout and of its word for biases
+    scaled: str  # the factor that takes what is left of a layer's scale
+    scale: float | None = None  # of all layers; None: the config says it
     shared: Mapping[str, str] = field(default_factory=dict)  # factor → PEFT's key
+    columns: tuple[str, ...] = ()  # factors that are (r, 1) there
+    masked: str = ""  # the factor whose zeros are ranks that a budget took away: its rank_pattern
 
 
 Sizes = Mapping[str, int]  # letter → size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.family.adalora import ADALORA
+from ..methods.keywords import integer, number
 from .adapt import require_adapted
 
 
@@ -32,8 +33,9 @@ class RankBudget:
     total_step - tfinal; for the rest they stay as they are. beta1 and beta2 smooth the importance.
     Names and numbers are those of PEFT's AdaLoraConfig.
 
-    Raises ValueError if no layer is of adalora, for a target_r that is more than the layers' mean
-    rank or below 1, and for steps or betas out of range.
+    Raises ValueError if no layer is of adalora, or one of them does not train down, core and up;
+    for a target_r that is more than the layers' mean rank or below 1, and for steps or betas that
+    are no numbers or out of range.
     """
 
     def __init__(
@@ -52,6 +54,16 @@ class RankBudget:
         self.layers = {name: m for name, m in layers.items() if m.row is ADALORA}
         if not self.layers:
             raise ValueError('the model has no layer of adalora: adapt(model, "adalora", …) first')
+        for name, layer in self.layers.items():
+            if still := [part for part in ADALORA.factors if part not in layer.train_names]:
+                raise ValueError(
+                    f"{name} does not train {' and '.join(still)}: the importance of its ranks is "
+                    "of the gradients of down, core and up; adapt with all three in train"
+                )
+        target_r, total_step = integer("target_r", target_r), integer("total_step", total_step)
+        tinit, tfinal = integer("tinit", tinit), integer("tfinal", tfinal)
+        deltaT = integer("deltaT", deltaT)
+        beta1, beta2 = number("beta1", beta1), number("beta2", beta2)
         self.initial = sum(layer.r for layer in self.layers.values())
         self.target = target_r * len(self.layers)
         if not target_r >= 1 or self.target > self.initial:
@@ -88,8 +100,10 @@ class RankBudget:
         To be called at every step, after backward and before zero_grad. Returns the entries that
         stay, bool (r,), by layer; none before the first were taken.
 
-        Raises RuntimeError where a factor of a layer has no gradient.
+        Raises RuntimeError where a factor of a layer has no gradient, ValueError for a step that is
+        no integer.
         """
+        global_step = integer("global_step", global_step)
         if global_step < self.stop:
             self.note()
             size, now = self.at(global_step)

@@ -143,6 +143,9 @@ def test_an_unknown_keyword_says_which_is_meant(method, keyword, said) -> None:
         ("layers_to_transform", "adapt takes it"),
         ("layers_pattern", "adapt takes it"),
         ("rank_dropout_scale", "rank_dropout scales"),
+        ("deltaT", "it is RankBudget's"),
+        ("orth_reg_weight", r"it is what the loss adds orthogonality\(model\) times"),
+        ("eva_config", "adapt takes the batches that init='eva' needs, as data"),
     ],
 )
 def test_what_only_a_whole_model_has(cls, keyword, said) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fused_lowrank import (
+    AdapterBank,
     adapt,
     export_lora,
     load_adapter,
@@ -316,6 +317,11 @@ def test_peft_checkpoints_load(kind: str, tmp_path: Path) -> None:
         ({"target_r": 0}, "target_r is 0"),
         ({"tinit": 9}, "there must be steps between"),
         ({"beta1": 1.0}, "beta1 and beta2 are 1.0"),
+        ({"beta2": "0.9"}, "beta2 is '0.9': it must be a finite number"),
+        ({"target_r": "2"}, "target_r is '2': it must be an integer"),
+        ({"target_r": 2.5}, "target_r is 2.5: it must be an integer"),
+        ({"total_step": 9.5}, "total_step is 9.5: it must be an integer"),
+        ({"deltaT": 1.5}, "deltaT is 1.5: it must be an integer"),
     ],
 )
 def test_budgets_that_are_none(keywords: dict[str, Any], said: str) -> None:
@@ -326,6 +332,10 @@ def test_budgets_that_are_none(keywords: dict[str, Any], said: str) -> None:
         RankBudget(adapted("lora_fa"), target_r=2, total_step=10)
     with pytest.raises(RuntimeError, match="has no gradient"):
         RankBudget(model, target_r=2, total_step=10).update_and_allocate(1)
+    with pytest.raises(ValueError, match=r"global_step is 1\.0: it must be an integer"):
+        RankBudget(model, target_r=2, total_step=10).update_and_allocate(1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"0 does not train down and up: .* all three in train"):
+        RankBudget(adapted("adalora", train=("core",)), target_r=2, total_step=10)
 
 
 # --- a row of one's own ---
@@ -361,3 +371,23 @@ def test_a_row_is_a_method() -> None:
     assert layer.magnitude.grad is not None
     layer.merge()
     assert torch.allclose(layer(given), y)
+
+
+def test_a_bank_of_adalora() -> None:
+    """Its down and up are each adapter's own: refused, nothing changed; cores alone will do."""
+    model = adapted("adalora")
+    y, state = model(x()), copy.deepcopy(model.state_dict())
+    said = r"trains down, up, which adapters in a bank share.* or by adalora with train=\('core',\)"
+    with pytest.raises(ValueError, match=said):
+        AdapterBank.from_model(model, slots=2)
+    assert torch.equal(model(x()), y)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model = adapted("adalora", train=("core",))
+    bank = AdapterBank.from_model(copy.deepcopy(model), slots=2)
+    bank.add("one", model)
+    bank.add("fresh")
+    with bank.use(["one", "fresh"]):
+        y = bank.model(torch.stack([x(), x()]))
+    torch.testing.assert_close(y, torch.stack([model(x()), base()(x())]))
+    with pytest.raises(ValueError, match="trains more of 0 than its core: down, core, up"):
+        bank.add("other", adapted("adalora"))

@@ -14,6 +14,7 @@ from torch.func import functional_call
 pytest.importorskip("peft")
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import inject_adapter_in_model
+from peft.tuners.lora.config import VeloraConfig
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
     BF16,
@@ -90,18 +91,22 @@ def test_states_of_the_adapters(device: torch.device, ran: Counter) -> None:
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_dora_is_left_alone(later: bool, device: torch.device, ran: Counter) -> None:
+def test_variants_are_left_alone(later: bool, device: torch.device, ran: Counter) -> None:
     """And said once, whether it is there from the start or added afterwards."""
     theirs = block()
     if not later:
-        theirs.add_adapter("dora", config(use_dora=True))
+        theirs.add_adapter("other", config(velora_config=VeloraConfig(2)))
     ours = copy.deepcopy(theirs)
-    with nullcontext() if later else pytest.warns(match="left to PEFT.*proj.*'dora'.*Dora") as said:
+    with (
+        nullcontext()
+        if later
+        else pytest.warns(match="left to PEFT.*proj.*'other'.*Velora") as said
+    ):
         fuse_lora(ours)
     if later:
-        theirs.add_adapter("dora", config(use_dora=True))
-        with pytest.warns(match="left to PEFT.*'dora'.*Dora") as said:
-            ours.add_adapter("dora", config(use_dora=True))
+        theirs.add_adapter("other", config(velora_config=VeloraConfig(2)))
+        with pytest.warns(match="left to PEFT.*'other'.*Velora") as said:
+            ours.add_adapter("other", config(velora_config=VeloraConfig(2)))
     assert len([w for w in said if "left to PEFT" in str(w.message)]) == 1
     ours.load_state_dict(theirs.state_dict())
     with warnings.catch_warnings():
@@ -109,7 +114,7 @@ def test_dora_is_left_alone(later: bool, device: torch.device, ran: Counter) -> 
         ours(ids(device)), theirs(ids(device))
         assert ran.total() == 1
         for model in (ours, theirs):
-            model.set_adapter("dora")
+            model.set_adapter("other")
         assert torch.equal(ours(ids(device)), theirs(ids(device)))
     assert ran.total() == 1
 

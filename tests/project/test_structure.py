@@ -29,6 +29,7 @@ FLOORS = (
         "files.official",
         "files.lora_export",
         "files.lora_parts",
+        "files.peft_export",
         "parallel",
         "explain",
     ),

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as dense
 
 from ...compute import choose
 from ...compute.autograd import chain, fold
@@ -24,23 +25,29 @@ from ...context.calls import Learned
 from ...context.declared import ANYWHERE, Owners, by_row, stated
 from ...context.readers import leave_fast_paths, restore_fast_paths
 from ...functional import DTYPES, lowrank_linear
+from ...methods import dora
 from ...methods.accept import TENSORS, is_hooked, is_replaced
+from ...methods.method import MAGNITUDE, Parts
 from .mixed import Entries, Switched, as_before, hooked, uncompiled
 from .registry import TESTED
 
 try:
     from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora import LoraModel, variants
+    from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.lora.layer import Linear, LoraLayer
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
     raise ImportError(f"{error}: fuse_lora was tested with peft {TESTED}") from error
 
 Model = TypeVar("Model", bound=nn.Module)
+DORA = variants.DoraLinearVariant
+MICA = getattr(variants, "MiCALinearVariant", None)  # LoRA beside which B is frozen
 BASES = (nn.Linear.forward, Conv1D.forward)  # the forwards that the equation replaces
 USED = (
     *("_disable_adapters", "active_adapters", "base_layer", "lora_A", "lora_B", "lora_dropout"),
-    *("lora_variant", "merged_adapters", "scaling", "update_layer"),
+    *("lora_magnitude_vector", "lora_variant", "merged_adapters", "scaling", "unmerge"),
+    "update_layer",
 )
 
 
@@ -116,6 +123,9 @@ class FusedLinear(Switched, Linear):
         if type(base).forward is Conv1D.forward:
             weight = weight.t()
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        if has_gain(self, adapter):
+            low = dropout(x) if dropout_p and self.training else None
+            return self.with_gain(Operands(x, weight, down, None, up, bias, scale), adapter, low)
         if self.impl == "auto" and (choose.short(x) if dropout_p else choose.small(x)):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
             return chain(Operands(x, weight, down, None, up, bias, scale), low)
@@ -126,6 +136,21 @@ class FusedLinear(Switched, Linear):
             training=True,
             impl=self.impl,
         )
+
+    def with_gain(self, operands: Operands, adapter: str, low: Tensor | None) -> Tensor:
+        """The layer with DoRA, whose norm is of the factors as they are now.
+
+        `low` is x after a dropout, if there is one. The gain is then of what is computed from it,
+        the base's product among it, and what the base lacks of x comes to that without a gain.
+        """
+        x, weight, down, _, up, bias, scale, *_ = operands
+        magnitude = {MAGNITUDE: magnitude_of(self, adapter)._parameters["weight"]}
+        made = Parts(down, None, up)
+        gain = dora.with_gain(made, magnitude, weight, scale, fixed_down=False).gain
+        given: dict[str, Any] = {"scale": scale, "impl": self.impl, "gain": gain}
+        if low is None:
+            return lowrank_linear(x, weight, down, None, up, bias, **given)
+        return lowrank_linear(low, weight, down, None, up, **given) + dense(x - low, weight, bias)
 
     def mixed(self, x: Tensor, entries: Entries, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's forward with a name for each of x's first dimension, or for each row."""
@@ -153,8 +178,18 @@ class FusedLinear(Switched, Linear):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; says so if it is one that PEFT's own forward computes."""
         super().update_layer(adapter_name, *args, **kwargs)
+        dora.forget()
         if reason := why_not_fused(self, adapter_name):
             warnings.warn(f"left to PEFT's own forward: a layer {reason}", stacklevel=2)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, as PEFT does: it writes to the base's weight by way of `.data`."""
+        super().unmerge()
+        dora.forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        dora.forget()
+        return super()._apply(fn, recurse)
 
 
 class FusedLoraModel(LoraModel):
@@ -188,26 +223,45 @@ def parts(layer: Linear, adapter: str) -> tuple[Any, Any, Any, Any]:
     return modules["base_layer"], *(modules[name]._modules[adapter] for name in names)
 
 
+def has_gain(layer: Linear, adapter: str) -> bool:
+    """Whether an adapter is one with DoRA."""
+    return bool(layer.lora_variant) and type(layer.lora_variant.get(adapter)) is DORA
+
+
+def magnitude_of(layer: Linear, adapter: str) -> Any:
+    """The module that has the magnitude of an adapter with DoRA."""
+    modules: Any = layer._modules
+    return modules["lora_magnitude_vector"]._modules[adapter]
+
+
 def why_not_fused(layer: Linear, adapter: str) -> str | None:
     """The reason why PEFT's own forward computes a layer with this adapter, or None."""
-    if adapter in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter]).__name__
-        return f"whose adapter {adapter!r} is no plain LoRA ({variant})"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and type(variant) not in (DORA, MICA):
+        return f"whose adapter {adapter!r} is neither LoRA nor DoRA ({type(variant).__name__})"
     if not isinstance(layer.scaling[adapter], int | float):
         return f"whose adapter {adapter!r} has a tensor for its scaling"
     base, a, b, dropout = called = parts(layer, adapter)
-    for part in called:
+    of_gain = (magnitude_of(layer, adapter),) if has_gain(layer, adapter) else ()
+    for part in (*called, *of_gain):
         if is_hooked(part):
             return "inside which there are hooks (of offloading, say)"
     if type(base).forward not in BASES:
         return f"around a {type(base).__name__}, which is no plain nn.Linear or Conv1D"
-    for part in base, a, b:
+    for part in (base, a, b, *of_gain):
         weight = part._parameters.get("weight")
         if type(weight) not in TENSORS or weight.dtype not in DTYPES:
             return "with a weight that is parametrised, sharded or quantised"
     for part in a, b:
         if type(part).forward is not nn.Linear.forward:
             return f"whose adapter {adapter!r} has a {type(part).__name__} for an nn.Linear"
+    for part in of_gain:
+        if type(part).forward is not DoraLinearLayer.forward:
+            return f"whose adapter {adapter!r} has a {type(part).__name__} for its DoRA"
+        if part._parameters["weight"].device != base._parameters["weight"].device:
+            return f"whose adapter {adapter!r} has its magnitude on another device than the base"
+        if b.bias is not None:
+            return f"whose adapter {adapter!r} has a bias in lora_B, of which are PEFT's norms, too"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"with {dropout}"
     return None
@@ -238,14 +292,14 @@ def fuse_lora(model: Model) -> Model:
 
         model = fuse_lora(get_peft_model(model, LoraConfig(…)))
 
-    Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, bias,
-    lora_bias and dropout. All else is left to PEFT's own forward: other kinds of layers and of
-    LoRA, hooks inside a layer, several active adapters at once, merged and disabled ones. Mixed
-    batches are left to it as well, but the rows of each adapter are found as with the methods of
-    this library: `adapter_names` belong to the calling thread or task, and are followed to each
-    layer's rows. One UserWarning names the layers that are left, and why. Adapters may be added,
-    changed and deleted afterwards; if one brings new layers, call this again. Call it before
-    `fully_shard`.
+    Layers around nn.Linear and transformers' Conv1D are fused, with any r, alpha, rsLoRA, initial
+    values, bias, lora_bias and dropout, and with DoRA. All else is left to PEFT's own forward:
+    other kinds of layers and of LoRA, hooks inside a layer, several active adapters at once, merged
+    and disabled ones. Mixed batches are left to it as well, which refuses them with DoRA, but the
+    rows of each adapter are found as with the methods of this library: `adapter_names` belong to
+    the calling thread or task, and are followed to each layer's rows. One UserWarning names the
+    layers that are left, and why. Adapters may be added, changed and deleted afterwards; if one
+    brings new layers, call this again. Call it before `fully_shard`.
 
     torch's encoder layers with a fused layer are kept off their fast path, which PEFT's own layers
     leave reading the base weights: in eval mode their adapters act, too.
@@ -254,7 +308,8 @@ def fuse_lora(model: Model) -> Model:
     are used in x's dtype, as under autocast. Dropout draws another mask of the same distribution,
     from a seed; calls of few elements on a CPU have torch's own, and are computed by library
     operations then, whatever plan is asked for: a checkpoint finds the same mask under another one.
-    A second differentiation raises: `unfuse_lora` first.
+    A second differentiation raises: `unfuse_lora` first. So does a backward with DoRA in training
+    if the layer's output was written to in place: the magnitude's gradient is computed from it.
 
     Raises:
         ValueError: the model has no LoRA layers of PEFT's.

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..layer import LowRankLinear
 from ..method import Factor, Method, Parts, PeftNames
 
+EPS = 1e-5  # PEFT divides by the first rank and this
+
 
 def adalora_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
     """The factors, with a diagonal core."""
@@ -25,8 +27,18 @@ def adalora_settings(config: Mapping[str, Any], r: int) -> dict[str, Any]:
     """The keywords of a layer of PEFT's, of which r ranks are left: it divides by the first r."""
     first = int(config["init_r"])
     alpha = float(config["lora_alpha"])
-    scale = (alpha if alpha > 0 else float(first)) / (first + 1e-5)
+    scale = (alpha if alpha > 0 else float(first)) / (first + EPS)
     return {"alpha": scale * r, "dropout": float(config.get("lora_dropout") or 0.0)}
+
+
+def adalora_config(keywords: Mapping[str, Any], r: int, left: int, scale: float) -> dict[str, Any]:
+    """PEFT's settings of layers that began with r ranks. The budget is done with after one step."""
+    return {
+        "init_r": r,
+        "target_r": left,
+        "lora_alpha": scale * (r + EPS),
+        "total_step": 1,
+    }
 
 
 ADALORA = Method(
@@ -42,7 +54,14 @@ ADALORA = Method(
     core=("core",),
     parts=adalora_parts,
     peft=PeftNames(
-        "ADALORA", {"down": "lora_A", "core": "lora_E", "up": "lora_B"}, adalora_settings
+        "ADALORA",
+        {"down": "lora_A", "core": "lora_E", "up": "lora_B"},
+        adalora_settings,
+        adalora_config,
+        prefix="lora",
+        scaled="core",
+        columns=("core",),
+        masked="core",
     ),
 )
 

@@ -49,7 +49,16 @@ VERA = Method(
             "b_initial": 0.0,
             "seed": int(config.get("projection_prng_key") or 0),
         },
-        {"down": "base_model.vera_A", "up": "base_model.vera_B"},
+        lambda keywords, r, left, scale: {
+            "r": r,
+            "d_initial": keywords["d_initial"],
+            "projection_prng_key": keywords["seed"],
+            "save_projection": True,
+        },
+        prefix="vera",
+        scaled="b",
+        scale=1.0,
+        shared={"down": "base_model.vera_A", "up": "base_model.vera_B"},
     ),
 )
 

@@ -71,9 +71,12 @@ def check_learns(layer: Any) -> None:
     if len(zero) > 1 and layer.row.parts is not None:
         raise ValueError(f"{' and '.join(zero)} both start at zero: nothing would ever be learned")
     if others and (frozen := [name for name in zero if name not in others]):
+        init = layer.inits[frozen[0]]
+        other = f", or give {init} another value than 0" if init in options else ""
         raise ValueError(
             f"train is {layer.train_names}, but {frozen[0]} starts at zero: as long as it is not "
             f"trained, the gradients of the other factors are zero. Add {frozen[0]!r} to train"
+            f"{other}"
         )
 
 
