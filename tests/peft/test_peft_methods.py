@@ -49,7 +49,7 @@ def test_the_equation(method: str) -> None:
 @methods
 def test_it_runs_through_lowrank_linear(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call of it a layer, which keeps nothing of the size of x for the backward."""
-    from fused_lowrank.integrations.peft import layer as module
+    from fused_lowrank.integrations.peft.layer import base as module
 
     model = peft.get_peft_model(mlp(), config(method)).train()
     calls, real = [], module.lowrank_linear

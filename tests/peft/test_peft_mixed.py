@@ -252,7 +252,7 @@ def test_through_the_kernels(
     method: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, in the first part of longer bases, and mixed: strided factors and weights included."""
-    from fused_lowrank.integrations.peft import layer as module
+    from fused_lowrank.integrations.peft.layer import base, cores
 
     larger = {"r": 2, "a": 9, "b": 7} if method == "lora_mini" else {"r": 9}
     targets = {"target_modules": ["lin0", "conv"], "fan_in_fan_out": True}
@@ -275,7 +275,7 @@ def test_through_the_kernels(
 
     ways = ("default", "large", None)
     wanted = [step(adapter) for adapter in ways]
-    alone, by_rows, calls = module.lowrank_linear, module.compute, []
+    alone, by_rows, calls = base.lowrank_linear, cores.compute, []
 
     def through(*operands: Any, **settings: Any) -> torch.Tensor:
         calls.append("alone")
@@ -285,8 +285,8 @@ def test_through_the_kernels(
         calls.append("rows")
         return by_rows(*operands[:-1], "triton")
 
-    monkeypatch.setattr(module, "lowrank_linear", through)
-    monkeypatch.setattr(module, "compute", through_rows)
+    monkeypatch.setattr(base, "lowrank_linear", through)
+    monkeypatch.setattr(cores, "compute", through_rows)
     for adapter, expected in zip(ways, wanted, strict=True):
         close = CLOSE if dtype == torch.float64 else {}
         torch.testing.assert_close(step(adapter), expected, **close)
