@@ -24,7 +24,7 @@ from ...files.other_base import refuse_other_base
 from ...methods.accept import special_tensor
 from ...models.targets import named_modules
 from ...models.whole_modules import warn_of_names
-from .layer import PeftCoreLinear, PeftLowRankLinear, PeftOwnLinear
+from .layer import PeftCoreLinear, PeftLowRankLinear, PeftOwnLinear, share_unsaved
 
 FINGERPRINT = "basis_fingerprint"
 
@@ -318,4 +318,5 @@ def own_to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> d
                 shared.setdefault(factor, value)
     for own_keys in keys.values():
         tensors.update({own_keys[factor]: value for factor, value in shared.items()})
+    share_unsaved(layers.values(), adapter, model.peft_config[adapter])  # type: ignore[operator, index]
     return tensors

@@ -11,7 +11,7 @@ A module imports those above it in this list.
 
 from .base import Factors, PeftLowRankLinear, layers_of
 from .cores import PeftCoreLinear
-from .own import PeftOwnLinear, share
+from .own import PeftOwnLinear, share, share_unsaved
 
 __all__ = [
     "Factors",
@@ -20,4 +20,5 @@ __all__ = [
     "PeftOwnLinear",
     "layers_of",
     "share",
+    "share_unsaved",
 ]

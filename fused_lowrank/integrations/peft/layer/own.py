@@ -8,7 +8,7 @@ has comes from a seed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -179,7 +179,6 @@ def options_of(row: Method, config: LowRankConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in row.options if hasattr(config, name)}
 
 
-@torch.no_grad()
 def share(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConfig) -> None:
     """Give the layers of an adapter, which are all there by now, the factors that they share.
 
@@ -189,26 +188,48 @@ def share(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConf
     if not layers:
         return
     row, prefix = layers[0].row, layers[0].prefix
-    alone = [name for name in row.factors if name not in row.shared]
-    devices = {getattr(layer, prefix + alone[0])[adapter].device for layer in layers}
+    alone = next(name for name in row.factors if name not in row.shared)
+    devices = {getattr(layer, prefix + alone)[adapter].device for layer in layers}
     if len(devices) > 1:
         raise ValueError(
             f"{row.name} has one pair of factors for all layers, and these are on several devices: "
             f"{', '.join(sorted(map(str, devices)))}. Put the model on one, or take another method"
         )
-    device = devices.pop()
-    real = layers[0].base_weight.device
+    factors = shared_factors(layers, config, devices.pop())
+    for layer in layers:
+        for name in row.shared:
+            getattr(layer, prefix + name)[adapter] = factors[name]
+        layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def share_unsaved(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConfig) -> None:
+    """Make the factors that no file brings, if with low_cpu_mem_usage they have no values yet."""
+    layers = list(layers)
+    if not layers:
+        return
+    row, prefix = layers[0].row, layers[0].prefix
+    names = [name for name, factor in row.factors.items() if not factor.saved]
+    if not any(getattr(layers[0], prefix + name)[adapter].is_meta for name in names):
+        return
+    device = layers[0].base_weight.device
+    factors = shared_factors(layers, config, torch.device("cpu") if device.type == "meta" else device)
+    for layer in layers:
+        for name in names:
+            getattr(layer, prefix + name)[adapter] = factors[name]
+
+
+@torch.no_grad()
+def shared_factors(
+    layers: Sequence[PeftLowRankLinear], config: LowRankConfig, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """The factors that layers share, frozen, of the largest of their sides, with first values."""
+    row = layers[0].row
     sizes = {name: getattr(config, name) for name in row.ranks}
     sizes |= {side: max(getattr(m, f"{way}_features") for m in layers) for side, way in SIDES}
     dtype = functools.reduce(torch.promote_types, [m.base_weight.dtype for m in layers])
-    factors = {}
+    found = {}
     for name in row.shared:
-        # On the meta device they would wait for a file, and not all are in one.
-        place = device if row.factors[name].saved or not device.type == "meta" else real
-        value = torch.empty(row.shape(name, sizes), dtype=dtype, device=place)
-        factors[name] = nn.Parameter(value, requires_grad=False)
-    fill_shared(row, factors, {**options_of(row, config), "init": word_of(config)})
-    for layer in layers:
-        for name, factor in factors.items():
-            getattr(layer, prefix + name)[adapter] = factor
-        layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+        value = torch.empty(row.shape(name, sizes), dtype=dtype, device=device)
+        found[name] = nn.Parameter(value, requires_grad=False)
+    fill_shared(row, found, {**options_of(row, config), "init": word_of(config)})
+    return found
