@@ -46,7 +46,7 @@ class PeftOwnLinear(PeftLowRankLinear):
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if row is not None:
-            far = {name: "normal" for name, init in row.inits().items() if init in ZERO}
+            far = {name: "small" for name, init in row.inits().items() if init in ZERO}
             cls.row = replace(row, starts={"far": far, **row.starts})
             cls.prefix = f"{row.name}_"
             cls.adapter_layer_names = tuple(f"{row.name}_{name}" for name in row.factors)
@@ -133,8 +133,8 @@ class PeftOwnLinear(PeftLowRankLinear):
         return {"K": self.in_features, "N": self.out_features, **ranks}, True
 
     def widen(self, adapter: str) -> None:
-        """Make the trained factors of an adapter float32 where they are narrower."""
-        for factor in self.trained_factors(adapter):
+        """Make the factors of an adapter float32 where they are narrower, in place."""
+        for factor in self.factors_of(adapter).values():
             if factor.itemsize < 4:
                 factor.data = factor.data.float()
 
