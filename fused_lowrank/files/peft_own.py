@@ -1,6 +1,9 @@
 """Adapters of PEFT whose layers have factors of their own, as `integrations.peft` writes them.
 
-<module>.{method}_{factor}    every factor that is saved; those that all layers share are in one
+<module>.{method}_{factor}    the trained factors, and
+<module>.basis_{factor}       the frozen ones, as far as they are saved
+
+One that all layers share is with one of these.
 
 Such files have no fingerprint of their base model.
 """
@@ -23,6 +26,11 @@ OWN: dict[str, Method] = {
 }
 
 
+def name_of(row: Method, factor: str) -> str:
+    """The name of a factor in PEFT's layers, and in the keys of files."""
+    return f"{row.name if row.factors[factor].trained else 'basis'}_{factor}"
+
+
 def parsed(
     config: dict[str, Any],
     state: dict[str, Tensor],
@@ -35,7 +43,7 @@ def parsed(
     """
     row = OWN[config["peft_type"]]
     saved = {name: factor for name, factor in row.factors.items() if factor.saved}
-    names = {f".{row.name}_{name}": name for name in saved} | {".base_layer.bias": "bias"}
+    names = {f".{name_of(row, name)}": name for name in saved} | {".base_layer.bias": "bias"}
     ends = (*names, ".base_layer.weight")  # of an adapted head: the base's, and left out
     layers: dict[str, dict[str, Tensor]] = {}
     tensors, rest = {}, {}
@@ -51,10 +59,10 @@ def parsed(
     for layer, parts in layers.items():
         sizes: dict[str, int] = {}
         for name, factor in saved.items():
-            tensor = parts.get(name) if not factor.shared else tensors.get(f"{SHARED}.{name}")
-            if tensor is None or tensor.dim() != len(factor.sides):
+            own = parts.get(name) if not factor.shared else tensors.get(f"{SHARED}.{name}")
+            if own is None or own.dim() != len(factor.sides):
                 raise ValueError(f"{path} lacks {name} of {layer}: it is damaged")
-            sizes.update(zip(factor.sides, tensor.shape, strict=True))
+            sizes.update(zip(factor.sides, own.shape, strict=True))
         asked, alpha = scaling(config, layer, path)
         r = sizes.get("r", asked)
         numbers = (n for n, values in row.options.items() if not isinstance(values, tuple))

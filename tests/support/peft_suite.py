@@ -22,8 +22,8 @@ from pathlib import Path
 
 VERSION = "0.21.2"
 
-# method as PEFT's tests are to call it → (configuration, name, ranks). The custom models of PEFT are
-# as small as 10 → 20 → 2 and 5 → 1: ranks are taken down to that, but n must divide it.
+# method as PEFT's tests are to call it → (configuration, name, ranks). The custom models of PEFT
+# are as small as 10 → 20 → 2 and 5 → 1: ranks are taken down to that, but n must divide it.
 METHODS = {
     "LoRA-XS": ("LoraXSConfig", "lora_xs", {"r": 4}),
     "LoRA-Mini": ("LoraMiniConfig", "lora_mini", {"r": 2, "a": 4}),
@@ -32,7 +32,8 @@ METHODS = {
     "MELoRA": ("MeloraConfig", "melora", {"r": 2, "n": 2}),
     "NOLA": ("NolaConfig", "nola", {"r": 4, "m": 6}),
 }
-DEFAULTS = {"MELoRA": {"n": 2}}  # what is given beside them
+# What is given beside the defaults: a tied pair has the gradients of all layers, and diverges.
+DEFAULTS: dict[str, dict[str, int]] = {"MELoRA": {"n": 2}, "Tied-LoRA": {"lora_alpha": 1}}
 CONV1D = {"MELoRA": {"n": 1}}
 CONFIGS = ", ".join(config for config, *_ in METHODS.values())
 IMPORT = f"from fused_lowrank.integrations.peft import {CONFIGS}\n"
@@ -161,9 +162,7 @@ def patch(tests: Path, models: dict[str, str]) -> None:
     common = tests / "testing_common.py"
     text = put(common.read_text(), "\nfrom peft.tuners.lora import LoraLayer\n", IMPORT)
     for known in GATES:
-        text = open_gate(
-            text, f"not in {known}:", f"not in (*{known}, {CONFIGS}):"
-        )
+        text = open_gate(text, f"not in {known}:", f"not in (*{known}, {CONFIGS}):")
     common.write_text(text)
 
     for file, table, task, names in TRANSFORMERS:

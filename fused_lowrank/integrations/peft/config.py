@@ -97,7 +97,7 @@ class LowRankConfig(PeftConfig):
         super().__init_subclass__(**keywords)
         if row is not None:
             cls.row, cls.method, cls.ranks = row, row.name, tuple(row.ranks)
-            drawn = [word for word in row.inits_known if set(row.inits(word).values()) <= set(FILLS)]
+            drawn = [word for word in row.inits_known if {*row.inits(word).values()} <= {*FILLS}]
             cls.words = ("identity", *(["paper"] if row.bases else drawn))
 
     def __post_init__(self) -> None:
@@ -217,13 +217,13 @@ class LoraFAConfig(LowRankConfig, row=LORA_FA):
 
 @dataclass
 class TiedLoraConfig(LowRankConfig, row=TIED_LORA):
-    """Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): all layers train one pair of factors.
+    """Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): all layers train one pair.
 
     y = x·Wᵀ + bias + scaling · v ⊙ (((x·downᵀ) ⊙ u)·upᵀ)
 
-    An adapter has one down (r, K) and one up (N, r), of the largest sides of its layers, and in each
-    layer u (r,) and v (out,). r may be more than a layer's sides, and is one for all: there is no
-    rank_pattern. Other fields: `LowRankConfig`.
+    An adapter has one down (r, K) and one up (N, r), of the largest sides of its layers, and in
+    each layer u (r,) and v (out,). r may be more than a layer's sides, and is one for all: there is
+    no rank_pattern. Other fields: `LowRankConfig`.
     """
 
 

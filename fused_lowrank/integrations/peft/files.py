@@ -1,9 +1,8 @@
 """The contents of an adapter's file, and the checks on loading it.
 
-<module>.{method}_{factor}       the trained factors; of adapters with factors of their own all that
-                                 are saved, those that all layers share with the first of these
-<module>.basis_down, basis_up    of cores: the frozen factors, as far as the adapter uses them
-<module>.basis_fingerprint       of these and of the weight (`fingerprint.fingerprint`)
+<module>.{method}_{factor}       the trained factors, those that all layers share with the first
+<module>.basis_{factor}          the frozen factors, of cores as far as the adapter uses them
+<module>.basis_fingerprint       of cores: of these and of the weight (`fingerprint.fingerprint`)
 """
 
 from __future__ import annotations
@@ -279,7 +278,8 @@ def bases_to_load(
 
 
 def own_to_save(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the file of an adapter with factors of its own; a shared one is in it once.
+    """The tensors of the file of an adapter with factors of its own: a shared one once, and none
+    that a seed determines.
 
     Raises ValueError for tensors of which this process has but a part.
     """
@@ -288,9 +288,9 @@ def own_to_save(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> d
         for factor, key in layer.keys(f"{name}.", adapter).items():
             kind = layer.row.factors[factor]
             require_whole(key, tensors, layer, len(kind.sides))
-            if kind.shared and key in tensors:
-                if factor in found:
-                    del tensors[key]
+            if not kind.saved or (kind.shared and factor in found):
+                tensors.pop(key, None)
+            elif key in tensors:
                 found.add(factor)
     return tensors
 
@@ -298,25 +298,28 @@ def own_to_save(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> d
 def own_to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to load, of those in the file of an adapter with factors of its own.
 
-    Raises ValueError for a file of other ranks, or of a model of other sizes.
+    Raises ValueError for a file of other ranks, of a model of other sizes, or without its frozen
+    factors; PEFT says which trained ones are missing.
     """
     shared: dict[str, nn.Parameter] = {}
     layers: dict[str, PeftOwnLinear] = dict(named_layers(model, adapter))
     keys = {name: layer.keys(f"{name}.", adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
-        for factor, key in keys[name].items():
-            own = layer.factors_of(adapter)[factor]
-            if key not in tensors:
-                continue
-            if tensors[key].shape != own.shape:
+        for factor, own in layer.factors_of(adapter).items():
+            key, kind = keys[name][factor], layer.row.factors[factor]
+            value = tensors.get(key)
+            if value is None:
+                if kind.saved and not (kind.trained or kind.shared):
+                    raise ValueError(f"the file lacks {key}, which is frozen: it is damaged")
+            elif value.shape != own.shape:
                 raise ValueError(
                     f"the adapter in the file is of another rank, or for another base model: {key} "
-                    f"is {tuple(tensors[key].shape)} there and {tuple(own.shape)} here"
+                    f"is {tuple(value.shape)} there and {tuple(own.shape)} here"
                 )
-            if layer.row.factors[factor].shared:  # the same object, where it is assigned
-                value = nn.Parameter(tensors[key], requires_grad=False)
-                shared.setdefault(factor, value)
+            elif kind.shared:  # the same object for all layers, where it is assigned
+                shared.setdefault(factor, nn.Parameter(value, requires_grad=False))
     for own_keys in keys.values():
         tensors.update({own_keys[factor]: value for factor, value in shared.items()})
-    share_unsaved(layers.values(), adapter, model.peft_config[adapter])  # type: ignore[operator, index]
+    configs: Any = model.peft_config
+    share_unsaved(layers.values(), adapter, configs[adapter])
     return tensors

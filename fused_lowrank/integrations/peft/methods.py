@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -70,7 +70,8 @@ class CoreModel(LowRankModel):
         check_mix(self.peft_config, adapters, weights, adapter_name, combination_type)
         shares = list(zip(adapters, weights, strict=True))
         mixed = {}
-        for layer in layers_of(self.model):
+        layers: Iterator[Any] = layers_of(self.model)
+        for layer in layers:
             if own := [(name, weight) for name, weight in shares if name in layer.scaling]:
                 mixed[layer.key] = layer.mix(own)
         if not mixed:
@@ -111,7 +112,8 @@ class OwnModel(LowRankModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new Parameters, all of them trained, and of a shared one several.
         if autocast_adapter_dtype:
-            for layer in layers_of(self.model, adapter_name):
+            layers: Iterator[Any] = layers_of(self.model, adapter_name)
+            for layer in layers:
                 layer.widen(adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -161,9 +163,10 @@ class PeftTiedLoraLinear(PeftOwnLinear, row=TIED_LORA):
 
 
 class TiedLoraModel(OwnModel, layer=PeftTiedLoraLinear):
-    """A model with adapters of Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): PEFT's tuner.
+    """A model with adapters of Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578).
 
-    `peft.get_peft_model(model, TiedLoraConfig(…))` makes it; `TiedLoraConfig` has the equation.
+    PEFT's tuner: `peft.get_peft_model(model, TiedLoraConfig(…))` makes it; `TiedLoraConfig` has the
+    equation.
     """
 
 

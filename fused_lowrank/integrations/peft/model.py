@@ -62,7 +62,9 @@ class LowRankModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
 
-    def __init_subclass__(cls, layer: type[PeftLowRankLinear] | None = None, **keywords: Any) -> None:
+    def __init_subclass__(
+        cls, layer: type[PeftLowRankLinear] | None = None, **keywords: Any
+    ) -> None:
         super().__init_subclass__(**keywords)
         if layer is not None:
             cls.prefix, cls.tuner_layer_cls = layer.prefix, layer
@@ -367,4 +369,3 @@ class LowRankModel(BaseTuner):
             note_untied(model)
             forget(model)
         return model
-

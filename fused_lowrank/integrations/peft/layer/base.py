@@ -1,6 +1,6 @@
 """The class that all layers of PEFT here share: a linear layer and any number of adapters on it.
 
-    y = x·Wᵀ + bias + scaling · ((x·downᵀ) · core) · upᵀ
+y = x·Wᵀ + bias + scaling · ((x·downᵀ) · core) · upᵀ
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ....compute.reference import Core, like, through_core
 from ....context.called import Reader, note_call
-from ....context.declared import ANYWHERE, Owners, stated
 from ....context.calls import Spread
+from ....context.declared import ANYWHERE, Owners, stated
 from ....context.elsewhere import HookSlot, here
 from ....functional import lowrank_linear
 from ....methods.accept import is_hooked
@@ -135,7 +135,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         self.scaling[adapter] = self.own_scaling[adapter]
         self.lora_dropout[adapter] = config.lora_dropout
         self.add_factors(adapter, config, r)
-        self._move_adapter_to_device_of_base_layer(adapter)
+        self._move_adapter_to_device_of_base_layer(adapter)  # type: ignore[operator]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:

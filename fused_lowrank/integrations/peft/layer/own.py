@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,24 @@ from ....compute.autograd import fold
 from ....compute.reference import Core, like, product
 from ....context.calls import Spread
 from ....context.declared import Owners, by_row
+from ....files.peft_own import name_of
 from ....methods.initial.starts import FILLS, ZERO
 from ....methods.method import Method, Parts
 from ....methods.shared import fill_shared
 from ..config import LowRankConfig
 from ..mixed import Entries, uncompiled
-from .base import Factors, PeftLowRankLinear, wide
-
+from .base import PeftLowRankLinear, wide
 
 SIDES = ("K", "in"), ("N", "out")
 
 
-class Unsaved(Factors):
-    """Factors that a seed determines: no state_dict has them, and none brings them."""
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 class PeftOwnLinear(PeftLowRankLinear):
-    """A layer whose adapters have factors of their own, by adapter in `{method}_{factor}`."""
+    """A layer whose adapters have factors of their own, trained and frozen ones.
+
+    PEFT's users expect that all is trained whose name has the prefix in it.
+    """
+
+    names: ClassVar[dict[str, str]]  # of the ParameterDicts, by factor
 
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -49,35 +44,35 @@ class PeftOwnLinear(PeftLowRankLinear):
             far = {name: "small" for name, init in row.inits().items() if init in ZERO}
             cls.row = replace(row, starts={"far": far, **row.starts})
             cls.prefix = f"{row.name}_"
-            cls.adapter_layer_names = tuple(f"{row.name}_{name}" for name in row.factors)
+            cls.names = {factor: name_of(row, factor) for factor in row.factors}
+            cls.adapter_layer_names = tuple(cls.names.values())
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__(base_layer, key, fan_in_fan_out)
-        for name, factor in zip(self.adapter_layer_names, self.row.factors.values(), strict=True):
-            if not factor.saved:
-                setattr(self, name, Unsaved())
-        self.frozen_peft_weight_names = {}  # by adapter, as PEFT asks for them
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
 
     # --- the parts of the equation ---
 
     def factors_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of an adapter, by the row's names."""
         own: Any = self._modules
-        names = zip(self.row.factors, self.adapter_layer_names, strict=True)
-        return {factor: own[name]._parameters[adapter] for factor, name in names}
+        return {factor: own[name]._parameters[adapter] for factor, name in self.names.items()}
+
+    def give(self, adapter: str, factor: str, value: nn.Parameter) -> None:
+        """Make a factor of an adapter this Parameter."""
+        getattr(self, self.names[factor])[adapter] = value
 
     def trained_factors(self, adapter: str) -> list[nn.Parameter]:
         """The factors of an adapter that are trained."""
-        return [getattr(self, self.prefix + name)[adapter] for name in self.row.trained]
+        return [getattr(self, self.names[factor])[adapter] for factor in self.row.trained]
 
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
-        factors = self.row.factors.items()
-        return {n: f"{prefix}{self.prefix}{n}.{adapter}" for n, f in factors if f.saved}
+        return {factor: f"{prefix}{name}.{adapter}" for factor, name in self.names.items()}
 
     def used(self, adapter: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's factors, of those that a state_dict has by these keys."""
-        return {**self.factors_of(adapter), **factors}
+        """An adapter's factors, of those that a state_dict has by these keys: they are all."""
+        return factors
 
     def parts(self, adapter: str) -> Parts:
         """The equation's parts of an adapter."""
@@ -117,11 +112,11 @@ class PeftOwnLinear(PeftLowRankLinear):
         for name, factor in self.row.factors.items():
             if not factor.shared:
                 value = nn.Parameter(torch.empty(self.row.shape(name, sizes), **like_base))
-                getattr(self, self.prefix + name)[adapter] = value
+                self.give(adapter, name, value)
                 with torch.no_grad():
                     FILLS[inits[name]](value, options)
         frozen = [name for name in self.row.factors if name not in self.row.trained]
-        self.frozen_peft_weight_names[adapter] = tuple(self.prefix + name for name in frozen)
+        self.frozen_peft_weight_names[adapter] = tuple(self.names[name] for name in frozen)
 
     def sized(self, config: LowRankConfig, r: int) -> tuple[dict[str, int], bool]:
         """The sizes of K, N and the ranks, and whether there is room for these: always, where all
@@ -133,20 +128,21 @@ class PeftOwnLinear(PeftLowRankLinear):
         return {"K": self.in_features, "N": self.out_features, **ranks}, True
 
     def widen(self, adapter: str) -> None:
-        """Make the factors of an adapter float32 where they are narrower, in place."""
-        for factor in self.factors_of(adapter).values():
+        """Make the trained factors of an adapter float32 where they are narrower, in place."""
+        for factor in self.trained_factors(adapter):
             if factor.itemsize < 4:
                 factor.data = factor.data.float()
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # In place: a shared factor stays one, and a frozen one frozen.
+        # In place: a shared factor stays one, a frozen one frozen, and a file's trained ones as wide.
         target = self.base_weight.device if device is None else device
-        for name in self.adapter_layer_names:
-            factor: Any = getattr(self, name)._parameters.get(adapter_name)
-            if factor is not None and not factor.is_meta and target.type != "meta":
-                factor.data = factor.data.to(target, self.base_weight.dtype)
+        for factor, name in self.names.items():
+            own: Any = getattr(self, name)._parameters.get(adapter_name)
+            if own is not None and not own.is_meta and target.type != "meta":
+                trained = self.row.factors[factor].trained
+                own.data = own.data.to(target, own.dtype if trained else self.base_weight.dtype)
 
     # --- mixed batches ---
 
@@ -179,7 +175,7 @@ def options_of(row: Method, config: LowRankConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in row.options if hasattr(config, name)}
 
 
-def share(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConfig) -> None:
+def share(layers: Iterable[Any], adapter: str, config: LowRankConfig) -> None:
     """Give the layers of an adapter, which are all there by now, the factors that they share.
 
     Raises ValueError if the layers are on several devices.
@@ -187,9 +183,9 @@ def share(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConf
     layers = [layer for layer in layers if layer.row.shared]
     if not layers:
         return
-    row, prefix = layers[0].row, layers[0].prefix
+    row = layers[0].row
     alone = next(name for name in row.factors if name not in row.shared)
-    devices = {getattr(layer, prefix + alone)[adapter].device for layer in layers}
+    devices = {getattr(layer, layer.names[alone])[adapter].device for layer in layers}
     if len(devices) > 1:
         raise ValueError(
             f"{row.name} has one pair of factors for all layers, and these are on several devices: "
@@ -198,29 +194,30 @@ def share(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConf
     factors = shared_factors(layers, config, devices.pop())
     for layer in layers:
         for name in row.shared:
-            getattr(layer, prefix + name)[adapter] = factors[name]
+            layer.give(adapter, name, factors[name])
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
-def share_unsaved(layers: Iterable[PeftLowRankLinear], adapter: str, config: LowRankConfig) -> None:
+def share_unsaved(layers: Iterable[Any], adapter: str, config: LowRankConfig) -> None:
     """Make the factors that no file brings, if with low_cpu_mem_usage they have no values yet."""
     layers = list(layers)
     if not layers:
         return
-    row, prefix = layers[0].row, layers[0].prefix
-    names = [name for name, factor in row.factors.items() if not factor.saved]
-    if not any(getattr(layers[0], prefix + name)[adapter].is_meta for name in names):
+    own = layers[0].factors_of(adapter)
+    names = [name for name, factor in layers[0].row.factors.items() if not factor.saved]
+    if not any(own[name].is_meta for name in names):
         return
-    device = layers[0].base_weight.device
-    factors = shared_factors(layers, config, torch.device("cpu") if device.type == "meta" else device)
+    weight = layers[0].base_weight
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    factors = shared_factors(layers, config, device)
     for layer in layers:
         for name in names:
-            getattr(layer, prefix + name)[adapter] = factors[name]
+            layer.give(adapter, name, factors[name])
 
 
 @torch.no_grad()
 def shared_factors(
-    layers: Sequence[PeftLowRankLinear], config: LowRankConfig, device: torch.device
+    layers: Sequence[PeftOwnLinear], config: LowRankConfig, device: torch.device
 ) -> dict[str, nn.Parameter]:
     """The factors that layers share, frozen, of the largest of their sides, with first values."""
     row = layers[0].row

@@ -84,7 +84,8 @@ def unmerged(layer: Any, state: dict[str, Any], prefix: str, names: list[str]) -
     dtype = torch.promote_types(merged.dtype, torch.float32)
     delta = torch.zeros_like(merged, dtype=dtype)
     for name in names:
-        there = {factor: state[key].to(merged.device) for factor, key in layer.keys(prefix, name).items()}
+        keys = layer.keys(prefix, name).items()
+        there = {factor: state[key].to(merged.device) for factor, key in keys}
         delta += layer.delta(name, layer.used(name, there), dtype)
     if own.shape == merged.shape and own.dtype == merged.dtype and not own.is_meta:
         before = own.detach().to(merged.device)
