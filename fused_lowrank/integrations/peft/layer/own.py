@@ -136,7 +136,7 @@ class PeftOwnLinear(PeftLowRankLinear):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # In place: a shared factor stays one, a frozen one frozen, and a file's trained ones as wide.
+        # In place: a shared factor stays one, a frozen one frozen, a file's trained ones as wide.
         target = self.base_weight.device if device is None else device
         for factor, name in self.names.items():
             own: Any = getattr(self, name)._parameters.get(adapter_name)
