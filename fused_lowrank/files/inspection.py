@@ -14,9 +14,10 @@ from ..methods import METHODS, row_of
 from . import adapter as adapter_file
 from . import official, peft_folder
 from .peft_others import OTHERS
+from .peft_own import OWN
 
 TITLES = " or ".join(METHODS[name][0].row.title for name in peft_folder.TYPES.values())
-TITLES += "".join(f" or {row.title}" for row in OTHERS.values()) + " or DoRA"
+TITLES += "".join(f" or {row.title}" for row in (OWN | OTHERS).values()) + " or DoRA"
 KINDS = {
     "adapter": "adapter of fused_lowrank, by save_adapter",
     "bank": "bank of fused_lowrank, by AdapterBank.save",
@@ -44,7 +45,7 @@ def kind_of(path: Path) -> str:
             if form == module.FORMAT:
                 return kind
     method = str(peft_folder.config_of(file).get("peft_type"))
-    if method in peft_folder.TYPES or method in OTHERS:
+    if method in peft_folder.TYPES or method in OWN or method in OTHERS:
         return "peft"
     if method != "LORA":
         raise ValueError(f"{path} is an adapter of PEFT's {method}, which is not known here")

@@ -1,7 +1,7 @@
 """Folders of adapters in PEFT's format, read without PEFT.
 
-`peft_others` reads those of PEFT's own VeRA and AdaLoRA, `dora_parsed` its DoRA. Of the methods
-here:
+`peft_others` reads those of PEFT's own VeRA and AdaLoRA, `dora_parsed` its DoRA, `peft_own` those
+of methods whose adapters are more than cores. Of the others:
 
 adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
@@ -40,7 +40,7 @@ from ..models.adapt import adapted_layers
 from ..models.patterns import pattern_of
 from ..models.targets import check_places, modules_by_name
 from ..models.ties import ties_of
-from . import peft_others
+from . import peft_others, peft_own
 from .fingerprint import FINGERPRINT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -230,9 +230,12 @@ def parsed(
             "through the kernels here; a checkpoint of the LoRA-XS authors' code is loaded by "
             "load_official_lora_xs"
         )
-    if kind in peft_others.OTHERS:
+    if kind in peft_others.OTHERS or kind in peft_own.OWN:
         refuse(config, ["fan_in_fan_out"], path)
-        contents, tensors, rest = peft_others.parsed(config, state, path)
+        if kind in peft_own.OWN:
+            contents, tensors, rest = peft_own.parsed(config, state, path, scaling)
+        else:
+            contents, tensors, rest = peft_others.parsed(config, state, path)
         saved, found = whole_modules(rest, config, path)
         partial = [name for name in saved if not name.endswith(heads_of(config))]
         contents |= {"modules_to_save": saved, "tied": {}, "partial": partial}
@@ -240,8 +243,8 @@ def parsed(
     if kind not in TYPES:
         raise ValueError(
             f"{path} is an adapter of {kind}: it must be "
-            f"{' or '.join([*TYPES, *peft_others.OTHERS])}; PEFT loads the others, and "
-            "load_official_lora_xs those of the LoRA-XS authors' code"
+            f"{' or '.join([*TYPES, *peft_own.OWN, *peft_others.OTHERS])}; PEFT loads the others, "
+            "and load_official_lora_xs those of the LoRA-XS authors' code"
         )
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]

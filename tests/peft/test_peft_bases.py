@@ -8,6 +8,7 @@ import torch
 from peft_cases import (
     CLOSE,
     config,
+    every_method,
     inputs,
     methods,
     mlp,
@@ -145,7 +146,7 @@ def test_dtypes(method: str, dtype: torch.dtype) -> None:
 # --- merging ---
 
 
-@methods
+@every_method
 def test_merge(method: str) -> None:
     """The same outputs merged; the same bits after; several at once; unloaded into plain layers."""
     model = peft.get_peft_model(mlp(), config(method, target_modules=["lin0", "lin1", "conv"]))

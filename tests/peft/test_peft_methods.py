@@ -1,4 +1,4 @@
-"""LoRA-XS and LoRA-Mini as methods of PEFT: what they compute, alone and several at once."""
+"""The methods as methods of PEFT: what they compute, alone and several at once."""
 
 import copy
 import io
@@ -10,8 +10,10 @@ from peft_cases import (
     CLOSE,
     CONFIGS,
     SETTINGS,
+    SHARING,
     by_hand,
     config,
+    every_method,
     inputs,
     layers,
     methods,
@@ -22,7 +24,7 @@ from peft_cases import (
 # --- what is computed ---
 
 
-@methods
+@every_method
 def test_the_equation(method: str) -> None:
     """Every kind of layer against the formula, with patterns for rank and alpha, in fp64."""
     given = config(
@@ -30,8 +32,8 @@ def test_the_equation(method: str) -> None:
         target_modules=["lin0", "lin1", "conv"],
         lora_alpha=6,
         fan_in_fan_out=True,
-        rank_pattern={"lin1": 3},
         alpha_pattern={"conv": 10},
+        **({} if method in SHARING else {"rank_pattern": {"lin1": 3}}),
     )
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = peft.get_peft_model(mlp(), given)
@@ -39,7 +41,7 @@ def test_the_equation(method: str) -> None:
     assert len(found) == 3
     r = SETTINGS[method]["r"]
     scalings = {name.rpartition(".")[2]: layer.scaling["default"] for name, layer in found.items()}
-    assert scalings == {"lin0": 6 / r, "lin1": 2.0, "conv": 10 / r}
+    assert scalings == {"lin0": 6 / r, "lin1": 6 / (r if method in SHARING else 3), "conv": 10 / r}
     for layer in found.values():
         x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(layer(x), by_hand(layer, "default", x), **CLOSE)
@@ -49,7 +51,7 @@ def test_the_equation(method: str) -> None:
 @methods
 def test_it_runs_through_lowrank_linear(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call of it a layer, which keeps nothing of the size of x for the backward."""
-    from fused_lowrank.integrations.peft import layer as module
+    from fused_lowrank.integrations.peft.layer import base as module
 
     model = peft.get_peft_model(mlp(), config(method)).train()
     calls, real = [], module.lowrank_linear
@@ -65,22 +67,24 @@ def test_it_runs_through_lowrank_linear(method: str, monkeypatch: pytest.MonkeyP
     assert not {(50, 12), (50, 16)} & {tuple(shape) for shape in kept}
 
 
-@methods
-@pytest.mark.parametrize("init", [True, "identity", "paper", False])
+@every_method
+@pytest.mark.parametrize("init", [True, "identity", "paper", "gaussian", False])
 def test_how_it_starts(method: str, init: Any) -> None:
     """As the base model or not; and whatever it is, the gradients are not all zero."""
     base, x = mlp(), inputs()
+    if init not in (True, False, *CONFIGS[method].words):
+        pytest.skip("there is no such word")
     y = base(x)
     model = peft.get_peft_model(base, config(method, init_weights=init))
     starts = model(x)
-    assert torch.equal(starts, y) == (init in (True, "identity"))
+    assert torch.equal(starts, y) == (init in (True, "identity", "gaussian"))
     if method == "lora_xs" and init == "paper":
         torch.testing.assert_close(starts, y, rtol=1e-3, atol=1e-3)
     starts.square().sum().backward()
     assert any(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
 
 
-@methods
+@every_method
 def test_dropout_and_rslora(method: str) -> None:
     """rsLoRA divides by √r; dropout drops in training alone, and what it keeps is scaled up."""
     given = config(method, lora_dropout=0.5, use_rslora=True, lora_alpha=3)
@@ -100,7 +104,7 @@ def test_dropout_and_rslora(method: str) -> None:
 # --- several adapters ---
 
 
-@methods
+@every_method
 def test_several_adapters(method: str) -> None:
     """Each alone, their sum when both are active, none when disabled; deleting leaves others."""
     base, x = mlp(), inputs()
@@ -126,7 +130,7 @@ def test_several_adapters(method: str) -> None:
     assert not any(".two" in name for name in model.state_dict())
 
 
-@methods
+@every_method
 def test_several_active_with_dropout(method: str) -> None:
     """Each adapter drops by its own probability: one without any is exact."""
     model = peft.get_peft_model(mlp(), config(method))
@@ -163,7 +167,7 @@ def test_copies(method: str) -> None:
         assert not theirs.requires_grad
 
 
-@methods
+@every_method
 def test_transformers_own_way(method: str) -> None:
     """model.add_adapter of transformers, which injects without PeftModel; one layer of two."""
     pytest.importorskip("transformers")

@@ -10,6 +10,7 @@ import torch
 from peft_cases import (
     CLOSE,
     config,
+    every_method,
     inputs,
     layers,
     methods,
@@ -20,7 +21,7 @@ from recycler import Recycler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@methods
+@every_method
 def test_mixed_batch(method: str) -> None:
     """Each row as its adapter alone computes it, gradients of x and cores too; ranks may differ."""
     model = peft.get_peft_model(mlp(), config(method))
@@ -29,7 +30,8 @@ def test_mixed_batch(method: str) -> None:
     model.eval()
     names = ["two", "__base__", "default", "one_layer", "two", "default"]
     x = inputs().requires_grad_()
-    cores = [p.requires_grad_() for n, p in model.named_parameters() if ".two" in n]
+    two = [p for n, p in model.named_parameters() if ".two" in n and "basis" not in n]
+    cores = [p.requires_grad_() for p in two]
     mixed = model(x, adapter_names=names)
     got = torch.autograd.grad(mixed.square().sum(), [x, *cores])
     alone = []
@@ -52,7 +54,7 @@ def test_mixed_batch(method: str) -> None:
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@methods
+@every_method
 def test_mixed_batch_of_sequences(method: str) -> None:
     """Whole sequences go to their adapters."""
     model = peft.get_peft_model(mlp(), config(method))
@@ -252,7 +254,7 @@ def test_through_the_kernels(
     method: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, in the first part of longer bases, and mixed: strided factors and weights included."""
-    from fused_lowrank.integrations.peft import layer as module
+    from fused_lowrank.integrations.peft.layer import base, cores
 
     larger = {"r": 2, "a": 9, "b": 7} if method == "lora_mini" else {"r": 9}
     targets = {"target_modules": ["lin0", "conv"], "fan_in_fan_out": True}
@@ -275,7 +277,7 @@ def test_through_the_kernels(
 
     ways = ("default", "large", None)
     wanted = [step(adapter) for adapter in ways]
-    alone, by_rows, calls = module.lowrank_linear, module.compute, []
+    alone, by_rows, calls = base.lowrank_linear, cores.compute, []
 
     def through(*operands: Any, **settings: Any) -> torch.Tensor:
         calls.append("alone")
@@ -285,8 +287,8 @@ def test_through_the_kernels(
         calls.append("rows")
         return by_rows(*operands[:-1], "triton")
 
-    monkeypatch.setattr(module, "lowrank_linear", through)
-    monkeypatch.setattr(module, "compute", through_rows)
+    monkeypatch.setattr(base, "lowrank_linear", through)
+    monkeypatch.setattr(cores, "compute", through_rows)
     for adapter, expected in zip(ways, wanted, strict=True):
         close = CLOSE if dtype == torch.float64 else {}
         torch.testing.assert_close(step(adapter), expected, **close)

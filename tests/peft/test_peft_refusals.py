@@ -9,6 +9,7 @@ from peft_cases import (
     CLOSE,
     CONFIGS,
     config,
+    every_method,
     inputs,
     layers,
     methods,
@@ -88,7 +89,7 @@ def test_seeds_of_one_layer_agree() -> None:
         model.add_adapter("two", config("lora_mini", projection_seed=3))
 
 
-@methods
+@every_method
 def test_hooks_and_parametrisations_of_the_base_layer_run(method: str) -> None:
     """It is called then, and the low-rank term added to what it gives."""
     x = inputs()

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from failures import OutOfMemoryError, everything, failing
-from peft_cases import CONFIGS, config, integration, layers, methods, mlp, peft, same, state
+from peft_cases import (
+    CONFIGS,
+    config,
+    every_method,
+    integration,
+    layers,
+    methods,
+    mlp,
+    peft,
+    same,
+    state,
+)
 from peft_state_cases import logits, of, x
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -116,7 +127,7 @@ def test_names_of_modules(method: str, saved: str | None, name: str, tmp_path: P
             torch.testing.assert_close(loaded(x()), wanted, rtol=1e-10, atol=1e-10)
 
 
-@methods
+@every_method
 def test_what_is_trained_stays_trained(method: str) -> None:
     """An adapter that is added under a module's name freezes nothing of the one in training."""
     targets = {"target_modules": ["q_proj"]}

@@ -1,5 +1,6 @@
-"""Small models with adapters of both methods, shared by the tests of PEFT's integration."""
+"""Small models with adapters of the methods, shared by the tests of PEFT's integration."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +10,27 @@ from torch import nn
 peft = pytest.importorskip("peft")
 integration = pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
 
-CONFIGS = {"lora_xs": integration.LoraXSConfig, "lora_mini": integration.LoraMiniConfig}
+CONFIGS = {
+    "lora_xs": integration.LoraXSConfig,
+    "lora_mini": integration.LoraMiniConfig,
+    "lora_fa": integration.LoraFAConfig,
+    "tied_lora": integration.TiedLoraConfig,
+    "melora": integration.MeloraConfig,
+    "nola": integration.NolaConfig,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_xs": {"r": 4},
     "lora_mini": {"r": 2, "a": 5, "b": 4},
+    "lora_fa": {"r": 4},
+    "tied_lora": {"r": 4},
+    "melora": {"r": 2, "n": 2},
+    "nola": {"r": 4, "m": 6},
 }
+SHARING = ("tied_lora", "nola")  # whose layers have factors in common, of one rank
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-methods = pytest.mark.parametrize("method", CONFIGS)
+methods = pytest.mark.parametrize("method", ["lora_xs", "lora_mini"])  # whose adapters are cores
+own_methods = pytest.mark.parametrize("method", ["lora_fa", "tied_lora", "melora", "nola"])
+every_method = pytest.mark.parametrize("method", CONFIGS)
 
 
 def config(method: str, **settings: Any) -> Any:
@@ -59,13 +74,51 @@ def by_hand(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     if type(layer.base_layer) is not nn.Linear:
         weight = weight.t()
-    if layer.prefix == "lora_xs_":
-        core = layer.lora_xs_core[adapter]
-    else:
-        core = layer.lora_mini_a_train[adapter] @ layer.lora_mini_b_train[adapter]
-    p, q = core.shape
-    delta = layer.basis_up[:, :q] @ core.t() @ layer.basis_down[:p]
+    delta = DELTAS[layer.prefix](layer, adapter, *weight.shape)
     return nn.functional.linear(x, weight + layer.scaling[adapter] * delta, bias)
+
+
+def of_core(layer: Any, core: torch.Tensor) -> torch.Tensor:
+    """up·coreᵀ·down of a layer's frozen pair."""
+    p, q = core.shape
+    return layer.basis_up[:, :q] @ core.t() @ layer.basis_down[:p]
+
+
+def of_tied(layer: Any, name: str, n: int, k: int) -> torch.Tensor:
+    """diag(v)·up·diag(u)·down, of as much as the layer has room for."""
+    down, up = layer.tied_lora_down[name][:, :k], layer.tied_lora_up[name][:n]
+    u, v = layer.tied_lora_u[name], layer.tied_lora_v[name]
+    return torch.diag(v) @ up @ torch.diag(u) @ down
+
+
+def of_blocks(layer: Any, name: str, n: int, k: int) -> torch.Tensor:
+    """The products of the small LoRAs, each from its features to its outputs."""
+    down, up = layer.melora_down[name], layer.melora_up[name]
+    delta, count = torch.zeros(n, k, dtype=down.dtype), k // down.shape[1]
+    for b in range(count):
+        rows, columns = slice(b * n // count, (b + 1) * n // count), slice(b * k // count, None)
+        rank = slice(b * len(down) // count, (b + 1) * len(down) // count)
+        delta[rows, columns][:, : k // count] = up[rows] @ down[rank]
+    return delta
+
+
+def of_mixtures(layer: Any, name: str, n: int, k: int) -> torch.Tensor:
+    """(Σ bᵢ·Bᵢ)·(Σ aᵢ·Aᵢ), of as much as the layer has room for."""
+    downs, ups = layer.basis_down_bases[name][:, :, :k], layer.basis_up_bases[name][:, :n]
+    down = sum(a * one for a, one in zip(layer.nola_a[name], downs, strict=True))
+    return sum(b * one for b, one in zip(layer.nola_b[name], ups, strict=True)) @ down
+
+
+DELTAS: dict[str, Callable[[Any, str, int, int], torch.Tensor]] = {
+    "lora_xs_": lambda layer, name, n, k: of_core(layer, layer.lora_xs_core[name]),
+    "lora_mini_": lambda layer, name, n, k: of_core(
+        layer, layer.lora_mini_a_train[name] @ layer.lora_mini_b_train[name]
+    ),
+    "lora_fa_": lambda layer, name, n, k: layer.lora_fa_up[name] @ layer.basis_down[name],
+    "tied_lora_": of_tied,
+    "melora_": of_blocks,
+    "nola_": of_mixtures,
+}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,4 +133,5 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def layers(model: nn.Module) -> dict[str, Any]:
     """The adapted layers by name."""
-    return {n: m for n, m in model.named_modules() if hasattr(m, "basis_down")}
+    kind = integration.model.PeftLowRankLinear
+    return {n: m for n, m in model.named_modules() if isinstance(m, kind)}

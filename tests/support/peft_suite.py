@@ -1,8 +1,8 @@
-"""PEFT's own test-suite with LoRA-XS and LoRA-Mini as rows of it.
+"""PEFT's own test-suite with the methods of this package as rows of it.
 
     python tests/support/peft_suite.py [folder] [pytest arguments]
 
-Fetches PEFT's released source distribution into the folder, unless it is there, adds both methods
+Fetches PEFT's released source distribution into the folder, unless it is there, adds the methods
 to the tables of its tests, builds the models that these take from a hub out of configurations, and
 runs their rows, offline. `make test-peft` does this with what it needs installed.
 
@@ -21,10 +21,22 @@ import tempfile
 from pathlib import Path
 
 VERSION = "0.21.2"
-IMPORT = "from fused_lowrank.integrations.peft import LoraMiniConfig, LoraXSConfig\n"
 
-# The custom models of PEFT are as small as 10 → 20 → 2: a and b are taken down to that.
-METHODS = {"LoRA-XS": ("LoraXSConfig", {"r": 4}), "LoRA-Mini": ("LoraMiniConfig", {"r": 2, "a": 4})}
+# method as PEFT's tests are to call it → (configuration, name, ranks). The custom models of PEFT
+# are as small as 10 → 20 → 2 and 5 → 1: ranks are taken down to that, but n must divide it.
+METHODS = {
+    "LoRA-XS": ("LoraXSConfig", "lora_xs", {"r": 4}),
+    "LoRA-Mini": ("LoraMiniConfig", "lora_mini", {"r": 2, "a": 4}),
+    "LoRA-FA": ("LoraFAConfig", "lora_fa", {"r": 4}),
+    "Tied-LoRA": ("TiedLoraConfig", "tied_lora", {"r": 4}),
+    "MELoRA": ("MeloraConfig", "melora", {"r": 2, "n": 2}),
+    "NOLA": ("NolaConfig", "nola", {"r": 4, "m": 6}),
+}
+# What is given beside the defaults: a tied pair has the gradients of all layers, and diverges.
+DEFAULTS: dict[str, dict[str, int]] = {"MELoRA": {"n": 2}, "Tied-LoRA": {"lora_alpha": 1}}
+CONV1D = {"MELoRA": {"n": 1}}
+CONFIGS = ", ".join(config for config, *_ in METHODS.values())
+IMPORT = f"from fused_lowrank.integrations.peft import {CONFIGS}\n"
 CUSTOM = (
     ("Vanilla MLP 1", "MLP", {"target_modules": "lin0"}),
     ("Vanilla MLP 2", "MLP", {"target_modules": ["lin0"]}),
@@ -79,16 +91,18 @@ GATES = (
 def rows(of_pairs: bool) -> str:
     """The rows of the custom models, or of two active adapters, as source text."""
     lines = []
-    for method, (config, ranks) in METHODS.items():
+    for method, (config, called, ranks) in METHODS.items():
         if of_pairs:
             for name, *settings in PAIRS:
                 first, second = ({**ranks, **own, "init_weights": False} for own in settings)
-                prefix = config.removesuffix("Config").replace("Lora", "lora_").lower()
-                lines.append(f"({f'{method} {name}'!r}, {prefix!r}, {config}, {first}, {second}),")
+                lines.append(f"({f'{method} {name}'!r}, {called!r}, {config}, {first}, {second}),")
             continue
         for name, model, settings in CUSTOM:
-            own = {**ranks, **settings} if "defaults" not in settings else dict(settings)
-            own.pop("defaults", None)
+            own = {**ranks, **settings}
+            if own.pop("defaults", None):
+                own = {name: value for name, value in own.items() if name not in ranks}
+                own |= DEFAULTS.get(method, {})
+            own |= CONV1D.get(method, {}) if model == "EmbConv1D" else {}
             lines.append(f"({f'{name} {method}'!r}, {model!r}, {config}, {own}),")
     return "\n".join(lines)
 
@@ -96,7 +110,7 @@ def rows(of_pairs: bool) -> str:
 def mixed_rows() -> str:
     """The rows of mixed batches: two ranks of each method."""
     lines = []
-    for method, (config, ranks) in METHODS.items():
+    for method, (config, _, ranks) in METHODS.items():
         first = {"target_modules": ["lin0"], "init_weights": False, **ranks}
         second = {**first, "r": 16}
         lines.append(f"({f'{method} mixed adapter'!r}, {config}(**{first}), {config}(**{second})),")
@@ -148,9 +162,7 @@ def patch(tests: Path, models: dict[str, str]) -> None:
     common = tests / "testing_common.py"
     text = put(common.read_text(), "\nfrom peft.tuners.lora import LoraLayer\n", IMPORT)
     for known in GATES:
-        text = open_gate(
-            text, f"not in {known}:", f"not in (*{known}, LoraXSConfig, LoraMiniConfig):"
-        )
+        text = open_gate(text, f"not in {known}:", f"not in (*{known}, {CONFIGS}):")
     common.write_text(text)
 
     for file, table, task, names in TRANSFORMERS:
@@ -158,7 +170,7 @@ def patch(tests: Path, models: dict[str, str]) -> None:
         text = path.read_text()
         configs = [
             f"({config}, { ({'task_type': task, 'target_modules': None, **ranks}) }),"
-            for config, ranks in METHODS.values()
+            for config, _, ranks in METHODS.values()
         ]
         for name, entries in (
             (table, [repr(models[n]) + "," for n in names]),
@@ -172,9 +184,7 @@ def patch(tests: Path, models: dict[str, str]) -> None:
                 raise SystemExit(f"PEFT's tests are not those of {VERSION}: no {name} in {file}")
         if task == "CAUSAL_LM":
             gate = 'if config_cls != LoraConfig:\n            pytest.skip("Mixed'
-            opened = gate.replace(
-                "!= LoraConfig", "not in (LoraConfig, LoraXSConfig, LoraMiniConfig)"
-            )
+            opened = gate.replace("!= LoraConfig", f"not in (LoraConfig, {CONFIGS})")
             text = open_gate(text, gate, opened)
         path.write_text(put(text, "\nfrom .testing_common import PeftCommonTester\n", IMPORT))
 
@@ -229,7 +239,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tests = fetch(folder)
     patch(tests, build_models(folder))
-    chosen = "LoraXSConfig or LoraMiniConfig or LoRA-XS or LoRA-Mini"
+    chosen = " or ".join([*METHODS, *(config for config, *_ in METHODS.values())])
     files = ["test_custom_models.py", *(file for file, *_ in TRANSFORMERS)]
     call = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-k", chosen]
     # Its suite makes errors of warnings, and a later transformers warns of what PEFT uses of it.

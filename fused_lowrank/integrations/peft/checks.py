@@ -19,7 +19,7 @@ from ...methods.accept import ADAPT_FIRST, why_no_weight
 from ...models.adapt import adapted_layers
 from ...models.targets import never_called, places_of, unmatched
 from .config import LowRankConfig
-from .layer import PeftLowRankLinear, layers_of
+from .layer import PeftCoreLinear, PeftLowRankLinear, layers_of
 
 LEAVE = (
     "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
@@ -85,7 +85,8 @@ def warn_of_training(model: nn.Module, adapter: str) -> None:
     layers = {layer.key: layer for layer in layers_of(model, adapter)}
     scales = {key: layer.scaling[adapter] for key, layer in layers.items()}
     warn_of_scales(scales, stacklevel=8, word="lora_alpha")
-    there = {key: layer for key, layer in layers.items() if layer.pending_seed is None}
+    cores = {key: layer for key, layer in layers.items() if isinstance(layer, PeftCoreLinear)}
+    there = {key: layer for key, layer in cores.items() if layer.pending_seed is None}
     warn_of_zeros({key: layer.bases(*layer.sides[adapter]) for key, layer in there.items()}, 8)
     factors = {
         id(own) for m in layers_of(model) for name in m.scaling for own in m.trained_factors(name)

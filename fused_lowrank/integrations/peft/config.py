@@ -1,4 +1,4 @@
-"""The configurations of LoRA-XS and LoRA-Mini, as PEFT's users expect them."""
+"""The configurations of the methods, as PEFT's users expect them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
+from ...methods.family.lora_fa import LORA_FA
 from ...methods.family.lora_mini import LORA_MINI
 from ...methods.family.lora_xs import LORA_XS
+from ...methods.family.melora import MELORA
+from ...methods.family.nola import NOLA
+from ...methods.family.tied_lora import TIED_LORA
+from ...methods.initial.starts import FILLS
 from ...methods.keywords import integer
 from ...methods.method import Method
 from ...models.patterns import check_layers, check_number, check_rank
@@ -33,7 +38,7 @@ NOT_SUPPORTED = {  # fields of PEFT's LoraConfig that are here to be refused
 
 @dataclass
 class LowRankConfig(PeftConfig):
-    """The settings that the configurations of both methods share.
+    """The settings that the configurations of all methods share.
 
     Args:
         r: rank of what is trained. A rank above a layer's smaller side is taken down to it, with
@@ -44,7 +49,7 @@ class LowRankConfig(PeftConfig):
             whole names, or "all-linear"; None: PEFT's choice for LoRA in this architecture.
         exclude_modules: names, or a regular expression, of modules to leave alone.
         bias: which biases are trained as well: "none", "all", or those of the adapted layers:
-            "lora_only" (also "lora_xs_only", "lora_mini_only").
+            "lora_only", or "lora_xs_only" with a method's own name.
         fan_in_fan_out: whether weights are stored (in, out), as transformers' Conv1D does.
         use_rslora: scaling = lora_alpha / √r (Kalajdzievski 2023, arXiv 2312.03732).
         rank_pattern: other ranks, for modules whose names match the key.
@@ -56,14 +61,13 @@ class LowRankConfig(PeftConfig):
             tied; without, PEFT trains copies of those named alone.
         trainable_token_indices, target_parameters: not supported; None, or an error says so.
         init_weights: True and "identity": the adapted model starts as the base model, and learns
-            at once; "paper": as published; False: random, and far from both.
-        save_projection: whether files carry the frozen factors. Without, these are made again from
-            the weights and `projection_seed`, and checked against a fingerprint in the file.
-        projection_seed: of the randomised SVD (LoRA-XS), or of the random factors (LoRA-Mini).
+            at once; False: random, and far from it; the words that a method has besides are its
+            own.
 
     Raises:
         ValueError: a number out of range; an unknown `bias` or `init_weights`; `layers_pattern`
-            without `layers_to_transform`, or this with a target_modules that is no list.
+            without `layers_to_transform`, or this with a target_modules that is no list; a
+            `rank_pattern` where all layers share one rank.
     """
 
     r: int = 16
@@ -82,16 +86,19 @@ class LowRankConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
-    init_weights: bool | Literal["identity", "paper"] = True
-    save_projection: bool = True
-    projection_seed: int = 42
+    init_weights: bool | str = True
 
-    method: ClassVar[str]
-    ranks: ClassVar[tuple[str, ...]]  # of the method's row
+    row: ClassVar[Method]
+    method: ClassVar[str]  # the row's name
+    ranks: ClassVar[tuple[str, ...]]  # of the row
+    words: ClassVar[tuple[str, ...]]  # that `init_weights` may be
 
-    def __init_subclass__(cls, row: Method, **keywords: Any) -> None:
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        cls.method, cls.ranks = row.name, tuple(row.ranks)
+        if row is not None:
+            cls.row, cls.method, cls.ranks = row, row.name, tuple(row.ranks)
+            drawn = [word for word in row.inits_known if {*row.inits(word).values()} <= {*FILLS}]
+            cls.words = ("identity", *(["paper"] if row.bases else drawn))
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -117,7 +124,14 @@ class LowRankConfig(PeftConfig):
             self.layers_to_transform = own
         elif self.layers_to_transform is not None:
             self.layers_to_transform = integer("layers_to_transform", self.layers_to_transform)
-        self.projection_seed = integer("projection_seed", self.projection_seed)
+        for name, value in self.row.options.items():
+            if isinstance(value, int):
+                setattr(self, name, integer(name, getattr(self, name)))
+        if self.row.shared and self.rank_pattern:
+            raise ValueError(
+                f"rank_pattern is {self.rank_pattern!r}: all layers of {self.method} share factors "
+                "of one rank, r"
+            )
         for name, instead in NOT_SUPPORTED.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is not supported by {self.method}: {instead}")
@@ -128,10 +142,32 @@ class LowRankConfig(PeftConfig):
             )
         if self.bias not in (biases := ("none", "all", "lora_only", f"{self.method}_only")):
             raise ValueError(f"bias is {self.bias!r}: it must be one of {', '.join(biases)}")
-        if not (isinstance(self.init_weights, bool) or self.init_weights in ("identity", "paper")):
-            raise ValueError(
-                f"init_weights is {self.init_weights!r}: it must be a bool, 'identity' or 'paper'"
-            )
+        if not (isinstance(self.init_weights, bool) or self.init_weights in self.words):
+            *first, last = map(repr, self.words)
+            known = f"{', '.join(['a bool', *first])} or {last}"
+            raise ValueError(f"init_weights is {self.init_weights!r}: it must be {known}")
+
+
+@dataclass
+class BasesConfig(LowRankConfig):
+    """The settings of the methods whose adapters are between frozen factors of a layer.
+
+    Args:
+        init_weights: also "paper": as published.
+        save_projection: whether files carry the frozen factors. Without, these are made again from
+            the weights and `projection_seed`, and checked against a fingerprint in the file.
+        projection_seed: of the randomised SVD (LoRA-XS), or of the random factors (LoRA-Mini).
+
+    Other fields: `LowRankConfig`.
+    """
+
+    save_projection: bool = True
+    projection_seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self.projection_seed = integer("projection_seed", self.projection_seed)
         if not self.save_projection:
             warnings.warn(
                 "save_projection=False: files hold a fingerprint of the frozen factors, not these; "
@@ -141,18 +177,18 @@ class LowRankConfig(PeftConfig):
 
 
 @dataclass
-class LoraXSConfig(LowRankConfig, row=LORA_XS):
+class LoraXSConfig(BasesConfig, row=LORA_XS):
     """LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a trained core between frozen bases.
 
     y = x·Wᵀ + bias + scaling · ((x·downᵀ)·core)·upᵀ,   W = S·Σ·Dᵀ,   down = Σᵣ·Dᵣᵀ,   up = Sᵣ
 
     core (r, r) is all that is trained. down and up are shared by all adapters of a layer.
-    init_weights: True and "identity": core 0; "paper": N(0, 1e-5²). Fields: `LowRankConfig`.
+    init_weights: True and "identity": core 0; "paper": N(0, 1e-5²). Fields: `BasesConfig`.
     """
 
 
 @dataclass
-class LoraMiniConfig(LowRankConfig, row=LORA_MINI):
+class LoraMiniConfig(BasesConfig, row=LORA_MINI):
     """LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): two trained factors between two frozen ones.
 
     y = x·Wᵀ + bias + scaling · x·Aaux·Atrain·Btrain·Baux
@@ -160,12 +196,67 @@ class LoraMiniConfig(LowRankConfig, row=LORA_MINI):
     Atrain (a, r) and Btrain (r, b) are trained. Aaux (in, a) and Baux (b, out) are random, and
     shared by all adapters of a layer. init_weights: True and "identity": Btrain is 0; "paper":
     all four Kaiming-uniform. a and b are taken down to the layer's sides where they are above.
-    Other fields: `LowRankConfig`.
+    Other fields: `BasesConfig`.
     """
 
     r: int = 8
     a: int = 64
     b: int = 64
+
+
+@dataclass
+class LoraFAConfig(LowRankConfig, row=LORA_FA):
+    """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): LoRA whose down is frozen as it starts.
+
+    y = x·Wᵀ + bias + scaling · (x·downᵀ)·upᵀ
+
+    down (r, in) is random, and frozen; up (out, r) starts at 0 and is trained. init_weights
+    "kaiming" and "gaussian" say how down starts, True: the first. Fields: `LowRankConfig`.
+    """
+
+
+@dataclass
+class TiedLoraConfig(LowRankConfig, row=TIED_LORA):
+    """Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): all layers train one pair.
+
+    y = x·Wᵀ + bias + scaling · v ⊙ (((x·downᵀ) ⊙ u)·upᵀ)
+
+    An adapter has one down (r, K) and one up (N, r), of the largest sides of its layers, and in
+    each layer u (r,) and v (out,). r may be more than a layer's sides, and is one for all: there is
+    no rank_pattern. Other fields: `LowRankConfig`.
+    """
+
+
+@dataclass
+class MeloraConfig(LowRankConfig, row=MELORA):
+    """MELoRA (Ren et al. 2024, arXiv 2402.17263): n small LoRAs side by side.
+
+    y = x·Wᵀ + bias + scaling · (x·downᵀ)·upᵀ, where down and up are block-diagonal
+
+    down (n · r, in / n) and up (out, r) are trained. n must divide both sides of every layer.
+    Other fields: `LowRankConfig`.
+    """
+
+    r: int = 4
+    n: int = 4
+
+
+@dataclass
+class NolaConfig(LowRankConfig, row=NOLA):
+    """NOLA (Koohpayegani et al. 2024, arXiv 2310.02556): factors that are mixtures of random ones.
+
+    y = x·Wᵀ + bias + scaling · (x·downᵀ)·upᵀ,    down = Σᵢ aᵢ·Aᵢ,   up = Σᵢ bᵢ·Bᵢ
+
+    a (m,) and b (m,) are trained, and all that files have: A (m, r, K) and B (m, N, r), which the
+    layers of an adapter share, come from `seed`. r may be more than a layer's sides, and is one for
+    all: there is no rank_pattern. Other fields: `LowRankConfig`.
+    """
+
+    m: int = 64
+    seed: int = 0
+
+
+CONFIGS = (LoraXSConfig, LoraMiniConfig, LoraFAConfig, TiedLoraConfig, MeloraConfig, NolaConfig)
 
 
 def check_mix(

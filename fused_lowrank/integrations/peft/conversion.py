@@ -1,4 +1,4 @@
-"""LoRA-XS and LoRA-Mini in PEFT as plain LoRA: exact, of the smallest rank that holds them.
+"""The methods in PEFT as plain LoRA: exact, of the smallest rank that holds them.
 
 PEFT's own functions of these names approximate ΔW by a singular value decomposition of it.
 """
@@ -21,6 +21,7 @@ from ...files.lora_export import as_lora, write
 from ...files.lora_parts import Adapter, Part, own_part
 from ...models.targets import named_modules
 from .layer import PeftLowRankLinear
+from .registry import METHODS
 
 
 def convert_to_lora(
@@ -28,13 +29,13 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter as PEFT's LoRA: its config, and its state_dict with PEFT's keys.
 
-    ΔW = scaling · up·coreᵀ·down is exactly alpha / r · B·A, with A (r, in) and B (out, r). Both
-    methods give rank r, LoRA-Mini too, whatever a and b are. The factors are multiplied in float64
-    and rounded once. The model is left as it is.
+    ΔW = scaling · up·coreᵀ·down is exactly alpha / r · B·A, with A (r, in) and B (out, r). All
+    methods give rank r, LoRA-Mini too, whatever a and b are, but MELoRA n · r. The factors are
+    multiplied in float64 and rounded once. The model is left as it is.
 
     Args:
-        model: a PeftModel, or a model that transformers has put adapters into, with LoRA-XS or
-            LoRA-Mini.
+        model: a PeftModel, or a model that transformers has put adapters into, of one of this
+            package's configurations.
         adapter_name: the adapter, active or not.
         dtype: of A and B; None: the widest of the factors that they are made of.
 
@@ -87,15 +88,17 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     if not layers:
         there = ", ".join(getattr(model, "peft_config", None) or {}) or "none"
         raise ValueError(
-            f"the model has no adapter {name!r} of LoRA-XS or LoRA-Mini: its adapters are {there}"
+            f"the model has no adapter {name!r} of {', '.join(METHODS)}: its adapters are {there}"
         )
     bias = model.peft_config[name].bias  # type: ignore[index, union-attr]
     if bias == "all":
         raise ValueError("the adapter trains all biases: LoRA holds those of its layers alone")
     parts = {}
     for key, layer in each_here(base, layers):
-        factors = (getattr(layer, part)[name] for part in layer.adapter_layer_names)
-        require_matrices(key, layer.unmerged_weight, layer.basis_down, layer.basis_up, *factors)
+        sides = {factor: kind.sides for factor, kind in layer.row.factors.items()}
+        own = layer.factors_of(name).items()
+        matrices = [value for factor, value in own if len(sides[factor]) == 2]
+        require_matrices(key, layer.unmerged_weight, *matrices)
         down, core, up, scale = layer.joined([name])
         own_bias = None if bias == "none" else layer.get_base_layer().bias
         part = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)

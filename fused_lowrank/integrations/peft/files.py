@@ -1,7 +1,8 @@
-"""The contents of an adapter's file besides the trained factors, and the checks on loading it.
+"""The contents of an adapter's file, and the checks on loading it.
 
-<module>.basis_down, basis_up    the frozen factors, as far as the adapter uses them
-<module>.basis_fingerprint       of these and of the weight (`fingerprint.fingerprint`)
+<module>.{method}_{factor}       the trained factors, those that all layers share with the first
+<module>.basis_{factor}          the frozen factors, of cores as far as the adapter uses them
+<module>.basis_fingerprint       of cores: of these and of the weight (`fingerprint.fingerprint`)
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from ...files.other_base import refuse_other_base
 from ...methods.accept import special_tensor
 from ...models.targets import named_modules
 from ...models.whole_modules import warn_of_names
-from .layer import PeftLowRankLinear
+from .layer import PeftCoreLinear, PeftLowRankLinear, PeftOwnLinear, share_unsaved
 
 FINGERPRINT = "basis_fingerprint"
 
 
-def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, PeftLowRankLinear]]:
+def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The layers that have an adapter, by the name that their tensors have in a state_dict."""
     for name, module in named_modules(model):
         if isinstance(module, PeftLowRankLinear) and adapter in module.scaling:
@@ -41,10 +42,12 @@ def is_here(tensor: Tensor, shape: tuple[int, int] | None = None) -> bool:
     return shape is None or tuple(tensor.shape) == shape
 
 
-def require_whole(key: str, tensors: dict[str, Tensor], layer: PeftLowRankLinear) -> None:
+def require_whole(
+    key: str, tensors: dict[str, Tensor], layer: PeftLowRankLinear, dims: int = 2
+) -> None:
     """Raise ValueError where a factor of a layer is but a part of it, by FSDP or ZeRO-3."""
     tensor = tensors.get(key)
-    if tensor is None or tensor.dim() == 2:
+    if tensor is None or (tensor.dim() == dims and tensor.numel()):
         return
     sharder, how = FSDP1, "FullyShardedDataParallel.summon_full_params(model)"
     if sharder_in(layer) == ZERO:
@@ -165,7 +168,7 @@ def warn_of_forgotten(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def still_pending(layers: Iterable[PeftLowRankLinear]) -> Iterator[None]:
     """A context within which a state_dict makes no frozen factors that are to be made later."""
-    seeds = [(layer, layer.pending_seed) for layer in layers]
+    seeds = [(m, m.pending_seed) for m in layers if isinstance(m, PeftCoreLinear)]
     try:
         for layer, _ in seeds:
             layer.pending_seed = None
@@ -205,7 +208,7 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
 
 
 def bases_to_load(
-    name: str, layer: PeftLowRankLinear, adapter: str, own: Any, expected: Tensor | None
+    name: str, layer: PeftCoreLinear, adapter: str, own: Any, expected: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The frozen factors that the layer is to have, or None if it has them.
 
@@ -272,3 +275,51 @@ def bases_to_load(
     down, up = (factor.clone() for factor in (layer.basis_down, layer.basis_up))
     down[p0:p], up[:, q0:q] = own[0][p0:], own[1][:, q0:]
     return down, up
+
+
+def own_to_save(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file of an adapter with factors of its own: a shared one once, and none
+    that a seed determines.
+
+    Raises ValueError for tensors of which this process has but a part.
+    """
+    found = set[str]()
+    for name, layer in named_layers(model, adapter):
+        for factor, key in layer.keys(f"{name}.", adapter).items():
+            kind = layer.row.factors[factor]
+            require_whole(key, tensors, layer, len(kind.sides))
+            if not kind.saved or (kind.shared and factor in found):
+                tensors.pop(key, None)
+            elif key in tensors:
+                found.add(factor)
+    return tensors
+
+
+def own_to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to load, of those in the file of an adapter with factors of its own.
+
+    Raises ValueError for a file of other ranks, of a model of other sizes, or without its frozen
+    factors; PEFT says which trained ones are missing.
+    """
+    shared: dict[str, nn.Parameter] = {}
+    layers: dict[str, PeftOwnLinear] = dict(named_layers(model, adapter))
+    keys = {name: layer.keys(f"{name}.", adapter) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        for factor, own in layer.factors_of(adapter).items():
+            key, kind = keys[name][factor], layer.row.factors[factor]
+            value = tensors.get(key)
+            if value is None:
+                if kind.saved and not (kind.trained or kind.shared):
+                    raise ValueError(f"the file lacks {key}, which is frozen: it is damaged")
+            elif value.shape != own.shape:
+                raise ValueError(
+                    f"the adapter in the file is of another rank, or for another base model: {key} "
+                    f"is {tuple(value.shape)} there and {tuple(own.shape)} here"
+                )
+            elif kind.shared:  # the same object for all layers, where it is assigned
+                shared.setdefault(factor, nn.Parameter(value, requires_grad=False))
+    for own_keys in keys.values():
+        tensors.update({own_keys[factor]: value for factor, value in shared.items()})
+    configs: Any = model.peft_config
+    share_unsaved(layers.values(), adapter, configs[adapter])
+    return tensors

@@ -1,11 +1,11 @@
-"""The tuners of LoRA-XS and LoRA-Mini: how PEFT puts the layers into a model, and keeps them."""
+"""The tuner that those of the methods share: how PEFT puts layers into a model, and keeps them."""
 
 from __future__ import annotations
 
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ...context.called import warn_of_passed_over, watch_gradients
 from ...context.calls import Learned
@@ -43,16 +42,18 @@ from .checks import (
     warn_of_training,
     warn_of_unmatched,
 )
-from .config import LowRankConfig, check_mix, config_of_mix
-from .layer import PeftLowRankLinear, layers_of
-from .methods import PeftLoraMiniLinear, PeftLoraXSLinear
+from .config import LowRankConfig
+from .layer import PeftLowRankLinear, layers_of, share
 from .mixed import hooked, refuse_under_way
 from .whole import check_name
 
+Tensors = dict[str, Tensor]
+
 
 class LowRankModel(BaseTuner):
-    """A model with adapters of one of the methods."""
+    """A model with adapters of one of the methods, whose layers are of the class `layer`."""
 
+    prefix: str
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
     biases: Biases
@@ -60,6 +61,13 @@ class LowRankModel(BaseTuner):
     learned: Learned  # of where the sequences of mixed batches are in the layers' inputs
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for ensure_weight_tying
+
+    def __init_subclass__(
+        cls, layer: type[PeftLowRankLinear] | None = None, **keywords: Any
+    ) -> None:
+        super().__init_subclass__(**keywords)
+        if layer is not None:
+            cls.prefix, cls.tuner_layer_cls = layer.prefix, layer
 
     # --- injection ---
 
@@ -158,6 +166,7 @@ class LowRankModel(BaseTuner):
             finally:
                 for layer in layers_of(model):
                     layer.closed = False
+            share(layers_of(model, adapter_name), adapter_name, self.peft_config[adapter_name])
             self._keep_here(adapter_name)
         for parameter, required in trained:
             parameter.requires_grad_(required)
@@ -166,11 +175,8 @@ class LowRankModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:
             warn_of_training(model, adapter_name)
-        reduced = [
-            layer.key
-            for layer in layers_of(model, adapter_name)
-            if not layer.fits(adapter_name, config)
-        ]
+        layers = layers_of(model, adapter_name)
+        reduced = [layer.key for layer in layers if not layer.room[adapter_name]]
         if reduced:
             ranks = ", ".join(f"{name}={getattr(config, name)}" for name in config.ranks)
             warnings.warn(
@@ -253,47 +259,6 @@ class LowRankModel(BaseTuner):
         with hooked(self, names, there, PeftLowRankLinear):
             yield
 
-    # --- mixing adapters ---
-
-    @torch.no_grad()
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-    ) -> None:
-        """Add an adapter that is Σ weights[i] · adapters[i], exactly, for their bases are the same.
-
-        Its scaling is 1. A core of LoRA-XS is the sum of theirs, as wide as the widest; the factors
-        of LoRA-Mini are theirs side by side: its rank is the sum of theirs, and at most a and b.
-
-        Raises:
-            ValueError: an adapter that does not exist, or is there already; not one weight for
-                each; a combination_type other than "linear"; adapters with biases or
-                modules_to_save, which have no sum; a name that an adapter cannot have. Whatever
-                is raised, the model is as it was.
-        """
-        check_name(adapter_name)
-        check_mix(self.peft_config, adapters, weights, adapter_name, combination_type)
-        shares = list(zip(adapters, weights, strict=True))
-        mixed = {}
-        for layer in layers_of(self.model):
-            if own := [(name, weight) for name, weight in shares if name in layer.scaling]:
-                mixed[layer.key] = layer.mix(own)
-        if not mixed:
-            raise ValueError(f"{', '.join(adapters)} are in no layer: there is nothing to mix")
-        with unchanged_on_error(self):
-            sources = [self.peft_config[name] for name in adapters]
-            self.peft_config[adapter_name] = config_of_mix(self.model, sources, mixed)
-            self.inject_adapter(self.model, adapter_name)
-            self._cast_adapter_dtype(adapter_name)
-            for layer in layers_of(self.model, adapter_name):
-                for name, value in zip(layer.adapter_layer_names, mixed[layer.key], strict=True):
-                    own = getattr(layer, name)[adapter_name]
-                    rows, columns = (a - b for a, b in zip(own.shape, value.shape, strict=True))
-                    own.copy_(pad(value, (0, columns, 0, rows)))
-
     # --- files ---
 
     @classmethod
@@ -322,8 +287,7 @@ class LowRankModel(BaseTuner):
         pairs = {m.key: (m, m.trained_factors(adapter_name)) for m in layers}
         warn_of_passed_over(pairs, stacklevel=5)
         files.warn_of_forgotten(model, tensors)
-        save = config.save_projection
-        tensors = files.to_save(model, adapter_name, tensors, state_dict, save)
+        tensors = cls.to_file(model, config, adapter_name, tensors, state_dict)
         there = {key: value for key, value in tensors.items() if files.is_here(value)}
         warn_of_broken(there, stacklevel=5)
         return tensors
@@ -336,16 +300,19 @@ class LowRankModel(BaseTuner):
             tensors = super()._remap_adapter_state_dict_for_load(
                 model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
             )
-        return files.to_load(model, adapter_name, tensors)
+        return cls.from_file(model, adapter_name, tensors)
 
-    def _check_new_adapter_config(self, config: LowRankConfig) -> None:
-        super()._check_new_adapter_config(config)
-        for other in self.peft_config.values():
-            if other.projection_seed != config.projection_seed:
-                raise ValueError(
-                    f"projection_seed is {config.projection_seed}, but {other.projection_seed} of "
-                    "the adapters that are there, and all of a layer share its frozen factors"
-                )
+    @classmethod
+    def to_file(
+        cls, model: nn.Module, config: Any, adapter: str, tensors: Tensors, state: Tensors
+    ) -> Tensors:
+        """The tensors of an adapter's file, of those that are its own; `state` is the model's."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(cls, model: nn.Module, adapter: str, tensors: Tensors) -> Tensors:
+        """The tensors to load, by the model's keys, of those that an adapter's file holds."""
+        raise NotImplementedError
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -402,23 +369,3 @@ class LowRankModel(BaseTuner):
             note_untied(model)
             forget(model)
         return model
-
-
-class LoraXSModel(LowRankModel):
-    """A model with adapters of LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): PEFT's tuner.
-
-    `peft.get_peft_model(model, LoraXSConfig(…))` makes it; `LoraXSConfig` has the equation.
-    """
-
-    prefix = PeftLoraXSLinear.prefix
-    tuner_layer_cls = PeftLoraXSLinear
-
-
-class LoraMiniModel(LowRankModel):
-    """A model with adapters of LoRA-Mini (Singh et al. 2024, arXiv 2411.15804): PEFT's tuner.
-
-    `peft.get_peft_model(model, LoraMiniConfig(…))` makes it; `LoraMiniConfig` has the equation.
-    """
-
-    prefix = PeftLoraMiniLinear.prefix
-    tuner_layer_cls = PeftLoraMiniLinear

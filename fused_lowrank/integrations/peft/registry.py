@@ -1,4 +1,4 @@
-"""The parts of PEFT that the two methods need, and their names in PeftType."""
+"""The parts of PEFT that the methods need, and their names in PeftType."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import peft
 from peft import PeftType
 from peft.tuners import tuners_utils
 
+from ...methods.family.lora_fa import LORA_FA
 from ...methods.family.lora_mini import LORA_MINI
 from ...methods.family.lora_xs import LORA_XS
+from ...methods.family.melora import MELORA
+from ...methods.family.nola import NOLA
+from ...methods.family.tied_lora import TIED_LORA
 
 TESTED = "0.21.2"
-ROWS = (LORA_XS, LORA_MINI)  # the methods that this package brings to PEFT
+ROWS = (LORA_XS, LORA_MINI, LORA_FA, TIED_LORA, MELORA, NOLA)  # that this package brings to PEFT
 METHODS = tuple(row.name.upper() for row in ROWS)
 
 

@@ -45,8 +45,12 @@ def check_name(name: Any) -> None:
     raise ValueError(f"adapter_name is {name!r}: {reason}; choose another name")
 
 
-def values_of(model: nn.Module, adapter: str) -> Iterator[Tensor]:
-    """The tensors that the file of an adapter may overwrite."""
+def values_of(model: nn.Module, adapter: str) -> Iterable[Tensor]:
+    """The tensors that the file of an adapter may overwrite, each once."""
+    return {id(tensor): tensor for tensor in _values_of(model, adapter)}.values()
+
+
+def _values_of(model: nn.Module, adapter: str) -> Iterator[Tensor]:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] == "bias":
             yield parameter

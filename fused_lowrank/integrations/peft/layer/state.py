@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...files.fingerprint import alike
-from ...methods.state import MERGED, is_sum, product_of
-from ...methods.tensors import is_sharded
+from ....files.fingerprint import alike
+from ....methods.state import MERGED, is_sum
+from ....methods.tensors import is_sharded
 
 
 def save_merged(layer: Any, state: dict[str, Any], prefix: str) -> None:
@@ -53,7 +53,7 @@ def before_loading(layer: Any, state: dict[str, Any], prefix: str, errors: list[
     if layer.merged and weight in state:
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading its weight")
     missing = [
-        name for name in layer.scaling if any(k not in state for k in keys(layer, prefix, name))
+        name for name in layer.scaling if any(k not in state for k in own_keys(layer, prefix, name))
     ]
     for name in layer.base_names:
         if (value := state.get(prefix + name)) is not None:
@@ -62,8 +62,7 @@ def before_loading(layer: Any, state: dict[str, Any], prefix: str, errors: list[
     if marker is None or weight not in state:
         return
     names = json.loads(bytes(marker.tolist()))
-    needed = [prefix + name for name in layer.base_names]
-    needed += [key for name in names for key in keys(layer, prefix, name)]
+    needed = [key for name in names for key in layer.keys(prefix, name).values()]
     if any(key not in state for key in needed) or any(name not in layer.scaling for name in names):
         errors.append(
             f"{weight} has {', '.join(names)} merged into it, which are not all here and there: "
@@ -73,8 +72,8 @@ def before_loading(layer: Any, state: dict[str, Any], prefix: str, errors: list[
     state[weight] = unmerged(layer, state, prefix, names)
 
 
-def keys(layer: Any, prefix: str, adapter: str) -> list[str]:
-    """The keys of an adapter's trained factors."""
+def own_keys(layer: Any, prefix: str, adapter: str) -> list[str]:
+    """The keys of what no other adapter of a layer has."""
     return [f"{prefix}{factor}.{adapter}" for factor in layer.adapter_layer_names]
 
 
@@ -83,14 +82,11 @@ def unmerged(layer: Any, state: dict[str, Any], prefix: str, names: list[str]) -
     """W of a weight with adapters merged into it: the layer's own if that makes the same sum."""
     merged, own = state[f"{prefix}base_layer.weight"], layer.get_base_layer().weight
     dtype = torch.promote_types(merged.dtype, torch.float32)
-    down, up = (state[prefix + name].to(merged.device, dtype) for name in layer.base_names)
-    delta = torch.zeros(up.shape[0], down.shape[1], dtype=dtype, device=merged.device)
+    delta = torch.zeros_like(merged, dtype=dtype)
     for name in names:
-        core = [state[key].to(merged.device) for key in keys(layer, prefix, name)]
-        p, q = core[0].shape[0], core[-1].shape[1]
-        delta += layer.scaling[name] * product_of([down[:p], *core, up[:, :q]], dtype)
-    if layer.fan_in_fan_out:
-        delta = delta.t()
+        keys = layer.keys(prefix, name).items()
+        there = {factor: state[key].to(merged.device) for factor, key in keys}
+        delta += layer.delta(name, layer.used(name, there), dtype)
     if own.shape == merged.shape and own.dtype == merged.dtype and not own.is_meta:
         before = own.detach().to(merged.device)
         if is_sum(before, delta, merged):

@@ -1,0 +1,289 @@
+"""The class that all layers of PEFT here share: a linear layer and any number of adapters on it.
+
+y = x·Wᵀ + bias + scaling · ((x·downᵀ) · core) · upᵀ
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+from transformers.pytorch_utils import Conv1D
+
+from ....compute.reference import Core, like, through_core
+from ....context.called import Reader, note_call
+from ....context.calls import Spread
+from ....context.declared import ANYWHERE, Owners, stated
+from ....context.elsewhere import HookSlot, here
+from ....functional import lowrank_linear
+from ....methods.accept import is_hooked
+from ....methods.method import Method
+from ....methods.state import delta_of
+from ....methods.tensors import present
+from ..config import LowRankConfig
+from ..mixed import Entries, Switched, as_before, uncompiled
+from .weight import AdaptedWeight
+
+
+class Factors(nn.ParameterDict):
+    """The factors of one kind, by adapter; no hook takes them away between calls.
+
+    A ParameterDict is never called, so nothing would bring them back.
+    """
+
+    _hf_hook = HookSlot()
+
+    def stays(self) -> frozenset[str]:
+        """The names of what is not to be taken away: all."""
+        return frozenset(self._parameters)
+
+
+class Term(NamedTuple):
+    """The row and the scale of an adapter, as `delta_of` asks a layer for them."""
+
+    row: Method
+    scale: float
+
+
+class PeftLowRankLinear(Switched, AdaptedWeight):
+    """A linear layer with adapters; subclasses are kinds of these, and theirs are methods.
+
+    `base_layer` is an nn.Linear, or stores its weight (in, out) where `fan_in_fan_out` says so.
+    """
+
+    takes_entries: ClassVar[bool] = True  # `Entries` for adapter_names
+    noted: bool = False  # whether a checkpoint was told how it was called
+    uncalled: bool = True  # until its first call; see `called`
+    reader: Reader | None = None
+    asked: bool = False  # whether a call that was noted was one of training
+    set_adapter: Callable[..., None]
+
+    row: ClassVar[Method]
+    prefix: ClassVar[str]
+    adapter_layer_names: tuple[str, ...]  # factors, in ParameterDicts by adapter
+    base_names: tuple[str, ...] = ()  # factors that all adapters share
+    other_param_names: tuple[str, ...] = ("r", "room", "scaling", "own_scaling", "lora_dropout")
+
+    def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.key, self.fan_in_fan_out = key, fan_in_fan_out
+        self.out_features, self.in_features = self.base_weight.shape
+        for name in self.adapter_layer_names:
+            setattr(self, name, Factors())
+        self.r: dict[str, int] = {}  # which may be less than an adapter asked for
+        self.room: dict[str, bool] = {}  # whether there was room for the ranks that it asked for
+        self.scaling = {}
+        self.own_scaling: dict[str, float] = {}  # what it is by the adapter's config
+        self.lora_dropout: dict[str, float] = {}
+        self.closed = False  # whether `named_modules` hides what is in it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        wraps = isinstance(value, nn.Module) and not isinstance(value, nn.ParameterDict)
+        if wraps and name in self.adapter_layer_names:
+            raise TypeError(
+                f"{name} of {self.key} cannot be put into a {type(value).__name__}: it is never "
+                "called, so nothing would gather what it holds; wrap the block around the layer"
+            )
+        super().__setattr__(name, value)
+
+    # --- of each kind ---
+
+    def add_factors(self, adapter: str, config: LowRankConfig, r: int) -> None:
+        """Add the factors of an adapter that asks for rank r, and note `r` and `room`."""
+        raise NotImplementedError
+
+    def factors_of(self, adapter: str) -> dict[str, Tensor]:
+        """The factors of an adapter, by the row's names."""
+        raise NotImplementedError
+
+    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
+        """The factors of an adapter that are trained."""
+        raise NotImplementedError
+
+    def keys(self, prefix: str, adapter: str) -> dict[str, str]:
+        """The keys that the factors of an adapter have in a state_dict, by the row's names."""
+        raise NotImplementedError
+
+    def used(self, adapter: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's factors, of those that a state_dict has by these keys."""
+        raise NotImplementedError
+
+    def joined(self, adapters: list[str]) -> tuple[Tensor, Core, Tensor, float]:
+        """(down, core, up, scale) of the sum of adapters."""
+        raise NotImplementedError
+
+    def by_rows(self, x: Tensor, entries: Entries, place: Spread | Owners) -> Tensor:
+        """Each row of x through the adapter of its own name."""
+        raise NotImplementedError
+
+    # --- adapters come and go ---
+
+    def update_layer(self, adapter: str, config: LowRankConfig) -> None:
+        """Add an adapter with first values."""
+        self.require_whole("add or load an adapter")
+        r = own(config.rank_pattern, self.key, config.r)
+        alpha = own(config.alpha_pattern, self.key, config.lora_alpha)
+        alpha = r if alpha is None else alpha
+        self.own_scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.scaling[adapter] = self.own_scaling[adapter]
+        self.lora_dropout[adapter] = config.lora_dropout
+        self.add_factors(adapter, config, r)
+        self._move_adapter_to_device_of_base_layer(adapter)  # type: ignore[operator]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scaling `scale` times what its config says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; by None or 0: make it what the config says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.scaling[name] / scale if scale else self.own_scaling[name]
+
+    def sized(self, config: LowRankConfig, r: int) -> tuple[dict[str, int], bool]:
+        """The sizes of K, N and the ranks of an adapter that asks for rank r, and whether there is
+        room for these; they are taken down to it otherwise.
+        """
+        asked = {**{name: getattr(config, name) for name in self.row.ranks}, "r": r}
+        sizes = self.row.fitted(self.in_features, self.out_features, asked)
+        return sizes, all(sizes[name] == rank for name, rank in asked.items())
+
+    def others(self, adapter: str) -> list[nn.Parameter]:
+        """The factors of other adapters."""
+        dicts: list[Any] = [self._modules[name] for name in self.adapter_layer_names]
+        return [own for factors in dicts for name, own in factors.items() if name != adapter]
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The modules, as PyTorch's gives them; the layer alone while it is `closed`."""
+        inside = super().named_modules(memo, prefix, remove_duplicate)
+        return itertools.islice(inside, 1) if self.closed else inside
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is low-rank whatever the method."""
+        return True
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) → (..., out), through the active adapters, or each row through its own."""
+        if self.uncalled:
+            note_call(self)
+        names = kwargs.pop("adapter_names", None)
+        base: Any = self._modules["base_layer"]
+        off: Any = self.disable_adapters
+        if off or self.noted or names is not None:
+            off, names = as_before(self, off, names)
+        if off:
+            if self.merged:
+                self.unmerge()
+            return base(x, *args, **kwargs)
+        if names is not None:
+            return self.mixed(x, names)
+        active = [name for name in self.active_adapters if name in self.scaling]
+        if self.merged or not active:
+            return base(x, *args, **kwargs)
+        p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
+        if args or kwargs or not self.is_plain(base) or (len(active) > 1 and p != {0.0}):
+            y = base(x, *args, **kwargs)
+            for name in active:
+                y = y + self.term(x, name).to(y.dtype)
+            return y
+        down, core, up, scale = self.joined(active)
+        return lowrank_linear(
+            x,
+            base.weight.t() if self.fan_in_fan_out else base.weight,
+            *(down, core, up, base.bias),
+            scale=scale,
+            dropout_p=p.pop(),
+            training=True,  # or p is 0
+        )
+
+    def is_plain(self, base: Any) -> bool:
+        """Whether the base layer's call is x·Wᵀ + bias, and nothing else happens in it."""
+        kind = Conv1D if self.fan_in_fan_out else nn.Linear
+        return type(base) is kind and not is_hooked(base)
+
+    def term(self, x: Tensor, adapter: str) -> Tensor:
+        """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""
+        down, core, up, scale = self.joined([adapter])
+        present(self, down)
+        x = dropout(like(x, down.dtype), self.lora_dropout[adapter], self.training)
+        u = through_core(linear(x, down), core, scale)
+        return linear(like(u, up.dtype), up)
+
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Each row of the batch through the adapter of its own name."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+        entries = names if isinstance(names, Entries) else Entries(names)
+        if torch.compiler.is_compiling() and ANYWHERE[0]:
+            return uncompiled(self.mixed, x, entries)
+        call = entries.call if not torch.compiler.is_compiling() else None
+        if call is not None and call.follower is not None and not call.follower.paused:
+            state = stated(self) or call.follower.where(x)
+            with call.follower.pause():
+                y = self.mixed(x, entries)
+            call.follower.mark(y, state)
+            return y
+        place = entries.spread(self, self.key, x)
+        if not any(name in self.scaling for name in entries.different):
+            return self.base_layer(x)
+        return self.by_rows(x, entries, place)
+
+    # --- merging ---
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = scaling · up·coreᵀ·down, stored as the base weight is, in float32 or wider."""
+        with here(self):
+            factors = self.factors_of(adapter)
+            for factor in factors.values():
+                present(self, factor)
+            return self.delta(adapter, factors, wide(self.base_weight.dtype))
+
+    def delta(self, adapter: str, factors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """ΔW of an adapter with these factors, stored as the base weight is."""
+        term = Term(self.row, self.scaling[adapter])
+        delta = delta_of(term, factors, self.unmerged_weight, dtype)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def __repr__(self) -> str:
+        """The layer as PEFT's layers show themselves, with the prefix of the method."""
+        return f"{self.prefix}{super().__repr__()}"
+
+
+def layers_of(model: nn.Module, adapter: str | None = None) -> Iterator[PeftLowRankLinear]:
+    """The layers of a model, or those of one adapter."""
+    for module in model.modules():
+        if isinstance(module, PeftLowRankLinear) and (adapter is None or adapter in module.scaling):
+            yield module
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def own(pattern: dict[str, Any], key: str, default: Any) -> Any:
+    """The value that a rank_pattern or an alpha_pattern has for a module."""
+    return pattern.get(get_pattern_key(list(pattern), key), default)
