@@ -129,7 +129,7 @@ def seeded_bases(p: int, k: int, n: int, q: int, key: str, seed: int) -> tuple[T
 def lora_start(
     init: str, weight: Tensor, r: int, scale: float, inputs: Inputs | None = None
 ) -> Start:
-    """The start of LoRA on weight (N, K), by one of the names above; random ones draw as torch does.
+    """The start of LoRA on weight (N, K), by one of its names; random ones draw as torch does.
 
     Raises ValueError for another name; inputs that are needed and not there; a weight with NaN or
     Inf where it is decomposed; an odd r with "orthogonal"; a residual with a scale that is not
