@@ -98,7 +98,7 @@ class Method:
     divides: str = ""  # the rank of which K and N must be multiples
     sizes: Callable[[dict[str, int]], dict[str, int]] = dict  # of letters, with others added
     slices: bool = True  # whether a rank with a slice of K or N computes a slice of the layer
-    residual: tuple[str, ...] = ()  # how the names begin of the inits that start as a part of W
+    residual: tuple[str, ...] = ()  # the inits that start as a part of W
     dora: bool | None = None  # whether there is DoRA's magnitude; None: there cannot be
 
     @property

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import MAGNITUDE, Factor, Method, Parts
+from .method import MAGNITUDE, Factor, Method, Parts, numbered
 
 
 def variant(row: Method, settings: Mapping[str, Any]) -> Method:
@@ -30,7 +30,7 @@ def variant(row: Method, settings: Mapping[str, Any]) -> Method:
     start_up (N, r): the first down, and the first -up.
     """
     init = settings.get("init")
-    if isinstance(init, str) and init.startswith(row.residual):
+    if numbered(init) in row.residual:
         first = {
             f"start_{name}": Factor(factor.sides, "lora", like=name)
             for name, factor in row.factors.items()

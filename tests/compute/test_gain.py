@@ -50,7 +50,12 @@ def operands(
         "x": draw(m, k),
         "weight": draw(n, k) * k**-0.5,
         "down": draw(r, k) * k**-0.5,
-        "core": {"core": (draw(r, r),), "pair": (draw(r, 3), draw(3, r)), "none": ()}[core],
+        "core": {
+            "core": (draw(r, r),),
+            "pair": (draw(r, 3), draw(3, r)),
+            "diagonal": (draw(r),),
+            "none": (),
+        }[core],
         "up": draw(n, r),
         "bias": draw(n) / 4 if bias else None,
         "scale": 0.5,
@@ -98,7 +103,7 @@ def test_error_budget(impl: str, device: torch.device) -> None:
             k=draw(sizes),
             n=draw(sizes),
             r=draw(st.integers(1, 32)) if device.type == "cpu" else 16,
-            core=draw(st.sampled_from(["core", "pair", "none"])),
+            core=draw(st.sampled_from(["core", "pair", "diagonal", "none"])),
             bias=draw(flag),
             dtype=dtype,
             wide=draw(st.sampled_from([dtype, torch.float32])),
@@ -131,7 +136,7 @@ def test_error_budget(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("plan", ["split", "decode", "aten"])
-@pytest.mark.parametrize("core", ["core", "pair", "none"])
+@pytest.mark.parametrize("core", ["core", "pair", "diagonal", "none"])
 @pytest.mark.skipif(not INTERPRETED, reason="the compiled kernels have no fp64")
 def test_gradcheck(core: str, plan: str, device: torch.device) -> None:
     """Numerical differentiation through the kernels, in float64, of all operands."""
@@ -142,7 +147,7 @@ def test_gradcheck(core: str, plan: str, device: torch.device) -> None:
 
     def call(*tensors: Tensor) -> Tensor:
         rest = tensors[len(plain) :]
-        value = {"core": lambda: rest[0], "pair": lambda: rest, "none": lambda: None}[core]()
+        value = rest if core == "pair" else rest[0] if rest else None
         named = dict(zip(plain, tensors, strict=False))
         with pinned_plan(plan):
             return lowrank_linear(core=value, scale=0.5, impl="triton", **named)

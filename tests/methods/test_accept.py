@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import SETTINGS, methods
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -14,18 +15,6 @@ from fused_lowrank import adapt, init_bases, load_adapter, merge, save_adapter, 
 from fused_lowrank.methods import METHODS, accept
 
 D = 12
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 3},
-    "lora_xs": {"r": 3},
-    "lora_mini": {"r": 2, "a": 4, "b": 4},
-    "lora_fa": {"r": 3},
-    "vera": {"r": 3},
-    "tied_lora": {"r": 4},
-    "melora": {"r": 2, "n": 2},
-    "nola": {"r": 4, "m": 5},
-    "adalora": {"r": 4},
-}
-methods = pytest.mark.parametrize("method", METHODS)
 
 
 class Packed(Tensor):

@@ -28,7 +28,6 @@ from fused_lowrank import (
 )
 from fused_lowrank.methods import METHODS
 from fused_lowrank.methods.initial.values import (
-    has_residual,
     lora_start,
     mini_bases,
     needs,
@@ -49,7 +48,7 @@ INITS = [
     for method in SETTINGS
     for init in METHODS[method][0].row.inits_known
 ]
-RESIDUALS = [init for method, init in INITS if method == "lora" and has_residual(method, init)]
+RESIDUALS = [init.replace("_N", "_4") for init in METHODS["lora"][0].row.residual]
 STARTS_AS_BASE = {"orthogonal": 1e-5, "paper": None}  # how far from the base's output; None: any
 
 

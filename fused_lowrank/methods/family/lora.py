@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ..initial.values import INITS, RESIDUAL
 from ..layer import LowRankLinear
 from ..method import Factor, Method
 
-BOTH = [init for init in INITS["lora"] if init == "orthogonal" or init.startswith(RESIDUAL)]
+RESIDUAL = ("pissa", "pissa_niter_N", "milora", "olora", "corda", "corda_kpm")
 LOFTQ = (
     "; 'loftq' needs a quantised base, and these are not supported; N is a number, as in "
     "'pissa_niter_16'"
@@ -18,13 +17,13 @@ LORA = Method(
     ranks={"r": 16},
     factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
     learning_rate=5e-4,
-    options={"init": INITS["lora"]},
+    options={"init": ("kaiming", "gaussian", "orthogonal", "eva", *RESIDUAL)},
     hints={"init": LOFTQ},
     residual=RESIDUAL,
     starts={
         "gaussian": {"down": "gaussian"},
         "eva": {"down": "lora"},
-        **{init: {"down": "lora", "up": "lora"} for init in BOTH},
+        **{init: {"down": "lora", "up": "lora"} for init in ("orthogonal", *RESIDUAL)},
     },
     dora=False,
 )

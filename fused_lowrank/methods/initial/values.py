@@ -33,15 +33,6 @@ from torch import Tensor
 
 from . import triples
 
-INITS = {
-    "lora": (
-        *("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "milora", "olora"),
-        *("eva", "corda", "corda_kpm"),
-    ),
-    "lora_xs": ("svd", "minor", "random", "eva"),
-    "lora_mini": ("identity", "paper", "qr", "svd", "eva"),
-}
-RESIDUAL = "pissa", "milora", "olora", "corda"  # what their names begin with
 NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 
 
@@ -66,30 +57,15 @@ class Start(NamedTuple):
     residual: Tensor | None = None
 
 
-def check_init(method: str, init: str) -> None:
-    """Raise ValueError for an initialiser that the method does not have."""
-    if init == "loftq":
-        raise ValueError(
-            "init is 'loftq', which splits a weight into a quantised base and an adapter: it needs "
-            "a quantised base, and these are not supported; 'pissa' has a base in full precision"
-        )
-    known = INITS[method]
-    if not isinstance(init, str) or (init not in known and not niter(method, init)):
-        names = ", ".join(map(repr, known))
-        raise ValueError(f"init is {init!r}: for {method} it must be one of {names}")
-    if init == "pissa_niter_N":
-        raise ValueError(f"init is {init!r}: N is to be a number, as in 'pissa_niter_16'")
+def unknown(init: str) -> ValueError:
+    """The error for a name that a function does not know; layers have been told by their rows."""
+    return ValueError(f"init is {init!r}, which is none of these: see methods.initial.values")
 
 
-def niter(method: str, init: str) -> int:
+def niter(init: str) -> int:
     """The N of "pissa_niter_N", or 0."""
-    found = NITER.fullmatch(init) if method == "lora" else None
+    found = NITER.fullmatch(init)
     return int(found[1]) if found else 0
-
-
-def has_residual(method: str, init: str) -> bool:
-    """Whether a residual takes the weight's place."""
-    return method == "lora" and init.startswith(RESIDUAL)
 
 
 def needs(init: str) -> str | None:
@@ -153,13 +129,12 @@ def seeded_bases(p: int, k: int, n: int, q: int, key: str, seed: int) -> tuple[T
 def lora_start(
     init: str, weight: Tensor, r: int, scale: float, inputs: Inputs | None = None
 ) -> Start:
-    """The start of LoRA on weight (N, K), by one of INITS["lora"]; random ones draw as torch does.
+    """The start of LoRA on weight (N, K), by one of its names; random ones draw as torch does.
 
     Raises ValueError for another name; inputs that are needed and not there; a weight with NaN or
     Inf where it is decomposed; an odd r with "orthogonal"; a residual with a scale that is not
     above 0, or beyond the weight's dtype.
     """
-    check_init("lora", init)
     n, k = weight.shape
     dtype = triples.wide(weight)
     zero = torch.zeros(n, r, dtype=dtype, device=weight.device)
@@ -216,12 +191,14 @@ def decomposed(
         weight = triples.finite(weight) @ covariance
     if init in ("milora", "corda_kpm"):
         down, up = triples.smallest(weight, r)
-    elif iterations := niter("lora", init):
+    elif iterations := niter(init):
         rank = min(r, *weight.shape)
         down, up = triples.randomized(triples.finite(weight), rank, triples.SEED, iterations)
         down, up = down[:r], up[:, :r]
-    else:
+    elif init in ("pissa", "corda"):
         down, up = triples.leading(weight, r, "krylov" if init == "corda" else "exact")
+    else:
+        raise unknown(init)
     sigma = down.norm(dim=1)
     right = down / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[:, None]
     return right if inverse is None else right @ inverse, sigma, up
@@ -253,18 +230,19 @@ def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def xs_bases(
     init: str, weight: Tensor, r: int, svd: str = "krylov", inputs: Inputs | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(down (r, K), up (N, r)) of LoRA-XS by one of INITS["lora_xs"], in weight's dtype.
+    """(down (r, K), up (N, r)) of LoRA-XS by one of its names, in weight's dtype.
 
     `svd` is the way of "svd", one of `triples.WAYS`. Raises ValueError as `svd_bases` and
     `lora_start` do.
     """
-    check_init("lora_xs", init)
     if init == "svd":
         return svd_bases(weight, r, svd)
     if init == "minor":
         return held(weight, *triples.smallest(weight, r))
     if init == "random":
         return kaiming_bases(weight, r, r)
+    if init != "eva":
+        raise unknown(init)
     directions = directions_of(inputs, r)[0].to(weight.device, triples.wide(weight))
     down, up = triples.leading(triples.finite(weight) @ directions.t(), r, "exact")
     return held(weight, down @ directions, up)
@@ -308,13 +286,12 @@ def kaiming_bases(weight: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
 def mini_bases(
     init: str, weight: Tensor, a: int, b: int, inputs: Inputs | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(down (a, K), up (N, b)) of LoRA-Mini by one of INITS["lora_mini"], in weight's dtype.
+    """(down (a, K), up (N, b)) of LoRA-Mini by one of its names, in weight's dtype.
 
     Those that are not random have the size that Kaiming-uniform ones have on average, ‖down‖² = a/3
     and ‖up‖² = N/3, so that one learning rate suits all. Raises ValueError as `lora_start` does,
     and for an a or b above what there is of rows or directions.
     """
-    check_init("lora_mini", init)
     if init in ("identity", "paper"):
         return kaiming_bases(weight, a, b)
     n, k = weight.shape
@@ -327,6 +304,8 @@ def mini_bases(
         down, up = triples.leading(weight, most)
     elif init == "qr":
         up, down = torch.linalg.qr(triples.finite(weight))
+    elif init != "eva":
+        raise unknown(init)
     else:
         directions, strengths = directions_of(inputs, most)
         down = directions.to(weight.device, triples.wide(weight))
