@@ -46,9 +46,9 @@ def found(case: Case, target: Target, tile: TileConfig, sass: bool = False) -> s
 
 def check_a_sample_passes() -> None:
     for case, target in (
+        (replace(GEMM, x="fp32"), "sm_100"),
         (GEMM, "sm_90"),
         (UNALIGNED, "sm_90"),
-        (replace(GEMM, x="fp32"), "sm_100"),
         (SHRINK, "sm_80"),
         (SHRINK, "sm_100"),
         (SHRINK, "gfx942"),

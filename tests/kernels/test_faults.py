@@ -1,5 +1,6 @@
 """Deliberate faults: each, put into a copy of the sources, turns the test named beside it red."""
 
+import compileall
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -210,11 +212,16 @@ FAULTS = {
 
 
 # Reads a file's name and a test's, and runs that test, as often as asked: each time in a process of
-# its own, in which all is imported that the faults are not in. Says with which code it ended.
+# its own, in which all is imported that the faults are not in (torch._inductor is what torch's
+# deterministic mode imports), and which need not look through it for garbage. Says with which code
+# it ended.
 RUNNER = """
-import os, sys, traceback
-import hypothesis, numpy, pytest, torch, torch.testing, triton.language
+import gc, os, sys, traceback
+import hypothesis, numpy, pytest, torch, torch._inductor, torch.testing, triton.language
 
+sys.dont_write_bytecode = False
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     output, test = line.rstrip("\\n").split("\\t")
     child = os.fork()
@@ -228,7 +235,8 @@ for line in sys.stdin:
             os.dup2(file.fileno(), 2)
         import fused_lowrank
         assert fused_lowrank.__file__.startswith(os.getcwd()), fused_lowrank.__file__
-        code = pytest.main(["-x", "-q", "--hypothesis-profile=unshrunk", test])
+        plugin = "_hypothesis_pytestplugin"
+        code = pytest.main(["-x", "-q", "-p", plugin, "--hypothesis-profile=unshrunk", test])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -245,6 +253,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("fused_lowrank", "kernels", "tests", "bench"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    # By their contents: two faults in a file may be of one size and come within a second.
+    by_contents = PycInvalidationMode.CHECKED_HASH
+    for name in ("fused_lowrank", "kernels"):
+        assert compileall.compile_dir(folder / name, quiet=1, invalidation_mode=by_contents)
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -255,7 +267,7 @@ def run(copy: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
 
     A negative code is the signal that its process has died of.
     """
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", RUNNER],
         cwd=copy,

@@ -17,7 +17,7 @@ from ttgir_memory import Fault
 
 pytestmark = pytest.mark.cpu("what the kernels for Hopper compute as compiled, without a GPU")
 
-RUNS = 24  # of a case, of three launches each
+RUNS = 16  # of a case, of three launches each
 SECONDS = 600  # that a case may take, on a busy machine
 
 GEMMS = (
