@@ -110,12 +110,12 @@ class BankedLayer(Computer):
         if layer.rank_dropout and layer.training:
             core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
-        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
-                return chain(operands)
+                return chain(x, weight, down, core, up, bias, scale, gain)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         return compute(prepared(operands), layer.impl, isolated)
 
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:

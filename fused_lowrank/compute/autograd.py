@@ -152,7 +152,17 @@ def saved(needs: Sequence[bool], t: Wanted, x: Tensor, weight: Tensor) -> tuple[
     return t, (x if needs[1] or needs[2] else None), (weight if needs[0] else None)
 
 
-def chain(operands: Operands, low: OptTensor = None) -> Tensor:
+def chain(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    core: AnyCore,
+    up: Tensor,
+    bias: OptTensor,
+    scale: float,
+    gain: OptTensor = None,
+    low: OptTensor = None,
+) -> Tensor:
     """y, by library operations that autograd itself differentiates: the least work for the host.
 
     x may have any leading dimensions. `low`, if given, is what the low-rank term is of instead of
@@ -161,7 +171,6 @@ def chain(operands: Operands, low: OptTensor = None) -> Tensor:
     t is all that it saves of size M where down, up and weight are frozen, as `LowRankFunction`
     does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
     """
-    x, weight, down, core, up, bias, scale, _, _, gain = operands
     # A product of a tensor that is here and one on the meta device gives memory of no meaning.
     if weight.is_meta or down.is_meta or up.is_meta or (core is not None and on_meta(core)):
         raise RuntimeError("an operand is on the meta device")

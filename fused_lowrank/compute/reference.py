@@ -99,8 +99,7 @@ def on_meta(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | RowCores) -
     """Whether a core has no values."""
     if isinstance(core, torch.Tensor):
         return core.is_meta
-    a, b = core[:2]  # the pair, or the tables of rows
-    return a.is_meta or (b is not None and b.is_meta)
+    return core[0].is_meta or (core[1] is not None and core[1].is_meta)  # a pair's, or the tables
 
 
 def product(core: Core) -> torch.Tensor | None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ...compute import choose
 from ...compute.autograd import chain, fold
-from ...compute.operands import Operands
 from ...compute.run import under_autocast
 from ...context.calls import Learned
 from ...context.declared import ANYWHERE, Owners, by_row, stated
@@ -118,7 +117,7 @@ class FusedLinear(Switched, Linear):
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         if self.impl == "auto" and (choose.short(x) if dropout_p else choose.small(x)):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
-            return chain(Operands(x, weight, down, None, up, bias, scale), low)
+            return chain(x, weight, down, None, up, bias, scale, low=low)
         return lowrank_linear(
             *(x, weight, down, None, up, bias),
             scale=scale,
