@@ -54,7 +54,8 @@ from bench.support.cases import Case, parse
 from bench.support.providers import PROVIDERS, Tensors, layer, make_tensors
 from bench.support.store import HOST_PREFIX, Store, make_key
 from fused_lowrank import lowrank_linear
-from fused_lowrank.compute.autograd import chain, join
+from fused_lowrank.compute.autograd import join
+from fused_lowrank.compute.reference import chain
 from fused_lowrank.testing import pinned_plan
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import config
 from .compute import choose, isolation
-from .compute.autograd import Call, LowRankFunction, chain, dropout_of, fold, forward_op, places
+from .compute.autograd import Call, LowRankFunction, dropout_of, fold, forward_op, places
 from .compute.dropout import Dropout, kept
 from .compute.operands import Operands
-from .compute.reference import TORCH, Core, Products, RowCores, lowrank_linear_reference
+from .compute.reference import TORCH, Core, Products, RowCores, chain, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import config
 from ..compute import choose, isolation
-from ..compute.autograd import chain, fold, join, places
+from ..compute.autograd import fold, join, places
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import AnyCore
+from ..compute.reference import AnyCore, chain
 from ..context.called import note_call
 from ..context.calls import SAID, call_of
 from ..context.declared import said_of, stated

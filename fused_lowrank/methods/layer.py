@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
 from ..compute import choose
-from ..compute.autograd import chain
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import AnyCore, Core
+from ..compute.reference import AnyCore, Core, chain
 from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...compute import choose
-from ...compute.autograd import chain, fold
+from ...compute.autograd import fold
+from ...compute.reference import chain
 from ...compute.run import under_autocast
 from ...context.calls import Learned
 from ...context.declared import ANYWHERE, Owners, by_row, stated
