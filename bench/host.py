@@ -54,8 +54,8 @@ from bench.support.cases import Case, parse
 from bench.support.providers import PROVIDERS, Tensors, layer, make_tensors
 from bench.support.store import HOST_PREFIX, Store, make_key
 from fused_lowrank import lowrank_linear
-from fused_lowrank.compute.autograd import chain, join
-from fused_lowrank.compute.operands import Operands
+from fused_lowrank.compute.autograd import join
+from fused_lowrank.compute.reference import chain
 from fused_lowrank.testing import pinned_plan
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
         EAGER: Chain(tensors),
         "fused layer": PROVIDERS["auto"].build(case, tensors),
         "lowrank_linear": lambda x: lowrank_linear(x, weight, down, core, up, scale=scale),
-        "its operations": lambda x: chain(Operands(x, weight, down, core, up, None, scale)),
+        "its operations": lambda x: chain(x, weight, down, core, up, None, scale),
         "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),

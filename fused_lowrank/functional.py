@@ -7,13 +7,14 @@ from torch import Tensor
 
 from . import config
 from .compute import choose, isolation
-from .compute.autograd import Call, LowRankFunction, chain, dropout_of, fold, forward_op, places
+from .compute.autograd import Call, LowRankFunction, dropout_of, fold, forward_op, places
 from .compute.dropout import Dropout, kept
 from .compute.operands import Operands
-from .compute.reference import TORCH, Core, Products, RowCores, lowrank_linear_reference
+from .compute.reference import TORCH, Core, Products, RowCores, chain, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBER, PAIR = (float, int), (tuple, list)  # types whose union would be made in each call
 OPERANDS = ("weight", "down", "core", "core", "up", "bias", "gain")  # as the messages name them
 
 
@@ -77,12 +78,13 @@ def lowrank_linear(
             (impl="reference" can be differentiated twice).
     """
     dropout = Dropout(seed, dropout_p) if training and dropout_p else None
-    factors = down, paired(core), up
-    operands = prepared(Operands(x, weight, *factors, bias, scale, dropout, gain=gain))
+    core = paired(core)
+    operands = Operands(x, weight, down, core, up, bias, scale, dropout, False, gain)
+    operands = prepared(operands)
     if dropout is None:
         check_dropout(dropout_p, seed, x)
-    if impl == "auto" and dropout is None and choose.small(operands.x) and not trains(gain):
-        return chain(operands)
+    if impl == "auto" and dropout is None and choose.small(x) and not trains(gain):
+        return chain(x, weight, down, core, up, bias, scale, gain)
     return compute(operands, impl)
 
 
@@ -194,9 +196,9 @@ def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
 
 def paired(core: Any) -> Any:
     """The core as `Operands` have it: a pair that was given as a list is a tuple."""
-    if not isinstance(core, tuple | list):
+    if not isinstance(core, PAIR):
         return core
-    if len(core) != 2 or not all(isinstance(factor, Tensor) for factor in core):
+    if len(core) != 2 or not (isinstance(core[0], Tensor) and isinstance(core[1], Tensor)):
         kinds = ", ".join(type(factor).__name__ for factor in core)
         raise TypeError(f"core is ({kinds}): it must be a tensor, a pair of tensors or None")
     return tuple(core)
@@ -225,21 +227,19 @@ def autocast(operands: Operands) -> Operands:
 def fits(operands: Operands) -> bool:
     """Whether `check` would find nothing; False where it has to be asked. It costs less."""
     x, weight, down, core, up, bias, scale, _, _, gain = operands
-    if isinstance(core, RowCores):
-        left, right, first = core.table, core.right, 1  # whose first dimension is that of slots
-    else:
-        (left, right), first = places(core), 0
+    (left, right), of_rows = places(core), isinstance(core, RowCores)
     try:
         (n, k), (p, k_down), (n_up, q) = weight.shape, down.shape, up.shape
         dtype, device = x.dtype, x.device
         if left is None:
             through = p == q
-        elif right is None:
-            sizes = left.shape[first:]
-            through = sizes == (p, q) or (sizes == (p,) and p == q)
         else:
-            (p_left, r), (r_right, q_right) = left.shape[first:], right.shape[first:]
-            through = p_left == p and r == r_right and q_right == q
+            sizes = left.shape[1:] if of_rows else left.shape  # the first of tables is the slots
+            if right is None:
+                through = sizes == (p, q) or (sizes == (p,) and p == q)
+            else:
+                (p_left, r), (r_right, q_right) = sizes, right.shape[1:] if of_rows else right.shape
+                through = p_left == p and r == r_right and q_right == q
         if not (
             through
             and dtype in DTYPES
@@ -249,7 +249,7 @@ def fits(operands: Operands) -> bool:
             and 0 not in (p, q)
             and (bias is None or (bias.shape == (n,) and bias.dtype is dtype))
             and (gain is None or gain.shape == (n,))
-            and isinstance(scale, float | int)
+            and isinstance(scale, NUMBER)
         ):
             return False
         for factor in (down, left, right, up, gain):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import config
 from ..compute import choose, isolation
-from ..compute.autograd import chain, fold, join, places
+from ..compute.autograd import fold, join, places
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import AnyCore
+from ..compute.reference import AnyCore, chain
 from ..context.called import note_call
 from ..context.calls import SAID, call_of
 from ..context.declared import said_of, stated
@@ -110,12 +110,12 @@ class BankedLayer(Computer):
         if layer.rank_dropout and layer.training:
             core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
-        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
-                return chain(operands)
+                return chain(x, weight, down, core, up, bias, scale, gain)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
+        operands = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
         return compute(prepared(operands), layer.impl, isolated)
 
     def followed(self, layer: LowRankLinear, x: Tensor, follower: Follower) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .. import config as configuration
 from ..config import Config
@@ -34,12 +33,7 @@ from .reference import (
     AnyCore,
     RowCores,
     like,
-    on_meta,
-    product,
     through_core,
-    through_product,
-    through_rows,
-    wide_dtype,
 )
 from .run import is_foreign, no_autocast, on_device, run
 from .steps_library import Wanted
@@ -150,34 +144,6 @@ def saved(needs: Sequence[bool], t: Wanted, x: Tensor, weight: Tensor) -> tuple[
     The first three of `needs` are of x, weight and down.
     """
     return t, (x if needs[1] or needs[2] else None), (weight if needs[0] else None)
-
-
-def chain(operands: Operands, low: OptTensor = None) -> Tensor:
-    """y, by library operations that autograd itself differentiates: the least work for the host.
-
-    x may have any leading dimensions. `low`, if given, is what the low-rank term is of instead of
-    x: x after a dropout.
-
-    t is all that it saves of size M where down, up and weight are frozen, as `LowRankFunction`
-    does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
-    """
-    x, weight, down, core, up, bias, scale, _, _, gain = operands
-    # A product of a tensor that is here and one on the meta device gives memory of no meaning.
-    if weight.is_meta or down.is_meta or up.is_meta or (core is not None and on_meta(core)):
-        raise RuntimeError("an operand is on the meta device")
-    rows = x if x.dim() == 2 else fold(x)
-    t = linear(rows if low is None else fold(low), like(down, x.dtype))
-    if isinstance(core, RowCores):
-        u = through_rows(t, core, 1.0)
-    else:
-        matrix = product(core)
-        u = t if matrix is None else like(through_product(t, matrix), x.dtype)
-    base = linear(rows, weight, bias if gain is None else None)
-    y = base.addmm_(u, like(up, x.dtype).t(), alpha=scale)
-    if gain is not None:
-        y = y * like(gain, wide_dtype(x.dtype))
-        y = like(y if bias is None else y + bias, x.dtype)
-    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 # --- eager ---

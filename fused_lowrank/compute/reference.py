@@ -99,8 +99,7 @@ def on_meta(core: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | RowCores) -
     """Whether a core has no values."""
     if isinstance(core, torch.Tensor):
         return core.is_meta
-    a, b = core[:2]  # the pair, or the tables of rows
-    return a.is_meta or (b is not None and b.is_meta)
+    return core[0].is_meta or (core[1] is not None and core[1].is_meta)  # a pair's, or the tables
 
 
 def product(core: Core) -> torch.Tensor | None:
@@ -220,3 +219,40 @@ def lowrank_linear_reference(
     wide = wide_dtype(x.dtype)
     y = like(products.linear(x, weight, None) + tail, wide) * like(gain, wide)
     return like(y if bias is None else y + bias, x.dtype)
+
+
+def chain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    core: AnyCore,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    gain: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y, by library operations that autograd itself differentiates: the least work for the host.
+
+    x may have any leading dimensions. `low`, if given, is what the low-rank term is of instead of
+    x: x after a dropout.
+
+    t is all that it saves of size M where down, up and weight are frozen, as `autograd.py`
+    does; its backward makes dx in two parts and adds them, which costs another pass over M × K.
+    """
+    # A product of a tensor that is here and one on the meta device gives memory of no meaning.
+    if weight.is_meta or down.is_meta or up.is_meta or (core is not None and on_meta(core)):
+        raise RuntimeError("an operand is on the meta device")
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    t = linear(rows if low is None else low.reshape(-1, low.shape[-1]), like(down, x.dtype))
+    if isinstance(core, RowCores):
+        u = through_rows(t, core, 1.0)
+    else:
+        matrix = product(core)
+        u = t if matrix is None else like(through_product(t, matrix), x.dtype)
+    base = linear(rows, weight, bias if gain is None else None)
+    y = base.addmm_(u, like(up, x.dtype).t(), alpha=scale)
+    if gain is not None:
+        y = y * like(gain, wide_dtype(x.dtype))
+        y = like(y if bias is None else y + bias, x.dtype)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])

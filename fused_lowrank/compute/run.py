@@ -117,7 +117,8 @@ def row_by_row(plan: Plan, operands: Operands, want_t: bool, want_u: bool) -> Do
 
 def under_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    kind = "cpu" if x.is_cpu else x.device.type  # to ask a device for its type costs the host
+    return not x.is_meta and torch.is_autocast_enabled(kind)
 
 
 def is_foreign(x: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -9,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
 from ..compute import choose
-from ..compute.autograd import chain
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
-from ..compute.reference import AnyCore, Core
+from ..compute.reference import AnyCore, Core, chain
 from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
@@ -51,6 +52,7 @@ class LowRankLinear(MergingLinear):
     output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
     rank_dropout: float = 0.0
     by_attributes: bool = False  # whether the parts are more than Parameters of theirs
+    core_of: Callable[[Any], Core]  # of a layer's Parameters by name
     _hf_hook = HookSlot()
 
     uncalled: bool = True  # until its first call; see `called`
@@ -78,6 +80,7 @@ class LowRankLinear(MergingLinear):
             cls.by_attributes = row.parts is not None
             if row.parts is None:  # the way that costs the host least
                 cls.core_factors = getter(row.core)  # type: ignore[assignment]
+                cls.core_of = itemgetter(*row.core) if row.core else no_core
         if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
 
@@ -312,7 +315,8 @@ class LowRankLinear(MergingLinear):
         if not self.by_attributes:
             own: Any = self._parameters
             try:
-                return own["weight"], own["down"], self.core_factors, own["up"], own["bias"], None
+                core = type(self).core_of(own)
+                return own["weight"], own["down"], core, own["up"], own["bias"], None
             except KeyError:  # parametrised, or pruned, since
                 pass
         down, core, up, gain = self.parts()
@@ -349,13 +353,13 @@ class LowRankLinear(MergingLinear):
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)
         if dropout is None and self.impl == "auto" and gain is None:
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if choose.small(x):
-                    return chain(operands)
+                    return chain(x, weight, down, core, up, bias, self.scale)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
+        operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)
         try:
             return compute(prepared(operands), self.impl)
         except ValueError:
@@ -406,6 +410,10 @@ class LowRankLinear(MergingLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {sizes}"
         )
+
+
+def no_core(parameters: Any) -> None:
+    """The core of a layer that has none."""
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:

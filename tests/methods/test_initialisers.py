@@ -14,7 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_lowrank.methods.initial import values
 from fused_lowrank.methods.initial.values import (
     Inputs,
     lora_start,
@@ -50,13 +52,17 @@ def close(ours: Tensor, theirs: Tensor, atol: float = 2e-5) -> None:
 
 
 def assert_as_peft(ours: Any, theirs: Any, weight: Tensor, atol: float = 2e-5) -> None:
-    """The same factors up to each triple's sign, the same product and residual, and W again."""
+    """The same factors up to each triple's sign, the same product and what it leaves of W."""
     sign = (ours.down * theirs.down).sum(1).sign()
     close(ours.down, theirs.down * sign[:, None], atol)
     close(ours.up, theirs.up * sign, atol)
     close(ours.up @ ours.down, theirs.up @ theirs.down, atol)
-    close(ours.residual, theirs.weight, atol)
-    close(ours.residual + SCALE * ours.up @ ours.down, weight)
+    close(beside(ours, weight), theirs.weight, atol)
+
+
+def beside(start: Any, weight: Tensor) -> Tensor:
+    """What a residual init leaves of the weight, which trains beside the factors in PEFT."""
+    return (weight.to(start.up.dtype) - SCALE * start.up @ start.down).to(weight.dtype)
 
 
 # --- LoRA ---
@@ -76,7 +82,6 @@ def test_random_as_peft(peft: Any, init: str) -> None:
     """down is drawn from PEFT's distribution; up is 0, and the weight stays."""
     torch.manual_seed(0)
     ours = lora_start(init, torch.empty(64, 4096), R, SCALE)
-    assert ours.residual is None
     assert not ours.up.any()
     assert ours.up.shape == (64, R)
     std = 1 / R if init == "gaussian" else 1 / math.sqrt(3 * 4096)
@@ -98,7 +103,6 @@ def test_orthogonal_as_peft() -> None:
     close(ours.up, theirs[1], 1e-6)
     assert ours.down.any()
     assert ours.up.any()
-    assert ours.residual is None
     close(ours.up @ ours.down, torch.zeros(N, K), 1e-5)
     with pytest.raises(ValueError, match=r"r is 7.*even"):
         lora_start("orthogonal", weight, 7, SCALE)
@@ -122,12 +126,10 @@ def test_milora() -> None:
     """The smallest triples are taken out: what is left has the others, and W is made again."""
     weight = decaying()
     ours = lora_start("milora", weight, R, SCALE)
-    assert ours.residual is not None
     sigma = torch.linalg.svdvals(weight)
-    close(torch.linalg.svdvals(ours.residual)[: K - R], sigma[: K - R])
+    close(torch.linalg.svdvals(beside(ours, weight))[: K - R], sigma[: K - R])
     close(SCALE * torch.linalg.svdvals(ours.up @ ours.down)[:R], sigma[-R:])
     close(ours.up.norm(dim=0), ours.down.norm(dim=1))
-    close(ours.residual + SCALE * ours.up @ ours.down, weight)
 
 
 @pytest.mark.parametrize(("init", "mode"), [("corda", "ipm"), ("corda_kpm", "kpm")])
@@ -167,24 +169,43 @@ def test_eva() -> None:
     ours = lora_start("eva", decaying(), R, SCALE, inputs)
     assert torch.equal(ours.down, directions[:R])
     assert not ours.up.any()
-    assert ours.residual is None
     with pytest.raises(ValueError, match=r"needs 13 directions.*12 are known"):
         lora_start("eva", decaying(), 13, SCALE, inputs)
+
+
+class Made(TorchDispatchMode):
+    """Notes how many numbers the tensors have that operations make, not as views of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.sizes.append(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora", "corda"])
+def test_makes_no_residual(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the decomposition nothing is made of the weight's size: the layer keeps its W."""
+    weight, made = decaying(), Made()
+    parts = torch.randn(R, K), torch.ones(R), torch.randn(N, R)
+    monkeypatch.setattr(values, "decomposed", lambda *a: parts)
+    with made:
+        lora_start(init, weight, R, SCALE)
+    assert made.sizes
+    assert max(made.sizes) < N * K
 
 
 @pytest.mark.parametrize("init", ["pissa", "milora", "olora", "pissa_niter_4", "corda"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_residual_dtypes(init: str, dtype: torch.dtype) -> None:
-    """The residual is in the weight's dtype, the factors in float32 or wider."""
+    """The factors of a residual init are in float32 or wider, whatever the weight's dtype."""
     weight = decaying().to(dtype)
-    inputs = Inputs(covariance=torch.eye(K))
-    ours = lora_start(init, weight, R, SCALE, inputs)
-    assert ours.residual is not None
-    assert ours.residual.dtype == dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    assert ours.down.dtype == ours.up.dtype == wide
-    whole = ours.residual.to(wide) + SCALE * ours.up @ ours.down
-    close(whole, weight.to(wide), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    ours = lora_start(init, weight, R, SCALE, Inputs(covariance=torch.eye(K)))
+    assert ours.down.dtype == ours.up.dtype == torch.promote_types(dtype, torch.float32)
 
 
 # --- LoRA-XS and LoRA-Mini ---
@@ -280,7 +301,7 @@ def test_without_data(init: str) -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "milora", "olora"])
 def test_refuses(init: str) -> None:
-    """A weight that is not finite, a scale of 0, a residual beyond its dtype: before anything."""
+    """A weight that is not finite and a scale of 0: before anything."""
     with pytest.raises(ValueError, match="NaN or Inf"):
         lora_start(init, torch.full((N, K), float("nan")), R, SCALE)
     with pytest.raises(ValueError, match="alpha 0 or below"):

@@ -13,6 +13,14 @@ from fused_lowrank.methods.initial.values import svd_bases
 N, K = 640, 576  # of more than 8·64 on either side: "krylov" is not exact there
 
 
+def outliers() -> Tensor:
+    """A weight as language models have them: noise, a tail that falls like a power, large lines."""
+    weight = torch.randn(N, K) * 0.02 + spread(2 * torch.arange(1.0, 101) ** -0.5)
+    weight[:, [5, 300]] *= 20
+    weight[3] *= 10
+    return weight
+
+
 def spread(sigma: Tensor, n: int = N, k: int = K) -> Tensor:
     """A weight (n, k) with these singular values."""
     left, right = (torch.linalg.qr(torch.randn(side, len(sigma)))[0] for side in (n, k))
@@ -24,6 +32,8 @@ WEIGHTS = {
     "random": lambda: torch.randn(N, K),
     "wide": lambda: torch.randn(K, N),
     "powers": lambda: spread(COUNT**-0.5),
+    "slow powers": lambda: spread(COUNT**-0.3),
+    "outliers": outliers,
     "steep": lambda: spread((-0.3 * COUNT).exp()),
     "rank 1": lambda: torch.ones(N, K),
     "zero": lambda: torch.zeros(N, K),
@@ -32,13 +42,15 @@ WEIGHTS = {
     "one entry": lambda: torch.zeros(N, K).index_put((torch.tensor(5),) * 2, torch.tensor(3.0)),
     "unsampled": lambda: torch.randn(N, K) * (torch.arange(N)[:, None] % triples.SAMPLED > 0),
 }
+LOST = {"random": 4e-3, "wide": 4e-3, "unsampled": 4e-3, "outliers": 3e-4, "slow powers": 1e-4}
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_krylov(kind: str, device: torch.device) -> None:
     """up is orthonormal, down = upᵀ·W, and what they have of W is nearly all that so many can.
 
-    Where the spectrum is flat, as of a random matrix, some is missing: 0.4 % here.
+    Where the spectrum is flat, as of a random matrix, some is missing: 0.4 % here. The 64th triple
+    of "outliers" is in the noise.
     """
     weight = WEIGHTS[kind]().to(device)
     assert min(weight.shape) >= triples.NARROW * triples.RANKS
@@ -47,12 +59,12 @@ def test_krylov(kind: str, device: torch.device) -> None:
         down, up = (factor.double() for factor in leading(weight, r))
         assert down.shape == (r, weight.shape[1])
         assert up.shape == (len(weight), r)
-        torch.testing.assert_close(up.t() @ up, torch.eye(r).to(up), rtol=0, atol=1e-5)
+        torch.testing.assert_close(up.t() @ up, torch.eye(r).to(up), rtol=0, atol=4e-6)
         size = float(weight.norm())
         torch.testing.assert_close(up.t() @ weight.double(), down, rtol=0, atol=1e-5 * size)
         assert (up.gather(0, up.abs().argmax(0, keepdim=True)) > 0).all()
         lost = best[:r].sum() - down.square().sum()
-        assert lost <= (4e-3 if kind in ("random", "wide", "unsampled") else 1e-5) * best[:r].sum()
+        assert lost <= LOST.get(kind, 1e-5) * best[:r].sum()
 
 
 @pytest.mark.parametrize("way", triples.WAYS)

@@ -88,8 +88,8 @@ def test_starts(method: str, init: str, tmp_path: Path) -> None:
     weight = base[0].weight.detach()
     if init in ("eva", "svd", "minor", "qr", *RESIDUALS):
         make = {
-            "lora": lambda: lora_start(init, weight, 4, 1.0, inputs)[:2],
-            "lora_fa": lambda: lora_start(init, weight, 4, 1.0, inputs)[:2],
+            "lora": lambda: lora_start(init, weight, 4, 1.0, inputs),
+            "lora_fa": lambda: lora_start(init, weight, 4, 1.0, inputs),
             "lora_xs": lambda: xs_bases(init, weight, 4, inputs=inputs),
             "lora_mini": lambda: mini_bases(init, weight, 6, 4, inputs),
         }

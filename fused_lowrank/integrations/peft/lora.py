@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
 from ...compute import choose
-from ...compute.autograd import chain, fold
-from ...compute.operands import Operands
+from ...compute.autograd import fold
+from ...compute.reference import chain
 from ...compute.run import under_autocast
 from ...context.calls import Learned
 from ...context.declared import ANYWHERE, Owners, by_row, stated
@@ -128,7 +128,7 @@ class FusedLinear(Switched, Linear):
             return self.with_gain(Operands(x, weight, down, None, up, bias, scale), adapter, low)
         if self.impl == "auto" and (choose.short(x) if dropout_p else choose.small(x)):
             low = torch.dropout(x, dropout_p, True) if dropout_p else None
-            return chain(Operands(x, weight, down, None, up, bias, scale), low)
+            return chain(x, weight, down, None, up, bias, scale, low=low)
         return lowrank_linear(
             *(x, weight, down, None, up, bias),
             scale=scale,

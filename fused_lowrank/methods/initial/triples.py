@@ -22,10 +22,10 @@ ITERATIONS = 10  # of "randomized", as is the next
 OVERSAMPLING = 10
 RANKS = 64  # r is rounded up to a multiple
 NARROW = 8  # "krylov" is exact where the matrix has fewer than 8 times the triples that are wanted
-FIRST = 16, 9  # triples that are found first, and the blocks of as many vectors that they take
+FIRST = 16, 8  # triples that are found first, and the blocks of as many vectors that they take
 MORE = 5  # blocks for those that follow, up to each multiple of 64
 SAMPLED = 8  # one row of so many is in the sketch that the first block is made of
-CACHED = 2**20  # elements of the weight that a CPU has in its cache, in float32
+CACHED = 2**19  # elements of the weight that a CPU has in its cache, in float32
 
 
 @torch.no_grad()
@@ -165,9 +165,10 @@ def grown(
     across = start.new_zeros(size, k)
     for rows, part in pieces(weight, start.dtype):
         across.addmm_(more[rows].t(), part)
-    turn, sigma, right = torch.linalg.svd(across, full_matrices=False)
-    down = torch.cat([down, sigma[:, None] * right])
-    return down, torch.cat([up, more @ turn], 1), basis @ vectors[:, size:]
+    _, turn = torch.linalg.eigh(across.double() @ across.double().t())
+    turn = turn.flip(1).to(start.dtype)
+    down, up = torch.cat([down, turn.t() @ across]), torch.cat([up, more @ turn], 1)
+    return down, up, basis @ vectors[:, size:]
 
 
 def products(

@@ -50,11 +50,10 @@ class Inputs(NamedTuple):
 
 
 class Start(NamedTuple):
-    """down (r, K) and up (N, r), in float32 or wider, and what takes the weight's place, if any."""
+    """down (r, K) and up (N, r), in float32 or wider."""
 
     down: Tensor
     up: Tensor
-    residual: Tensor | None = None
 
 
 def unknown(init: str) -> ValueError:
@@ -131,9 +130,10 @@ def lora_start(
 ) -> Start:
     """The start of LoRA on weight (N, K), by one of its names; random ones draw as torch does.
 
-    Raises ValueError for another name; inputs that are needed and not there; a weight with NaN or
-    Inf where it is decomposed; an odd r with "orthogonal"; a residual with a scale that is not
-    above 0, or beyond the weight's dtype.
+    Where they are a part of the weight, scale·up·down is to be taken from it: what is left, K·N
+    numbers, is not made here. Raises ValueError for another name; inputs that are needed and not
+    there; a weight with NaN or Inf where it is decomposed; an odd r with "orthogonal"; a scale that
+    is not above 0 where it divides.
     """
     n, k = weight.shape
     dtype = triples.wide(weight)
@@ -159,10 +159,7 @@ def lora_start(
         down, sigma, up = decomposed(init, weight, r, inputs)
         root = (sigma / scale).sqrt()
         down, up = root[:, None] * down, up * root
-    residual = (weight.to(dtype) - scale * (up @ down)).to(weight.dtype)
-    if not residual.isfinite().all():
-        raise ValueError(f"what init={init!r} leaves of the weight is more than its dtype can hold")
-    return Start(down, up, residual)
+    return Start(down, up)
 
 
 def orthogonal(like: Tensor, k: int) -> Start:
