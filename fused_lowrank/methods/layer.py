@@ -17,7 +17,7 @@ from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
-from ..functional import compute, prepared
+from ..functional import compute, prepared, trains
 from . import dora
 from .accept import carry, clashes, give_back, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
@@ -350,7 +350,7 @@ class LowRankLinear(MergingLinear):
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)
-        if dropout is None and self.impl == "auto" and gain is None:
+        if dropout is None and self.impl == "auto" and not trains(gain):
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if choose.small(x):
                     return chain(operands)
@@ -386,6 +386,11 @@ class LowRankLinear(MergingLinear):
         if self.in_bank:
             del state["computed_by"]
         return state
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; after either change of it a gain is computed anew."""
+        dora.forget_gains()
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         dora.forget()
