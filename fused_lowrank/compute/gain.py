@@ -47,8 +47,8 @@ def add_tail_(
     if y.is_cpu:
         y = products.add_matmul(y, u, up)
         if y.dtype is not wide and y.numel():
-            zeros, none = torch.zeros_like(gain), gain.new_empty(0)
-            ones, out = torch.ones_like(gain), {"save_mean": none, "save_invstd": none, "out": y}
+            zeros, ones, none = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+            out = {"save_mean": none, "save_invstd": none, "out": y}
             NORM(y, gain, zeros if bias is None else bias, zeros, ones, False, 0.0, 0.0, **out)
             return y
         return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
@@ -74,11 +74,9 @@ def gain_back(
     """
     bias = None if bias is None else widened(bias, dy.dtype)
     if dy.is_cpu and dy.numel():
-        mean, ones = torch.zeros_like(gain) if bias is None else bias, torch.ones_like(gain)
-        want = [True, y is not None, False]
-        dy = dy.contiguous()
-        given = dy, dy if y is None else y, gain, mean, ones, None, None, False, 0.0, want
-        dz, sums, _ = NORM_BACK(*given)
+        dy, mean = dy.contiguous(), torch.zeros_like(gain) if bias is None else bias
+        given = dy, dy if y is None else y, gain, mean, torch.ones_like(gain), None, None
+        dz, sums, _ = NORM_BACK(*given, False, 0.0, [True, y is not None, False])
         return dz, None if y is None else sums.div_(gain)
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     total: Tensor | None = None

@@ -55,8 +55,8 @@ def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
 def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """(W·downᵀ (N, P), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
     down = like(down, wide_dtype(weight.dtype))
-    across = down.t()
-    return by_rows(weight, lambda rows: rows @ across), down @ across
+    across, same = down.t(), weight.dtype is down.dtype
+    return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
 
 
 def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -103,49 +103,53 @@ def row_norms(
     if isinstance(middle, Tensor):  # rows·middleᵀ is up·coreᵀ
         middle = like(middle, wide)
         with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
-    mixed = torch.linalg.vecdot(rows, with_down)
-    of_delta = torch.linalg.vecdot(rows @ of_down, rows).clamp_min_(0.0)
-    sizes = torch.add(fixed.of_weight, of_delta, alpha=scale * scale)
-    least = torch.finfo(wide).eps * sizes  # less than this is rounding's
-    return torch.maximum(sizes.add_(mixed, alpha=2.0 * scale), least).sqrt_()
+    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
+    square = torch.linalg.vecdot(rows, added).add_(fixed.of_weight)
+    least = torch.finfo(wide).eps * fixed.of_weight  # less than this is rounding's
+    return torch.maximum(square, least).sqrt_()
 
 
 class Gain(torch.autograd.Function):
-    """magnitude / norm, whose gradient is had from the two that are there anyway: the magnitude,
-    which is a Parameter, and the gain, which the equation saves. So nothing more is saved for it.
+    """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
+    Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(magnitude, norm):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-        norm = like(norm, wide)
-        return torch.where(norm > 0, divisible(like(magnitude, wide)) / norm, 1.0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inputs[0], output)
+    def forward(ctx, magnitude, norm):  # type: ignore[no-untyped-def]
+        gain = divided(magnitude, norm)
+        ctx.save_for_backward(magnitude, gain)
+        return gain
 
     @staticmethod
     def backward(ctx, dgain):  # type: ignore[no-untyped-def]
         magnitude, gain = ctx.saved_tensors
-        own = divisible(like(magnitude, gain.dtype))
-        return like(dgain * (gain / own), magnitude.dtype), None
+        return like(dgain * (gain / off_zero(magnitude, gain.dtype)), magnitude.dtype), None
 
 
-def divisible(magnitude: Tensor) -> Tensor:
-    """The magnitudes, those next to 0 as the smallest number that has an inverse."""
-    least = torch.finfo(magnitude.dtype).tiny ** 0.5
-    return torch.where(magnitude.abs() > least, magnitude, least)
+def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm, neither of them 0."""
+    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
+    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number whose inverse, and the square of that, are numbers."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
+
+
+def off_zero(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes in this dtype, those of 0 as the least."""
+    return like(magnitude, dtype) + least(dtype)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm (N,), in float32 or wider; a norm of `row_norms` is a constant here.
 
-    Where the norm is 0 so is all that is multiplied, and the gain is 1. A magnitude of 0 is taken
-    for the smallest that has an inverse, so that the gain's own gradient is a number.
+    A magnitude of 0 and a norm of 0 are taken for the `least`: so the gain's own gradient is a
+    number, and so is the gain where all is 0 that it multiplies.
     """
+    if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transformed()):
+        return divided(magnitude, norm)
     made: Tensor = Gain.apply(magnitude, norm)  # type: ignore[no-untyped-call]
     return made
 
@@ -228,7 +232,7 @@ def lasts(tensors: Sequence[Tensor]) -> bool:
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is computed of a tensor now is part of a CUDA graph, and its memory the graph's."""
+    """Whether what is computed of a tensor now belongs to a CUDA graph, and so does its memory."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
