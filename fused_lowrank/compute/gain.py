@@ -52,6 +52,14 @@ def add_tail_(
             NORM(y, gain, zeros if bias is None else bias, zeros, ones, False, 0.0, 0.0, **out)
             return y
         return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
+    return tail_by_rows_(y, u, up, gain, bias, products)
+
+
+def tail_by_rows_(
+    y: Tensor, u: Tensor, up: Tensor, gain: Tensor, bias: Tensor | None, products: Products
+) -> Tensor:
+    """`add_tail_` on any device, some rows at a time, rounded once; bias is of gain's dtype."""
+    wide = gain.dtype
     up = like(up, wide)
     for rows in parts(y):
         part = products.add_matmul(like(y[rows], wide), like(u[rows], wide), up)
@@ -78,6 +86,13 @@ def gain_back(
         given = dy, dy if y is None else y, gain, mean, torch.ones_like(gain), None, None
         dz, sums, _ = NORM_BACK(*given, False, 0.0, [True, y is not None, False])
         return dz, None if y is None else sums.div_(gain)
+    return back_by_rows(dy, y, gain, bias)
+
+
+def back_by_rows(
+    dy: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`gain_back` on any device, some rows at a time; bias is of gain's dtype."""
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     total: Tensor | None = None
     for rows in parts(dy):
