@@ -31,6 +31,7 @@ from fused_lowrank.compute.plans import PLANS
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADLINE = 8  # cases in the README's table, and those with a provider that none of them have
 OURS = "auto"
+WITH_DORA = {"auto-dora": "auto", "eager-dora": "eager", "peft-dora": "peft-lora"}  # and without
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -92,12 +93,27 @@ def full_text(device: Device, figures: Sequence[str], note: str = "") -> str:
         "### Forward: least possible time over measured time\n\nThe least is the operations or "
         "the bytes at the bandwidth and the matrix rate measured in the same run.\n",
         by_case(device, names, near_floor),
+        dora_text(device),
         planner_text(device),
         block_text(device),
         failures(device),
         *(f"![{name}]({name})\n" for name in figures),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def dora_text(device: Device) -> str:
+    """The steps with DoRA over those without it, of each provider that has both."""
+    body = []
+    for case in device.cases:
+        row = []
+        for name, plain in WITH_DORA.items():
+            own, other = device.relative(case, name), device.relative(case, plain)
+            row.append(own / other if own and other else None)
+        if any(row):
+            body.append([case, *map(number, row)])
+    said = "Each provider's step with DoRA over its step without it.\n\n"
+    return "### DoRA\n\n" + said + grid(["case", *WITH_DORA], body) if body else ""
 
 
 def planner_text(device: Device) -> str:

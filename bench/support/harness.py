@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fused_lowrank.compute.reference import lowrank_linear_reference
+from fused_lowrank.methods.method import MAGNITUDE
 from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case
-from .providers import Call, Provider, Tensors, make_tensors
+from .providers import DORA, Call, Provider, Tensors, make_tensors
 from .timers import Sample, Timer, synchronise
 
 Row = dict[str, Any]
@@ -121,6 +122,15 @@ def keep_mask(case: Case, x: Tensor) -> Tensor:
     return torch.nn.functional.dropout(torch.ones_like(x), case.dropout) != 0
 
 
+@torch.no_grad()
+def row_norms(weight: Tensor, factors: dict[str, Any], scale: float) -> Tensor:
+    """‖W + ΔW‖ of each row, of the matrix itself, in float64: a constant in DoRA's gradient."""
+    core = factors["core"]
+    core = core[0].double() @ core[1].double() if isinstance(core, tuple) else core
+    up = factors["up"].double() if core is None else factors["up"].double() @ core.double().t()
+    return (weight.double() + scale * up @ factors["down"].double()).norm(dim=1)
+
+
 def make_truth(case: Case, tensors: Tensors, equation: str, masked: bool) -> Truth:
     """The truth for the first set of inputs."""
     factors = tensors.factors(equation)
@@ -130,11 +140,17 @@ def make_truth(case: Case, tensors: Tensors, equation: str, masked: bool) -> Tru
         core = pair or factors.get("core")
         operands |= {"down": factors["down"], "core": core, "up": factors["up"]}
         operands["scale"] = tensors.scale
+    if equation.endswith(DORA):
+        operands[MAGNITUDE] = tensors.magnitude
+        norm = row_norms(tensors.weight, operands, tensors.scale)
     keep = keep_mask(case, tensors.xs[0]) if masked and case.dropout and factors else None
 
     def reference(x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
         if not rest:
             return torch.nn.functional.linear(x, weight)
+        if MAGNITUDE in rest:
+            magnitude = rest.pop(MAGNITUDE)
+            rest["gain"] = magnitude / norm.to(torch.promote_types(magnitude.dtype, torch.float32))
         low = None if keep is None else x * keep / (1 - case.dropout)
         return lowrank_linear_reference(x, weight, **rest, low=low)
 

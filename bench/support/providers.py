@@ -1,6 +1,7 @@
 """Providers to measure: each makes, from the same tensors, a function to be called with x.
 
-A provider computes one of three equations: the bare layer, LoRA, or the case's own method.
+A provider computes one of five equations: the bare layer, LoRA, or the case's own method, and these
+two with DoRA's magnitude.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fused_lowrank.compute.plans import MEASURED, PLANS
 from fused_lowrank.kernels.tiles import SMALL_M
 from fused_lowrank.methods import METHODS
 from fused_lowrank.methods.layer import LowRankLinear
+from fused_lowrank.methods.method import MAGNITUDE
 from fused_lowrank.testing import pinned_plan
 
 from .cases import Case
@@ -32,6 +34,7 @@ from .cases import Case
 Call = Callable[[Tensor], Tensor]
 PEERS = Path(__file__).parents[1] / "peers"  # checkouts of others' code, ignored by git
 SETS_OF_INPUTS = 2  # x and dy rotate among these
+DORA = "+dora"  # at the end of an equation's name
 
 
 @dataclass
@@ -44,11 +47,14 @@ class Tensors:
     weight: nn.Parameter
     method: dict[str, nn.Parameter]  # the factors of the case's method, by the layer's names
     lora: dict[str, nn.Parameter]
+    magnitude: nn.Parameter  # (N,)
     scale: float = 0.5
 
     def factors(self, equation: str) -> dict[str, nn.Parameter]:
         """The factors of an equation."""
-        return {"bare": {}, "lora": self.lora, "method": self.method}[equation]
+        name, _, dora = equation.partition("+")
+        plain = {"bare": {}, "lora": self.lora, "method": self.method}[name]
+        return {**plain, MAGNITUDE: self.magnitude} if dora else plain
 
     def trained(self, equation: str) -> dict[str, nn.Parameter]:
         """Those of them that require a gradient."""
@@ -56,7 +62,7 @@ class Tensors:
 
     def fixed_storages(self) -> set[int]:
         """Addresses of what is there anyway: weight and factors, not x."""
-        kept = [self.weight, *self.method.values(), *self.lora.values()]
+        kept = [self.weight, *self.method.values(), *self.lora.values(), self.magnitude]
         return {tensor.untyped_storage().data_ptr() for tensor in kept}
 
 
@@ -88,7 +94,8 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         method[name] = frozen(normal(*shape, fan=fan, dtype=kind), row.factors[name].trained)
     xs = [normal(m, k).requires_grad_() for _ in range(SETS_OF_INPUTS)]
     dys = [normal(m, n) for _ in range(SETS_OF_INPUTS)]
-    return Tensors(case, xs, dys, weight, method, lora)
+    magnitude = frozen(1.0 + 0.1 * normal(n), True)
+    return Tensors(case, xs, dys, weight, method, lora, magnitude)
 
 
 def linear_of(tensors: Tensors) -> nn.Linear:
@@ -107,6 +114,7 @@ def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, 
         sides = {"r": case.r, "a": case.ab, "b": case.ab}
         keywords: dict[str, Any] = {name: sides[name] for name in kind.row.ranks}
         keywords["dropout"] = case.dropout
+        keywords["dora"] = factors.endswith(DORA)
         made = kind.from_linear(
             linear_of(tensors), alpha=tensors.scale * case.r, defer_bases=True, **keywords
         )
@@ -128,8 +136,8 @@ def compiled(build: Callable[[Case, Tensors], Call]) -> Callable[[Case, Tensors]
     return build_compiled
 
 
-def peft_layer(case: Case, tensors: Tensors) -> Call:
-    """PEFT's LoRA layer as `inject_adapter_in_model` puts it there, on our tensors."""
+def peft_layer(case: Case, tensors: Tensors, dora: bool = False) -> Call:
+    """PEFT's LoRA layer as `inject_adapter_in_model` puts it there, on our tensors; or its DoRA."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = nn.Module()
@@ -139,10 +147,13 @@ def peft_layer(case: Case, tensors: Tensors) -> Call:
         lora_alpha=cast(Any, tensors.scale * case.r),  # PEFT divides by r, whatever the type
         lora_dropout=case.dropout,
         target_modules=["proj"],
+        use_dora=dora,
     )
     made: Any = inject_adapter_in_model(config, model).proj
     made.lora_A["default"].weight = tensors.lora["down"]
     made.lora_B["default"].weight = tensors.lora["up"]
+    if dora:
+        made.lora_magnitude_vector["default"].weight = tensors.magnitude
     return made.train()
 
 
@@ -275,7 +286,7 @@ class Provider:
     """A provider: its equation, how it is built and why it may be absent."""
 
     name: str
-    equation: str  # "bare", "lora" or "method"
+    equation: str  # "bare", "lora" or "method", the latter two also with DORA
     build: Callable[[Case, Tensors], Call]
     absent: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
     own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
@@ -314,6 +325,20 @@ PROVIDERS: dict[str, Provider] = {
             fused_peft_layer,
             not_importable("peft", gpu=False),
             own_mask=True,
+        ),
+        Provider("eager-dora", "method" + DORA, layer("", False, "reference", "method" + DORA)),
+        Provider(
+            "auto-dora", "method" + DORA, layer("", True, "auto", "method" + DORA), own_mask=True
+        ),
+        Provider(
+            "peft-dora",
+            "lora" + DORA,
+            partial(peft_layer, dora=True),
+            lambda case, device: (
+                "drops the base's input too"
+                if case.dropout
+                else not_importable("peft", gpu=False)(case, device)
+            ),
         ),
         Provider(
             "lorafusion",

@@ -4,7 +4,9 @@
     dz = dy ⊙ gain      dgain[n] = Σ over m of dy[m, n] · z[m, n],   z = (y - bias) / gain
 
 z is nowhere in memory: it is had again from y, which is the call's result. All is computed in
-float32 or wider, some rows at a time: as many as stay in a processor's cache.
+float32 or wider. On a CPU a batch norm with given statistics is each of the two lines, in one pass
+and with nothing of M × N beside the result: torch has it for 16-bit tensors with a float32 weight.
+Elsewhere some rows are computed at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from .reference import Products, like, wide_dtype
 
-CACHED = 1 << 16  # elements for each thread of a CPU that are computed at a time
-AT_ONCE = 1 << 22  # on another device
+AT_ONCE = 1 << 22  # elements that are widened at a time on a device other than a CPU
+NORM = torch.ops.aten.native_batch_norm.out
+NORM_BACK = torch.ops.aten.native_batch_norm_backward.default
 
 
 def widened(gain: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,22 +30,39 @@ def widened(gain: Tensor, dtype: torch.dtype) -> Tensor:
 
 def parts(y: Tensor) -> Iterator[slice]:
     """Slices of the rows of y (M, N), one after the other."""
-    most = CACHED * torch.get_num_threads() if y.is_cpu else AT_ONCE
-    rows = max(1, most // max(1, y.shape[1]))
+    rows = max(1, AT_ONCE // max(1, y.shape[1]))
     return (slice(first, first + rows) for first in range(0, y.shape[0], rows))
 
 
 def add_tail_(
     y: Tensor, u: Tensor, up: Tensor, gain: Tensor, bias: Tensor | None, products: Products
 ) -> Tensor:
-    """y (M, N), which becomes gain ⊙ (y + u·up) + bias in place, rounded once.
+    """y (M, N), which becomes gain ⊙ (y + u·up) + bias in place.
 
-    u (M, Q), up (Q, N), gain (N,) `widened`, bias (N,) or None.
+    u (M, Q), up (Q, N), gain (N,) `widened`, bias (N,) or None. On a CPU the sum is rounded to y's
+    dtype, as it is where there is no gain, and the result once more.
     """
-    up, bias = like(up, gain.dtype), None if bias is None else like(bias, gain.dtype)
+    wide = gain.dtype
+    bias = None if bias is None else like(bias, wide)
+    if y.is_cpu:
+        y = products.add_matmul(y, u, up)
+        if y.dtype is not wide and y.numel():
+            zeros, ones, none = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+            out = {"save_mean": none, "save_invstd": none, "out": y}
+            NORM(y, gain, zeros if bias is None else bias, zeros, ones, False, 0.0, 0.0, **out)
+            return y
+        return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
+    return tail_by_rows_(y, u, up, gain, bias, products)
+
+
+def tail_by_rows_(
+    y: Tensor, u: Tensor, up: Tensor, gain: Tensor, bias: Tensor | None, products: Products
+) -> Tensor:
+    """`add_tail_` on any device, some rows at a time, rounded once; bias is of gain's dtype."""
+    wide = gain.dtype
+    up = like(up, wide)
     for rows in parts(y):
-        part = like(y[rows], gain.dtype)
-        part = products.add_matmul(part, like(u[rows], gain.dtype), up)
+        part = products.add_matmul(like(y[rows], wide), like(u[rows], wide), up)
         if bias is None:
             part.mul_(gain)
         else:
@@ -60,17 +80,29 @@ def gain_back(
     gain (N,) is `widened`. Without y there is no dgain. Where gain is 0, y says nothing of z: dgain
     is NaN there.
     """
-    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     bias = None if bias is None else widened(bias, dy.dtype)
-    sums: Tensor | None = None
+    if dy.is_cpu and dy.numel():
+        dy, mean = dy.contiguous(), torch.zeros_like(gain) if bias is None else bias
+        given = dy, dy if y is None else y, gain, mean, torch.ones_like(gain), None, None
+        dz, sums, _ = NORM_BACK(*given, False, 0.0, [True, y is not None, False])
+        return dz, None if y is None else sums.div_(gain)
+    return back_by_rows(dy, y, gain, bias)
+
+
+def back_by_rows(
+    dy: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`gain_back` on any device, some rows at a time; bias is of gain's dtype."""
+    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    total: Tensor | None = None
     for rows in parts(dy):
         part = like(dy[rows], gain.dtype)
         torch.mul(part, gain, out=dz[rows])
         if y is not None:
-            if sums is None:
-                sums = torch.zeros_like(part)
+            if total is None:
+                total = torch.zeros_like(part)
             z = like(y[rows], gain.dtype)
-            sums[: len(part)].addcmul_(part, z if bias is None else z - bias)
+            total[: len(part)].addcmul_(part, z if bias is None else z - bias)
     if y is None:
         return dz, None
-    return dz, torch.zeros_like(gain) if sums is None else sums.sum(0).div_(gain)
+    return dz, torch.zeros_like(gain) if total is None else total.sum(0).div_(gain)

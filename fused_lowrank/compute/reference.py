@@ -253,6 +253,6 @@ def chain(
     base = linear(rows, weight, bias if gain is None else None)
     y = base.addmm_(u, like(up, x.dtype).t(), alpha=scale)
     if gain is not None:
-        y = y * like(gain, wide_dtype(x.dtype))
+        y = like(y, wide_dtype(x.dtype)).mul_(gain)
         y = like(y if bias is None else y + bias, x.dtype)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])

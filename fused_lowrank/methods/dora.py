@@ -6,13 +6,13 @@
 
 The paper holds the norm constant in the gradient, and so does all of this. What is of W alone, or
 of W and a frozen down, is computed once (`Constants`); a step has N × P work then, and nothing of
-N × K. Where down is trained a step multiplies it by W, into (P, N), and no ΔW is made either.
+N × K. Where down is trained a step multiplies it by W, into (N, P), and no ΔW is made either.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +20,20 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compute.autograd import join, places
-from ..compute.reference import Core, is_diagonal, like, product, wide_dtype
+from ..compute.choose import transformed
+from ..compute.reference import Core, is_diagonal, like, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
-from .tensors import whole
+from .tensors import is_sharded, whole
 
-ROWS = 1024  # of W that are widened at a time
+WIDENED = 1 << 18  # elements of W that are widened at a time, in the same memory
+AT_ONCE = 1 << 22  # and on a device other than a CPU
 
 
 class Constants(NamedTuple):
     """The parts of the norm that no step changes, in float32 or wider.
 
-    `of_weight` (N,) is ‖Wₙ‖². `with_down` (P, N), down·Wᵀ, and `of_down` (P, P), down·downᵀ, are
+    `of_weight` (N,) is ‖Wₙ‖². `with_down` (N, P), W·downᵀ, and `of_down` (P, P), down·downᵀ, are
     None where down is trained.
     """
 
@@ -43,20 +45,34 @@ class Constants(NamedTuple):
 @torch.no_grad()
 def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
     """The constants of weight (N, K) and of a frozen down (P, K); None where down is trained."""
-    wide = wide_dtype(weight.dtype)
-    squares = [like(rows, wide).square().sum(1) for rows in weight.split(ROWS)]
-    of_weight = torch.cat(squares) if squares else weight.new_empty(0, dtype=wide)
+    of_weight = by_rows(weight, lambda rows: rows.square().sum(1))
     if down is None:
         return Constants(of_weight, None, None)
     return Constants(of_weight, *products(weight, down))
 
 
 def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """(down·Wᵀ (P, N), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
-    wide = wide_dtype(weight.dtype)
-    down = like(down, wide)
-    parts = [down @ like(rows, wide).t() for rows in weight.split(ROWS)]
-    return torch.cat(parts, 1), down @ down.t()
+    """(W·downᵀ (N, P), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
+    down = like(down, wide_dtype(weight.dtype))
+    across, same = down.t(), weight.dtype is down.dtype
+    return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
+
+
+def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function makes of the rows of W in float32 or wider, which are never there at once.
+
+    Those of a sharded W are: to take some of them would gather it.
+    """
+    wide, (n, k) = wide_dtype(weight.dtype), weight.shape
+    most = WIDENED * torch.get_num_threads() if weight.is_cpu else AT_ONCE
+    rows = max(1, most // max(1, k))
+    if n <= rows or is_sharded(weight):
+        return of(like(weight, wide))
+    parts: Iterable[Tensor] = weight.split(rows)
+    if weight.is_cpu and weight.dtype is not wide:  # new memory costs more than what is done in it
+        memory = weight.new_empty((rows, k), dtype=wide)
+        parts = (memory[: len(part)].copy_(part) for part in parts)
+    return torch.cat([of(like(part, wide)) for part in parts])
 
 
 @torch.no_grad()
@@ -77,37 +93,96 @@ def row_norms(
     with_down, of_down = fixed.with_down, fixed.of_down
     if with_down is None or of_down is None:
         with_down, of_down = products(weight, down)
-    wide, matrix = with_down.dtype, product(core)
-    rows = like(up, wide)  # (N, P): up·coreᵀ
-    if matrix is not None:
-        rows = rows * like(matrix, wide) if is_diagonal(core) else rows @ like(matrix, wide).t()
-    rows = rows * scale
-    mixed = torch.linalg.vecdot(rows, with_down.t())
-    of_delta = torch.linalg.vecdot(rows @ of_down, rows).clamp_min_(0.0)
-    sizes = fixed.of_weight + of_delta
-    least = torch.finfo(wide).eps * sizes  # less than this is rounding's
-    return torch.maximum(sizes + 2.0 * mixed, least).sqrt_()
+    wide = with_down.dtype
+    rows, middle = like(up, wide), core
+    if isinstance(core, tuple):  # through the smaller of the pair's sizes
+        rows, middle = rows @ like(core[1], wide).t(), core[0]
+    elif core is not None and is_diagonal(core):
+        rows, middle = rows * like(core, wide), None
+    if isinstance(middle, Tensor):  # rows·middleᵀ is up·coreᵀ
+        middle = like(middle, wide)
+        with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
+    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
+    square = torch.linalg.vecdot(rows, added).add_(fixed.of_weight)
+    least = torch.finfo(wide).eps * fixed.of_weight  # less than this is rounding's
+    return torch.maximum(square, least).sqrt_()
+
+
+class Gain(torch.autograd.Function):
+    """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
+    Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
+    """
+
+    @staticmethod
+    def forward(ctx, magnitude, norm):  # type: ignore[no-untyped-def]
+        gain = divided(magnitude, norm)
+        ctx.save_for_backward(magnitude, gain)
+        return gain
+
+    @staticmethod
+    def backward(ctx, dgain):  # type: ignore[no-untyped-def]
+        magnitude, gain = ctx.saved_tensors
+        return like(dgain * (gain / off_zero(magnitude, gain.dtype)), magnitude.dtype), None
+
+
+def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm, neither of them 0."""
+    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
+    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number whose inverse, and the square of that, are numbers."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
+
+
+def off_zero(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes in this dtype, those of 0 as the least."""
+    return like(magnitude, dtype) + least(dtype)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm (N,), in float32 or wider; a norm of `row_norms` is a constant here.
 
-    Where the norm is 0 so is all that is multiplied, and the gain is 1. A magnitude of 0 is taken
-    for the smallest that has an inverse, so that the gain's own gradient is a number.
+    A magnitude of 0 and a norm of 0 are taken for the `least`: so the gain's own gradient is a
+    number, and so is the gain where all is 0 that it multiplies.
     """
-    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-    least = torch.finfo(wide).tiny ** 0.5
-    norm = like(norm, wide)
-    magnitude = like(magnitude, wide)
-    magnitude = magnitude + torch.where(magnitude.detach() == 0, least, 0.0)
-    return torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
+    if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transformed()):
+        return divided(magnitude, norm)
+    made: Tensor = Gain.apply(magnitude, norm)
+    return made
 
 
 # --- of a layer ---
 
-Stamp = tuple[int, int, int, int]
-# A frozen down or, beside a trained one, the weight → (the weight, their stamp, the constants)
+# Of each tensor itself and its storage, weakly, its version and its address.
+Stamp = list[tuple[Any, Any, int, int]]
+# A frozen down or, beside a trained one, the weight → (a stamp of both, the constants)
 KEPT: Any = WeakTensorKeyDictionary()
+
+
+def stamp(tensors: Iterable[Tensor]) -> Stamp:
+    """A stamp by which tensors are known to be what they are now."""
+    return [
+        (weakref.ref(t), weakref.ref(t.untyped_storage()), t._version, t.data_ptr())
+        for t in tensors
+    ]
+
+
+def holds(known: Stamp, tensors: Iterable[Tensor]) -> bool:
+    """Whether these are the tensors of a stamp, and nobody has written to them.
+
+    What is written through `.data` is not seen; memory that `.data = …` has put in place is.
+    """
+    for tensor, (own, memory, version, address) in zip(tensors, known, strict=True):
+        if not (
+            own() is tensor
+            and tensor._version == version
+            and tensor.data_ptr() == address
+            and memory() is tensor.untyped_storage()
+        ):
+            return False
+    return True
 
 
 def with_gain(
@@ -134,6 +209,11 @@ def with_gain(
     return parts._replace(gain=gain(factors[MAGNITUDE], norm))
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is computed of a tensor now belongs to a CUDA graph, and so does its memory."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
 def norm_of(
     weight: Tensor, down: Tensor, core: Core, up: Tensor, scale: float, keeps: bool, frozen: bool
@@ -149,13 +229,12 @@ def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:
     key = down if frozen else weight
     if weight.is_inference() or key.is_inference():  # nobody counts what is written to them
         return constants(weight, down if frozen else None)
-    stamp = weight.data_ptr(), weight._version, key.data_ptr(), key._version
     found = KEPT.get(key)
-    if found is not None and found[1] == stamp and found[0]() is weight:
-        return found[2]
+    if found is not None and holds(found[0], (weight, key)):
+        return found[1]
     fixed = constants(weight, down if frozen else None)
-    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # the graph's memory
-        KEPT[key] = weakref.ref(weight), stamp, fixed
+    if not is_captured(weight):
+        KEPT[key] = stamp((weight, key)), fixed
     return fixed
 
 

@@ -18,7 +18,7 @@ from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
-from ..functional import compute, prepared
+from ..functional import compute, prepared, trains
 from . import dora
 from .accept import carry, clashes, give_back, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
@@ -353,10 +353,10 @@ class LowRankLinear(MergingLinear):
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        if dropout is None and self.impl == "auto" and gain is None:
+        if dropout is None and self.impl == "auto" and not trains(gain):
             try:  # the factors are the layer's own: only x can be wrong, and PyTorch sees that
                 if choose.small(x):
-                    return chain(x, weight, down, core, up, bias, self.scale)
+                    return chain(x, weight, down, core, up, bias, self.scale, gain)
             except (AttributeError, IndexError, RuntimeError):
                 pass  # the checks say it better
         operands = Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain)

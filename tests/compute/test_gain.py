@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_lowrank import lowrank_linear
+from fused_lowrank.compute import gain as by_library
 from fused_lowrank.compute.autograd import backward_op, forward_op
-from fused_lowrank.compute.gain import gain_back
+from fused_lowrank.compute.gain import add_tail_, back_by_rows, gain_back, tail_by_rows_
 from fused_lowrank.compute.plans import PLANS
+from fused_lowrank.compute.reference import TORCH, wide_dtype
 from fused_lowrank.kernels.gain_back import gain_back as our_gain_back
 from fused_lowrank.kernels.tiles import TileConfig
 from fused_lowrank.testing import check_pooled, measure, pinned_plan, pinned_tiles
@@ -159,15 +161,26 @@ def test_gradcheck(core: str, plan: str, device: torch.device) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 100, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gain_back(dtype: torch.dtype, rows: int, bias: bool, device: torch.device) -> None:
-    """Both ways back, several programs to a column, against float64; bits that come again."""
+def test_gain_back(
+    dtype: torch.dtype,
+    rows: int,
+    bias: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All ways back, several programs to a column, against float64; bits that come again."""
+    monkeypatch.setattr(by_library, "AT_ONCE", 200 * 64)  # the last part has fewer rows
     n, tile = 200, TileConfig(16, 16, 128, 4, 1)
     z, dy = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
     gain, b = torch.rand(n, device=device) + 0.5, torch.randn(n, device=device).to(dtype)
     y = (z * gain + b * bias).to(dtype)
     exact = (y.double() - b.double() * bias) * dy.double() / gain.double()
     dgain, size, exact_dz = exact.sum(0), exact.abs().sum(0), dy.double() * gain.double()
-    for call in (gain_back, lambda *given: our_gain_back(*given, lambda *_: tile)):
+
+    def rowwise(dy: Tensor, y: Any, gain: Tensor, b: Any) -> Any:
+        return back_by_rows(dy, y, gain, None if b is None else b.float())
+
+    for call in (gain_back, rowwise, lambda *given: our_gain_back(*given, lambda *_: tile)):
         given = dy, y, gain, b if bias else None
         dz, found = call(*given)
         assert dz.dtype == dtype
@@ -179,6 +192,26 @@ def test_gain_back(dtype: torch.dtype, rows: int, bias: bool, device: torch.devi
         assert torch.equal(again[0], dz)
         assert torch.equal(again[1], found)
         assert call(dy, None, gain, None)[1] is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_tails(
+    dtype: torch.dtype, bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways of the last steps of a forward, in place, against float64."""
+    monkeypatch.setattr(by_library, "AT_ONCE", 200 * 64)
+    y, u, up = (torch.randn(*s, device=device).to(dtype) for s in ((150, 200), (150, 8), (8, 200)))
+    wide = wide_dtype(dtype)
+    gain = (torch.rand(200, device=device) + 0.5).to(wide)
+    b = torch.randn(200, device=device).to(dtype) if bias else None
+    exact = (y.double() + u.double() @ up.double()) * gain.double()
+    exact = exact if b is None else exact + b.double()
+    for call in (add_tail_, tail_by_rows_):
+        own = y.clone()
+        given = b if b is None or call is add_tail_ else b.to(wide)
+        assert call(own, u, up, gain, given, TORCH).data_ptr() == own.data_ptr()
+        assert float((own.double() - exact).norm()) <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -73,6 +73,46 @@ def close(found: list[Tensor], expected: list[Tensor], eps: float) -> None:
         assert off <= eps * float(truth.norm()) + 1e-30, (off, ours.shape)
 
 
+# --- whatever writes to a factor or the weight, so that it is twice what it was ---
+
+
+def load(layer: Any, name: str) -> None:
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    state[name] = state[name] * 2
+    layer.load_state_dict(state)
+
+
+def replaced(layer: Any, name: str) -> None:
+    own = getattr(layer, name)
+    value = nn.Parameter(own.detach() * 2, requires_grad=own.requires_grad)
+    setattr(layer, name, value)
+
+
+def in_place(layer: Any, name: str) -> None:
+    with torch.no_grad():
+        getattr(layer, name).mul_(2)
+
+
+def moved(layer: Any, name: str) -> None:
+    layer.double()
+    in_place(layer, name)
+    layer.float()
+
+
+def swapped(layer: Any, name: str) -> None:
+    own = getattr(layer, name)
+    own.data = own.data * 2
+
+
+def swapped_again(layer: Any, name: str) -> None:
+    own = getattr(layer, name)
+    for factor in (4.0, 0.5):  # the second may be where the first value was
+        own.data = own.data * factor
+
+
+CHANGES = [load, replaced, in_place, moved, swapped, swapped_again]
+
+
 class Net(nn.Module):
     """Two layers."""
 

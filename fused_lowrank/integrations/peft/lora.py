@@ -19,6 +19,7 @@ from torch.nn.functional import linear as dense
 
 from ...compute import choose
 from ...compute.autograd import fold
+from ...compute.operands import Operands
 from ...compute.reference import chain
 from ...compute.run import under_autocast
 from ...context.calls import Learned
