@@ -3,6 +3,7 @@
     fingerprint       the weights that an adapter belongs to, known again
     other_base        `on_other_base="warn"`
     peft_others       PEFT's own VeRA and AdaLoRA
+    peft_own          those that the PEFT integration writes, of more than cores
     peft_folder       folders that PEFT writes
     contents          what lies in an adapter's file: config and tensors
     adapter           `save_adapter`, `load_adapter`

@@ -64,7 +64,7 @@ def own_tensors(
     """The tensors of a state_dict that are an adapter's: trained and frozen factors, biases."""
     found = {}
     for name, layer in named_layers(model, adapter):
-        own = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        own = [f"{name}.{factor}.{adapter}" for factor in layer.factor_names]
         own += [f"{name}.{base}" for base in layer.base_names]
         own += [f"{name}.base_layer.bias"] if bias.endswith("_only") else []
         found.update({key: state[key] for key in own if key in state})
@@ -84,7 +84,7 @@ def dropped(model: nn.Module, tensors: dict[str, Tensor], others: list[str]) -> 
             parts.update(own for own, _ in module.named_parameters(recurse=False))
             parts.update(own for own, _ in module.named_buffers(recurse=False))
         if isinstance(module, PeftLowRankLinear):
-            theirs |= {f"{name}.{f}.{o}." for f in module.adapter_layer_names for o in others}
+            theirs |= {f"{name}.{f}.{o}." for f in module.factor_names for o in others}
         elif isinstance(module, ModulesToSaveWrapper):
             theirs |= {f"{name}.modules_to_save.{other}." for other in others}
     if parts.isdisjoint(others):

@@ -266,7 +266,7 @@ class LowRankModel(BaseTuner):
         """The key as PEFT gives it, for our factors alone: the name may be a module's as well."""
         rest, _, last = key.rpartition(".")
         factor = rest.rpartition(".")[2]
-        ours = factor in cls.tuner_layer_cls.adapter_layer_names
+        ours = factor in cls.tuner_layer_cls.factor_names
         return rest if ours and last == adapter_name else key
 
     @classmethod

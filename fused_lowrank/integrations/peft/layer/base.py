@@ -66,7 +66,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
 
     row: ClassVar[Method]
     prefix: ClassVar[str]
-    adapter_layer_names: tuple[str, ...]  # factors, in ParameterDicts by adapter
+    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
+    factor_names: tuple[str, ...]  # these, and what is frozen of each adapter
     base_names: tuple[str, ...] = ()  # factors that all adapters share
     other_param_names: tuple[str, ...] = ("r", "room", "scaling", "own_scaling", "lora_dropout")
 
@@ -75,7 +76,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         self.base_layer: Any = base_layer
         self.key, self.fan_in_fan_out = key, fan_in_fan_out
         self.out_features, self.in_features = self.base_weight.shape
-        for name in self.adapter_layer_names:
+        for name in self.factor_names:
             setattr(self, name, Factors())
         self.r: dict[str, int] = {}  # which may be less than an adapter asked for
         self.room: dict[str, bool] = {}  # whether there was room for the ranks that it asked for
@@ -86,7 +87,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
 
     def __setattr__(self, name: str, value: Any) -> None:
         wraps = isinstance(value, nn.Module) and not isinstance(value, nn.ParameterDict)
-        if wraps and name in self.adapter_layer_names:
+        if wraps and name in self.factor_names:
             raise TypeError(
                 f"{name} of {self.key} cannot be put into a {type(value).__name__}: it is never "
                 "called, so nothing would gather what it holds; wrap the block around the layer"

@@ -44,6 +44,7 @@ class PeftCoreLinear(PeftLowRankLinear):
         if row is not None:
             cls.row, cls.prefix = row, f"{row.name}_"
             cls.adapter_layer_names = tuple(f"{row.name}_{name}" for name in row.core)
+            cls.factor_names = cls.adapter_layer_names
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__(base_layer, key, fan_in_fan_out)

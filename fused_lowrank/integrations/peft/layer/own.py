@@ -45,11 +45,10 @@ class PeftOwnLinear(PeftLowRankLinear):
             cls.row = replace(row, starts={"far": far, **row.starts})
             cls.prefix = f"{row.name}_"
             cls.names = {factor: name_of(row, factor) for factor in row.factors}
-            cls.adapter_layer_names = tuple(cls.names.values())
-
-    def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
-        super().__init__(base_layer, key, fan_in_fan_out)
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
+            cls.factor_names = tuple(cls.names.values())
+            cls.adapter_layer_names = tuple(cls.names[factor] for factor in row.trained)
+            frozen = (name for name in cls.factor_names if name not in cls.adapter_layer_names)
+            cls.other_param_names = (*PeftLowRankLinear.other_param_names, *frozen)
 
     # --- the parts of the equation ---
 
@@ -111,12 +110,12 @@ class PeftOwnLinear(PeftLowRankLinear):
         like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
         for name, factor in self.row.factors.items():
             if not factor.shared:
-                value = nn.Parameter(torch.empty(self.row.shape(name, sizes), **like_base))
+                value = nn.Parameter(
+                    torch.empty(self.row.shape(name, sizes), **like_base), factor.trained
+                )
                 self.give(adapter, name, value)
                 with torch.no_grad():
                     FILLS[inits[name]](value, options)
-        frozen = [name for name in self.row.factors if name not in self.row.trained]
-        self.frozen_peft_weight_names[adapter] = tuple(self.names[name] for name in frozen)
 
     def sized(self, config: LowRankConfig, r: int) -> tuple[dict[str, int], bool]:
         """The sizes of K, N and the ranks, and whether there is room for these: always, where all
