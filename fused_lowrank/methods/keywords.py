@@ -182,6 +182,19 @@ def getter(names: tuple[str, ...]) -> property:
     return property(lambda self: getattr(self, first))
 
 
+def picker(names: tuple[str, ...]) -> Callable[[Any], Any]:
+    """The function that takes one Parameter, or the pair, of these names from a table of them.
+
+    Dynamo traces these, and `operator.itemgetter` it does not.
+    """
+    if not names:
+        return lambda own: None
+    first, last = names[0], names[-1]
+    if len(names) == 2:
+        return lambda own: (own[first], own[last])
+    return lambda own: own[first]
+
+
 def check_settings(layer: Any) -> None:
     """Raise ValueError for settings that all methods have, and that are out of range."""
     saved = (name for name, f in layer.row.factors.items() if f.saved and not f.like)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -23,7 +22,7 @@ from . import dora
 from .accept import carry, clashes, give_back, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
 from .initial.values import Inputs
-from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, sized
+from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, picker, sized
 from .merging import MergingLinear
 from .method import Method, Parts
 from .shared import fill_shared
@@ -80,7 +79,7 @@ class LowRankLinear(MergingLinear):
             cls.by_attributes = row.parts is not None
             if row.parts is None:  # the way that costs the host least
                 cls.core_factors = getter(row.core)  # type: ignore[assignment]
-                cls.core_of = itemgetter(*row.core) if row.core else no_core
+                cls.core_of = picker(row.core)
         if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
 
@@ -410,10 +409,6 @@ class LowRankLinear(MergingLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {sizes}"
         )
-
-
-def no_core(parameters: Any) -> None:
-    """The core of a layer that has none."""
 
 
 def why_not_adaptable(module: nn.Module, defer_bases: bool = False) -> str | None:
