@@ -41,7 +41,8 @@ class PeftOwnLinear(PeftLowRankLinear):
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if row is not None:
-            far = {name: "small" for name, init in row.inits().items() if init in ZERO}
+            zero = [name for name, init in row.inits().items() if init in ZERO]
+            far = {n: "kaiming" if len(row.factors[n].sides) == 2 else "small" for n in zero}
             cls.row = replace(row, starts={"far": far, **row.starts})
             cls.prefix = f"{row.name}_"
             cls.names = {factor: name_of(row, factor) for factor in row.factors}
