@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_lowrank import lowrank_linear
-from fused_lowrank.compute.autograd import backward_op, forward_op
 from fused_lowrank.compute import gain as by_library
+from fused_lowrank.compute.autograd import backward_op, forward_op
 from fused_lowrank.compute.gain import add_tail_, back_by_rows, gain_back, tail_by_rows_
 from fused_lowrank.compute.plans import PLANS
 from fused_lowrank.compute.reference import TORCH, wide_dtype
