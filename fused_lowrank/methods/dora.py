@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compute.autograd import join, places
 from ..compute.choose import transformed
-from ..compute.reference import Core, is_diagonal, like, wide_dtype
+from ..compute.reference import Core, like, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
 from .tensors import is_sharded, whole
@@ -59,7 +59,7 @@ def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a function makes of the rows of W in float32 or wider, which are never there at once.
+    """The result of a function of the rows of W in float32 or wider, which are never there at once.
 
     Those of a sharded W are: to take some of them would gather it.
     """
@@ -97,7 +97,7 @@ def row_norms(
     rows, middle = like(up, wide), core
     if isinstance(core, tuple):  # through the smaller of the pair's sizes
         rows, middle = rows @ like(core[1], wide).t(), core[0]
-    elif core is not None and is_diagonal(core):
+    elif isinstance(core, Tensor) and core.dim() == 1:
         rows, middle = rows * like(core, wide), None
     if isinstance(middle, Tensor):  # rows·middleᵀ is up·coreᵀ
         middle = like(middle, wide)
