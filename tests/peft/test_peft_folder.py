@@ -16,6 +16,7 @@ from fused_lowrank import AdapterBank, export_lora, load_adapter, save_adapter, 
 from fused_lowrank.files import adapter as adapter_file
 from fused_lowrank.files import peft_folder
 from fused_lowrank.files.cli import main
+from fused_lowrank.files.inspection import KINDS
 from fused_lowrank.files.lora_export import of_contents, write
 
 peft = pytest.importorskip("peft")
@@ -245,7 +246,7 @@ def test_command_line(tmp_path: Path, capsys: Any) -> None:
     saved("mini", tmp_path / "mini")
     assert main(["inspect", str(tmp_path / "mini")]) == 0
     out = capsys.readouterr().out
-    assert "kind       LoRA-XS or LoRA-Mini or VeRA or AdaLoRA or DoRA in PEFT's format" in out
+    assert f"kind       {KINDS['peft']}" in out and KINDS["peft"].startswith("LoRA-XS or LoRA-Mini")
     assert re.search(r"^r +2\na +6, 4\nb +8, 4\nscale +2\.5\n", out, re.M)
     arguments = [str(tmp_path / "mini"), str(tmp_path / "lora"), "--to", "peft-lora"]
     assert main(["convert", *arguments]) == 0
