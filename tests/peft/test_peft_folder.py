@@ -246,7 +246,8 @@ def test_command_line(tmp_path: Path, capsys: Any) -> None:
     saved("mini", tmp_path / "mini")
     assert main(["inspect", str(tmp_path / "mini")]) == 0
     out = capsys.readouterr().out
-    assert f"kind       {KINDS['peft']}" in out and KINDS["peft"].startswith("LoRA-XS or LoRA-Mini")
+    assert f"kind       {KINDS['peft']}" in out
+    assert KINDS["peft"].startswith("LoRA-XS or LoRA-Mini")
     assert re.search(r"^r +2\na +6, 4\nb +8, 4\nscale +2\.5\n", out, re.M)
     arguments = [str(tmp_path / "mini"), str(tmp_path / "lora"), "--to", "peft-lora"]
     assert main(["convert", *arguments]) == 0
