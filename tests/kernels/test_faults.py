@@ -65,26 +65,26 @@ FAULTS = {
     ),
     "gain left out of dy": (
         "fused_lowrank/compute/gain.py",
-        "torch.mul(part, gain, out=dz[rows])",
-        "dz[rows] = part",
+        "dy if y is None else y, gain, mean",
+        "dy if y is None else y, torch.ones_like(gain), mean",
         f"{GAIN}[aten]",
     ),
     "the mixed term of DoRA's norm once": (
         "fused_lowrank/methods/dora.py",
-        "2.0 * mixed",
-        "mixed",
+        "beta=2.0 * scale",
+        "beta=scale",
         f"{DORA}::test_row_norms",
     ),
     "a negative square under a root": (
         "fused_lowrank/methods/dora.py",
-        "torch.maximum(sizes + 2.0 * mixed, least).sqrt_()",
-        "(sizes + 2.0 * mixed).sqrt_()",
+        "torch.maximum(square, least).sqrt_()",
+        "square.sqrt_()",
         f"{DORA}::test_a_norm_that_cancels_is_a_number",
     ),
-    "a norm with a gradient": (
+    "a gain's gradient without the norm": (
         "fused_lowrank/methods/dora.py",
-        "@torch.no_grad()\ndef row_norms(",
-        "def row_norms(",
+        "dgain * (gain / off_zero(magnitude, gain.dtype))",
+        "dgain * gain",
         f"{DORA}::test_peft",
     ),
     "bare bf16 cast": (

@@ -157,7 +157,7 @@ def patch(tests: Path, models: dict[str, str]) -> None:
     head, tests_of_loading = text.split("    def test_loading_model_requires_grad_set_correctly(")
     tests_of_loading = tests_of_loading.replace(fresh, f"        torch.manual_seed(0)\n{fresh}")
     text = head + "    def test_loading_model_requires_grad_set_correctly(" + tests_of_loading
-    # They hold that all of an adapter is trained but AdaLoRA's `ranknum`, which is frozen as ours are.
+    # All of an adapter is to be trained but AdaLoRA's `ranknum`, which is frozen, as ours are.
     frozen = 'if skip_ranknum and "ranknum" in name:'
     text = open_gate(text, frozen, 'if (skip_ranknum and "ranknum" in name) or ".basis_" in name:')
     custom.write_text(text)
