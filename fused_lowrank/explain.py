@@ -13,7 +13,7 @@ from .compute import choose, costs, devices, measured
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
 from .compute.reference import is_diagonal
-from .compute.steps_kernels import spec_of
+from .compute.steps.kernels import spec_of
 from .context.elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
 from .methods.layer import LowRankLinear

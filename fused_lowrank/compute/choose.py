@@ -160,6 +160,8 @@ def named(name: str, problem: Problem, impl: str) -> Decision:
 
 def candidates(problem: Problem, impl: str) -> list[str]:
     """The plans that an implementation may take for a pass."""
+    if problem.base:
+        return over_base(problem, impl)
     if impl in ("aten", "isolated"):
         return [impl]
     ours = {name for name, plan in PLANS.items() if plan.ours}
@@ -173,6 +175,18 @@ def candidates(problem: Problem, impl: str) -> list[str]:
     # Those whose own mask it is (`takes_kernels`): for others it has to be made.
     masked = [name for name in names if name in ours] if problem.dropout else []
     return masked or names
+
+
+def over_base(problem: Problem, impl: str) -> list[str]:
+    """The plans for a W that is no plain matrix: its library's product; or, on a GPU or where
+    kernels or isolated products are asked for, those of a plain one, which it is made for them.
+    """
+    values = candidates(problem._replace(base="", called=False), impl)
+    if problem.called:
+        return [impl] if impl == "isolated" else ["called"]
+    if impl in ("triton", "isolated"):
+        return values
+    return ["called", *values] if problem.device.type == "cuda" else ["called"]
 
 
 def is_aten_best(problem: Problem) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compute.autograd import join, places
+from ..compute.base.protocol import Base
 from ..compute.reference import Core, is_diagonal, like, product, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
@@ -121,7 +122,10 @@ def with_gain(parts: Parts, factors: Mapping[str, Tensor], weight: Tensor, scale
     if torch.compiler.is_compiling():
         a, b = (t if t is None else t.detach() for t in places(core))
         own = weight if keeps else weight.detach(), down if frozen else down.detach()
-        norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
+        if isinstance(weight, Base):
+            norm = norm_aside(weight, own[1], join(a, b), up.detach(), scale, keeps, frozen)
+        else:
+            norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
     else:
         norm = norm_of(weight, down, core, up, scale, keeps, frozen)
     return parts._replace(gain=gain(factors[MAGNITUDE], norm))
@@ -137,17 +141,21 @@ def norm_of(
         return row_norms(fixed, weight, down, core, up, scale)
 
 
+norm_aside = torch.compiler.disable(norm_of)  # of a `Base`, which no op takes
+
+
 def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:
     """The constants of a weight that is not trained, and of down if it is `frozen`."""
-    key = down if frozen else weight
-    if weight.is_inference() or key.is_inference():  # nobody counts what is written to them
+    own: Any = weight.stored()[0] if isinstance(weight, Base) else weight
+    key = down if frozen else own
+    if own.is_inference() or key.is_inference():  # nobody counts what is written to them
         return constants(weight, down if frozen else None)
-    stamp = weight.data_ptr(), weight._version, key.data_ptr(), key._version
+    stamp = own.data_ptr(), own._version, key.data_ptr(), key._version
     found = KEPT.get(key)
     if found is not None and found[1] == stamp and found[0]() is weight:
         return found[2]
     fixed = constants(weight, down if frozen else None)
-    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # the graph's memory
+    if not (own.is_cuda and torch.cuda.is_current_stream_capturing()):  # the graph's memory
         KEPT[key] = weakref.ref(weight), stamp, fixed
     return fixed
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...compute.base.protocol import dense
 from . import triples
 
 INITS = {
@@ -184,7 +185,7 @@ def lora_start(
         down, sigma, up = decomposed(init, weight, r, inputs)
         root = (sigma / scale).sqrt()
         down, up = root[:, None] * down, up * root
-    residual = (weight.to(dtype) - scale * (up @ down)).to(weight.dtype)
+    residual = (dense(weight).to(dtype) - scale * (up @ down)).to(weight.dtype)
     if not residual.isfinite().all():
         raise ValueError(f"what init={init!r} leaves of the weight is more than its dtype can hold")
     return Start(down, up, residual)
