@@ -2,7 +2,10 @@
 
     base              W where it is no plain matrix: quantised, or known by calls alone
     base.protocol     what the equation needs of it
-    base.fourbit, base.eightbit, base.subclass, base.kinds
+    base.fourbit      bitsandbytes' Linear4bit
+    base.eightbit     its Linear8bitLt
+    base.subclass     weights that are a tensor subclass: torchao's
+    base.kinds        which of these a module is, or why it is none
     reference         the equation in plain torch, and cores by row (`RowCores`)
     dropout           what a dropout is; a mask from a seed, in plain torch; columns of u dropped
     gain              a gain over outputs by library operations, and its way back

@@ -139,6 +139,11 @@ def invariant(problem: Problem, impl: str) -> Decision:
     kernels = impl == "triton" or (impl == "auto" and problem.device.type == "cuda")
     if kernels and not PLANS["fixed"].why_not(problem):
         return Decision(("fixed",), "batch invariance: tiles that do not follow the rows")
+    if problem.called:
+        raise RuntimeError(
+            "batch invariance takes no base whose module or library computes its product: it may "
+            "do so in another way in batches of another size"
+        )
     if PLANS["alone"].why_not(problem):
         raise RuntimeError("batch invariance by library GEMMs has no dropout: switch it off")
     return Decision(("alone",), "batch invariance: library products of a row at a time")

@@ -177,15 +177,17 @@ def matrix_of(linear: nn.Module) -> Any:
 
 def why_no_base(module: nn.Module) -> str | None:
     """The reason why a module that is no plain linear layer cannot be adapted, or None."""
-    base = base_of(module)
-    if isinstance(base, str):
-        return base
-    if base.is_meta:
+    base, kind = base_of(module), type(module).__name__
+    if isinstance(base, Base) and base.is_meta:
         return (
-            f"is a {type(module).__name__} whose weight is on the meta device or offloaded: load "
-            "it onto its device first, and adapt then"
+            f"is a {kind} whose weight is on the meta device or offloaded: load it onto its device "
+            "first, and adapt then"
         )
-    return kinds.why_not_usable(base)
+    reason = base if isinstance(base, str) else kinds.why_not_usable(base)
+    if reason and type(base) in (str, Base) and isinstance(module, nn.Linear):
+        weight = why_no_weight(module.weight)
+        reason = reason if weight is None else f"is a {kind} with {weight}. It {reason}"
+    return reason
 
 
 def why_not_plain(linear: nn.Linear) -> str | None:

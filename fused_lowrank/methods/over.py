@@ -26,7 +26,7 @@ OWN = "base_layer."  # how the keys of the module begin in a state_dict
 
 
 class OverBase(LowRankLinear):
-    """What a layer of a method has otherwise, where its W is a `Base`.
+    """A layer of a method whose W is a `Base`: the part that differs from others.
 
     `weight` and `bias` are the module's own, as others may ask for them; `base_weight` is W as the
     equation takes it. Neither is trained.
@@ -64,9 +64,9 @@ class OverBase(LowRankLinear):
 
     @property
     def weight(self) -> Any:
-        """The module's own weight, as it is stored."""
+        """The module's own weight, as it is stored; W where it has none of that name."""
         note_reading(self)
-        return self.base_layer.weight
+        return getattr(self.base_layer, "weight", self.base_weight)
 
     @property
     def bias(self) -> Any:

@@ -39,6 +39,12 @@ def sizes_of(module: Any) -> tuple[int, int] | None:
     return (k, n) if type(k) is int and type(n) is int and k > 0 and n > 0 else None
 
 
+def can_dequantise(weight: Any) -> bool:
+    """Whether a weight is of a tensor subclass that says what its values are."""
+    own = getattr(type(weight), "dequantize", None)
+    return isinstance(weight, Tensor) and own is not Tensor.dequantize and weight.dim() == 2
+
+
 def base_of(module: nn.Module, has_product: bool) -> Base | str:
     """The W of a module that is no plain linear layer, or why it has none, to follow "it".
 
@@ -59,9 +65,7 @@ def base_of(module: nn.Module, has_product: bool) -> Base | str:
         if weight.dtype != torch.int8:
             return f"is a {kind} that is not quantised yet: move it to its device first"
         return EightBit(module)
-    if has_product and isinstance(weight, Tensor) and callable(getattr(weight, "dequantize", None)):
-        if weight.is_quantized or weight.dim() != 2:
-            return f"is a {kind} with a weight of {weight.dtype}, which is for inference alone"
+    if has_product and can_dequantise(weight):
         return Subclass(module)
     return Base(module)
 

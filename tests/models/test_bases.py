@@ -1,0 +1,369 @@
+"""Every method over every kind of frozen linear layer: results, files, and the base given back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from base_cases import (
+    METHODS,
+    D,
+    H,
+    Net,
+    Opaque,
+    adapted,
+    formula,
+    gradients,
+    kinds,
+    layers_of,
+    model_of,
+    shifted,
+    trained,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_lowrank import (
+    AdapterBank,
+    adapt,
+    disable_adapters,
+    load_adapter,
+    merge,
+    save_adapter,
+    unload,
+)
+from fused_lowrank.methods import METHODS as LAYERS
+from fused_lowrank.testing import FACTOR, pinned_plan
+
+methods = pytest.mark.parametrize("method", METHODS)
+DTYPES = [torch.float32, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+def inputs(dtype: torch.dtype = torch.float32, *lead: int) -> Tensor:
+    """x (*lead, D)."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(*(lead or (3, 7)), D, generator=generator).to(dtype)
+
+
+def check(model: Any, x: Tensor, fused: bool = True) -> None:
+    """The model's results and gradients are as near to float64 as the formula in x's dtype is."""
+    found = gradients(model, trained(model), x)
+    (truth, wide), (same, own) = formula(model, torch.float64), formula(model, x.dtype)
+    exact, rounded = gradients(truth, wide, x.double()), gradients(same, own, x)
+    eps = torch.finfo(x.dtype).eps
+    assert len(found) == len(exact) == len(rounded) > 2
+    for i, (ours, true, plain) in enumerate(zip(found, exact, rounded, strict=True)):
+        error, usual = (float((one.double() - true).norm()) for one in (ours, plain))
+        assert error <= FACTOR * usual + eps * float(true.norm()), (i, error, usual)
+        assert float(true.norm()) > 0
+
+
+@kinds
+@methods
+@dtypes
+def test_results_and_gradients(kind: str, method: str, dtype: torch.dtype) -> None:
+    """Within the budget of float64 on the dequantised W, with leading dimensions and without."""
+    model = adapted(kind, method, dtype)
+    assert all(isinstance(layer, LAYERS[layer.method][1]) for layer in layers_of(model))
+    for x in (inputs(dtype), inputs(dtype, 5), inputs(dtype, 2, 3, 4)):
+        check(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs(dtype)), model(inputs(dtype).requires_grad_()))
+        assert model(inputs(dtype, 0)).shape == (0, D)
+
+
+@kinds
+@methods
+def test_the_reference_layers(kind: str, method: str) -> None:
+    """By the module and plain torch."""
+    if kind in ("subclass",):
+        pytest.skip("the stand-in itself has no gradient of x")
+    model = adapted(kind, method, fused=False)
+    assert type(model.first).impl == "reference"
+    check(model, inputs())
+
+
+@pytest.mark.parametrize("plan", ["aten", "first", "split", "decode", "called"])
+@kinds
+def test_by_a_plan_for_plain_matrices(kind: str, plan: str) -> None:
+    """W is dequantised for a pass; what is only called says so."""
+    model = adapted(kind, "lora_xs")
+    with pinned_plan(plan):
+        if kind == "opaque" and plan != "called":
+            with pytest.raises(RuntimeError, match="known by what its module or its library"):
+                model(inputs())
+            return
+        check(model, inputs())
+
+
+@kinds
+@methods
+def test_files(kind: str, method: str, tmp_path: Path) -> None:
+    """An adapter comes back over the same base; LoRA-XS's without its bases, too."""
+    model, x = adapted(kind, method), inputs()
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(model_of(kind), tmp_path / "adapter", progress=False)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    other = model_of(kind)
+    torch.manual_seed(7)
+    for name in ("first", "second"):
+        setattr(other, name, getattr(Net(nn.Linear), name))
+    with pytest.raises(ValueError, match="another base model"):
+        load_adapter(other, tmp_path / "adapter", progress=False)
+    if method == "lora_xs":
+        save_adapter(model, tmp_path / "small", bases=False)
+        loaded = load_adapter(model_of(kind), tmp_path / "small", progress=False)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def tensors_within(module: nn.Module) -> list[Tensor]:
+    """What a base is stored as."""
+    found = []
+    for own in module.parameters():
+        names = own.__tensor_flatten__()[0] if hasattr(own, "__tensor_flatten__") else ()
+        found += [getattr(own, name) for name in names] or [own.data]
+    return found
+
+
+@kinds
+@methods
+def test_disabled_and_unloaded(kind: str, method: str) -> None:
+    """The base alone, with its gradient; and the very same modules in their places."""
+    plain, x = model_of(kind), inputs()
+    before, modules = plain(x).detach(), [plain.first, plain.second]
+    stored = [own.clone() for layer in modules for own in tensors_within(layer)]
+    model = shifted(adapt(plain, method, target_modules=["first", "second"], progress=False))
+    assert not torch.allclose(model(x), before)
+    with disable_adapters(model):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        torch.testing.assert_close(y.detach(), before)
+        if kind != "subclass" or y.requires_grad:
+            assert torch.autograd.grad(y.sum(), leaf)[0].abs().sum() > 0
+    assert unload(model) is plain
+    assert [plain.first, plain.second] == modules
+    torch.testing.assert_close(plain(x), before, rtol=0, atol=0)
+    after = [own for layer in modules for own in tensors_within(layer)]
+    assert all(torch.equal(*pair) for pair in zip(after, stored, strict=True))
+
+
+@kinds
+def test_merging_is_refused(kind: str) -> None:
+    """With what to do instead, and nothing is changed."""
+    model, x = adapted(kind), inputs()
+    y = model(x)
+    for call in (lambda: merge(model), lambda: unload(model, merge=True), model.first.merge):
+        with pytest.raises(TypeError, match=r"no plain matrix: .*dequantise the model"):
+            call()
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+
+
+@kinds
+def test_copies(kind: str) -> None:
+    """A deep copy has modules of its own."""
+    model, x = adapted(kind, "lora_xs"), inputs()
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    assert other.first.base_layer is other.first.base_weight.module is not model.first.base_layer
+    assert type(other.first) is type(model.first)
+
+
+def test_pickled() -> None:
+    """A class that is made is found again."""
+    model, x = adapted("opaque", "lora_xs"), inputs()
+    other = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """The tensors of the sizes of a W in a float dtype that are made, and still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, Any] = {}
+        self.most = self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What is computed, looked at."""
+        result = func(*args, **(kwargs or {}))
+        for own in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(own, Tensor) and own.numel() == D * H and own.is_floating_point():
+                place = own.untyped_storage()._cdata
+                self.made += place not in self.alive
+                self.alive[place] = weakref.ref(own)
+                self.most = max(self.most, self.count())
+        return result
+
+    def count(self) -> int:
+        """How many there are now."""
+        gc.collect()
+        self.alive = {key: ref for key, ref in self.alive.items() if ref() is not None}
+        return len(self.alive)
+
+
+@pytest.mark.parametrize("plan", ["called", "aten"])
+@kinds
+def test_no_dequantised_weight_is_kept(kind: str, plan: str) -> None:
+    """One at a time, for a pass: none between layers, nor from the forward to the backward."""
+    if kind == "opaque":
+        pytest.skip("its own autograd keeps what it likes")
+    model, x = adapted(kind), inputs(torch.float32, 5).requires_grad_()
+    with pinned_plan(plan), Sizes() as sizes:
+        y = model(x)
+        assert sizes.count() == 0
+        y.sum().backward()
+        assert sizes.count() == 0
+    assert sizes.made >= 3  # it does count: forward of two, backward of two, less what libraries do
+    assert sizes.most <= 2  # one, and a library's own step on the way to it
+
+
+def test_an_unknown_module_is_called_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A line says so, once for a class."""
+    kind = type("Unheard", (Opaque,), {})
+    with caplog.at_level(logging.WARNING, logger="fused_lowrank"):
+        for _ in range(2):
+            adapt(Net(kind), "lora", target_modules=["first", "second"], progress=False)
+    said = [record.getMessage() for record in caplog.records if "Unheard" in record.getMessage()]
+    assert len(said) == 1
+    assert "called as it is" in said[0]
+
+
+def test_an_opaque_base_is_called_once_a_call() -> None:
+    """And its y0 is not written to: its maker may need it."""
+
+    class Saving(Opaque):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).exp()  # exp saves its result
+
+    model = adapt(Net(Saving), "lora", target_modules=["first", "second"], progress=False)
+    shifted(model)
+    calls, x = model.first.base_layer.calls, inputs(torch.float32, 5).requires_grad_()
+    y = model(x)
+    assert model.first.base_layer.calls == calls + 1
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    with pytest.raises(ValueError, match="first: .*not linear"):
+        adapt(Net(Saving), "lora_xs", target_modules=["first"], r=4, progress=False)
+
+
+class Deaf(Opaque):
+    """A module without a gradient of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class Narrow(Opaque):
+    """A module that does not make what it says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :-1]
+
+
+class Broken(Opaque):
+    """A module whose library is not there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ImportError("no such kernels")
+
+
+class Nameless(nn.Module):
+    """A module that does not say its sizes."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Deaf, "first is a Deaf, which makes no .*differentiated"),
+        (Narrow, r"first is a Narrow, which makes no \(2, 96\) of \(2, 64\)"),
+        (Broken, "first is a Broken, whose library cannot compute on cpu.*no such kernels"),
+        (lambda k, n: Nameless(), "first is a Nameless: only nn.Linear"),
+    ],
+)
+def test_refused(kind: Any, message: str) -> None:
+    """By name, before anything is changed."""
+    model = Net(kind)
+    before = [model.first, model.second]
+    with pytest.raises(TypeError, match=message):
+        adapt(model, "lora", target_modules=["first"], progress=False)
+    assert [model.first, model.second] == before
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_nothing_of_the_base_is_trained(part: str) -> None:
+    """Its own parameters are frozen, and cannot be named."""
+    model = adapted("opaque")
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "down",
+        "up",
+    }
+    with pytest.raises(ValueError, match=f"train names {part}, but the base is a Opaque"):
+        adapt(model_of("opaque"), "lora", target_modules=["first"], train=("down", "up", part))
+
+
+def test_state_dict() -> None:
+    """Keys of the module are below `base_layer`; those of a plain model are taken as well."""
+    model, x = adapted("opaque", "lora_xs"), inputs()
+    state, y = model.state_dict(), model(x)
+    assert {"first.base_layer.turned", "first.core"} <= state.keys()
+    plain = {key.replace(".base_layer.", "."): value for key, value in state.items()}
+    for given in (state, plain):
+        other = adapted("opaque", "lora_xs")
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(given)
+        torch.testing.assert_close(other(x), y, rtol=0, atol=0)
+
+
+def test_hooks_are_of_the_whole_layer() -> None:
+    """They see the adapted result, once; and are the module's again."""
+    model, seen = model_of("subclass"), []
+    handle = model.first.register_forward_hook(lambda m, args, y: seen.append(y.detach()))
+    module = model.first
+    model = shifted(adapt(model, "lora", target_modules=["first"], progress=False))
+    x = inputs()
+    model(x)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], model.first(x).detach())
+    unload(model)
+    assert model.first is module
+    assert len(module._forward_hooks) == 1
+    handle.remove()
+    assert not module._forward_hooks
+
+
+def test_hooks_on_the_base_are_called() -> None:
+    """Whoever puts one on the module later has it called."""
+    model, seen = adapted("opaque"), []
+    model.first.base_layer.register_forward_hook(lambda m, args, y: seen.append(1))
+    check(model, inputs())
+    assert seen
+
+
+@kinds
+def test_bank(kind: str) -> None:
+    """Adapters of a bank over such a base, each row with its own."""
+    model = adapted(kind, "lora_xs")
+    bank = AdapterBank.from_model(model, slots=3)
+    x = inputs(torch.float32, 4)
+    cores = {}
+    for i, name in enumerate("ab"):
+        for layer in layers_of(model):
+            with torch.no_grad():
+                layer.core.normal_(generator=torch.Generator().manual_seed(i))
+        cores[name] = model(x).detach()
+        bank.add(name)
+    with bank.use(["a", "b", "a", None]):
+        y = model(x).detach()
+    torch.testing.assert_close(y[:3], torch.stack([cores[n][i] for i, n in enumerate("aba")]))
+    with disable_adapters(model):
+        torch.testing.assert_close(y[3], model(x)[3].detach())
