@@ -54,7 +54,9 @@ def some_of(matrix: Tensor) -> Tensor:
 
 def sampled(samples: list[Tensor]) -> Tensor:
     """A copy of them all in one."""
-    wide = [one if one.element_size() > 1 else one.float() for one in samples]  # float8 joins no others
+    wide = [
+        one if one.element_size() > 1 else one.float() for one in samples
+    ]  # float8 joins no others
     return torch.cat(wide).nan_to_num() if samples else torch.empty(0)
 
 

@@ -17,9 +17,9 @@ from .reference import AnyCore, RowCores, is_diagonal
 class Operands(NamedTuple):
     """The operands of y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias, for one pass.
 
-    x (M, K), weight (N, K), or a `Base` in its place, down (P, K), core (P, Q), or a diagonal (r,), or the pair (P, r),
-    (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None,
-    or says where its mask comes from. gain is (N,), or None for 1.
+    x (M, K), weight (N, K) or a `Base` in its place, down (P, K), core (P, Q), or a diagonal (r,),
+    or the pair (P, r), (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a
+    number. `dropout` is None, or says where its mask comes from. gain is (N,), or None for 1.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:

@@ -11,7 +11,7 @@
 | decode, relay | both in one launch of ours: for few rows, for many; `relay:name` as above | |
 | isolated | `aten` with products in which no row reads another | |
 | alone | `isolated`, a row at a time: batch invariance | |
-| called | library products | y0 by the library of a quantised base, or by its module; then as `aten` |
+| called | library products | as `aten`, the base by a quantised W's library or its module |
 | fixed | `split` with tiles that do not follow the rows: batch invariance | |
 """
 

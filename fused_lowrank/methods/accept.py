@@ -219,11 +219,12 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
         )
     if not isinstance(module, nn.Linear):
         if kinds.sizes_of(module) is None:
-            return f"is a {kind}: only nn.Linear can be adapted, and what has in_features and "\
-                "out_features as it has"
+            return (
+                f"is a {kind}: only nn.Linear can be adapted, and modules that say their "
+                "in_features and out_features as it does"
+            )
         return why_no_base(module)
-    whole = not is_parametrized(module) and sharder_of(module.weight) is None
-    if whole and not is_sharded(module.weight) and not is_dense(module):
+    if not (is_parametrized(module) or is_sharded(module.weight) or is_dense(module)):
         return why_no_base(module)
     if reason := why_not_plain(module):
         return reason

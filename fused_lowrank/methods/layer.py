@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -281,7 +281,7 @@ class LowRankLinear(MergingLinear):
         hand_over(linear, layer)
         return layer
 
-    def carry_from(self, linear: nn.Module) -> None:
+    def carry_from(self, linear: Any) -> None:
         """Take over what the linear layer has beside weight and bias."""
         carry(linear, self)
 

@@ -6,7 +6,6 @@ class is made of a method's: an instance of that, which takes W from the module.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,13 +62,13 @@ class OverBase(LowRankLinear):
         return self.base_layer.train(self.training)
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[misc]
         """The module's own weight, as it is stored; W where it has none of that name."""
         note_reading(self)
         return getattr(self.base_layer, "weight", self.base_weight)
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Any:  # type: ignore[override]
         """The module's own bias."""
         return getattr(self.base_layer, "bias", None)
 
@@ -153,13 +152,17 @@ def plain_keys(layer: LowRankLinear, state: dict[str, Any], prefix: str) -> None
             state[prefix + OWN + name] = state.pop(key)
 
 
-@functools.cache
+MADE: dict[type[LowRankLinear], type[OverBase]] = {}
+
+
 def over(cls: type[LowRankLinear]) -> type[OverBase]:
     """The class of a method's layers that are around such modules."""
     if issubclass(cls, OverBase):
         return cls
-    own = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (OverBase, cls), own)
+    if cls not in MADE:
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        MADE[cls] = type(cls.__name__, (OverBase, cls), own)
+    return MADE[cls]
 
 
 def rebuilt(cls: type[LowRankLinear]) -> OverBase:

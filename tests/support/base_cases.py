@@ -232,7 +232,7 @@ def formula(model: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor],
             if layer.row.dora:
                 whole = weight + layer.scale * (up @ down).detach().double()
                 gain = dora.gain(factors["magnitude"], whole.norm(dim=1))
-            own = dict(bias=bias, scale=layer.scale, gain=gain)
+            own = {"bias": bias, "scale": layer.scale, "gain": gain}
             x = lowrank_linear_reference(x, weight.to(dtype), down, core, up, **own)
             x = model.act(x) if i == 0 else x
         return x

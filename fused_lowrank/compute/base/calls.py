@@ -172,4 +172,4 @@ def alone(base: Base, x: Tensor) -> Tensor:
     if base.is_called() or torch.compiler.is_compiling():
         return called(base, x)
     own = x.to(base.computes_in(x.dtype))
-    return Product.apply(base, own, base.bias).to(x.dtype)  # type: ignore[no-any-return]
+    return Product.apply(base, own, base.bias).to(x.dtype)

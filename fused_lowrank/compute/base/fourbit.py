@@ -1,4 +1,4 @@
-"""W of bitsandbytes' Linear4bit: nf4 or fp4 in blocks of absolute maxima, quantised once more or not.
+"""W of bitsandbytes' Linear4bit: nf4 or fp4 in blocks, whose maxima may be quantised as well.
 
 Its own forward packs the weight otherwise in inference on CPUs with AVX512-BF16, with maxima in
 bfloat16, and then has no gradient of x. We never ask for that; what is packed so is unpacked.
@@ -114,7 +114,7 @@ def dequantised(
 
 
 def unpack(module: Any, state: Any) -> None:
-    """Put a weight that was packed for inference back as it lay, with the maxima that it has now."""
+    """Put a weight that was packed for inference back as it lay, with the maxima it has now."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     absmax = state.absmax.T.reshape(-1).float()
