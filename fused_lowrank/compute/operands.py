@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tiles import SMALL_M, is_bulk
-from .base.protocol import Base, Turned
+from .base.protocol import BASES
 from .devices import has_kernels
 from .dropout import Dropout
 from .reference import AnyCore, RowCores, is_diagonal
@@ -98,7 +98,7 @@ def bucket(rows: int) -> int:
 def problem_of(operands: Operands, want_u: bool) -> Problem:
     """The problem that these operands pose."""
     x, weight = operands.x, operands.weight
-    based = isinstance(weight, Base | Turned)
+    based = isinstance(weight, BASES)
     (m, k), n, device = x.shape, weight.shape[0], x.device
     regular = bulk = doubles = False
     if has_kernels(device):
@@ -129,7 +129,7 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         is_diagonal(operands.core),
         operands.gain is not None,
         weight.kind if based else "",
-        based and (weight.is_called() or not weight.is_exact()),
+        based and weight.is_only_called(),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import Config
 from . import choose, devices
-from .base.protocol import Base, Turned
+from .base.protocol import BASES
 from .dropout import kept, packed
 from .operands import Operands, problem_of
 from .plans import PLANS, Plan
@@ -48,7 +48,7 @@ def run(
         with no_autocast(x), on_device(x):
             return run(operands, impl, config, want_t, want_u, want_bits)
     if not (x.numel() and operands.weight.shape[0]):  # nothing to launch
-        name = "called" if isinstance(operands.weight, Base | Turned) else "aten"
+        name = "called" if isinstance(operands.weight, BASES) else "aten"
         problem, decision = None, choose.Decision((name,), "an operand is empty")
     else:
         problem = problem_of(operands, want_u)
@@ -64,7 +64,7 @@ def run(
     while True:
         plan = PLANS[decision.plans[0]]
         tiles = devices.tiles(x.device, plan.tiles, config.tiles) if plan.ours else None
-        if isinstance(operands.weight, Base | Turned) and not plan.called:
+        if isinstance(operands.weight, BASES) and not plan.called:
             operands = operands._replace(weight=operands.weight.for_products(x.dtype))
         try:
             if plan.alone:

@@ -17,6 +17,7 @@ from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
 from ..context.called import note_call, note_reading
+from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
 from .tensors import present
@@ -106,11 +107,24 @@ class OverBase(LowRankLinear):
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
+        self._check(x, down)
         if weight.is_meta:
             present(self, weight)
         return over_base(
             Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
         )
+
+    def _check(self, x: Tensor, down: Tensor) -> None:
+        """Raise for an x that the layer does not take; the factors are its own."""
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x is {shape(x)} and weight ({self.out_features}, {self.in_features}): they must "
+                "be (..., K) and (N, K)"
+            )
+        if x.device != down.device:
+            raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
 
     def merged_weight(self) -> tuple[Tensor, float]:
         """Nothing is merged into a quantised weight: TypeError."""

@@ -28,11 +28,13 @@ from base_cases import (
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import (
     AdapterBank,
     adapt,
     disable_adapters,
+    explain,
     load_adapter,
     merge,
     save_adapter,
@@ -365,3 +367,105 @@ def test_bank(kind: str) -> None:
     torch.testing.assert_close(y[:3], torch.stack([cores[n][i] for i, n in enumerate("aba")]))
     with disable_adapters(model):
         torch.testing.assert_close(y[3], model(x)[3].detach())
+
+
+class Elsewhere(Opaque):
+    """A layer as a library that is known makes it."""
+
+
+Elsewhere.__module__ = "hqq.core.quantize"
+
+
+@kinds
+def test_all_linear(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What is quantised is among them, without a word; what nobody knows is not."""
+    model = nn.ModuleDict({"block": model_of(kind), "head": nn.Linear(D, 2)})
+    if kind == "opaque":
+        model["block"].second = Elsewhere(H, D)
+        adapt(model, "lora", target_modules="all-linear", progress=False)
+        assert type(model["block"].first) is Opaque
+        assert not caplog.records
+    else:
+        adapt(model, "lora", target_modules="all-linear", progress=False)
+        assert isinstance(model["block"].first, LAYERS["lora"][1])
+    assert isinstance(model["block"].second, LAYERS["lora"][1])
+    assert type(model["head"]) is nn.Linear
+
+
+@kinds
+def test_bad_input(kind: str) -> None:
+    """As of layers over plain matrices."""
+    layer = adapted(kind).first
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        layer(torch.ones(2, D, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x is \(2, 65\) and weight \(96, 64\)"):
+        layer(torch.ones(2, D + 1))
+    with pytest.raises(ValueError, match="down is on cpu, but x on meta"):
+        layer(torch.ones(2, D, device="meta"))
+
+
+@kinds
+@methods
+def test_delta(kind: str, method: str) -> None:
+    """ΔW is what the adapter adds to W."""
+    layer = adapted(kind, method).first
+    x, weight = inputs(torch.float32, 5), layer.base_weight.values()
+    bias = 0.0 if layer.bias is None else layer.bias.detach()
+    y = x @ (weight + layer.delta_weight()).t() + bias
+    torch.testing.assert_close(layer(x).detach(), y, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_explained(kind: str) -> None:
+    """The plan is the one that a call takes."""
+    layer = adapted(kind, "lora").first
+    assert "called" in str(explain(layer, 4096))
+
+
+@kinds
+def test_a_wider_input(kind: str) -> None:
+    """y is of x's dtype, whatever dtype the base computes in, and so is dx."""
+    model = adapted(kind, "lora", torch.bfloat16)
+    if kind in ("nf4", "fp4"):
+        x = inputs().requires_grad_()
+        y = model(x)
+        y.sum().backward()
+        assert y.dtype == x.grad.dtype == torch.float32
+        near = model(inputs(torch.bfloat16)).float()
+        torch.testing.assert_close(y.detach(), near.detach(), rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(inputs(torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+
+
+@kinds
+def test_moved_to_another_dtype(kind: str) -> None:
+    """The base stays as it is stored, and the layer computes."""
+    if kind == "subclass":
+        pytest.skip("the stand-in cannot be moved")
+    model = adapted(kind).to(torch.bfloat16)
+    if kind in ("nf4", "fp4"):
+        assert model.first.base_layer.weight.dtype == torch.uint8
+    assert model(inputs(torch.bfloat16)).isfinite().all()
+
+
+@kinds
+def test_checkpointed(kind: str) -> None:
+    """Dropout's mask is the same where a checkpoint computes the layers again."""
+    model = adapted(kind, "lora_xs", dropout=0.5)
+    x, found = inputs(), []
+    for reentrant in (None, False, True):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        given = {"use_reentrant": reentrant}
+        y = model(leaf) if reentrant is None else checkpoint(model, leaf, **given)
+        found.append(
+            [y.detach(), *torch.autograd.grad(y.sum(), [leaf, *trained(model)])]
+            if not reentrant
+            else [y.detach()]
+        )
+        assert (y.detach() - model.eval()(x)).abs().max() > 1e-3
+        model.train()
+    for one in found[1:]:
+        for a, b in zip(one, found[0], strict=False):
+            torch.testing.assert_close(a, b)

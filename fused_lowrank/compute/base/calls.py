@@ -34,16 +34,20 @@ from ..dropout import is_no_bits, kept, no_bits
 from ..gain import widened
 from ..operands import Operands
 from ..reference import RowCores, like, through_core, wide_dtype
-from ..run import no_autocast, run
+from ..run import no_autocast, run, under_autocast
 from .protocol import Base, Given
 
 
 def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Tensor:
-    """y (..., N) of operands whose weight is a `Base`; x (..., K) is in the dtype it computes in.
+    """y (..., N) of operands whose weight is a `Base`, in the dtype of x (..., K), or of y0.
 
+    It is computed in the dtype that the base computes an x of this one in, or in autocast's.
     `isolated` is as `functional.compute` has it.
     """
     x, base, down, core, up, bias, scale, dropout, _, gain = operands
+    own = base.computes_in(x.dtype)
+    if under_autocast(x) and x.dtype != torch.float64:
+        own = torch.get_autocast_dtype(x.device.type)
     impl = choose.implementation(impl, x, down.shape[0], up.shape[1])
     rows = core if isinstance(core, RowCores) else None
     if isolated is None:
@@ -51,8 +55,10 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
     if isolated and impl != "reference":
         impl = "isolated"
     if impl == "reference" or torch.compiler.is_compiling():
-        return by_torch(operands)
+        return by_torch(operands, own)
     y0 = fold(called(base, x)) if base.is_called() else None
+    dtype = x.dtype if y0 is None else y0.dtype
+    x, bias = like(x, own), None if bias is None else like(bias, own)
     seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
     if dropout is not None and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
@@ -64,9 +70,9 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
     else:
         weight = base if y0 is None else Given(base, y0)
         dropout = dropout_of(seed, dropout_p)
-        operands = operands._replace(x=fold(x), weight=weight, dropout=dropout)
+        operands = operands._replace(x=fold(x), weight=weight, bias=bias, dropout=dropout)
         y = run(operands, impl, config.current(), False, False).y
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return like(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), dtype)
 
 
 def called(base: Base, x: Tensor) -> Tensor:
@@ -78,10 +84,11 @@ def called(base: Base, x: Tensor) -> Tensor:
     return y0
 
 
-def by_torch(operands: Operands) -> Tensor:
-    """y by the module and the equation in plain torch."""
+def by_torch(operands: Operands, dtype: torch.dtype) -> Tensor:
+    """y by the module and the equation in plain torch, the term in this dtype."""
     x, base, down, core, up, bias, scale, dropout, _, gain = operands
-    low, y0 = x, called(base, x)
+    y0, x = called(base, x), like(x, dtype)
+    low = x
     if dropout is not None and dropout.seed is None:
         low = dropped(x, dropout.p)
     elif dropout is not None:
@@ -171,5 +178,7 @@ def alone(base: Base, x: Tensor) -> Tensor:
     """The base's own y (..., N) of x (..., K), in x's dtype."""
     if base.is_called() or torch.compiler.is_compiling():
         return called(base, x)
-    own = x.to(base.computes_in(x.dtype))
-    return Product.apply(base, own, base.bias).to(x.dtype)
+    own, bias = x.to(base.computes_in(x.dtype)), base.bias
+    with no_autocast(x):
+        bias = None if bias is None else like(bias, own.dtype)
+        return Product.apply(base, own, bias).to(x.dtype)

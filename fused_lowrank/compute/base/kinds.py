@@ -72,7 +72,12 @@ def base_of(module: nn.Module, has_product: bool) -> Base | str:
 
 def is_known(base: Base) -> bool:
     """Whether a base is of a kind that has been told apart, or of a library whose layers are."""
-    return type(base) is not Base or type(base.module).__module__.startswith(KNOWN)
+    return type(base) is not Base or is_from_known(base.module)
+
+
+def is_from_known(module: nn.Module) -> bool:
+    """Whether a module says its sizes and is of a library whose layers are linear."""
+    return type(module).__module__.startswith(KNOWN) and sizes_of(module) is not None
 
 
 def why_not_usable(base: Base) -> str | None:

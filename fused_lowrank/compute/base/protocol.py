@@ -84,6 +84,10 @@ class Base:
         """Wᵀ, whose product is dy·W."""
         return Turned(self)
 
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The values in a dtype, as `values`."""
+        return self.values(dtype)
+
     def like(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the values in a dtype, without memory."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
@@ -107,6 +111,10 @@ class Base:
     def is_exact(self) -> bool:
         """Whether `product` is that of the values: not where x is quantised for it."""
         return False
+
+    def is_only_called(self) -> bool:
+        """Whether no values can stand for the product."""
+        return self.is_called() or not self.is_exact()
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which an x of this one is computed; y is of x's again."""
@@ -193,13 +201,9 @@ class Turned:
         """As those of the base, transposed; where y0 was given, only that."""
         return self if isinstance(self.base, Given) else self.values(dtype)
 
-    def is_called(self) -> bool:
-        """As of the base."""
+    def is_only_called(self) -> bool:
+        """Whether the base is opaque: the way back of others is by the values."""
         return self.base.is_called()
-
-    def is_exact(self) -> bool:
-        """True: the way back is by the values."""
-        return True
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x·W of x (M, N): the base's `back`."""
@@ -231,6 +235,9 @@ class Given(Base):
     def back(self, dy: Tensor) -> Tensor:
         """Zeros (M, K): what goes through y0 is not for us to compute."""
         return dy.new_zeros(dy.shape[0], self.shape[1])
+
+
+BASES = Base, Turned  # what stands where a weight does, forward and backward
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -40,10 +40,10 @@ class Subclass(Base):
         return getattr(self.module.weight, "act_quant_kwargs", None) is None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x·Wᵀ + bias by the subclass."""
+        """x·Wᵀ + bias by the subclass, which need not take an x of another dtype."""
         with torch.no_grad():
-            bias = None if bias is None else bias.to(x.dtype)
-            return linear(x, self.module.weight, bias).to(x.dtype)
+            weight = self.module.weight if x.dtype == self.dtype else self.values(x.dtype)
+            return linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

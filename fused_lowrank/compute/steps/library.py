@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.protocol import Base, Turned
+from ..base.protocol import BASES
 from ..costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
 from ..dropout import Dropout, dropped, mask
 from ..gain import add_tail_, gain_back, widened
@@ -106,7 +106,7 @@ class TailLast(Step):
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
         u = narrow(u, up)
         own = bias if gain is None else None
-        based = isinstance(weight, Base | Turned)
+        based = isinstance(weight, BASES)
         y = weight.product(x, own) if based else self.products.linear(x, weight, own)
         if gain is not None:
             return add_tail_(y, u, up, widened(gain, x.dtype), bias, self.products)
