@@ -99,7 +99,7 @@ _decode, _relay = kernels.OneLaunch("decode"), kernels.OneLaunch("relay")
 
 ROWS = (
     Plan("aten", _shrink, _tail),
-    Plan("called", _shrink, _tail, called=True),
+    Plan("called", _shrink, _tail, called=True, promise="a W that is no plain matrix"),
     Plan("first", _shrink, _first),
     Plan("split", _our_shrink, _gemm_tail, ours=True),
     *(

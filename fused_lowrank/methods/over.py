@@ -62,8 +62,8 @@ class OverBase(LowRankLinear):
         carry_hooks(self, self.base_layer)
         return self.base_layer.train(self.training)
 
-    @property
-    def weight(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def weight(self) -> Any:
         """The module's own weight, as it is stored; W where it has none of that name."""
         note_reading(self)
         return getattr(self.base_layer, "weight", self.base_weight)

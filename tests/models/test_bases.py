@@ -18,6 +18,7 @@ from base_cases import (
     Opaque,
     adapted,
     formula,
+    four_bit,
     gradients,
     kinds,
     layers_of,
@@ -40,6 +41,7 @@ from fused_lowrank import (
     save_adapter,
     unload,
 )
+from fused_lowrank.compute.base.fourbit import FourBit
 from fused_lowrank.methods import METHODS as LAYERS
 from fused_lowrank.testing import FACTOR, pinned_plan
 
@@ -168,6 +170,43 @@ def test_merging_is_refused(kind: str) -> None:
 
 
 @kinds
+def test_rows_of_the_values(kind: str) -> None:
+    """Some at a time are the same as all, wherever blocks end."""
+    for layer in layers_of(adapted(kind)):
+        base = layer.base_weight
+        for rows in (7, 32, 1024):
+            parts = list(base.split(rows))
+            assert torch.equal(torch.cat(parts), base.values())
+            assert rows > 32 or len(parts) > 1
+    for k in (40, 96) if kind in ("nf4", "fp4") else ():  # blocks of 64 end within rows
+        odd = model_of(kind).first.__class__(k, 36, quant_type=kind)
+        plain = odd.weight.detach().clone()
+        base = FourBit(odd.to("cpu"))
+        assert torch.equal(torch.cat(list(base.split(8))), base.values())
+        assert float((base.values() - plain).norm() / plain.norm()) < 0.2
+        x = torch.randn(3, k)
+        torch.testing.assert_close(base.product(x, None), x @ base.values().t())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_that_was_packed_for_inference(nested: bool) -> None:
+    """bitsandbytes does that on some CPUs; it is unpacked, and the values are nearly as before."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    torch.manual_seed(0)
+    model = four_bit("nf4", nested)(torch.float32)
+    before = FourBit(model.first).values()
+    weight = model.first.weight
+    weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    adapt(model, "lora_xs", target_modules=["first", "second"], r=4, progress=False)
+    after = model.first.base_weight.values()
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-4)
+    check(shifted(model), inputs())
+    check(model.eval(), inputs())
+
+
+@kinds
 def test_copies(kind: str) -> None:
     """A deep copy has modules of its own."""
     model, x = adapted(kind, "lora_xs"), inputs()
@@ -283,7 +322,7 @@ class Nameless(nn.Module):
     ("kind", "message"),
     [
         (Deaf, "first is a Deaf, which makes no .*differentiated"),
-        (Narrow, r"first is a Narrow, which makes no \(2, 96\) of \(2, 64\)"),
+        (Narrow, r"first is a Narrow, which makes no \(2, 128\) of \(2, 64\)"),
         (Broken, "first is a Broken, whose library cannot compute on cpu.*no such kernels"),
         (lambda k, n: Nameless(), "first is a Nameless: only nn.Linear"),
     ],
@@ -398,7 +437,7 @@ def test_bad_input(kind: str) -> None:
     layer = adapted(kind).first
     with pytest.raises(TypeError, match=r"x is torch\.int64"):
         layer(torch.ones(2, D, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"x is \(2, 65\) and weight \(96, 64\)"):
+    with pytest.raises(ValueError, match=r"x is \(2, 65\) and weight \(128, 64\)"):
         layer(torch.ones(2, D + 1))
     with pytest.raises(ValueError, match="down is on cpu, but x on meta"):
         layer(torch.ones(2, D, device="meta"))

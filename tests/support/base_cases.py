@@ -14,7 +14,7 @@ from fused_lowrank import adapt
 from fused_lowrank.compute.reference import lowrank_linear_reference
 from fused_lowrank.methods import LowRankLinear, dora
 
-D, H = 64, 96
+D, H = 64, 128
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
     "lora_xs": {"r": 4},

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .protocol import Base, is_plain
 
@@ -56,11 +57,13 @@ class FourBit(Base):
         return self.module.compute_dtype or dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x·Wᵀ + bias by the library's kernels."""
+        """x·Wᵀ + bias by the library, which on a CPU would take the values as well."""
         from bitsandbytes import matmul_4bit
 
-        weight, state = self.state()
         with torch.no_grad():
+            if x.is_cpu:
+                return linear(x, self.values(x.dtype), bias)
+            weight, state = self.state()
             return matmul_4bit(x, weight, bias=bias, quant_state=state)
 
     @torch.no_grad()
@@ -104,12 +107,18 @@ def maxima(state: Any) -> Tensor:
 def dequantised(
     data: Tensor, absmax: Tensor, state: Any, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> Tensor:
-    """The values of a shape, in a dtype or that which was quantised."""
+    """The values of a shape, in a dtype or that which was quantised.
+
+    The library is asked for them a block to a row: asked for rows that end within blocks, its
+    kernel for CPUs (0.50.2) takes the maxima of others.
+    """
     op = torch.ops.bitsandbytes.dequantize_4bit.default
-    kind, wide = state.quant_type, dtype or state.dtype
+    kind, wide, block = state.quant_type, dtype or state.dtype, state.blocksize
     if wide == torch.float64:
         wide = torch.float32
-    values = op(data.view(-1, 1), absmax, state.blocksize, kind, shape, wide)
+    count = math.prod(shape)
+    blocks = (count,) if count % block else (count // block, block)
+    values = op(data.view(-1, 1), absmax, block, kind, blocks, wide).view(shape)
     return values if dtype is None else values.to(dtype)
 
 
