@@ -99,7 +99,6 @@ _decode, _relay = kernels.OneLaunch("decode"), kernels.OneLaunch("relay")
 
 ROWS = (
     Plan("aten", _shrink, _tail),
-    Plan("called", _shrink, _tail, called=True, promise="a W that is no plain matrix"),
     Plan("first", _shrink, _first),
     Plan("split", _our_shrink, _gemm_tail, ours=True),
     *(
@@ -113,6 +112,7 @@ ROWS = (
         Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
         for name in SLICES
     ),
+    Plan("called", _shrink, _tail, called=True, promise="a W that is no plain matrix"),
     Plan("isolated", *_apart, automatic=False, promise="isolation"),
     Plan("alone", *_apart, automatic=False, alone=True, promise="batch invariance"),
     Plan(

@@ -122,8 +122,9 @@ def with_gain(parts: Parts, factors: Mapping[str, Tensor], weight: Tensor, scale
     if torch.compiler.is_compiling():
         a, b = (t if t is None else t.detach() for t in places(core))
         own = weight if keeps else weight.detach(), down if frozen else down.detach()
-        if isinstance(weight, Base):
-            norm = norm_aside(weight, own[1], join(a, b), up.detach(), scale, keeps, frozen)
+        if isinstance(weight, Base):  # which no op takes
+            given = own[1], join(a, b), up.detach(), scale, keeps, frozen
+            norm = torch.compiler.disable(norm_of)(weight, *given)
         else:
             norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
     else:
@@ -139,9 +140,6 @@ def norm_of(
     with no_autocast(weight):
         fixed = kept(weight, down, frozen) if keeps else constants(weight, None)
         return row_norms(fixed, weight, down, core, up, scale)
-
-
-norm_aside = torch.compiler.disable(norm_of)  # of a `Base`, which no op takes
 
 
 def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:

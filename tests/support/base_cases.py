@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_lowrank import adapt
 from fused_lowrank.compute.reference import lowrank_linear_reference
 from fused_lowrank.methods import LowRankLinear, dora
+from fused_lowrank.testing import FACTOR
 
 D, H = 64, 128
 METHODS: dict[str, dict[str, Any]] = {
@@ -177,6 +178,7 @@ KINDS: dict[str, tuple[Callable[[torch.dtype], nn.Module], str]] = {
     "torchao-int4": (int4, "torchao"),
     "torchao-fp8": (torchao("Float8WeightOnlyConfig"), "torchao"),
 }
+methods = pytest.mark.parametrize("method", METHODS)
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=needs(package)) for kind, (_, package) in KINDS.items()]
 )
@@ -253,3 +255,22 @@ def trained(model: Any) -> list[Tensor]:
     """The factors that are trained, in the order of `formula`'s leaves; each once."""
     own = [f for layer in layers_of(model) for f in layer.factors_now().values() if f.requires_grad]
     return list(dict.fromkeys(own))
+
+
+def inputs(dtype: torch.dtype = torch.float32, *lead: int) -> Tensor:
+    """x (*lead, D)."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(*(lead or (3, 7)), D, generator=generator).to(dtype)
+
+
+def check(model: Any, x: Tensor, fused: bool = True) -> None:
+    """The model's results and gradients are as near to float64 as the formula in x's dtype is."""
+    found = gradients(model, trained(model), x)
+    (truth, wide), (same, own) = formula(model, torch.float64), formula(model, x.dtype)
+    exact, rounded = gradients(truth, wide, x.double()), gradients(same, own, x)
+    eps = torch.finfo(x.dtype).eps
+    assert len(found) == len(exact) == len(rounded) > 2
+    for i, (ours, true, plain) in enumerate(zip(found, exact, rounded, strict=True)):
+        error, usual = (float((one.double() - true).norm()) for one in (ours, plain))
+        assert error <= FACTOR * usual + eps * float(true.norm()), (i, error, usual)
+        assert float(true.norm()) > 0
