@@ -16,6 +16,7 @@ from base_cases import (
     adapted,
     check,
     four_bit,
+    gradients,
     inputs,
     kinds,
     layers_of,
