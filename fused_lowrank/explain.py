@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import config
 from .compute import choose, costs, devices, measured
+from .compute.base.protocol import Base
 from .compute.operands import Operands, Problem, bucket, has_doubles
 from .compute.plans import PLANS
 from .compute.reference import is_diagonal
-from .compute.steps_kernels import spec_of
+from .compute.steps.kernels import spec_of
 from .context.elsewhere import device_of, sharder_of
 from .kernels.tiles import SMALL_M
 from .methods.layer import LowRankLinear
@@ -110,12 +111,13 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         raise TypeError(f"rows is a {type(rows).__name__}: it must be an int, how many x has")
     if rows < 1:
         raise ValueError(f"rows is {rows}: it must be at least 1")
-    if sharder := sharder_of(layer.weight):
+    weight = layer.base_weight
+    if sharder := sharder_of(weight):
         raise ValueError(f"the layer is sharded by {sharder}: explain it before that")
-    down, core, up, gain = layer.row.made(layer.factors_now(), layer.base_weight, layer.scale)
+    down, core, up, gain = layer.row.made(layer.factors_now(), weight, layer.scale)
     has_gain = gain is not None or bool(layer.row.dora)
-    (n, k), p, q = layer.weight.shape, down.shape[0], up.shape[1]
-    device, dtype = device_of(layer), layer.weight.dtype
+    (n, k), p, q = weight.shape, down.shape[0], up.shape[1]
+    device, dtype = device_of(layer), weight.dtype
     banked = ", in a bank: each row has an adapter of its own" if layer.in_bank else ""
     name = (
         f"{type(layer).__name__} {k} → {n}, P = {p}, Q = {q}, {str(dtype).removeprefix('torch.')} "
@@ -133,7 +135,7 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
     alike = {down.dtype, up.dtype, dtype} == {dtype}
     bulk = kernels and alike and dtype.itemsize == 2 and (k | n | q) % 8 == 0  # both ways
     bulk = bulk and rows > SMALL_M
-    doubles = kernels and has_doubles(Operands(x, layer.weight, down, core, up, None, 1.0))
+    doubles = kernels and has_doubles(Operands(x, weight, down, core, up, None, 1.0))
     diagonal = is_diagonal(core)
     passes = []
     for transposed in (False, True):
@@ -141,7 +143,9 @@ def explain(layer: LowRankLinear, rows: int) -> Explanation:
         want_u, by_row = transposed and trains_down, layer.in_bank
         flags = transposed, regular, dropout, want_u, by_row, bulk, doubles, diagonal
         gained = has_gain and not transposed
-        problem = Problem(device, dtype, bucket(rows), *sizes, *flags, gained)
+        matrix = weight.t() if transposed else weight
+        base = (matrix.kind, matrix.is_only_called()) if isinstance(weight, Base) else ("", False)
+        problem = Problem(device, dtype, bucket(rows), *sizes, *flags, gained, *base)
         passes.append(of_pass(problem, impl))
     return Explanation(name, "", tuple(passes))
 
@@ -154,6 +158,7 @@ def why_no_plan(layer: LowRankLinear, x: Tensor) -> str:
         return "the equation in plain torch: no plan is chosen"
     # A bank takes the chain where no gradient is wanted; of a training step, as here, it never is.
     plain = not (layer.in_bank or layer.dropout or layer.row.dora)
+    plain = plain and not isinstance(layer.base_weight, Base)
     if plain and layer.impl == "auto" and choose.small(x):
         return "a chain of library operations: on a CPU the host's work is most of so small a call"
     return ""

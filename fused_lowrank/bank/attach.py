@@ -29,9 +29,9 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
     if len(devices) > 1:
         raise ValueError(f"the model is on {len(devices)} devices: a bank is on one")
     for name, layer in layers.items():
-        if is_sharded(layer.weight):
+        if is_sharded(layer.base_weight):
             raise ValueError(f"{name} is sharded: a bank's layers are whole, one copy on each rank")
-        if sharder := sharder_of(layer.weight):
+        if sharder := sharder_of(layer.base_weight):
             raise ValueError(f"{name} is sharded by {sharder}: a bank's layers are whole")
         if layer.row.dora:
             raise ValueError(
@@ -54,7 +54,7 @@ def check_layers(layers: Mapping[str, LowRankLinear]) -> None:
         if not is_known(layer):
             raise ValueError(f"{name}.weight is on the meta device: load the weights first")
         with here(layer):  # probes the library, where this is a CPU
-            isolates(layer.impl, layer.weight, *layer.shared_parts())
+            isolates(layer.impl, layer.shared_parts()[0], *layer.shared_parts())
 
 
 def attach(model: nn.Module, store: AdapterStore) -> list[Any]:

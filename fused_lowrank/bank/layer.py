@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import config
 from ..compute import choose, isolation
 from ..compute.autograd import fold, join, places
+from ..compute.base.calls import alone, over_base
+from ..compute.base.protocol import Base
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, chain
@@ -65,6 +67,7 @@ class BankedLayer(Computer):
             tolerance = WEIGHT_TOLERANCE if name == "weight" else BASES_TOLERANCE
             with here(layer):
                 own = layer.base_weight if name == "weight" else getattr(layer, name)
+                own = layer.weight if isinstance(own, Base) else own  # as it is stored
                 same = value is own or alike(own, value, tolerance)
             if not same:
                 raise ValueError(
@@ -97,6 +100,8 @@ class BankedLayer(Computer):
         elif assignment.base_only and not config.current().batch_invariance:
             if assignment.empty:
                 assignment.require_rows(self.name, x.shape[:-1])
+            if isinstance(layer.base_weight, Base):
+                return alone(layer.base_weight, x)
             return isolation.linear(x, layer.weight, layer.bias)
         elif assignment.handles is None:
             core, scale = join(*assignment.single_core(self.name)), 1.0
@@ -110,6 +115,9 @@ class BankedLayer(Computer):
         if layer.rank_dropout and layer.training:
             core, up = without_ranks(core, up, layer.rank_dropout)
         dropout = Dropout(None, layer.dropout) if layer.dropout and layer.training else None
+        if isinstance(weight, Base):
+            own = Operands(x, weight, down, core, up, bias, scale, dropout, gain=gain)
+            return over_base(own, layer.impl, isolated)
         if not (wants_grad or isolated or dropout) and layer.impl == "auto" and choose.small(x):
             try:  # only x can be wrong, and PyTorch sees that
                 return chain(x, weight, down, core, up, bias, scale, gain)
@@ -130,6 +138,11 @@ class BankedLayer(Computer):
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The layer's call as library ops, whatever the assignment will be."""
+        if isinstance(layer.base_weight, Base):
+            raise RuntimeError(
+                f"{self.name} is over a {type(layer.base_weight.module).__name__}, which no "
+                "compiled graph of a bank takes: call the model without torch.compile"
+            )
         dropout_p = layer.dropout if layer.training else 0.0
         a, b = places(layer.core_factors)
         down, up = layer.shared_parts()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..compute.base.protocol import Base
 from ..files.fingerprint import differing, fingerprint_of
 from ..methods import LowRankLinear
 
@@ -20,17 +21,19 @@ VERSION = operator.attrgetter("_version")
 class Stamp(NamedTuple):
     """The factors of a layer beside its core, and W, to know by whether they are still the same."""
 
-    tensors: list[Tensor]
-    marks: list[tuple[int, int]]  # of each the address and the version
+    tensors: list[Tensor]  # the factors, and W, or what it is stored as
+    factors: list[Tensor]
+    marks: list[tuple[int, int]]  # of each tensor the address and the version
 
     @classmethod
     def of(cls, layer: LowRankLinear) -> Stamp:
         """The stamp of a layer as it is now."""
         factors = layer.factors_now().items()
-        tensors = [factor for name, factor in factors if name not in layer.row.core]
-        tensors.append(layer.base_weight)
+        own = [factor for name, factor in factors if name not in layer.row.core]
+        weight = layer.base_weight
+        tensors = [*own, *(weight.stored() if isinstance(weight, Base) else (weight,))]
         marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        return cls(tensors, marks)
+        return cls(tensors, own, marks)
 
     def samples(self) -> list[Tensor]:
         """Views of some elements of each tensor, (n,), in its own memory."""
@@ -51,7 +54,10 @@ def some_of(matrix: Tensor) -> Tensor:
 
 def sampled(samples: list[Tensor]) -> Tensor:
     """A copy of them all in one."""
-    return torch.cat(samples).nan_to_num() if samples else torch.empty(0)
+    wide = [
+        one if one.element_size() > 1 else one.float() for one in samples
+    ]  # float8 joins no others
+    return torch.cat(wide).nan_to_num() if samples else torch.empty(0)
 
 
 def versions(tensors: list[Tensor]) -> list[int]:
@@ -114,7 +120,7 @@ class SharedFactors:
             self._watch()
 
     def _watch(self) -> None:
-        tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.tensors[:-1]]
+        tensors = [tensor for stamp in self._stamps.values() for tensor in stamp.factors]
         self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
         self._samples = [one for stamp in self._stamps.values() for one in stamp.samples()]
         self._values = sampled(self._samples)

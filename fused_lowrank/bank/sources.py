@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compute.base.protocol import Base, dense
 from ..compute.reference import is_diagonal
 from ..context.elsewhere import here, is_known, tensors_of
 from ..files import peft_folder
@@ -192,7 +193,9 @@ def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
                 f"does not say which: a bank of {layer.method} holds adapters that train the core, "
                 f"{', '.join(layer.row.core)}, alone"
             )
-    if part.weight is not None and not alike(layer.base_weight, part.weight, WEIGHT_TOLERANCE):
+    if part.weight is not None and not alike(
+        dense(layer.base_weight), part.weight, WEIGHT_TOLERANCE
+    ):
         refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
         return
@@ -243,7 +246,8 @@ def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
         core, scales = single(layer.core_factors), torch.tensor([layer.scale])
         others = {label: getattr(layer, label) for label in others_of(layer)}
         found[name] = Found(core, scales, others=others)
-        if any(own.is_meta for own in tensors_of(layer)):  # they stay there: one layer at a time
+        away = any(own.is_meta for own in tensors_of(layer))
+        if away or isinstance(layer.base_weight, Base):  # what is away stays: one layer at a time
             found[name].fingerprint = fingerprint_of(layer)
         else:
             weight = layer.base_weight

@@ -58,7 +58,7 @@ class AdapterStore:
         self.device = device_of(next(iter(layers.values())))
         with torch.inference_mode(False):  # written to outside it, too
             self.tables = {
-                name: new_table(layer, slots, dtype or layer.weight.dtype)
+                name: new_table(layer, slots, dtype or layer.base_weight.dtype)
                 for name, layer in layers.items()
             }
             self.generations = torch.zeros(slots, dtype=torch.int32, device=self.device)

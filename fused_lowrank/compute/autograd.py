@@ -36,7 +36,7 @@ from .reference import (
     through_core,
 )
 from .run import is_foreign, no_autocast, on_device, run
-from .steps_library import Wanted
+from .steps.library import Wanted
 
 unsafe_view = torch.ops.aten._unsafe_view.default
 OptTensor = Optional[Tensor]  # noqa: UP045 - torch.library reads these annotations

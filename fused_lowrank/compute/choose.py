@@ -139,6 +139,11 @@ def invariant(problem: Problem, impl: str) -> Decision:
     kernels = impl == "triton" or (impl == "auto" and problem.device.type == "cuda")
     if kernels and not PLANS["fixed"].why_not(problem):
         return Decision(("fixed",), "batch invariance: tiles that do not follow the rows")
+    if problem.called:
+        raise RuntimeError(
+            "batch invariance takes no base whose module or library computes its product: it may "
+            "do so in another way in batches of another size"
+        )
     if PLANS["alone"].why_not(problem):
         raise RuntimeError("batch invariance by library GEMMs has no dropout: switch it off")
     return Decision(("alone",), "batch invariance: library products of a row at a time")
@@ -160,6 +165,8 @@ def named(name: str, problem: Problem, impl: str) -> Decision:
 
 def candidates(problem: Problem, impl: str) -> list[str]:
     """The plans that an implementation may take for a pass."""
+    if problem.base:
+        return over_base(problem, impl)
     if impl in ("aten", "isolated"):
         return [impl]
     ours = {name for name, plan in PLANS.items() if plan.ours}
@@ -173,6 +180,18 @@ def candidates(problem: Problem, impl: str) -> list[str]:
     # Those whose own mask it is (`takes_kernels`): for others it has to be made.
     masked = [name for name in names if name in ours] if problem.dropout else []
     return masked or names
+
+
+def over_base(problem: Problem, impl: str) -> list[str]:
+    """The plans for a W that is no plain matrix: its library's product; or, on a GPU or where
+    kernels or isolated products are asked for, those of a plain one, which it is made for them.
+    """
+    values = candidates(problem._replace(base="", called=False), impl)
+    if problem.called:
+        return [impl] if impl == "isolated" else ["called"]
+    if impl in ("triton", "isolated"):
+        return values
+    return ["called", *values] if problem.device.type == "cuda" else ["called"]
 
 
 def is_aten_best(problem: Problem) -> bool:

@@ -204,6 +204,12 @@ def base(problem: Problem, adds: bool = False) -> Work:
     return Work(operations, moved, UNHIDDEN, waits, min(several))
 
 
+def dequantised(problem: Problem) -> Work:
+    """The values of a quantised W, read as they are stored and written."""
+    size = problem.dtype.itemsize + (0.5 if problem.base == "4bit" else 1.0)
+    return Work(0.0, problem.n * problem.k * size)
+
+
 def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) -> Work:
     """A product of the library with a side as small as a rank; on a GPU one of so many calls."""
     peak = peaks(problem.device)

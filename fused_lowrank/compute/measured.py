@@ -59,6 +59,7 @@ def name_of(problem: Problem) -> str:
     """A pass as the file names it; its device is the file's."""
     flags = [word for name, word in FLAGS.items() if getattr(problem, name)]
     sizes = " ".join(f"{name}{getattr(problem, name)}" for name in "mknpq")
+    flags += [problem.base] if problem.base else []
     return " ".join([str(problem.dtype).removeprefix("torch."), sizes, *flags])
 
 
@@ -77,7 +78,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
     digest = hashlib.sha256()
     sources = sorted(Path(kernels.__path__[0]).glob("*.py"))
-    plans = sorted(Path(__file__).parent.glob("*.py"))
+    plans = sorted(Path(__file__).parent.rglob("*.py"))
     for path in [*sources, *plans]:
         digest.update(path.name.encode() + path.read_bytes())
     driver = "none"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tiles import SMALL_M, is_bulk
+from .base.protocol import BASES
 from .devices import has_kernels
 from .dropout import Dropout
 from .reference import AnyCore, RowCores, is_diagonal
@@ -16,9 +17,9 @@ from .reference import AnyCore, RowCores, is_diagonal
 class Operands(NamedTuple):
     """The operands of y = gain ⊙ (x·Wᵀ + scale · ((x·downᵀ) · core) · upᵀ) + bias, for one pass.
 
-    x (M, K), weight (N, K), down (P, K), core (P, Q), or a diagonal (r,), or the pair (P, r),
-    (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a number. `dropout` is None,
-    or says where its mask comes from. gain is (N,), or None for 1.
+    x (M, K), weight (N, K) or a `Base` in its place, down (P, K), core (P, Q), or a diagonal (r,),
+    or the pair (P, r), (r, Q), or `RowCores`, or None, up (N, Q), bias (N,) or None, scale a
+    number. `dropout` is None, or says where its mask comes from. gain is (N,), or None for 1.
 
     The backward is the same pass with other operands: x is then dy, weight its transpose, down and
     up have changed places, and `transposed` says that the three factors lie the other way round:
@@ -80,6 +81,8 @@ class Problem(NamedTuple):
     doubles: bool = False  # a factor is in float64, and x is not
     diagonal: bool = False  # the core, or that of each row
     gain: bool = False  # y is multiplied by a gain
+    base: str = ""  # the kind of W, where it is no plain matrix
+    called: bool = False  # such a W has no product but that of its own library
 
     @property
     def core_size(self) -> int:
@@ -95,6 +98,7 @@ def bucket(rows: int) -> int:
 def problem_of(operands: Operands, want_u: bool) -> Problem:
     """The problem that these operands pose."""
     x, weight = operands.x, operands.weight
+    based = isinstance(weight, BASES)
     (m, k), n, device = x.shape, weight.shape[0], x.device
     regular = bulk = doubles = False
     if has_kernels(device):
@@ -105,7 +109,8 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
             and 1 in strides
             and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         )
-        bulk = m > SMALL_M and is_bulk(x, weight, operands.down, operands.up)
+        like = weight if not based else weight.like(x.dtype)
+        bulk = m > SMALL_M and is_bulk(x, like, operands.down, operands.up)
         doubles = has_doubles(operands)
     return Problem(
         device,
@@ -123,6 +128,8 @@ def problem_of(operands: Operands, want_u: bool) -> Problem:
         doubles,
         is_diagonal(operands.core),
         operands.gain is not None,
+        weight.kind if based else "",
+        based and weight.is_only_called(),
     )
 
 

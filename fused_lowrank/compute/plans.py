@@ -11,6 +11,7 @@
 | decode, relay | both in one launch of ours: for few rows, for many; `relay:name` as above | |
 | isolated | `aten` with products in which no row reads another | |
 | alone | `isolated`, a row at a time: batch invariance | |
+| called | library products | as `aten`, the base by a quantised W's library or its module |
 | fixed | `split` with tiles that do not follow the rows: batch invariance | |
 """
 
@@ -20,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES
-from . import steps_kernels as kernels
-from . import steps_library as library
+from . import costs
 from .costs import Work
 from .isolation import PRODUCTS
 from .operands import Problem
+from .steps import kernels, library
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Plan:
     tiles: str = ""  # the set of tiles that its launches take
     automatic: bool = True  # may be chosen; others are taken where they are named
     alone: bool = False  # a row at a time
+    called: bool = False  # of a W that is no plain matrix, which others need dequantised
     promise: str = ""  # for whose sake it is taken, whatever it costs
 
     @property
@@ -63,6 +65,10 @@ class Plan:
 
     def why_not(self, problem: Problem) -> str | None:
         """The reason why this plan cannot compute the pass, or None if it can."""
+        if self.called and not problem.base:
+            return "W is a plain matrix"
+        if problem.called and not self.called:
+            return "W is known by what its module or its library computes, and not by its values"
         for step in self.steps:
             if reason := step.why_not(problem):
                 return reason
@@ -78,7 +84,8 @@ class Plan:
         """The work of the plan's steps, on paper."""
         times = problem.m if self.alone else 1
         part = problem._replace(m=1) if self.alone else problem
-        return times * [work for step in self.steps for work in step.work(part)]
+        works = times * [work for step in self.steps for work in step.work(part)]
+        return works if not problem.base or self.called else [costs.dequantised(problem), *works]
 
 
 OUR_GAIN, LIBRARY_GAIN = kernels.GainBack("gain_back"), library.GainBack()
@@ -105,6 +112,7 @@ ROWS = (
         Plan(f"relay:{name}", _our_shrink, whole=_relay, ours=True, tiles=name, automatic=False)
         for name in SLICES
     ),
+    Plan("called", _shrink, _tail, called=True, promise="a W that is no plain matrix"),
     Plan("isolated", *_apart, automatic=False, promise="isolation"),
     Plan("alone", *_apart, automatic=False, alone=True, promise="batch invariance"),
     Plan(

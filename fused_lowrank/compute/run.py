@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..config import Config
 from . import choose, devices
+from .base.protocol import BASES
 from .dropout import kept, packed
 from .operands import Operands, problem_of
 from .plans import PLANS, Plan
 from .reference import RowCores
-from .steps_library import Wanted
+from .steps.library import Wanted
 
 
 class Done(NamedTuple):
@@ -47,7 +48,8 @@ def run(
         with no_autocast(x), on_device(x):
             return run(operands, impl, config, want_t, want_u, want_bits)
     if not (x.numel() and operands.weight.shape[0]):  # nothing to launch
-        problem, decision = None, choose.Decision(("aten",), "an operand is empty")
+        name = "called" if isinstance(operands.weight, BASES) else "aten"
+        problem, decision = None, choose.Decision((name,), "an operand is empty")
     else:
         problem = problem_of(operands, want_u)
         decision = choose.choose(
@@ -62,6 +64,8 @@ def run(
     while True:
         plan = PLANS[decision.plans[0]]
         tiles = devices.tiles(x.device, plan.tiles, config.tiles) if plan.ours else None
+        if isinstance(operands.weight, BASES) and not plan.called:
+            operands = operands._replace(weight=operands.weight.for_products(x.dtype))
         try:
             if plan.alone:
                 return row_by_row(plan, operands, want_t, want_u)

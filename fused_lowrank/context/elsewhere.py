@@ -126,7 +126,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def is_known(module: Any) -> bool:
     """Whether the module's weight has values, here or elsewhere."""
-    return not module.weight.is_meta or hook_of(module) is not None
+    return not module.base_weight.is_meta or hook_of(module) is not None
 
 
 def names_of(hook: Any, module: nn.Module) -> list[str]:

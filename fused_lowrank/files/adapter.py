@@ -36,7 +36,7 @@ from ..context.elsewhere import (
 )
 from ..context.learns import warn_of_broken
 from ..methods import LowRankLinear, row_of
-from ..methods.accept import WEIGHT_DTYPES, why_no_weight
+from ..methods.accept import WEIGHT_DTYPES
 from ..methods.tensors import is_sharded, whole
 from ..models.adapt import adapted_layers, build, place, require_adapted
 from ..models.refusals import refuse_peft
@@ -135,8 +135,8 @@ def complete_layers(model: nn.Module) -> dict[str, LowRankLinear]:
             )
         if layer.disabled:
             raise ValueError(f"{name} is disabled: save outside disable_adapters")
-        if reason := why_no_weight(layer.base_weight):
-            raise TypeError(f"{name} has got {reason}")
+        if reason := layer.why_not_saved():
+            raise TypeError(f"{name} {reason}")
     pairs = {name: (layer, layer.trained_factors) for name, layer in layers.items()}
     warn_of_passed_over(pairs, stacklevel=4)
     return layers

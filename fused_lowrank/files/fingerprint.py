@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..compute.base.protocol import Base
 from ..context.elsewhere import here
 from ..methods import LowRankLinear
 from ..methods.tensors import whole
 
 FINGERPRINT = "fingerprint"  # the name of it in a file
 WEIGHT_PROBES = 3
+ROWS = 1024  # of a quantised W that are dequantised at a time
 BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
 WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
 
@@ -25,7 +27,7 @@ def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     Computed in float32 or wider, in float64 for the factors; in float64 on the CPU.
     """
     weight, down, up = map(whole, (weight, down, up))
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)
     down, up = down.double(), up.double()
     stream = np.random.RandomState(0)  # this stream is the same in every version of numpy
 
@@ -33,10 +35,29 @@ def fingerprint(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return torch.from_numpy(stream.standard_normal(size)).to(like)
 
     n, k = weight.shape
-    values = [down @ probe(k, down), probe(n, up) @ up, weight.norm()[None]]
-    for _ in range(WEIGHT_PROBES):
-        values.append((probe(n, weight) @ weight @ probe(k, weight))[None])
-    return torch.cat([value.double() for value in values]).cpu()
+    values = [down @ probe(k, down), probe(n, up) @ up]
+    wide_one = torch.empty(0, dtype=wide, device=weight.device)
+    probes = [(probe(n, wide_one), probe(k, wide_one)) for _ in range(WEIGHT_PROBES)]
+    if isinstance(weight, Base):
+        values += of_blocks(weight, probes, wide)
+    else:
+        weight = weight.to(wide)
+        values += [weight.norm()[None], *((left @ weight @ right)[None] for left, right in probes)]
+    return torch.cat([value.double().cpu() for value in values])
+
+
+def of_blocks(
+    weight: Base, probes: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
+    """‖W‖ and the zᵀ·W·z of a W that is dequantised some rows at a time."""
+    square, sums, first = 0.0, [0.0] * len(probes), 0
+    for rows in weight.split(ROWS):
+        rows, last = rows.to(dtype), first + len(rows)
+        square += float(rows.norm()) ** 2
+        for i, (left, right) in enumerate(probes):
+            sums[i] += float(left[first:last] @ rows @ right)
+        first = last
+    return [torch.tensor([value], dtype=torch.float64) for value in (square**0.5, *sums)]
 
 
 def fingerprint_of(layer: LowRankLinear, originals: Mapping[Tensor, Tensor] = {}) -> Tensor:

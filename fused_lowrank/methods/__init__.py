@@ -10,12 +10,13 @@
     tensors           tensors that are sharded, or on the meta device
     dora              DoRA's norms, and the gain that is made of them and a magnitude
     keywords          keywords that all layers take, those by other names, integers of any kind
-    shared            factors that all layers of a model have in common
     accept            which linear layers can be adapted; what is taken over from them
+    shared            factors that all layers of a model have in common
     state             what a state_dict of a layer means, merged or not
     computer          the slot of a layer for who computes it in its place
     merging           W, and W + ΔW in its place
     layer             what all layers have in common
+    over              layers around modules whose weight is no plain matrix
     family            the methods themselves, one a file
     family.lora
     family.lora_fa
@@ -44,6 +45,7 @@ from .family.tied_lora import FusedTiedLoraLinear, TiedLoraLinear
 from .family.vera import FusedVeraLinear, VeraLinear
 from .layer import LowRankLinear
 from .method import Method
+from .over import OverBase
 from .variants import variant
 
 # method → (reference layer, fused layer)
@@ -86,5 +88,7 @@ def row_of(entry: Mapping[str, Any]) -> Method:
     """The row of a layer as files describe it, by its method and settings."""
     return variant(METHODS[entry["method"]][0].row, entry["settings"])
 
+
+LowRankLinear.over = staticmethod(OverBase.of)
 
 __all__ = [cls.__name__ for pair in METHODS.values() for cls in pair]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
 
+from ..compute.base import kinds
+from ..compute.base.protocol import Base
 from ..context.elsewhere import FSDP1, ZERO, hook_of, sharder_of
 from ..context.readers import reads_only
 from .tensors import is_sharded
@@ -153,6 +155,41 @@ def values(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(1, count + 1, dtype=torch.float64, device="cpu").mul(1.7).sin().view(shape)
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is a plain matrix."""
+    return (
+        isinstance(module, nn.Linear)
+        and not is_parametrized(module)
+        and has_product(module)
+        and why_no_weight(module.weight) is None
+    )
+
+
+def base_of(module: nn.Module) -> Base | str:
+    """The W of a module that is no such layer, or the reason why there is none."""
+    return kinds.base_of(module, isinstance(module, nn.Linear) and has_product(module))
+
+
+def matrix_of(linear: nn.Module) -> Any:
+    """W of a module that can be adapted: its weight, or a `Base`."""
+    return linear.weight if is_dense(linear) else base_of(linear)
+
+
+def why_no_base(module: nn.Module) -> str | None:
+    """The reason why a module that is no plain linear layer cannot be adapted, or None."""
+    base, kind = base_of(module), type(module).__name__
+    if isinstance(base, Base) and base.is_meta:
+        return (
+            f"is a {kind} whose weight is on the meta device or offloaded: load it onto its device "
+            "first, and adapt then"
+        )
+    reason = base if isinstance(base, str) else kinds.why_not_usable(base)
+    if reason and type(base) in (str, Base) and isinstance(module, nn.Linear):
+        weight = why_no_weight(module.weight)
+        reason = reason if weight is None else f"is a {kind} with {weight}. It {reason}"
+    return reason
+
+
 def why_not_plain(linear: nn.Linear) -> str | None:
     """The reason why a layer is not the x·Wᵀ + bias that an adapted one computes, or None."""
     kind = type(linear).__name__
@@ -181,7 +218,14 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
             "the configurations of fused_lowrank.integrations.peft"
         )
     if not isinstance(module, nn.Linear):
-        return f"is a {kind}: only nn.Linear can be adapted"
+        if kinds.sizes_of(module) is None:
+            return (
+                f"is a {kind}: only nn.Linear can be adapted, and modules that say their "
+                "in_features and out_features as it does"
+            )
+        return why_no_base(module)
+    if not (is_parametrized(module) or is_sharded(module.weight) or is_dense(module)):
+        return why_no_base(module)
     if reason := why_not_plain(module):
         return reason
     if is_sharded(module.weight):
@@ -227,6 +271,8 @@ def extras(linear: nn.Linear) -> dict[str, list[str]]:
 
 def clashes(linear: nn.Linear, layer: nn.Module) -> str | None:
     """The reason why something of a linear layer cannot go to this adapted one, or None."""
+    if not is_dense(linear):  # it stays where it is
+        return None
     names = [name for kind in extras(linear).values() for name in kind if hasattr(layer, name)]
     if names:
         return (
@@ -247,6 +293,18 @@ def give_back(layer: nn.Module, linear: nn.Linear) -> None:
     kind, found = vars(layer).get("_carried", (nn.Linear, {}))
     linear.__class__ = kind
     move(layer, linear, found)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give one module the hooks of another, which has none then."""
+    for name, value in list(vars(old).items()):
+        if HOOKS.fullmatch(name) and value:
+            vars(new)[name], vars(old)[name] = value, type(value)()
+    if is_replaced(old) and (hook := vars(old).get("_hf_hook")) is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
 
 
 def move(old: nn.Module, new: nn.Module, found: dict[str, list[str]]) -> None:

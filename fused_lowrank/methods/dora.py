@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compute.autograd import join, places
+from ..compute.base.protocol import Base, dense
 from ..compute.choose import transformed
 from ..compute.reference import Core, like, wide_dtype
 from ..compute.run import no_autocast
@@ -45,6 +46,7 @@ class Constants(NamedTuple):
 @torch.no_grad()
 def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
     """The constants of weight (N, K) and of a frozen down (P, K); None where down is trained."""
+    weight = dense(weight)
     of_weight = by_rows(weight, lambda rows: rows.square().sum(1))
     if down is None:
         return Constants(of_weight, None, None)
@@ -53,7 +55,7 @@ def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
 
 def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """(W·downᵀ (N, P), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
-    down = like(down, wide_dtype(weight.dtype))
+    weight, down = dense(weight), like(down, wide_dtype(weight.dtype))
     across, same = down.t(), weight.dtype is down.dtype
     return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
 
@@ -203,7 +205,11 @@ def with_gain(
     if torch.compiler.is_compiling():
         a, b = (t if t is None else t.detach() for t in places(core))
         own = weight if keeps else weight.detach(), down if frozen else down.detach()
-        norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
+        if isinstance(weight, Base):  # which no op takes
+            given = own[1], join(a, b), up.detach(), scale, keeps, frozen
+            norm = torch.compiler.disable(norm_of)(weight, *given)
+        else:
+            norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
     else:
         norm = norm_of(weight, down, core, up, scale, keeps, frozen)
     return parts._replace(gain=gain(factors[MAGNITUDE], norm))
@@ -226,15 +232,16 @@ def norm_of(
 
 def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:
     """The constants of a weight that is not trained, and of down if it is `frozen`."""
-    key = down if frozen else weight
-    if weight.is_inference() or key.is_inference():  # nobody counts what is written to them
+    own: Any = weight.stored()[0] if isinstance(weight, Base) else weight
+    key = down if frozen else own
+    if own.is_inference() or key.is_inference():  # nobody counts what is written to them
         return constants(weight, down if frozen else None)
     found = KEPT.get(key)
-    if found is not None and holds(found[0], (weight, key)):
+    if found is not None and holds(found[0], (own, key)):
         return found[1]
     fixed = constants(weight, down if frozen else None)
-    if not is_captured(weight):
-        KEPT[key] = stamp((weight, key)), fixed
+    if not is_captured(own):
+        KEPT[key] = stamp((own, key)), fixed
     return fixed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared, trains
 from . import dora
-from .accept import carry, clashes, give_back, why_not_linear
+from .accept import carry, clashes, give_back, is_dense, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
 from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, picker, sized
@@ -50,6 +50,7 @@ class LowRankLinear(MergingLinear):
     impl: str = "reference"
     output_factors: ClassVar[tuple[str, ...]]  # those on the output's side of the core
     rank_dropout: float = 0.0
+    over: ClassVar[Any]  # (class) → that of its layers around what is no plain linear layer
     by_attributes: bool = False  # whether the parts are more than Parameters of theirs
     core_of: Callable[[Any], Core]  # of a layer's Parameters by name
     _hf_hook = HookSlot()
@@ -113,23 +114,24 @@ class LowRankLinear(MergingLinear):
             if not linear.weight.is_meta and not set(train).isdisjoint(self.factors):
                 warn_of_scales({"": self.scale}, stacklevel=4)
         else:
-            trained_dtype = dtype or torch.promote_types(linear.weight.dtype, torch.float32)
             self.train(linear.training)
-        dora.check_rows(row, linear.weight)
-        self.weight = cast(nn.Parameter, linear.weight)
-        self.register_parameter("bias", linear.bias)
+        self.take_base(linear)
+        base = self.base_weight
+        dora.check_rows(row, base)
+        if own_linear:
+            trained_dtype = dtype or torch.promote_types(base.dtype, torch.float32)
         given_shared = given.get("_shared") or {}
         for name in self.factors:
             if name in given_shared:
                 self.register_parameter(name, given_shared[name])
                 continue
             alike = row.factors[name].like or name
-            kind = trained_dtype if alike in train else self.weight.dtype
-            factor = torch.empty(row.shape(name, sizes), dtype=kind, device=self.weight.device)
+            kind = trained_dtype if alike in train else base.dtype
+            factor = torch.empty(row.shape(name, sizes), dtype=kind, device=base.device)
             self.register_parameter(name, nn.Parameter(factor))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in train)
-        self.bases_pending = given["_defer"] or self.weight.is_meta
+        self.bases_pending = given["_defer"] or base.is_meta
         self.inputs = given.get("_inputs")
         if own_linear and not self.bases_pending:
             self.keep_base()
@@ -152,7 +154,7 @@ class LowRankLinear(MergingLinear):
         the first rank's values are taken.
         """
         self._require_plain_weight("initialise the factors of")
-        if is_sharded(self.weight):
+        if is_sharded(self.base_weight):
             self._init_sharded()
         else:
             self._init_factors()
@@ -266,17 +268,24 @@ class LowRankLinear(MergingLinear):
         """
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"linear {reason}")
+        if not is_dense(linear):
+            cls = cls.over(cls)
         if "device" in keywords:
             raise TypeError("from_linear takes no device: the layer stays where the linear is")
         check_keywords(cls, keywords)
         with here(linear):
             given = {**keywords, "_linear": linear, "_defer": defer_bases, **(own or {})}
-            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **given)
+            has_bias = getattr(linear, "bias", None) is not None
+            layer = cls(linear.in_features, linear.out_features, has_bias, **given)
             if reason := clashes(linear, layer):
                 raise TypeError(f"linear {reason}")
-            carry(linear, layer)
+            layer.carry_from(linear)
         hand_over(linear, layer)
         return layer
+
+    def carry_from(self, linear: Any) -> None:
+        """Take over what the linear layer has beside weight and bias."""
+        carry(linear, self)
 
     def stays(self) -> tuple[str, ...]:
         """The names of what no hook may take away between calls: what is trained."""
@@ -377,7 +386,7 @@ class LowRankLinear(MergingLinear):
     def delta_weight(self) -> Tensor:
         """ΔW = scale · up·coreᵀ·down, (out_features, in_features), in float32 or wider."""
         self._require_factors()
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
         with here(self):
             for name in self.factors:
                 present(self, getattr(self, name))

@@ -69,6 +69,11 @@ class MergingLinear(nn.Module):
         """Such a tensor, as FSDP1 and the end of pruning take it away."""
         vars(self).pop("weight", None)
 
+    def take_base(self, linear: nn.Linear) -> None:
+        """Take weight and bias of a linear layer, the very Parameters."""
+        self.weight = cast(nn.Parameter, linear.weight)
+        self.register_parameter("bias", linear.bias)
+
     @property
     def base_weight(self) -> nn.Parameter:
         """The weight without ΔW, merged or not."""
@@ -126,6 +131,16 @@ class MergingLinear(nn.Module):
         for name, own in ("weight", self.base_weight), ("bias", self.bias):
             if name in self.train_names and own is not None:
                 yield name, own
+
+    def why_not_saved(self) -> str | None:
+        """The reason why the weight, as it is now, has no adapter, or None."""
+        reason = why_no_weight(self.base_weight)
+        return None if reason is None else f"has got {reason}"
+
+    def why_not_merged(self) -> str | None:
+        """The reason why ΔW cannot be added to the weight as it is now, or None."""
+        reason = why_no_weight(self.weight)
+        return None if reason is None else f"has {reason}"
 
     def keep_base(self) -> None:
         """Copy what is trained of weight and bias: it is the base model's until it is trained."""

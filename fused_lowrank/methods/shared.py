@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context.elsewhere import hook_of
+from .accept import matrix_of
 from .initial.starts import DRAWS, FILLS
 from .keywords import chosen, signature_of, sized
 from .method import Method
@@ -42,7 +43,8 @@ def shared_by(
     linears = list(linears)
     if not row.shared:
         return {}
-    devices = {linear.weight.device for linear in linears}
+    weights = [matrix_of(linear) for linear in linears]
+    devices = {weight.device for weight in weights}
     if len(devices) > 1 or any(hook_of(linear) is not None for linear in linears):
         raise ValueError(
             f"{row.name} has one pair of factors for all layers, and their weights are "
@@ -54,7 +56,7 @@ def shared_by(
     k = max(linear.in_features for linear in linears)
     n = max(linear.out_features for linear in linears)
     sizes, options = sized(row, k, n, given), chosen(row, given)
-    weight, found = linears[0].weight, {}
+    weight, found = weights[0], {}
     for name in row.shared:
         trained = name in given["train"]
         wide = given["dtype"] or torch.promote_types(weight.dtype, torch.float32)

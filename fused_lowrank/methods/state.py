@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compute.base.protocol import dense
 from . import dora
 from .method import MAGNITUDE
 
@@ -91,6 +92,7 @@ def delta_of(
     That is scale · up·coreᵀ·down or, where there is a gain, gain ⊙ (W + that) - W.
     """
     low, gain = low_rank_of(layer, factors, weight, dtype)
+    weight = dense(weight) if layer.row.dora or gain is not None else weight
     if layer.row.dora:
         gain = dora.gain(factors[MAGNITUDE].to(dtype), (weight.to(dtype) + low).norm(dim=1))
     return low if gain is None else gain[:, None] * (weight.to(dtype) + low) - weight

@@ -18,7 +18,7 @@ from ..context.elsewhere import sharder_in
 from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
 from ..methods import METHODS, LowRankLinear, named
-from ..methods.accept import clashes, why_no_weight
+from ..methods.accept import clashes
 from ..methods.dora import check_rows
 from ..methods.initial.values import Inputs
 from ..methods.keywords import check_keywords, integer
@@ -259,10 +259,10 @@ def init_bases(model: nn.Module, *, progress: bool = True) -> nn.Module:
     """
     pending = {name: m for name, m in require_adapted(model).items() if m.bases_pending}
     for name, layer in pending.items():
-        if layer.weight.is_meta:
+        if layer.base_weight.is_meta:
             raise ValueError(f"{name}.weight is still on the meta device: load the weights first")
         try:
-            check_rows(layer.row, layer.weight)
+            check_rows(layer.row, layer.base_weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     tie(pending.values())
@@ -349,8 +349,8 @@ def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     require_not_fsdp(model, "merge")
     refuse_passed_over(layers)
     for name, layer in layers.items():
-        if reason := why_no_weight(layer.weight):
-            raise TypeError(f"cannot merge into {name}, which has {reason}")
+        if reason := layer.why_not_merged():
+            raise TypeError(f"cannot merge into {name}, which {reason}")
     tied = tied_layers(layers, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from ..context.called import refuse_passed_over, shown
 from ..context.elsewhere import fill_in, here
 from ..methods import LowRankLinear
-from ..methods.accept import why_no_weight
 from ..methods.state import low_rank_of
 from ..methods.tensors import fsdp_error, is_sharded
 from .adapt import require_adapted, tied_layers
@@ -122,8 +121,8 @@ def refuse(name: str, layer: LowRankLinear) -> None:
         raise ValueError(f"{name} is disabled: restart outside disable_adapters")
     if layer.bases_pending:
         raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
-    if reason := why_no_weight(layer.base_weight):
-        raise TypeError(f"cannot merge into {name}, which has {reason}")
+    if reason := layer.why_not_merged():
+        raise TypeError(f"cannot merge into {name}, which {reason}")
     if layer.row.shared:
         raise ValueError(f"{name} shares factors of {layer.method} with others: it has no restart")
     if "weight" in layer.train_names:

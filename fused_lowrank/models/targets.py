@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compute.base.kinds import is_from_known
 from ..context.readers import readers
 from ..methods.accept import has_product, is_parametrized, why_no_weight
 from ..methods.method import Method
@@ -130,7 +131,9 @@ def match_targets(
         linears = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module is not output and not left_alone(name)
+            if (isinstance(module, nn.Linear) or is_from_known(module))
+            and module is not output
+            and not left_alone(name)
         ]
         left = left_out(modules, linears, read)
         found = [name for name in linears if name not in left]
@@ -218,15 +221,20 @@ def left_out(
             left[name] = ""  # as torch's own layers have it
         elif never_called(modules, name, read):
             left[name] = "weights that the model reads instead of calling the layer"
-        elif is_parametrized(module):
+        elif isinstance(module, nn.Linear) and is_parametrized(module):
             left[name] = "parametrised layers"
-        elif not (has_product(module) or why_no_weight(module.weight)):
+        elif not is_base(module):
             left[name] = "layers with a forward of their own"
         elif module.out_features == 1:
             left[name] = "layers of one output"
         elif is_router(modules, name):
             left[name] = "routers of experts"
     return left
+
+
+def is_base(module: Any) -> bool:
+    """Whether a layer is a linear one, or quantised by a library that is known."""
+    return is_from_known(module) or has_product(module) or bool(why_no_weight(module.weight))
 
 
 def warn_of_left_out(left: Mapping[str, str], stacklevel: int) -> None:

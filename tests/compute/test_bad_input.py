@@ -269,7 +269,11 @@ def pruned() -> nn.Module:
 
 LINEARS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "int8": (Quantised, TypeError, r"is a Quantised with a weight of torch\.int8.*dequantise"),
-    "own forward": (lambda: Quantised4(K, N), TypeError, "is a Quantised4.*dequantise"),
+    "own forward": (
+        lambda: Quantised4(K, N),
+        TypeError,
+        r"is a Quantised4, which makes no \(2, 6\)",
+    ),
     "parametrised": (parametrised, TypeError, "is parametrised"),
     "pruned": (pruned, TypeError, "is parametrised"),
     "adapted": (lambda: METHODS["lora"][1](K, N, r=2), TypeError, "is adapted|adapted already"),

@@ -24,7 +24,7 @@ from bench.support.tables import Device, load
 from fused_lowrank.compute import choose, costs, devices
 from fused_lowrank.compute.operands import Problem
 from fused_lowrank.compute.plans import PLANS
-from fused_lowrank.compute.steps_kernels import tile_of
+from fused_lowrank.compute.steps.kernels import tile_of
 from fused_lowrank.kernels.tiles import SMALL_M, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -50,6 +50,9 @@ def test_a_plan_computes_the_equation(name: str, device: torch.device) -> None:
             computed += 1
             for one in measured:
                 assert one.within, (dtype, m, r, diagonal, one)
+    if name == "called":  # tests/models/test_bases.py computes it
+        assert "W is a plain matrix" in refused
+        return
     if not computed and "no interpreter runs it" in refused:
         pytest.skip("test_hopper_kernels.py executes it")
     assert computed, f"add a case that it can compute: {refused}"

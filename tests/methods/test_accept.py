@@ -31,21 +31,10 @@ class Packed(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Products, detaching and nothing else."""
+        """Detaching and nothing else."""
         if func is torch.ops.aten.detach.default:
             return Packed(args[0].packed)
-        if func in (torch.ops.aten.t.default, torch.ops.aten.addmm.default):
-            plain = [a.packed.float() / 64 if isinstance(a, Packed) else a for a in args]
-            return func(*plain, **(kwargs or {}))
         raise NotImplementedError(str(func))
-
-
-class Params4bit(nn.Parameter):
-    """As bitsandbytes has it: a Parameter that is quantised where it is moved."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Would quantise."""
-        return super().to(*args, **kwargs)
 
 
 class Marked(nn.Parameter):
@@ -61,7 +50,6 @@ def packed_weight() -> nn.Parameter:
 
 SPECIAL: dict[str, tuple[Callable[[], Any], str]] = {
     "packed": (packed_weight, "Packed"),
-    "params4bit": (lambda: Params4bit(torch.ones(D, D)), "Params4bit"),
     "float8": (lambda: nn.Parameter(torch.ones(D, D).to(torch.float8_e4m3fn), False), "float8"),
 }
 
@@ -76,7 +64,7 @@ def model_of(weight: Any) -> nn.Sequential:
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @methods
-def test_quantised_weights_are_refused(kind: str, method: str) -> None:
+def test_quantised_weights_without_values_or_gradients_are_refused(kind: str, method: str) -> None:
     """By the name of their type, before anything is done, whatever the way in."""
     make, name = SPECIAL[kind]
     model = model_of(make())

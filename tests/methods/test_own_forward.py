@@ -173,24 +173,35 @@ def test_the_same_forward_is_adapted(way: Callable[..., nn.Module], kind: type[A
 @WAYS
 @pytest.mark.parametrize("kind", OTHER)
 def test_another_forward_is_left_alone(way: Callable[..., nn.Module], kind: type[Any]) -> None:
-    """And by name it is an error of `adapt`; PEFT calls the layer's own forward there."""
+    """And by name it is called as it is, by `adapt` and by PEFT, if that can be trained over."""
     with pytest.warns(UserWarning, match=r"own \(layers with a forward of their own\)"):
         model = way(Model(kind), "all-linear")
     assert type(model.own) is kind
     if way is native:
-        with pytest.raises(TypeError, match=f"own is a {kind.__name__}, whose forward is not"):
-            native(Model(kind), ["own"])
+        if kind is Detached:
+            with pytest.raises(TypeError, match=r"own is a Detached, which makes no .*differ"):
+                native(Model(kind), ["own"])
+            return
+        plain = Model(kind)
+        x, own = torch.randn(5, D), plain.own
+        y0, model = own(x), randomised(native(plain, ["own"]))
+        layer: Any = model.own
+        tail = layer.scale * x @ layer.down.t() @ layer.core @ layer.up.t()
+        torch.testing.assert_close(layer(x), y0 + tail)
+        assert unload(model).own is own
 
 
 def test_a_forward_without_source_is_left_alone() -> None:
-    """Nothing is known of what it reads."""
+    """Nothing is known of what it reads: it is called as it is."""
     space: dict[str, Any] = {"nn": nn}
     exec(
         "class Unknown(nn.Linear):\n    def forward(self, x):\n        return x @ self.weight.T\n",
         space,
     )
-    with pytest.raises(TypeError, match="own is a Unknown"):
-        native(Model(space["Unknown"]), ["own"])
+    with pytest.warns(UserWarning, match=r"own \(layers with a forward of their own\)"):
+        assert type(native(Model(space["Unknown"]), "all-linear").own) is space["Unknown"]
+    model = native(Model(space["Unknown"]), ["own"])
+    assert type(model.own.base_layer) is space["Unknown"]
 
 
 def test_nothing_is_drawn() -> None:

@@ -41,9 +41,9 @@ NORMS = "norms"  # of the rows of W + ΔW: DoRA's, when the others have theirs
 
 # name → (down, up) of a layer, by its option `init`
 PAIRS: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
-    "lora": lambda m: lora_start(m.init, m.weight, m.r, m.scale, m.inputs),
-    "lora_xs": lambda m: xs_bases(m.init, m.weight, m.r, m.svd, m.inputs),
-    "lora_mini": lambda m: mini_bases(m.init, m.weight, m.a, m.b, m.inputs),
+    "lora": lambda m: lora_start(m.init, m.base_weight, m.r, m.scale, m.inputs),
+    "lora_xs": lambda m: xs_bases(m.init, m.base_weight, m.r, m.svd, m.inputs),
+    "lora_mini": lambda m: mini_bases(m.init, m.base_weight, m.a, m.b, m.inputs),
 }
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.linalg import qr
 
+from ...compute.base.protocol import dense
+
 WAYS = ("krylov", "exact", "randomized")
 SEED = 42
 ITERATIONS = 10  # of "randomized", as is the next
@@ -39,6 +41,7 @@ def leading(weight: Tensor, r: int, way: str = "krylov", seed: int = SEED) -> tu
     """
     if way not in WAYS:
         raise ValueError(f"svd is {way!r}: it must be one of {', '.join(map(repr, WAYS))}")
+    weight = dense(weight)
     wanted = min(-r // RANKS * -RANKS, *weight.shape)
     if way == "krylov" and NARROW * wanted <= min(weight.shape):
         down, up = krylov(weight, r, seed)
@@ -71,6 +74,7 @@ def wide(weight: Tensor) -> torch.dtype:
 
 def finite(weight: Tensor) -> Tensor:
     """The weight in float32 or wider; ValueError if it holds NaN or Inf."""
+    weight = dense(weight)
     require_finite(weight)
     return weight.to(wide(weight))
 

@@ -1,4 +1,4 @@
-"""Steps by this library's kernels: `steps_library` says what a step is.
+"""Steps by this library's kernels: `library` says what a step is.
 
 shrink, gemm_tail    a launch each
 decode, relay        the whole pass in one launch: few rows, many rows
@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.tile_choice import EXPERIMENTAL_TILES, SLICES, experimental_tile, select
-from ..kernels.tiles import RELAY_RANK, SMALL_M, Spec, TileConfig, is_valid, padded
-from . import costs, devices
-from .costs import Work
-from .dropout import Dropout, dropped
-from .gain import widened
-from .operands import Operands, Problem
-from .reference import RowCores
-from .steps_library import Step, Wanted, contiguous, of_tables
+from ...kernels.tile_choice import EXPERIMENTAL_TILES, SLICES, experimental_tile, select
+from ...kernels.tiles import RELAY_RANK, SMALL_M, Spec, TileConfig, is_valid, padded
+from .. import costs, devices
+from ..costs import Work
+from ..dropout import Dropout, dropped
+from ..gain import widened
+from ..operands import Operands, Problem
+from ..reference import RowCores
+from .library import Step, Wanted, contiguous, of_tables
 
 
 class Kernel(Step):
@@ -111,7 +111,7 @@ class OneLaunch(Kernel):
             return reason if reason and problem.device.type == "cuda" else alone
         if reason:
             return reason
-        from ..kernels.relay import is_possible
+        from ...kernels.relay import is_possible
 
         spec = spec_of(kernel, problem)
         if problem.dropout or problem.want_u:
@@ -148,7 +148,7 @@ class CoreGrad(Kernel):
     ) -> tuple[Wanted, Wanted]:
         """(dcore, None), or for a pair (da, db), those that are wanted."""
         if isinstance(core, RowCores):
-            from ..kernels.core_grad_rows import core_grad_rows
+            from ...kernels.core_grad_rows import core_grad_rows
 
             return of_tables(core_grad_rows(t, g, core, scale, choose), core, want)
         return self.launch(t, g, contiguous(core), scale, want, choose)
@@ -178,7 +178,7 @@ def bits_of(dropout: Dropout | None, shape: Sequence[int], choose: Any) -> Tenso
     """The mask of an x of this shape: as the forward has kept it, or else drawn again."""
     if dropout is None or dropout.bits is not None:
         return None if dropout is None else dropout.bits
-    from ..kernels.dropout import drawn_bits
+    from ...kernels.dropout import drawn_bits
 
     return drawn_bits(dropout.seed, dropout.p, *shape, choose)
 

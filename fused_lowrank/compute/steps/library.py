@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
-from .dropout import Dropout, dropped, mask
-from .gain import add_tail_, gain_back, widened
-from .operands import Operands, Problem
-from .reference import (
+from ..base.protocol import BASES
+from ..costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
+from ..dropout import Dropout, dropped, mask
+from ..gain import add_tail_, gain_back, widened
+from ..operands import Operands, Problem
+from ..reference import (
     TORCH,
     AnyCore,
     Products,
@@ -104,7 +105,9 @@ class TailLast(Step):
         x, weight, _, _, up, bias, _, dropout, transposed, gain = operands
         up = like(up, x.dtype) if transposed else like(up, x.dtype).t()
         u = narrow(u, up)
-        y = self.products.linear(x, weight, bias if gain is None else None)
+        own = bias if gain is None else None
+        based = isinstance(weight, BASES)
+        y = weight.product(x, own) if based else self.products.linear(x, weight, own)
         if gain is not None:
             return add_tail_(y, u, up, widened(gain, x.dtype), bias, self.products)
         if dropout is None or not transposed:

@@ -1,0 +1,8 @@
+"""W of frozen linear layers where it is no plain matrix: quantised, or known by calls alone.
+
+protocol      what the equation needs of such a W: `Base`
+fourbit       bitsandbytes' Linear4bit
+eightbit      bitsandbytes' Linear8bitLt
+subclass      weights that are a tensor subclass which can be dequantised: torchao's
+kinds         which of these a module is, or why it is none
+"""

@@ -1,0 +1,58 @@
+"""W of bitsandbytes' Linear8bitLt: int8 rows, each with the largest of its absolute values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .protocol import Base, is_plain
+
+
+class EightBit(Base):
+    """W of a Linear8bitLt that is quantised."""
+
+    kind = "8bit"
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """(int8 (N, K), the rows' maxima (N,)), wherever the module has them by now."""
+        weight, state = self.module.weight, self.module.state
+        if weight.CB is not None:
+            self.module.init_8bit_state()
+        return state.CB, state.SCB
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the bias; float32 where there is none, for nothing else says it."""
+        bias = self.module.bias
+        return torch.float32 if bias is None else bias.dtype
+
+    def stored(self) -> list[Tensor]:
+        """The rows and their maxima."""
+        weight, state = self.module.weight, self.module.state
+        maxima = state.SCB if weight.SCB is None else weight.SCB
+        return [weight] if maxima is None else [weight, maxima]
+
+    def is_called(self) -> bool:
+        """Whether the module has hooks now."""
+        return not is_plain(self.module)
+
+    def is_exact(self) -> bool:
+        """Whether x is not quantised as well: in training on a CPU, as the library decides it."""
+        return self.module.training and self.device.type == "cpu"
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias by the library's kernels."""
+        from bitsandbytes import matmul
+
+        state = self.module.state
+        self.state()
+        state.is_training = self.module.training
+        with torch.no_grad():
+            bias = None if bias is None else bias.to(x.dtype)
+            return matmul(x, self.module.weight, bias=bias, state=state).to(x.dtype)
+
+    @torch.no_grad()
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (N, K)."""
+        rows, maxima = self.state()
+        return rows.to(dtype or self.dtype).mul_(maxima.unsqueeze(1).mul(1.0 / 127.0))

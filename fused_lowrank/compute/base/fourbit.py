@@ -1,0 +1,133 @@
+"""W of bitsandbytes' Linear4bit: nf4 or fp4 in blocks, whose maxima may be quantised as well.
+
+Its own forward packs the weight otherwise in inference on CPUs with AVX512-BF16, with maxima in
+bfloat16, and then has no gradient of x. We never ask for that; what is packed so is unpacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .protocol import Base, is_plain
+
+
+class FourBit(Base):
+    """W of a Linear4bit that is quantised."""
+
+    kind = "4bit"
+
+    def state(self) -> tuple[Tensor, Any]:
+        """(the packed weight, its QuantState)."""
+        weight = self.module.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None:  # FSDP puts a plain tensor there
+            state = self.module.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            unpack(self.module, state)
+        return weight, state
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype or, where none is set, that which was quantised."""
+        return self.module.compute_dtype or self.state()[1].dtype
+
+    def stored(self) -> list[Tensor]:
+        """The packed weight and its maxima."""
+        weight = self.module.weight
+        state = getattr(weight, "quant_state", None) or self.module.quant_state
+        nested = [state.state2.absmax] if getattr(state, "nested", False) else []
+        return [weight] if state is None else [weight, state.absmax, *nested]
+
+    def is_called(self) -> bool:
+        """Whether the module has hooks now."""
+        return not is_plain(self.module)
+
+    def is_exact(self) -> bool:
+        """True."""
+        return True
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The compute dtype of the module."""
+        return self.module.compute_dtype or dtype
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias by the library, which on a CPU would take the values as well."""
+        from bitsandbytes import matmul_4bit
+
+        with torch.no_grad():
+            if x.is_cpu:
+                return linear(x, self.values(x.dtype), bias)
+            weight, state = self.state()
+            return matmul_4bit(x, weight, bias=bias, quant_state=state)
+
+    @torch.no_grad()
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (N, K)."""
+        weight, state = self.state()
+        values = dequantised(packed(weight), maxima(state), state, tuple(state.shape), dtype)
+        return values if values.shape == self.shape else values.t()
+
+    @torch.no_grad()
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """The values, some rows at a time, of which no others are dequantised."""
+        weight, state = self.state()
+        (n, k), block = self.shape, state.blocksize
+        if tuple(state.shape) != (n, k):
+            yield from self.values().split(rows)
+            return
+        whole = block // math.gcd(k, block)  # rows that end where a block does
+        data, absmax, step = packed(weight), maxima(state), max(whole, rows // whole * whole)
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            some = data[first * k // 2 : (last * k + 1) // 2]
+            of_blocks = absmax[first * k // block : -(-last * k // block)]
+            yield dequantised(some, of_blocks, state, (last - first, k), None).to(self.dtype)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The bytes of a packed weight, two values each, whatever dtype they are stored in."""
+    return weight.detach().contiguous().view(torch.uint8).reshape(-1)
+
+
+def maxima(state: Any) -> Tensor:
+    """The absolute maxima of the blocks, in float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax.float()
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def dequantised(
+    data: Tensor, absmax: Tensor, state: Any, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> Tensor:
+    """The values of a shape, in a dtype or that which was quantised.
+
+    The library is asked for them a block to a row: asked for rows that end within blocks, its
+    kernel for CPUs (0.50.2) takes the maxima of others.
+    """
+    op = torch.ops.bitsandbytes.dequantize_4bit.default
+    kind, wide, block = state.quant_type, dtype or state.dtype, state.blocksize
+    if wide == torch.float64:
+        wide = torch.float32
+    count = math.prod(shape)
+    blocks = (count,) if count % block else (count // block, block)
+    values = op(data.view(-1, 1), absmax, block, kind, blocks, wide).view(shape)
+    return values if dtype is None else values.to(dtype)
+
+
+def unpack(module: Any, state: Any) -> None:
+    """Put a weight that was packed for inference back as it lay, with the maxima it has now."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    absmax = state.absmax.T.reshape(-1).float()
+    state.original_nested = False  # the maxima would be quantised again
+    weight, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    state.absmax, state.nested = absmax, False
+    module.weight.data = weight

@@ -1,0 +1,257 @@
+"""`Base` is W of a frozen linear layer where it is no plain matrix, as the equation takes it.
+
+It stands where a weight does, in `Operands` and in layers, and has what these ask of one: sizes, a
+dtype, a device. Its products are its own library's, or of its values, which are made for a pass and
+gone after it: the allocator gives their memory to the next layer's. Nothing of it is ever saved for
+a backward but the module, which is there anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+AT_ONCE = 1024  # rows of x by which an opaque module is asked for its values
+
+
+class Base:
+    """W (N, K) of a module that computes x·Wᵀ + bias, or, opaque, anything from K to N features.
+
+    An opaque one is called as a whole and differentiated by autograd: it has no `product`.
+    """
+
+    kind = "opaque"  # by this the planner knows it
+    requires_grad = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    # --- what a tensor has ---
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return torch.Size((self.module.out_features, self.module.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what is stored."""
+        return next((own.device for own in self.stored()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        floats = (own.dtype for own in self.stored() if own.is_floating_point())
+        return next((dtype for dtype in floats if dtype.itemsize > 1), torch.get_default_dtype())
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the values are not there yet."""
+        return any(own.is_meta for own in self.stored())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def dim(self) -> int:
+        """2: it is a matrix."""
+        return 2
+
+    def stride(self) -> tuple[int, int]:
+        """The strides of the values."""
+        return self.shape[1], 1
+
+    def data_ptr(self) -> int:
+        """0, an address that is a multiple of all that kernels ask for, as that of the values is.
+
+        Whoever wants to know what is stored asks for `stored`.
+        """
+        return 0
+
+    def new_empty(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the values' dtype on their device."""
+        return torch.empty(sizes, dtype=dtype or self.dtype, device=self.device)
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """The values, some rows at a time."""
+        yield from self.values().split(rows)
+
+    def t(self) -> Turned:
+        """Wᵀ, whose product is dy·W."""
+        return Turned(self)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The values in a dtype, as `values`."""
+        return self.values(dtype)
+
+    def like(self, dtype: torch.dtype) -> Tensor:
+        """A tensor like the values in a dtype, without memory."""
+        return torch.empty(self.shape, dtype=dtype, device="meta")
+
+    # --- what the equation asks ---
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's bias."""
+        return getattr(self.module, "bias", None)
+
+    def stored(self) -> list[Tensor]:
+        """The tensors that the values are made of."""
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return [own for name, own in named if name != "bias"]
+
+    def is_called(self) -> bool:
+        """Whether only a call of the module gives its product: it is opaque, or has hooks now."""
+        return True
+
+    def is_exact(self) -> bool:
+        """Whether `product` is that of the values: not where x is quantised for it."""
+        return False
+
+    def is_only_called(self) -> bool:
+        """Whether no values can stand for the product."""
+        return self.is_called() or not self.is_exact()
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which an x of this one is computed; y is of x's again."""
+        return dtype
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias (M, N) of x (M, K), by its library, without autograd: a tensor of our own."""
+        raise NotImplementedError
+
+    def back(self, dy: Tensor) -> Tensor:
+        """dy·W (M, K) of dy (M, N)."""
+        return dy @ self.values(dy.dtype)
+
+    @torch.no_grad()
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (N, K), dequantised; of an opaque module what it makes of unit vectors.
+
+        Raises ValueError where the module is not linear.
+        """
+        if callable(own := getattr(self.module, "dequantize", None)):
+            found = own()
+            if isinstance(found, Tensor) and found.shape == self.shape:
+                return found.to(dtype or self.dtype)
+        (n, k), training = self.shape, self.module.training
+        self.module.eval()
+        try:
+            zero = self.module(self.new_empty(1, k).zero_())
+            values = zero.new_empty(n, k, dtype=dtype or self.dtype)
+            for first in range(0, k, AT_ONCE):
+                count = min(AT_ONCE, k - first)
+                units = self.new_empty(count, k).zero_()
+                units[torch.arange(count), torch.arange(first, first + count)] = 1.0
+                values[:, first : first + count] = (self.module(units) - zero).t()
+            self._require_linear(values, zero)
+        finally:
+            self.module.train(training)
+        return values
+
+    def for_products(self, dtype: torch.dtype) -> Any:
+        """A pass's own values, for plans of plain matrices."""
+        return self.values(dtype)
+
+    def _require_linear(self, values: Tensor, zero: Tensor) -> None:
+        n, k = self.shape
+        probe = torch.arange(1, k + 1, device=self.device).mul(1.7).sin().mul(3.0).to(zero.dtype)
+        found, expected = self.module(probe[None]), linear(probe[None].to(values), values)
+        error = (found - zero).float() - expected.float()
+        if not error.norm() <= 0.05 * expected.float().norm() + 1e-6 * math.sqrt(n):
+            raise ValueError(
+                f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
+                "could be taken from, or norms"
+            )
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return f"{type(self).__name__}({type(self.module).__name__}, ({n}, {k}))"
+
+
+class Turned:
+    """Wᵀ (K, N) of a `Base`, as the way back takes it."""
+
+    requires_grad = False
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.kind = base, base.kind
+        self.shape = torch.Size(reversed(base.shape))
+
+    dtype = property(lambda self: self.base.dtype)
+    device = property(lambda self: self.base.device)
+
+    def stride(self) -> tuple[int, int]:
+        """The strides of the values."""
+        return 1, self.shape[0]
+
+    def data_ptr(self) -> int:
+        """As that of the base."""
+        return 0
+
+    def like(self, dtype: torch.dtype) -> Tensor:
+        """As that of the base, transposed."""
+        return self.base.like(dtype).t()
+
+    def for_products(self, dtype: torch.dtype) -> Any:
+        """As those of the base, transposed; where y0 was given, only that."""
+        return self if isinstance(self.base, Given) else self.values(dtype)
+
+    def is_only_called(self) -> bool:
+        """Whether the base is opaque: the way back of others is by the values."""
+        return self.base.is_called()
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·W of x (M, N): the base's `back`."""
+        return self.base.back(x)
+
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Wᵀ (K, N), a view of the values."""
+        return self.base.values(dtype).t()
+
+
+class Given(Base):
+    """A module's y0 (M, N) where a base stands: it was called, and autograd knows its way back."""
+
+    def __init__(self, base: Base, y0: Any) -> None:
+        super().__init__(base.module)
+        self.y0 = y0  # None on the way back
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y0, less its bias unless that is asked for; a copy, for y0 may be saved by its maker."""
+        y0 = self.y0.to(x.dtype)
+        if bias is None and self.bias is not None:
+            return y0 - self.bias.to(y0)
+        return self.y0.clone() if y0 is self.y0 else y0
+
+    def for_products(self, dtype: torch.dtype) -> Any:
+        """The same: there are no values."""
+        return self
+
+    def back(self, dy: Tensor) -> Tensor:
+        """Zeros (M, K): what goes through y0 is not for us to compute."""
+        return dy.new_zeros(dy.shape[0], self.shape[1])
+
+
+BASES = Base, Turned  # what stands where a weight does, forward and backward
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module does no more than its class's forward."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def dense(weight: Any) -> Tensor:
+    """A weight as a plain matrix: itself, or the values of a base."""
+    return weight.values() if isinstance(weight, Base) else weight

@@ -1,0 +1,1 @@
+"""Steps, of which plans are made: `library`, and `kernels`, which imports it."""

@@ -1,0 +1,185 @@
+"""Layers around a module whose W is no plain matrix: quantised, or known by calls alone.
+
+The module stays what it is, as the layer's `base_layer`, and is given back by `to_linear`. Its
+class is made of a method's: an instance of that, which takes W from the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..compute.base.calls import alone, over_base
+from ..compute.base.kinds import say_opaque
+from ..compute.base.protocol import Base
+from ..compute.dropout import Dropout, without_ranks
+from ..compute.operands import Operands
+from ..compute.reference import AnyCore, Core
+from ..context.called import note_call, note_reading
+from ..functional import DTYPES, names, shape
+from .accept import base_of, carry_hooks
+from .layer import LowRankLinear
+from .tensors import present
+
+OWN = "base_layer."  # how the keys of the module begin in a state_dict
+
+
+class OverBase(LowRankLinear):
+    """A layer of a method whose W is a `Base`: the part that differs from others.
+
+    `weight` and `bias` are the module's own, as others may ask for them; `base_weight` is W as the
+    equation takes it. Neither is trained.
+    """
+
+    by_attributes = True
+    base_layer: nn.Module
+
+    @staticmethod
+    def of(cls: type[LowRankLinear]) -> type[OverBase]:
+        """The class of a method's layers that are around such modules."""
+        return over(cls)
+
+    def take_base(self, linear: Any) -> None:
+        """Keep the module, and know its W."""
+        if own := sorted({"weight", "bias"} & set(self.train_names)):
+            raise ValueError(
+                f"train names {', '.join(own)}, but the base is a {type(linear).__name__}: what is "
+                "trained there is the adapter alone"
+            )
+        base = base_of(linear)
+        assert isinstance(base, Base)
+        say_opaque(base)
+        self.base_layer = linear
+        vars(self)["base_weight"] = base
+
+    def carry_from(self, linear: nn.Module) -> None:
+        """Take over the hooks of the module, which are of the whole layer from now on."""
+        carry_hooks(linear, self)
+
+    def to_linear(self) -> Any:
+        """The very module that the layer was made around, with its hooks again."""
+        carry_hooks(self, self.base_layer)
+        return self.base_layer.train(self.training)
+
+    @property  # type: ignore[misc]
+    def weight(self) -> Any:
+        """The module's own weight, as it is stored; W where it has none of that name."""
+        note_reading(self)
+        return getattr(self.base_layer, "weight", self.base_weight)
+
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        """The module's own bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    base_weight: Any = None  # each layer has its own
+
+    def own_tensors(self) -> tuple[Any, Tensor, Core, Tensor, Tensor | None, Tensor | None]:
+        """(W, down, core, up, bias, gain)."""
+        down, core, up, gain = self.parts()
+        return self.base_weight, down, core, up, self.base_weight.bias, gain
+
+    def own(self, x: Tensor) -> Tensor:
+        """The layer with its own core, whoever else computes it."""
+        if self.uncalled:
+            note_call(self)
+        if self.disabled:
+            if self.disabled is not True:
+                self.disabled.note()
+            return alone(self.base_weight, x)
+        self._require_factors()
+        weight, down, core, up, bias, gain = self.own_tensors()
+        return self.compute(x, weight, down, core, up, bias, None, gain)
+
+    def compute(
+        self,
+        x: Tensor,
+        weight: Any,
+        down: Tensor,
+        core: AnyCore,
+        up: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """y of these operands by this layer's implementation, with its scale and dropouts."""
+        if self.rank_dropout and self.training:
+            core, up = without_ranks(core, up, self.rank_dropout)
+        dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
+        self._check(x, down)
+        if weight.is_meta:
+            present(self, weight)
+        return over_base(
+            Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
+        )
+
+    def _check(self, x: Tensor, down: Tensor) -> None:
+        """Raise for an x that the layer does not take; the factors are its own."""
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x is {shape(x)} and weight ({self.out_features}, {self.in_features}): they must "
+                "be (..., K) and (N, K)"
+            )
+        if x.device != down.device:
+            raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
+
+    def merged_weight(self) -> tuple[Tensor, float]:
+        """Nothing is merged into a quantised weight: TypeError."""
+        raise TypeError(f"cannot merge into a layer: it {self.why_not_merged()}")
+
+    def why_not_saved(self) -> str | None:
+        """None: W was looked at when the layer was made."""
+        return None
+
+    def why_not_merged(self) -> str | None:
+        """The reason why ΔW cannot be added to W."""
+        return (
+            f"is over a {type(self.base_layer).__name__}, whose weight is no plain matrix: "
+            "save_adapter, dequantise the model (transformers: model.dequantize()), load_adapter "
+            "there (on_other_base='warn') and merge that"
+        )
+
+    def _require_own_weight(self, what: str) -> None:
+        if what == "merge":
+            self.merged_weight()
+
+    def _require_plain_weight(self, what: str) -> None:
+        pass
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        plain_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuilt, (type(self).__mro__[2],), self.__getstate__()
+
+
+def plain_keys(layer: LowRankLinear, state: dict[str, Any], prefix: str) -> None:
+    """Give keys of the module in a plain model the names that they have in this layer."""
+    own = {*layer.factors, "merged"}
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name not in own and not name.startswith(OWN):
+            state[prefix + OWN + name] = state.pop(key)
+
+
+MADE: dict[type[LowRankLinear], type[OverBase]] = {}
+
+
+def over(cls: type[LowRankLinear]) -> type[OverBase]:
+    """The class of a method's layers that are around such modules."""
+    if issubclass(cls, OverBase):
+        return cls
+    if cls not in MADE:
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        MADE[cls] = type(cls.__name__, (OverBase, cls), own)
+    return MADE[cls]
+
+
+def rebuilt(cls: type[LowRankLinear]) -> OverBase:
+    """An empty layer of such a class, for a copy to be put into it."""
+    made = over(cls)
+    return made.__new__(made)
