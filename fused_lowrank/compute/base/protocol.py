@@ -44,6 +44,11 @@ class Base:
         return next((own.device for own in self.stored()), torch.device("cpu"))
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether what is stored is on a CPU."""
+        return self.device.type == "cpu"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the values."""
         floats = (own.dtype for own in self.stored() if own.is_floating_point())
