@@ -95,10 +95,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
         raise ValueError("the adapter trains all biases: LoRA holds those of its layers alone")
     parts = {}
     for key, layer in each_here(base, layers):
-        sides = {factor: kind.sides for factor, kind in layer.row.factors.items()}
-        own = layer.factors_of(name).items()
-        matrices = [value for factor, value in own if len(sides[factor]) == 2]
-        require_matrices(key, layer.unmerged_weight, *matrices)
+        require_matrices(key, layer.unmerged_weight, *layer.matrices_of(name))
         down, core, up, scale = layer.joined([name])
         own_bias = None if bias == "none" else layer.get_base_layer().bias
         part = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)

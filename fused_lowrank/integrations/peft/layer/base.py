@@ -104,6 +104,11 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         """The factors of an adapter, by the row's names."""
         raise NotImplementedError
 
+    def matrices_of(self, adapter: str) -> list[Tensor]:
+        """The factors of an adapter that are matrices, wherever they are whole."""
+        sides = {factor: kind.sides for factor, kind in self.row.factors.items()}
+        return [own for name, own in self.factors_of(adapter).items() if len(sides[name]) == 2]
+
     def trained_factors(self, adapter: str) -> list[nn.Parameter]:
         """The factors of an adapter that are trained."""
         raise NotImplementedError

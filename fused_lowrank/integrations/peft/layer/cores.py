@@ -69,6 +69,10 @@ class PeftCoreLinear(PeftLowRankLinear):
         trained = zip(self.row.core, self.trained_factors(adapter), strict=True)
         return {"down": down, **dict(trained), "up": up}
 
+    def matrices_of(self, adapter: str) -> list[Tensor]:
+        """The frozen factors and those of an adapter, as they are stored."""
+        return [self.basis_down, self.basis_up, *self.trained_factors(adapter)]
+
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
         own = zip(self.row.core, self.adapter_layer_names, strict=True)
