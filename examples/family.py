@@ -40,7 +40,7 @@ from code_search import (
     tokenise,
 )
 from code_search_data import Pair, collect_pairs, split_pairs
-from family_results import by_rate, write_results
+from family_results import best_power, by_rate, write_results
 from family_runs import Variant, make, variants
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,14 +113,13 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair], list[Pair]]:
     return [p for p in training if p.module not in modules], chosen, held_out
 
 
-def numbered(hidden: dict[int, Tensor], count: int) -> tuple[Texts, list[Tensor]]:
-    """Texts as numbers of rows of the states, one after the other; empty where there are none."""
+def numbered(hidden: dict[int, Tensor], count: int, start: int) -> Texts:
+    """Texts as numbers of hidden states, one after the other from `start`; empty without any."""
     texts: Texts = [[] for _ in range(count)]
-    start = 0
     for i, states in hidden.items():
         texts[i] = list(range(start, start + len(states)))
         start += len(states)
-    return texts, list(hidden.values())
+    return texts
 
 
 def make_task(folder: Path, device: str, steps: int = STEPS, batch: int = BATCH) -> Task:
@@ -132,13 +131,12 @@ def make_task(folder: Path, device: str, steps: int = STEPS, batch: int = BATCH)
     used = np.unique([*np.concatenate([b for own in batches.values() for b in own]), *rest])
     lower, upper = split_encoder(folder, device, LAYERS)
     queries, codes = tokenise(folder, pairs)
-    texts, states = [], []
+    states: list[Tensor] = []
+    texts = []
     for side, length, what in ((queries, QUERY_TOKENS, "queries"), (codes, CODE_TOKENS, "codes")):
         hidden = hidden_states(lower, {i: cut(side[i], length) for i in used}, what)
-        numbers, own = numbered(hidden, len(pairs))
-        offset = sum(map(len, states))
-        texts.append([[offset + n for n in text] for text in numbers])
-        states += own
+        texts.append(numbered(hidden, len(pairs), sum(len(state) for state in states)))
+        states += hidden.values()
     upper.embeddings = nn.Identity()
     weights = hashlib.sha256()
     for parameter in (*lower.parameters(), *upper.parameters()):
@@ -157,13 +155,14 @@ def make_task(folder: Path, device: str, steps: int = STEPS, batch: int = BATCH)
     }
     first, last = len(training), len(training) + len(validation)
     return Task(
-        upper.requires_grad_(False),
-        torch.cat(states),
-        *texts,
-        batches,
-        list(range(first, last)),
-        list(range(last, len(pairs))),
-        setup,
+        layers=upper.requires_grad_(False),
+        table=torch.cat(states),
+        queries=texts[0],
+        codes=texts[1],
+        batches=batches,
+        validation=list(range(first, last)),
+        held_out=list(range(last, len(pairs))),
+        setup=setup,
     )
 
 
@@ -239,13 +238,8 @@ def run(task: Task, variant: Variant, power: int, seed: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- all runs
 
 
-def best_power(tried: dict[int, float]) -> int:
-    """The power of the least loss."""
-    return min(tried, key=lambda power: (tried[power], abs(power)))
-
-
-def next_power(tried: dict[int, float]) -> int | None:
-    """The power of `FACTOR` to try next, of losses by power; None once both sides are worse."""
+def next_power(tried: dict[int, dict[str, Any]]) -> int | None:
+    """The power of `FACTOR` to try next, of runs by power; None once both sides are worse."""
     if not tried:
         return 0
     best = best_power(tried)
@@ -261,7 +255,7 @@ def next_run(done: list[dict[str, Any]], every: list[Variant]) -> tuple[Variant,
     searches = {v.name: by_rate(done, v.name, first) for v in every}
     wanted = []
     for order, variant in enumerate(every):
-        tried = {power: row["validation_loss"] for power, row in searches[variant.name].items()}
+        tried = searches[variant.name]
         power = next_power(tried) if variant.rate or not tried else None
         if power is not None:
             wanted.append((len(tried), order, variant, power))
@@ -270,8 +264,7 @@ def next_run(done: list[dict[str, Any]], every: list[Variant]) -> tuple[Variant,
         return variant, power, first
     for seed in others:
         for variant in every:
-            tried = {power: row["validation_loss"] for power, row in searches[variant.name].items()}
-            best = best_power(tried)
+            best = best_power(searches[variant.name])
             if variant.rate and best not in by_rate(done, variant.name, seed):
                 return variant, best, seed
     return None
