@@ -126,6 +126,19 @@ def test_seed_and_rate_count(family, task, runs, every):
         assert line["lr"] == pytest.approx(runs["VeRA"]["lr"] * 3**power)
 
 
+@pytest.mark.parametrize("name", ["VeRA", "NOLA"])
+def test_random_bases_are_of_the_seed(family, task, every, name):
+    """Those that a keyword of the method draws differ between the seeds as well."""
+    variant = next(v for v in every if v.name == name)
+    models = [family.make(task.fresh(), variant, seed, ()) for seed in (0, 1, 1)]
+    bases = [
+        next(p for n, p in model.named_parameters() if n.endswith(("down", "down_bases")))
+        for model in models
+    ]
+    assert torch.equal(bases[1], bases[2])
+    assert not torch.equal(bases[0], bases[1])
+
+
 def test_hidden_states_by_number(family, task):
     """Texts as numbers of hidden states are embedded as the hidden states themselves."""
     many, search = sys.modules["train_many"], sys.modules["code_search"]
@@ -228,7 +241,7 @@ def test_differences(results, every, made):
     assert results.difference(rows["LoRA"], rows, "LoRA") is None
     other = results.difference(rows["VeRA"], rows, "LoRA")
     assert other.mrr[0] == pytest.approx(-0.125 / 3)
-    assert other.mrr[1] == pytest.approx(4.303 * 0.125 / 3, rel=1e-3)  # a deviation of 0.125/√3, over √3
+    assert other.mrr[1] == pytest.approx(4.303 * 0.125 / 3, rel=1e-3)  # of a deviation 0.125/√3
     assert other.loss[0] == pytest.approx(0.125 / 3)
     assert other.queries[2] < 0
     assert other.verdict == "not told apart"  # one seed is not enough, whatever the queries say
