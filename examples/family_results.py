@@ -21,8 +21,8 @@ MRR is the mean of 1 / rank of a held-out query's own function among {held_out_p
 that of choosing it, in nats. After ± is half of the 95% interval over {seeds} seeds (Student's t),
 which differ in first values and batches; in brackets is the 95% interval over the queries
 (bootstrap) of the mean over the seeds. Differences are paired, by seed and by query. Two are told
-apart where both intervals of their MRR's difference are on one side of zero; of {compared}
-comparisons some may be so by chance.
+apart where both intervals of their MRR's difference are on one side of zero; * is at a difference
+in loss whose interval over the seeds is. Of {compared} comparisons some may be so by chance.
 
 {steps} steps of {batch} pairs, in the last {layers} of the encoder's layers. {runs} runs, with
 those that search for learning rates: {hours:.1f} hours of one thread ({machine}).
@@ -151,7 +151,7 @@ def cells(row: Row, rows: dict[str, Row], seeds: int) -> list[str]:
             (
                 row.variant.against,
                 f"{shown(other.mrr, '+')} {bracketed(other.queries)}",
-                shown(other.loss, "+"),
+                shown(other.loss, "+") + (" *" if abs(other.loss[0]) > other.loss[1] else ""),
                 other.verdict,
             )
             if other and row.trained

@@ -263,3 +263,16 @@ def test_files_of_results(results, every, made, tmp_path):
     assert "| LoRA | 5 | 1.0e-03 | 0.500 ± 0.000 | 1.500 ± 0.000 | +0.287 ± 0.000 [" in text
     assert "| VeRA (2 of 3 seeds) |" in text
     assert "7 runs" in text
+
+
+def test_a_star_is_at_what_the_seeds_agree_in(results, every, made):
+    """VeRA's loss is LoRA's in two seeds of three, NOLA's is higher in all."""
+    made += [line_of("NOLA", seed, [3, 5, 5, 5 + seed] * 20) for seed in range(3)]
+    stars = {
+        line.split("|")[1].strip(): line.split("|")[-3].strip().endswith("*")
+        for line in results.make_table(made, every).splitlines()
+        if line.startswith("| ")
+    }
+    assert stars["NOLA"]
+    assert not stars["VeRA"]
+    assert not stars["LoRA"]
