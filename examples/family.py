@@ -57,7 +57,7 @@ VALIDATION = 192  # pairs, of modules that are neither trained on nor searched a
 CALIBRATION = 8  # batches of the training pairs that an init may look at
 SEEDS = (0, 1, 2)
 FACTOR = 3.0  # between the learning rates that are tried
-FURTHEST = 3  # powers of it from where the search begins
+FURTHEST = 5  # powers of it from where the search begins
 
 Texts = list[list[int]]
 
