@@ -49,7 +49,7 @@ class Row:
     seeds: list[int]
     mrr: dict[int, float]  # by seed
     loss: dict[int, float]
-    queries: np.ndarray  # 1 / rank by query, the mean over the seeds
+    queries: dict[int, np.ndarray]  # 1 / rank by query
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
@@ -79,7 +79,7 @@ def make_rows(lines: Lines, every: Sequence[Variant]) -> dict[str, Row]:
             list(found),
             {s: line["mrr"] for s, line in found.items()},
             {s: line["loss"] for s, line in found.items()},
-            np.mean([1 / np.array(line["ranks"]) for line in found.values()], axis=0),
+            {s: 1 / np.array(line["ranks"]) for s, line in found.items()},
         )
     return rows
 
@@ -111,13 +111,13 @@ def difference(row: Row, rows: dict[str, Row], against: str) -> Difference | Non
     seeds = [s for s in row.seeds if frozen or s in other.seeds]
     first = other.seeds[0]
 
-    def of(one: dict[int, float], two: dict[int, float]) -> Interval:
-        return over_seeds([one[s] - two[first if frozen else s] for s in seeds])
+    def of(one: dict[int, Any], two: dict[int, Any]) -> list[Any]:
+        return [one[s] - two[first if frozen else s] for s in seeds]
 
     return Difference(
-        of(row.mrr, other.mrr),
-        of(row.loss, other.loss),
-        mean_interval(row.queries - other.queries, seed=0),
+        over_seeds(of(row.mrr, other.mrr)),
+        over_seeds(of(row.loss, other.loss)),
+        mean_interval(np.mean(of(row.queries, other.queries), axis=0), seed=0),
     )
 
 

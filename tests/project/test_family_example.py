@@ -247,6 +247,17 @@ def test_differences(results, every, made):
     assert other.verdict == "not told apart"  # one seed is not enough, whatever the queries say
 
 
+def test_differences_are_of_the_seeds_that_both_have(results, every, made):
+    """Of two seeds and of one, and not of LoRA's third, which is another."""
+    made[3] = line_of("LoRA", 2, [9] * 80)
+    rows = results.make_rows(made[:-1], every)
+    other = results.difference(rows["VeRA"], rows, "LoRA")
+    assert other.mrr[0] == pytest.approx(other.queries[0]) == pytest.approx(-0.125 / 2)
+    rows = results.make_rows(made[:-2], every)
+    other = results.difference(rows["VeRA"], rows, "LoRA")
+    assert other.mrr[0] == pytest.approx(other.queries[0]) == pytest.approx(-0.125)
+
+
 def test_worse_is_worse(results, every, made):
     made += [line_of("NOLA", seed, [3, 5, 5, 5 + seed] * 20) for seed in range(3)]
     rows = results.make_rows(made, every)
@@ -276,3 +287,10 @@ def test_a_star_is_at_what_the_seeds_agree_in(results, every, made):
     assert stars["NOLA"]
     assert not stars["VeRA"]
     assert not stars["LoRA"]
+
+
+def test_the_tables_are_those_of_the_runs(results, every):
+    """What is committed beside the runs is made of them."""
+    folder = EXAMPLES / "results"
+    lines = [json.loads(line) for line in (folder / "family.jsonl").read_text().splitlines()]
+    assert (folder / "family.md").read_text() == results.make_table(lines, every)
