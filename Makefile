@@ -2,6 +2,8 @@
 # calling shell instead and installs nothing (a GPU machine has its own torch).
 #
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
+#   make family  every method, init and choice of frozen factors on that task, three seeds; half an
+#                hour, goes on where it was stopped                 MODEL= as above
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate for what has changed, all tests
 #   make test-peft  PEFT's own tests, from its source distribution, with our methods as rows of them
@@ -40,10 +42,14 @@ BANK_MINUTES ?= 1
 # Where test-peft puts PEFT's source distribution.
 PEFT_FOLDER ?= $(or $(TMPDIR),/tmp)/fused-lowrank-peft
 
-.PHONY: demo train-many test test-peft sweep lint gate gate-changed bench bench-smoke test-gpu bench-gpu
+.PHONY: demo family train-many test test-peft sweep lint gate gate-changed bench bench-smoke \
+	test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
+
+family: $(READY)
+	$(RUN) examples/family.py $(if $(MODEL),--model $(MODEL))
 
 train-many: $(READY)
 	$(RUN) examples/train_many.py $(if $(MODEL),--model $(MODEL))

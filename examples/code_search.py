@@ -121,14 +121,20 @@ def tokenise(folder: Path, pairs: list[Pair]) -> tuple[list[list[int]], list[lis
     )
 
 
+def padded(texts: list[list[int]]) -> dict[str, Tensor]:
+    """The texts as one input of the encoder, with zeros after the shorter ones."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+    lengths = torch.tensor([len(t) for t in texts])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def embed(model: nn.Module, texts: list[list[int]]) -> Tensor:
     """Unit vectors of the texts: the mean over each one's tokens, normalised."""
     device = next(model.parameters()).device
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
-    lengths = torch.tensor([len(t) for t in texts])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
-    hidden = model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    inputs = {name: tensor.to(device) for name, tensor in padded(texts).items()}
+    hidden = model(**inputs).last_hidden_state
+    weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 

@@ -128,12 +128,12 @@ class Given(nn.Module):
         return inputs_embeds
 
 
-def split_encoder(folder: Path, device: str) -> tuple[nn.Module, nn.Module]:
-    """The encoder's lower layers with the embeddings, and its last `LAYERS`."""
+def split_encoder(folder: Path, device: str, layers: int = LAYERS) -> tuple[nn.Module, nn.Module]:
+    """The encoder's lower layers with the embeddings, and its last `layers`."""
     lower: Any = load_encoder(folder, device)
     upper: Any = load_encoder(folder, device)
-    lower.encoder.layer = lower.encoder.layer[:-LAYERS]
-    upper.encoder.layer = upper.encoder.layer[-LAYERS:]
+    lower.encoder.layer = lower.encoder.layer[:-layers]
+    upper.encoder.layer = upper.encoder.layer[-layers:]
     upper.embeddings = Given()
     return lower, upper
 
