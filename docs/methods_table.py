@@ -29,7 +29,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 import fused_lowrank.integrations.peft  # noqa: F401 - puts its configs into PEFT's mapping
-from fused_lowrank import AdapterBank, adapt, export_lora, merge
+from fused_lowrank import AdapterBank, adapt, export_lora, export_peft, merge
 from fused_lowrank.methods import METHODS
 from fused_lowrank.methods.method import Method, Parts
 
@@ -153,11 +153,16 @@ def config_in_peft(row: Method) -> str:
 
 
 def exported(row: Method) -> str:
-    """The rank of the plain LoRA that an export at the default ranks is."""
+    """PEFT's format of the method, and the rank of the plain LoRA that an export is."""
     with tempfile.TemporaryDirectory() as folder:
-        export_lora(small(row), folder)
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    return f"LoRA, rank {config['r']}"
+        export_lora(small(row), Path(folder) / "lora")
+        config = json.loads((Path(folder) / "lora" / "adapter_config.json").read_text())
+        own = ""
+        if row.peft is not None:
+            export_peft(small(row), Path(folder) / "own")
+            config_of_own = json.loads((Path(folder) / "own" / "adapter_config.json").read_text())
+            own = f"PEFT's {config_of_own['peft_type']}; "
+    return f"{own}LoRA, rank {config['r']}"
 
 
 def trained(row: Method) -> str:
@@ -219,7 +224,8 @@ LEGEND = f"""\
 Kernels: the core that the kernels multiply by. Bank: whether adapters of one model go into an
 `AdapterBank`. A PEFT config is this library's, from `fused_lowrank.integrations.peft`, or PEFT's
 own, whose folders `load_adapter` reads; `fuse_lora` computes PEFT's LoRA. Export: `export_lora`'s
-at the default ranks, those in brackets. Trained: in all {BLOCKS * len(PROJECTIONS)} projections of
+at the default ranks, those in brackets, and what `export_peft` writes. Trained: in all
+{BLOCKS * len(PROJECTIONS)} projections of
 the {BLOCKS} blocks; what layers share is counted once."""
 
 
