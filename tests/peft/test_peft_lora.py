@@ -2,13 +2,11 @@
 
 import copy
 from collections import Counter
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear
@@ -24,6 +22,7 @@ from peft_lora_cases import (
     N,
     R,
     assert_same,
+    calls,
     counted,
     gradients,
     layer,
@@ -56,25 +55,6 @@ DTYPES = {
     "autocast": (F32, F32, BF16),
     "autocast of fp16": (F16, F32, F16),
 }
-
-
-def calls(module: Linear, autocast: torch.dtype | None) -> Any:
-    """The layer as a function of its operands, as `measure` calls it."""
-
-    def call(x, weight, bias, down, up, up_bias):
-        operands = {
-            "base_layer.weight": weight,
-            "base_layer.bias": bias,
-            "lora_A.default.weight": down,
-            "lora_B.default.weight": up,
-            "lora_B.default.bias": up_bias,
-        }
-        given = {name: value for name, value in operands.items() if value is not None}
-        # The truth is computed in fp64, which autocast leaves alone.
-        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            return functional_call(module, given, (x,))
-
-    return call
 
 
 def operands_of(module: Linear, x: torch.Tensor) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import itertools
 import sys
 import warnings
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
@@ -33,6 +31,7 @@ from peft_lora_cases import (
     R,
     assert_same,
     block,
+    calls,
     config,
     counted,
     fill,
@@ -99,24 +98,6 @@ def dora_layer(base: nn.Module | None = None, dtype: torch.dtype = F32, **settin
         magnitude = made.lora_magnitude_vector["default"].weight
         magnitude.copy_(torch.randn(magnitude.shape) + 1.5)
     return made
-
-
-def calls(module: Linear, autocast: torch.dtype | None) -> Any:
-    """The layer as a function of its operands, as `measure` calls it."""
-
-    def call(x, weight, bias, down, up, magnitude):
-        operands = {
-            "base_layer.weight": weight,
-            "base_layer.bias": bias,
-            "lora_A.default.weight": down,
-            "lora_B.default.weight": up,
-            "lora_magnitude_vector.default.weight": magnitude,
-        }
-        given = {name: value for name, value in operands.items() if value is not None}
-        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            return functional_call(module, given, (x,))
-
-    return call
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])

@@ -1,11 +1,13 @@
 """Models with PEFT's own LoRA, and what counts how they are computed; shared by its tests."""
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 pytest.importorskip("peft")
 pytest.importorskip("fused_lowrank.integrations.peft", exc_type=ImportError)
@@ -108,3 +110,26 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any, **kwargs: Any) -
     assert any("lora_A" in name for name in got)
     for name in got:
         torch.testing.assert_close(got[name], wanted[name])
+
+
+# operand, as `measure` names them → the Parameter of PEFT's layer
+OPERANDS = {
+    "weight": "base_layer.weight",
+    "bias": "base_layer.bias",
+    "down": "lora_A.default.weight",
+    "up": "lora_B.default.weight",
+    "up_bias": "lora_B.default.bias",
+    "magnitude": "lora_magnitude_vector.default.weight",
+}
+
+
+def calls(module: nn.Module, autocast: torch.dtype | None) -> Any:
+    """The layer as a function of its operands, as `measure` calls it."""
+
+    def call(x: torch.Tensor, **operands: Any) -> torch.Tensor:
+        given = {OPERANDS[name]: own for name, own in operands.items() if own is not None}
+        # The truth is computed in fp64, which autocast leaves alone.
+        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
+            return functional_call(module, given, (x,))
+
+    return call
