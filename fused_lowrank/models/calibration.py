@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..compute.base.kinds import from_bitsandbytes
 from ..context.disabling import disabled
 from ..methods import LowRankLinear
 from ..methods.initial.triples import RANKS, leading
@@ -234,6 +235,11 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(sorted(devices)), disabled(layers):
         try:
             model.eval()
+            for module in model.modules():
+                if from_bitsandbytes(
+                    module, "Linear4bit"
+                ):  # which packs its weight for good in eval
+                    module.training = True
             yield
         finally:
             for module, training in modes:

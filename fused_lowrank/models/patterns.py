@@ -95,7 +95,7 @@ def check_reached(argument: str, patterns: Mapping[str, Any], targets: list[str]
 
 def own_keywords(
     targets: list[str],
-    cls: type,
+    cls: Any,
     keywords: Keywords,
     ranks: Any,
     alphas: Any,
@@ -112,6 +112,11 @@ def own_keywords(
     alphas = check_patterned("alpha_pattern", alphas, check_number)
     check_reached("rank_pattern", ranks, targets)
     check_reached("alpha_pattern", alphas, targets)
+    if ranks and cls.row.shared:
+        raise ValueError(
+            f"rank_pattern is {dict(ranks)}: all layers of {cls.method} share factors of one rank, "
+            "r"
+        )
     if not (ranks or alphas or use_rslora):
         return dict.fromkeys(targets, keywords)
     default = keywords.get("r", inspect.signature(cls).parameters["r"].default)

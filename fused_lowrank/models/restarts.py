@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..context.called import refuse_passed_over, shown
 from ..context.elsewhere import fill_in, here
 from ..methods import LowRankLinear
+from ..methods.initial.values import needs
 from ..methods.state import low_rank_of
 from ..methods.tensors import fsdp_error, is_sharded
 from .adapt import require_adapted, tied_layers
@@ -154,6 +155,11 @@ def restarted(layer: LowRankLinear) -> tuple[Factors, float]:
         weight, lost = layer.merged_weight()
     linear = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if needs(init := layer.options.get("init", "")):
+        raise ValueError(
+            f"{layer.method} started by init={init!r}, of inputs that a restart does not see, so "
+            "it cannot be begun anew"
+        )
     new = type(layer)._around(linear, False, layer.settings())
     if zero := zero_factor(new):
         getattr(new, zero).zero_()

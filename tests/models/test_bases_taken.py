@@ -215,3 +215,20 @@ def test_moved_to_another_dtype(kind: str) -> None:
     if kind in ("nf4", "fp4"):
         assert model.first.base_layer.weight.dtype == torch.uint8
     assert model(inputs(torch.bfloat16)).isfinite().all()
+
+
+@kinds
+def test_nothing_that_is_computed_changes_the_base(kind: str) -> None:
+    """Neither a pass for inference by reference layers, nor one over data that a start asks for:
+    bitsandbytes packs 4-bit weights in such a pass, and rounds their scales.
+    """
+    x = inputs(torch.float32, 6)
+    before = model_of(kind).train()(x).detach()
+    model = adapted(kind, "lora", fused=False).eval()
+    with torch.no_grad():
+        model(x)
+    started = model_of(kind)
+    adapt(started, "lora", target_modules=["first"], r=4, init="eva", data=[x], progress=False)
+    for own in (model.train(), started):
+        unload(own)
+        assert torch.equal(own.train()(x), before)

@@ -22,6 +22,7 @@ from fused_lowrank import (
     init_bases,
     load_adapter,
     merge,
+    merge_and_restart,
     save_adapter,
     unload,
     unmerge,
@@ -154,7 +155,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     ),
     "unknown": ("lora", {"init": "xavier"}, ValueError, "init is 'xavier'.*'kaiming' or 'gauss"),
     "odd": ("lora", {"init": "orthogonal", "r": 3}, ValueError, "takes an even r"),
-    "quantised": ("lora", {"init": "loftq"}, ValueError, "'loftq' needs a quantised base"),
+    "quantised": ("lora", {"init": "loftq"}, ValueError, "'loftq', which .* is not there yet"),
     "no number": ("lora", {"init": "pissa_niter_N"}, ValueError, "N is a number"),
     "data for none": ("melora", {"data": batches()}, ValueError, "melora has no init that needs"),
     "no covariance": ("lora_fa", {"init": "corda"}, ValueError, "init='corda' needs to see"),
@@ -372,3 +373,12 @@ def test_bases_that_only_data_would_make_again(method: str, tmp_path: Path) -> N
         load_adapter(model, tmp_path / "a.safetensors", progress=False)
     save_adapter(adapted("lora", "eva"), tmp_path / "b.safetensors", bases=False)
     load_adapter(model, tmp_path / "b.safetensors", progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_xs"])
+def test_a_start_of_data_is_not_begun_anew(method: str) -> None:
+    """A restart sees no inputs: it is refused, and says so."""
+    model = adapted(method, "eva")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match=r"init='eva', of inputs .* cannot be begun anew"):
+        merge_and_restart(model, torch.optim.SGD(trained, 0.1), progress=False)

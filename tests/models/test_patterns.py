@@ -20,7 +20,7 @@ from fused_lowrank import (
     save_adapter,
     unload,
 )
-from fused_lowrank.methods import LowRankLinear
+from fused_lowrank.methods import METHODS, LowRankLinear
 
 D = 16
 SETTINGS = {"lora": {"r": 4}, "lora_xs": {"r": 4}, "lora_mini": {"r": 4, "a": 8, "b": 8}}
@@ -391,3 +391,12 @@ def test_of_a_transformer(device: torch.device) -> None:
     ids = torch.arange(6, device=device)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", [name for name, (cls, _) in METHODS.items() if cls.row.shared])
+def test_ranks_of_shared_factors_are_one(method: str) -> None:
+    """All layers have the shared factors' rank: a pattern of others is refused."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=f"all layers of {method} share factors of one rank, r"):
+        adapt(model, method, target_modules=["0", "1"], rank_pattern={"0": 2}, progress=False)
+    assert type(model[0]) is nn.Linear

@@ -87,7 +87,7 @@ def called(base: Base, x: Tensor) -> Tensor:
 def by_torch(operands: Operands, dtype: torch.dtype) -> Tensor:
     """y by the module and the equation in plain torch, the term in this dtype."""
     x, base, down, core, up, bias, scale, dropout, _, gain = operands
-    y0, x = called(base, x), like(x, dtype)
+    y0, x = alone(base, x), like(x, dtype)
     low = x
     if dropout is not None and dropout.seed is None:
         low = dropped(x, dropout.p)

@@ -7,7 +7,7 @@ from ..method import Factor, Method
 
 RESIDUAL = ("pissa", "pissa_niter_N", "milora", "olora", "corda", "corda_kpm")
 LOFTQ = (
-    "; 'loftq' needs a quantised base, and these are not supported; N is a number, as in "
+    "; 'loftq', which begins at what a quantised base lost, is not there yet; N is a number, as in "
     "'pissa_niter_16'"
 )
 
