@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
     ALPHA,
+    BASES,
     BF16,
     F16,
     F32,
@@ -27,7 +28,6 @@ from peft_lora_cases import (
     gradients,
     layer,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import fuse_lora
 from fused_lowrank.testing import FACTOR, check_pooled, measure
@@ -39,11 +39,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counted(monkeypatch)
 
 
-BASES = {
-    "linear": lambda: nn.Linear(K, N),
-    "no bias": lambda: nn.Linear(K, N, bias=False),
-    "conv1d": lambda: Conv1D(N, K),
-}
 # x and weight, factors, autocast
 DTYPES = {
     "fp32": (F32, F32, None),

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from peft_lora_cases import (
+    BASES,
     BF16,
     F16,
     F32,
@@ -40,17 +41,11 @@ from peft_lora_cases import (
     ids,
     layer,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import fuse_lora, unfuse_lora
 from fused_lowrank.methods import dora
 from fused_lowrank.testing import measure
 
-BASES = {
-    "linear": lambda: nn.Linear(K, N),
-    "no bias": lambda: nn.Linear(K, N, bias=False),
-    "conv1d": lambda: Conv1D(N, K),
-}
 # x and weight, factors, autocast
 DTYPES = {
     "fp32": (F32, F32, None),

@@ -143,6 +143,22 @@ def test_dtypes(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert model(x, adapter_names=["two", "default"] * 3).dtype == dtype
 
 
+@own_methods
+def test_adapters_of_other_scales_are_summed(method: str) -> None:
+    """Each with its own: what two give together is the sum of what they give alone."""
+    model = peft.get_peft_model(mlp(), config(method, lora_alpha=3.0))
+    model.add_adapter("two", config(method, lora_alpha=7.0))
+    for layer in layers(model).values():
+        x = torch.randn(5, layer.in_features, dtype=torch.float64)
+        terms = []
+        for active in (["default"], ["two"], ["default", "two"]):
+            model.base_model.set_adapter(active)
+            terms.append(layer(x) - layer.base_layer(x))
+        assert terms[0].norm() > 0
+        assert terms[1].norm() > 0
+        torch.testing.assert_close(terms[2], terms[0] + terms[1], **CLOSE)
+
+
 # --- files ---
 
 

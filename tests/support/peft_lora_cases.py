@@ -15,6 +15,7 @@ import architectures
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from fused_lowrank.integrations.peft import lora
 
@@ -112,6 +113,11 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *args: Any, **kwargs: Any) -
         torch.testing.assert_close(got[name], wanted[name])
 
 
+BASES = {
+    "linear": lambda: nn.Linear(K, N),
+    "no bias": lambda: nn.Linear(K, N, bias=False),
+    "conv1d": lambda: Conv1D(N, K),
+}
 # operand, as `measure` names them → the Parameter of PEFT's layer
 OPERANDS = {
     "weight": "base_layer.weight",
