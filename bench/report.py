@@ -1,7 +1,8 @@
 """Tables and plots from the results: python bench/report.py
 
 Reads every results file in --results; writes RESULTS.md and the plots beside them and the README's
-text between its markers. A file that is truncated, of another schema or of other code is refused.
+text between its markers, with the tables of the folders in it: those of later commits. A file that
+is truncated, of another schema or of other code is refused.
 """
 
 from __future__ import annotations
@@ -237,6 +238,19 @@ def make_plots(device: Device) -> dict[str, plots.Plot]:
     return made
 
 
+def later(folder: Path) -> list[Path]:
+    """The folders within one of results: each has those of a later commit."""
+    return sorted({path.parent for path in folder.glob("*/*.jsonl")})
+
+
+def later_text(folder: Path, place: Path) -> str:
+    """The part of the README on a later commit: what was measured of it."""
+    parts = [short_text(device, "", (), note_of(device, folder)) for device in load(folder)]
+    parts += [bank_report.short_text(device) for device in load(folder, BANK_PREFIX)]
+    inner = "\n\n".join(part.strip() for part in parts)
+    return f"{inner}\n\nEvery table: [RESULTS.md]({place.as_posix()}/RESULTS.md).\n"
+
+
 def between_markers(text: str, inner: str) -> str:
     """The text with what lies between the markers replaced. Raises Refused without markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -274,6 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             inner += "".join(bank_report.short_text(device) for device in banks)
             inner += f"\nEvery table: [RESULTS.md]({place.as_posix()}/RESULTS.md)."
+            newest = "".join(later_text(own, place / own.name) for own in later(folder))
+            inner = f"{newest}\n{inner}" if newest else inner
             texts[readme] = between_markers(readme.read_text(), inner)
     except (Refused, OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)

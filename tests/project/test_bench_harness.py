@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -397,6 +398,20 @@ def test_files_of_different_code_are_not_mixed(copied, capsys):
     store.end(0)
     assert report.main(["--results", str(copied.parent), "--readme", "none"]) == 2
     assert "different code" in capsys.readouterr().err
+
+
+def test_the_readme_has_a_later_commits_results_first(copied):
+    readme = copied.parent / "README.md"
+    readme.write_text("<!-- bench:begin -->\n<!-- bench:end -->\n")
+    arguments = ["--results", str(copied.parent), "--readme", str(readme)]
+    later = copied.parent / "later"
+    later.mkdir()
+    shutil.copy(copied, later)
+    commit = json.loads(copied.read_text().splitlines()[0])["key"]["commit"]
+    assert report.main(arguments) == 0
+    assert readme.read_text().count(f"commit {commit}") == 2
+    own, other = map(readme.read_text().index, ("later/RESULTS.md", "./RESULTS.md"))
+    assert own < other
 
 
 def test_the_report_is_the_same_twice_and_is_checked(copied, capsys):
