@@ -207,10 +207,11 @@ def own_parts(layer: LowRankLinear, weight: Tensor) -> Parts:
     made = layer.row.made(factors, weight, layer.scale)
     if not layer.row.dora:
         return made
-    own: Any = layer.weight, layer.down  # the tensors that stay the same from call to call
-    held, down = (getattr(tensor, "_local_tensor", tensor) for tensor in own)
-    lasting = made if made.down.requires_grad else made._replace(down=down)
-    return made._replace(gain=with_gain(lasting, factors, held, layer.scale).gain)
+    every = {"weight": layer.weight, **layer.factors_now()}
+    # The tensors of what is frozen that stay the same from call to call.
+    held = {n: getattr(t, "_local_tensor", t) for n, t in every.items() if not t.requires_grad}
+    own = {"weight": weight, **factors, **held}
+    return with_gain(made, own, own["weight"], layer.scale, layer.row.down_of)
 
 
 def local(operand: Any) -> Any:

@@ -88,6 +88,7 @@ class Method:
     outputs: tuple[str, ...] = ("up",)  # the factors on the output's side of the core
     core: tuple[str, ...] = ()  # the factors that the core is made of
     parts: Callable[[Mapping[str, Tensor], Tensor, float], Parts] | None = None
+    down_of: tuple[str, ...] = ("down",)  # the factors that the equation's down is made of
     limits: Mapping[str, str] = field(default_factory=lambda: {"r": "KN"})  # rank → the sides above
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword → its values, the first
     # the default, where it is a tuple; otherwise a number, the default itself

@@ -45,6 +45,8 @@ NOLA = Method(
     parts=nola_parts,
     options={"seed": 0},
     slices=False,
+    down_of=("down_bases", "a"),
+    dora=False,
 )
 
 
