@@ -47,7 +47,6 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "save_projection": "it is bases, of save_adapter",
     "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
     "use_dora": "it is called dora",
-    "dora": "lora, lora_fa, lora_xs and lora_mini have it",
     "task_type": f"adapt takes any model and asks for no task; {PEFT}",
     "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
     "device": "a layer stays where its weight is",

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .method import MAGNITUDE, Factor, Method, Parts, numbered
 
-
 START = "down", "start_down"  # what the down of a residual init is made of
 
 

@@ -133,25 +133,23 @@ def test_compiled(method: str, rows: int, counted: list[bool]) -> None:
 
 @methods
 def test_saved_for_backward(method: str) -> None:
-    """M × P and N numbers, x where down is trained, and the result; of a layer that makes its parts
-    those as well, as without DoRA.
+    """M × P and N numbers, the parts where a layer makes them, x where down is trained, and the
+    result; nothing else.
     """
-    x, found = torch.randn(M, K).requires_grad_(), []
-    for with_dora in (True, False):
-        layer = layer_of(method, dora=with_dora)
-        own = {parameter.data_ptr() for parameter in layer.parameters()}
-        sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
-        ):
-            y = layer(x)
-        own |= {x.data_ptr(), y.data_ptr()}
-        found.append(sum(count for place, count in sizes.items() if place not in own))
-        down = layer.parts().down
-        assert (x.data_ptr() in sizes) == down.requires_grad
-        if layer.row.parts is None:
-            assert found[-1] == M * len(down) + N * with_dora  # t and the gain
-    assert found[0] == found[1] + N
+    layer, x = layer_of(method), torch.randn(M, K)
+    x.requires_grad_()
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+    sizes: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
+    ):
+        y = layer(x)
+    down, _, up, _ = layer.parts()
+    made = sum(part.numel() for part in (down, up) if part.data_ptr() not in own)
+    own |= {x.data_ptr(), y.data_ptr()}
+    rest = sum(count for place, count in sizes.items() if place not in own)
+    assert rest == M * len(down) + N + made  # t and the gain
+    assert (x.data_ptr() in sizes) == down.requires_grad
 
 
 @methods

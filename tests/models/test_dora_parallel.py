@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 
-from fused_lowrank.methods import dora
+from fused_lowrank.methods import METHODS, dora
 from fused_lowrank.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
 
@@ -16,7 +16,7 @@ def of_rank(rank: int, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
     mesh = init_device_mesh("cpu", (2,))
-    for method in SETTINGS:
+    for method in (name for name in SETTINGS if METHODS[name][0].row.slices):
         layer = layer_of(method)
         x, dy = torch.randn(M, K), torch.randn(M, layer.out_features)
         y = layer(x)
