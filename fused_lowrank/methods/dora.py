@@ -160,7 +160,8 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 # Of each tensor itself and its storage, weakly, its version and its address.
 Stamp = list[tuple[Any, Any, int, int]]
 # The first of the factors that a frozen down is made of or, beside a trained one, the weight →
-# {P and the ids of all that the constants are of: (a stamp of these, the constants)}
+# {P, how the weight lies in what it is a view of, the ids of all that the constants are of:
+# (a stamp of these, the constants)}
 KEPT: Any = WeakTensorKeyDictionary()
 
 
@@ -251,13 +252,18 @@ def kept(weight: Tensor, down: Tensor, of: list[Tensor]) -> Constants:
     """The constants of a weight that is not trained, and of down if it is made `of` frozen ones.
 
     They are known by those, for down itself may be made, or cut, in each call; and by the weight,
-    for layers may share what their down is made of.
+    for layers may share what their down is made of. Of a view it is what that is a view of: a
+    weight that is stored turned is another one in each call.
     """
     own: Any = weight.stored()[0] if isinstance(weight, Base) else weight
-    fixed_down, tensors = down if of else None, (own, *of)
+    laid = () if own._base is None else (own.shape, own.stride(), own.storage_offset())
+    fixed_down, tensors = (
+        down if of else None,
+        [t if t._base is None else t._base for t in (own, *of)],
+    )
     if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
         return constants(weight, fixed_down)
-    key, place = of[0] if of else own, (len(down) if of else 0, *map(id, tensors))
+    key, place = tensors[bool(of)], (len(down) if of else 0, laid, *map(id, tensors))
     known = KEPT.get(key) or {}
     found = known.get(place)
     if found is not None and holds(found[0], tensors):
@@ -299,10 +305,16 @@ def fill_magnitude(layer: Any) -> None:
     """Give a layer with DoRA, whose other factors are filled, ‖W + ΔW‖ by row: a gain of 1."""
     if not layer.row.dora:
         return
-    factors, weight = layer.factors_now(), layer.base_weight
-    down, core, up, _ = layer.row.made(factors, weight, layer.scale)
-    keeps, of = not weight.requires_grad, frozen(factors, layer.row.down_of)
-    factors[MAGNITUDE].copy_(norm_of(weight, down, core, up, layer.scale, keeps, of))
+    factors = layer.factors_now()
+    factors[MAGNITUDE].copy_(norms_of(layer.row, factors, layer.base_weight, layer.scale))
+
+
+@torch.no_grad()
+def norms_of(row: Method, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Tensor:
+    """‖W + ΔW‖ by row, of a row's factors."""
+    down, core, up, _ = row.made(factors, weight, scale)
+    keeps = not weight.requires_grad
+    return norm_of(weight, down, core, up, scale, keeps, frozen(factors, row.down_of))
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def test_export(method: str, by: str, tmp_path: Path, capsys: Any) -> None:
 def test_export_of_what_is_without_it(tmp_path: Path) -> None:
     """dora=True is for adapters with it."""
     model = adapt(Net(), "lora", target_modules=["first"], r=2, progress=False)
-    with pytest.raises(ValueError, match="first is without dora: export_lora"):
+    with pytest.raises(ValueError, match="first is without dora: with dora=False"):
         export_lora(model, tmp_path / "folder", dora=True)
 
 
