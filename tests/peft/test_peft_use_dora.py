@@ -92,9 +92,8 @@ def test_starts_as_the_base_does(method: str, dtype: torch.dtype, tmp_path: Path
     """The magnitude is ‖W + ΔW‖ by row, in float32 or wider, and stays as precise in files."""
     given = {"use_dora": True, "target_modules": TARGETS, "init_weights": True}
     model = peft.get_peft_model(mlp(dtype), config(method, **given)).eval()
-    plain = peft.get_peft_model(mlp(dtype), config(method, use_dora=False)).eval()
     x = inputs(dtype=dtype)
-    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model(x), mlp(dtype)(x))
     far = peft.get_peft_model(mlp(dtype), config(method, **{**given, "init_weights": False}))
     far.save_pretrained(tmp_path)
     made = [
@@ -134,7 +133,7 @@ def test_files(method: str, low_memory: bool, tmp_path: Path, capsys: Any) -> No
             mlp(), tmp_path, low_cpu_mem_usage=low_memory, is_trainable=trains
         )
         assert same(state(again), state(model))
-        assert torch.equal(again(x), model(x))
+        torch.testing.assert_close(again(x), model(x), **CLOSE)
         names = {n for n, p in again.named_parameters() if p.requires_grad}
         wanted = {n for n, p in model.named_parameters() if p.requires_grad}
         assert names == (wanted if trains else set())

@@ -306,7 +306,7 @@ class PeftCoreLinear(PeftLowRankLinear):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         magnitudes: Any = self._modules[self.magnitude]
-        magnitude = magnitudes._parameters.pop(adapter_name, None)
+        magnitude = magnitudes.pop(adapter_name) if adapter_name in magnitudes else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         weight = self.base_weight
         target = weight.device if device is None else device
