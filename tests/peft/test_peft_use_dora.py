@@ -39,7 +39,7 @@ def shift(model: nn.Module, adapter: str = "default") -> Any:
     """The model, the adapter's magnitudes away from their start."""
     torch.manual_seed(5)
     for layer in layers(model).values():
-        if adapter in layer.scaling:
+        if layer.row_of(adapter).dora:
             own = getattr(layer, layer.magnitude)[adapter]
             own.mul_(0.5 + torch.rand_like(own))
     return model
@@ -93,7 +93,8 @@ def test_starts_as_the_base_does(method: str, dtype: torch.dtype, tmp_path: Path
     given = {"use_dora": True, "target_modules": TARGETS, "init_weights": True}
     model = peft.get_peft_model(mlp(dtype), config(method, **given)).eval()
     x = inputs(dtype=dtype)
-    torch.testing.assert_close(model(x), mlp(dtype)(x))
+    wanted = mlp(dtype)(x)
+    assert (model(x) - wanted).norm() <= {8: 1e-12, 2: 1e-2}[dtype.itemsize] * wanted.norm()
     far = peft.get_peft_model(mlp(dtype), config(method, **{**given, "init_weights": False}))
     far.save_pretrained(tmp_path)
     made = [
@@ -146,7 +147,7 @@ def test_files(method: str, low_memory: bool, tmp_path: Path, capsys: Any) -> No
     torch.testing.assert_close(native(x), other(x), **CLOSE)
     assert native.lin0.settings()["dora"] is True
     assert "magnitude" in native.lin0.train_names
-    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["inspect", str(tmp_path / "native")]) == 0
     assert f"{method} with dora" in capsys.readouterr().out
     file = load_file(tmp_path / "native" / WEIGHTS)
     del file[f"{prefix}lin1.{method}_magnitude"]

@@ -180,9 +180,11 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             magnitude.copy_(self.norms(adapter))
 
     def norms(self, adapter: str) -> Tensor:
-        """‖W + ΔW‖ (out,) by row."""
-        own = self.row_of(adapter), self.factors_of(adapter), self.unmerged_weight
-        return dora.norms_of(*own, self.scaling[adapter])
+        """‖W + ΔW‖ (out,) by row, of trained factors as wide as they will be."""
+        row, factors = self.row_of(adapter), self.factors_of(adapter)
+        for name in row.trained:
+            factors[name] = like(factors[name], wide(factors[name].dtype))
+        return dora.norms_of(row, factors, self.unmerged_weight, self.scaling[adapter])
 
     # --- adapters come and go ---
 
