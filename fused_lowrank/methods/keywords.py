@@ -164,7 +164,7 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
                 hint = row.hints.get(name, "")
                 raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
         elif isinstance(values, int):
-            value = integer(name, value)
+            value = seed(name, value)
         else:
             value = number(name, value)
         found[name] = value
@@ -245,6 +245,14 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}: it must be an integer") from None
+
+
+def seed(name: str, value: Any) -> int:
+    """An integer that torch takes for a seed; ValueError for what is none."""
+    value = integer(name, value)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} is {value}: it must be at least -2**63 and below 2**64")
+    return value
 
 
 def number(name: str, value: Any) -> float:

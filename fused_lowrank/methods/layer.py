@@ -72,7 +72,7 @@ class LowRankLinear(MergingLinear):
         ) -> None: ...
 
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
+        super().__init_subclass__(row, **keywords)
         if row is not None:
             cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
             cls.learning_rate, cls.output_factors = row.learning_rate, row.outputs

@@ -19,7 +19,7 @@ from ...methods.family.melora import MELORA
 from ...methods.family.nola import NOLA
 from ...methods.family.tied_lora import TIED_LORA
 from ...methods.initial.starts import FILLS
-from ...methods.keywords import integer
+from ...methods.keywords import integer, seed
 from ...methods.method import Method
 from ...models.patterns import check_layers, check_number, check_rank
 from ...models.targets import matches
@@ -130,7 +130,7 @@ class LowRankConfig(PeftConfig):
             self.layers_to_transform = integer("layers_to_transform", self.layers_to_transform)
         for name, value in self.row.options.items():
             if isinstance(value, int):
-                setattr(self, name, integer(name, getattr(self, name)))
+                setattr(self, name, seed(name, getattr(self, name)))
         if self.row.shared and self.rank_pattern:
             raise ValueError(
                 f"rank_pattern is {self.rank_pattern!r}: all layers of {self.method} share factors "
@@ -173,7 +173,7 @@ class BasesConfig(LowRankConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        self.projection_seed = integer("projection_seed", self.projection_seed)
+        self.projection_seed = seed("projection_seed", self.projection_seed)
         if not self.save_projection:
             warnings.warn(
                 "save_projection=False: files hold a fingerprint of the frozen factors, not these; "

@@ -71,8 +71,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
     with_dora: ClassVar[Method]  # the row of adapters that have a magnitude
     magnitude: ClassVar[str]  # the name of the ParameterDict of these
     prefix: ClassVar[str]
-    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter, the
-    # magnitude last
+    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter; of a
+    # layer that has had an adapter with DoRA the magnitude as well, as PEFT's own have it
     factor_names: tuple[str, ...]  # these, and what is frozen of each adapter
     base_names: tuple[str, ...] = ()  # factors that all adapters share
     other_param_names: tuple[str, ...] = ("r", "room", "scaling", "own_scaling", "lora_dropout")
@@ -157,8 +157,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
 
     def trained_names(self, adapter: str) -> tuple[str, ...]:
         """The names of the ParameterDicts that have the trained factors of an adapter."""
-        names = self.adapter_layer_names
-        return names if self.row_of(adapter).dora else names[:-1]
+        names = type(self).adapter_layer_names
+        return (*names, self.magnitude) if self.row_of(adapter).dora else names
 
     def trained_factors(self, adapter: str) -> list[nn.Parameter]:
         """The factors of an adapter that are trained."""
@@ -204,6 +204,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             weight = self.unmerged_weight
             value = torch.empty(len(weight), dtype=wide(weight.dtype), device=weight.device)
             getattr(self, self.magnitude)[adapter] = nn.Parameter(value)
+            self.adapter_layer_names = (*type(self).adapter_layer_names, self.magnitude)
         self._move_adapter_to_device_of_base_layer(adapter)  # type: ignore[operator]
         if not self.row.shared:  # of the others the factors are not all there yet
             self.fill_magnitude(adapter)

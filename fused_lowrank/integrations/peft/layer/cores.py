@@ -45,7 +45,8 @@ class PeftCoreLinear(PeftLowRankLinear):
         super().__init_subclass__(row, **keywords)
         if row is not None:
             cls.core_names = tuple(f"{row.name}_{name}" for name in row.core)
-            cls.adapter_layer_names = cls.factor_names = (*cls.core_names, cls.magnitude)
+            cls.adapter_layer_names = cls.core_names
+            cls.factor_names = (*cls.core_names, cls.magnitude)
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__(base_layer, key, fan_in_fan_out)

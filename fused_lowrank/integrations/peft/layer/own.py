@@ -19,7 +19,7 @@ from ....compute.reference import Core, like, product
 from ....context.elsewhere import here
 from ....files.peft_own import name_of
 from ....methods.initial.starts import FILLS, ZERO
-from ....methods.method import Method, Parts
+from ....methods.method import MAGNITUDE, Method, Parts
 from ....methods.shared import fill_shared
 from ..config import LowRankConfig
 from .base import PeftLowRankLinear, wide
@@ -42,10 +42,10 @@ class PeftOwnLinear(PeftLowRankLinear):
             row = replace(row, starts={"far": far, **row.starts})
         super().__init_subclass__(row, **keywords)
         if row is not None:
-            cls.names = {name: name_of(cls.with_dora, name) for name in cls.with_dora.factors}
-            cls.factor_names = tuple(cls.names.values())
-            cls.adapter_layer_names = tuple(cls.names[name] for name in cls.with_dora.trained)
-            frozen = (name for name in cls.factor_names if name not in cls.adapter_layer_names)
+            cls.names = {factor: name_of(row, factor) for factor in row.factors}
+            cls.factor_names = (*cls.names.values(), cls.magnitude)
+            cls.adapter_layer_names = tuple(cls.names[factor] for factor in row.trained)
+            frozen = (name_of(row, n) for n, factor in row.factors.items() if not factor.trained)
             cls.other_param_names = (*PeftLowRankLinear.other_param_names, *frozen)
 
     # --- the parts of the equation ---
@@ -53,8 +53,13 @@ class PeftOwnLinear(PeftLowRankLinear):
     def factors_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of an adapter, by the row's names."""
         own: Any = self._modules
-        names = self.names
-        return {f: own[names[f]]._parameters[adapter] for f in self.row_of(adapter).factors}
+        names = self.names_of(adapter).items()
+        return {factor: own[name]._parameters[adapter] for factor, name in names}
+
+    def names_of(self, adapter: str) -> dict[str, str]:
+        """The names of the ParameterDicts that have an adapter's factors, by the row's names."""
+        dora = self.row_of(adapter).dora
+        return {**self.names, MAGNITUDE: self.magnitude} if dora else self.names
 
     def give(self, adapter: str, factor: str, value: nn.Parameter) -> None:
         """Make a factor of an adapter this Parameter."""
@@ -62,8 +67,8 @@ class PeftOwnLinear(PeftLowRankLinear):
 
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
-        names = self.names
-        return {f: f"{prefix}{names[f]}.{adapter}" for f in self.row_of(adapter).factors}
+        names = self.names_of(adapter).items()
+        return {factor: f"{prefix}{name}.{adapter}" for factor, name in names}
 
     def used(self, adapter: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
         """An adapter's factors, of those that a state_dict has by these keys: they are all."""
@@ -133,7 +138,7 @@ class PeftOwnLinear(PeftLowRankLinear):
     ) -> None:
         # In place: a shared factor stays one, a frozen one frozen, a file's trained ones as wide.
         target = self.base_weight.device if device is None else device
-        for factor, name in self.names.items():
+        for factor, name in self.names_of(adapter_name).items():
             own: Any = getattr(self, name)._parameters.get(adapter_name)
             if own is not None and not own.is_meta and target.type != "meta":
                 trained = self.with_dora.factors[factor].trained
