@@ -35,20 +35,15 @@ def fill_shared(row: Method, factors: Mapping[str, Tensor], options: Mapping[str
 
 @torch.no_grad()
 def fill_unsaved(layer: Any) -> None:
-    """Give a layer the factors that no state_dict has, of its seeds, where its others are."""
+    """Give a layer the factors that no state_dict has, of its seeds."""
     row = layer.row
     names = [name for name in row.shared if not row.factors[name].saved]
     if not names:
         return
-    device = next(getattr(layer, n).device for n in row.factors if n not in row.elsewhere)
     drawn = {name: torch.empty(getattr(layer, name).shape) for name in row.shared}
     fill_shared(row, drawn, layer.options)
     for name in names:
-        own = getattr(layer, name)
-        if own.is_meta:
-            own = nn.Parameter(torch.empty_like(own, device=device), own.requires_grad)
-            layer._parameters[name] = own
-        own.copy_(drawn[name])
+        getattr(layer, name).copy_(drawn[name])
 
 
 def shared_by(
