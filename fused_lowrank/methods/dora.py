@@ -195,13 +195,15 @@ def with_gain(
     weight: Tensor,
     scale: float,
     down_of: Iterable[str] = (),
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> Parts:
     """The parts of a layer with the gain that its factors' magnitude is over this weight.
 
     The norm's constants are computed anew where weight or, with a frozen down, one of the factors
     `down_of`, which that is made of, is another tensor, or has been written to; not where that was
     by way of `.data`, which leaves no trace: call `forget`. Without `down_of` nothing is kept of a
-    down that is not trained either.
+    down that is not trained either. Of a weight and a down that are some columns of more `over`
+    sums over all of them.
     """
     down, core, up, _ = parts
     keeps, of = not weight.requires_grad, frozen(factors, down_of)
@@ -215,6 +217,8 @@ def with_gain(
             norm = norm_op(own, down.detach(), a, b, up.detach(), scale, keeps, of)
     else:
         norm = norm_of(weight, down, core, up, scale, keeps, of)
+    if over is not None:
+        norm = over(norm.square()).sqrt()
     return parts._replace(gain=gain(factors[MAGNITUDE], norm))
 
 
