@@ -25,7 +25,7 @@ def seeds_of(layer: Any) -> dict[str, int]:
 
 
 def seeds_state(layer: Any) -> Tensor:
-    """What a state_dict has in place of the factors that a seed determines: JSON, in bytes."""
+    """The part of a state_dict in place of the factors that seeds determine: JSON, in bytes."""
     return torch.tensor(list(json.dumps(seeds_of(layer)).encode()), dtype=torch.uint8)
 
 

@@ -22,10 +22,11 @@ from dora_cases import (
     replaced,
 )
 from dora_cases import Net as TwoLayers
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import merge, unmerge
-from fused_lowrank.methods import METHODS
+from fused_lowrank.methods import METHODS, dora
 
 PAIRS = [
     (method, name)
@@ -127,6 +128,22 @@ def test_weights_and_factors_that_two_layers_share() -> None:
     for _ in range(2):
         called(one, x)
         called(two, x)
+
+
+def test_a_weight_and_views_of_it() -> None:
+    """The rows of a weight, of it turned, and of parts of it have norms of their own."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    down = nn.Parameter(torch.randn(2, 6), requires_grad=False)
+    for _ in range(2):
+        for view in (weight, weight.t(), weight[:3], weight[3:], weight[:3].t()):
+            own = down[:, : view.shape[1]]
+            for of in ([], [own]):
+                fixed = dora.kept(view, own, of)
+                torch.testing.assert_close(fixed.of_weight, view.square().sum(1))
+                if of:
+                    torch.testing.assert_close(fixed.with_down, view @ own.t())
+    assert dora.kept(weight.t(), down, [down]) is dora.kept(weight.t(), down, [down])
 
 
 def test_inference_mode_and_training_after_it() -> None:

@@ -168,6 +168,19 @@ def test_files_without_frozen_factors(method: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), model(x), **CLOSE)
 
 
+@methods
+def test_loading_makes_no_frozen_factors(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file brings them, no magnitude asks for others before."""
+    model, x = tuned(method, init_weights=True), inputs()
+    model.save_pretrained(tmp_path)
+    kind = type(layers(model)["base_model.model.lin0"])
+    monkeypatch.setattr(kind, "new_bases", None)
+    again = peft.PeftModel.from_pretrained(mlp(), tmp_path)
+    torch.testing.assert_close(again(x), model(x), **CLOSE)
+
+
 @every_method
 def test_several_adapters(method: str) -> None:
     """Of those that are active each adds what it makes of W alone; rows have their own; one that is
