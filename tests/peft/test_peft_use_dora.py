@@ -181,6 +181,17 @@ def test_loading_makes_no_frozen_factors(
     torch.testing.assert_close(again(x), model(x), **CLOSE)
 
 
+@methods
+@pytest.mark.parametrize("init", [True, "paper", False])
+def test_first_values_of_what_is_not_trained(method: str, init: Any) -> None:
+    """A gain of 1, also where frozen factors are made when they are first asked for."""
+    given = {"use_dora": True, "init_weights": init, "inference_mode": True}
+    model = peft.get_peft_model(mlp(), config(method, **given))
+    for layer in layers(model).values():
+        gain = layer.gain_of("default", *layer.joined(["default"])[:3])
+        torch.testing.assert_close(gain, torch.ones_like(gain), rtol=1e-6, atol=0)
+
+
 @every_method
 def test_several_adapters(method: str) -> None:
     """Of those that are active each adds what it makes of W alone; rows have their own; one that is
