@@ -130,6 +130,19 @@ def test_weights_and_factors_that_two_layers_share() -> None:
         called(two, x)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["down", "start_down"])
+def test_a_down_of_two_factors(name: str, change: Callable[..., None]) -> None:
+    """Of an init that starts as a part of W: the constants are of both, and follow either."""
+    layer, x = layer_of("lora_fa", init="pissa").eval(), torch.randn(3, K)
+    for _ in range(2):
+        whole = layer.weight + layer.delta_weight()
+        close([layer(x)], [x @ whole.t() + layer.bias], 1e-5)
+        (found,) = dora.KEPT[layer.down].values()
+        assert found[1].with_down.shape == (len(layer.weight), 2 * layer.r)
+        change(layer, name)
+
+
 def test_a_weight_and_views_of_it() -> None:
     """The rows of a weight, of it turned, and of parts of it have norms of their own."""
     torch.manual_seed(0)
