@@ -261,10 +261,8 @@ def kept(weight: Tensor, down: Tensor, of: list[Tensor]) -> Constants:
     """
     own: Any = weight.stored()[0] if isinstance(weight, Base) else weight
     laid = () if own._base is None else (own.shape, own.stride(), own.storage_offset())
-    fixed_down, tensors = (
-        down if of else None,
-        [t if t._base is None else t._base for t in (own, *of)],
-    )
+    fixed_down = down if of else None
+    tensors = [tensor if tensor._base is None else tensor._base for tensor in (own, *of)]
     if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
         return constants(weight, fixed_down)
     key, place = tensors[bool(of)], (len(down) if of else 0, laid, *map(id, tensors))

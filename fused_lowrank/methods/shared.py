@@ -16,6 +16,7 @@ from .accept import matrix_of
 from .initial.starts import DRAWS, FILLS
 from .keywords import chosen, signature_of, sized
 from .method import Method
+from .tensors import is_sharded
 
 
 @torch.no_grad()
@@ -43,7 +44,13 @@ def fill_unsaved(layer: Any) -> None:
     drawn = {name: torch.empty(getattr(layer, name).shape) for name in row.shared}
     fill_shared(row, drawn, layer.options)
     for name in names:
-        getattr(layer, name).copy_(drawn[name])
+        own: Any = getattr(layer, name)
+        value = drawn[name].to(own.device, own.dtype)
+        if is_sharded(own):  # every rank has drawn the same
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+        own.copy_(value)
 
 
 def shared_by(

@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from distributed_training import Traffic
-from dora_cases import SETTINGS, K, M, N, close, layer_of
+from dora_cases import SETTINGS, K, M, N, Net, close, layer_of
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 
+from fused_lowrank import adapt
 from fused_lowrank.methods import METHODS, dora
 from fused_lowrank.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
@@ -64,7 +67,25 @@ def of_rank(rank: int, folder: str) -> None:
                 for name in whole.train_names:
                     getattr(whole, name).div_(1.5)
     compiled(mesh, styles[1])
+    drawn_in_parts(mesh)
     torch.distributed.destroy_process_group()
+
+
+def drawn_in_parts(mesh: Any) -> None:
+    """What no state_dict has is drawn by each rank, of its part, when the rest is loaded."""
+    given = {"target_modules": ["first", "second"], "progress": False, **SETTINGS["nola"]}
+    whole = adapt(Net(), "nola", dora=True, **given)
+    for own in whole.parameters():
+        torch.nn.init.normal_(own) if own.requires_grad else None
+    with torch.device("meta"):
+        empty = Net()
+    model = fully_shard(adapt(empty, "nola", dora=True, defer_bases=True, **given), mesh=mesh)
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, whole.state_dict(), options=options)
+    torch.manual_seed(7)
+    x = torch.randn(M, K)
+    close([model(x)], [whole(x)], 1e-5)
 
 
 def compiled(mesh: Any, style: Any) -> None:
