@@ -7,7 +7,8 @@
 The layer is linear in each slice of N, and of K, so every rank computes a whole layer of its own
 slices, by the same kernels: the low-rank term's sums ride on the reductions of the bare layer, of y
 in a rowwise forward and of dx in a colwise backward. Beyond those, a replicated factor that is
-trained has its gradient summed over the ranks. Nothing else is communicated.
+trained has its gradient summed over the ranks; and DoRA's norms, of whole rows of W, are of sums
+over the ranks in a rowwise forward. Nothing else is communicated.
 
 The parameters are DTensors, for optimisers, checkpoints and merging; the computation is on what of
 them is local.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -92,8 +94,8 @@ class LowRankRowwiseParallel(RowwiseParallel):
         output_layouts: the placement of y (..., N); by default Replicate().
         use_local_output: whether y is the local torch.Tensor (the default), or a DTensor.
 
-    Beyond the bare layer, the gradients of what is trained of core and up are summed. The first
-    rank adds the bias.
+    Beyond the bare layer, the gradients of what is trained of core and up are summed, and with DoRA
+    in a forward the squares of the norms, N numbers. The first rank adds the bias.
 
     Dropout: every rank has a mask of its own for its slice of x, if torch.manual_seed was called
     alike on all.
@@ -105,11 +107,6 @@ class LowRankRowwiseParallel(RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = checked(module, "RowwiseParallel")
-        if layer.row.dora:
-            raise ValueError(
-                "DoRA's norms are of whole rows of W, and each rank would have a part of them: "
-                "take LowRankColwiseParallel for this layer, or fully_shard"
-            )
         check_parts(layer, "in_features", layer.in_features, device_mesh)
         sharded = {"weight": Shard(1), **sides(layer, "K")}
         return parallelized(layer, device_mesh, self, (Shard(-1),), sharded, rowwise)
@@ -192,25 +189,36 @@ def colwise(layer: LowRankLinear, x: DTensor) -> DTensor:
 
 def rowwise(layer: LowRankLinear, x: DTensor) -> DTensor:
     """x (..., K), sharded by columns → y (..., N), a sum over the ranks."""
-    weight = local(layer.weight)
-    down, core, up, gain = own_parts(layer, weight)
-    rank, own, seed = x.device_mesh.get_local_rank(), x.to_local(), None
+    weight, mesh = local(layer.weight), x.device_mesh
+    down, core, up, gain = own_parts(layer, weight, partial(summed, mesh))
+    rank, own, seed = mesh.get_local_rank(), x.to_local(), None
     if layer.dropout and layer.training:
         seed = draw_seed(own) + rank
     y = layer.compute(own, weight, down, core, up, bias_of(layer, rank), seed, gain)
-    return joined(y, layer, x.device_mesh, Partial())
+    return joined(y, layer, mesh, Partial())
 
 
-def own_parts(layer: LowRankLinear, weight: Tensor) -> Parts:
-    """The equation's parts of what this rank has of the factors."""
+def summed(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor that needs no gradient."""
+    return all_reduce(tensor, "sum", (mesh, 0))
+
+
+def own_parts(
+    layer: LowRankLinear, weight: Tensor, over: Callable[[Tensor], Tensor] | None = None
+) -> Parts:
+    """The equation's parts of what this rank has of the factors.
+
+    `over` sums over the ranks, where each has a part of W's rows: DoRA's norms are of whole ones.
+    """
     factors = {name: local(factor) for name, factor in layer.factors_now().items()}
     made = layer.row.made(factors, weight, layer.scale)
     if not layer.row.dora:
         return made
-    own: Any = layer.weight, layer.down  # the tensors that stay the same from call to call
-    held, down = (getattr(tensor, "_local_tensor", tensor) for tensor in own)
-    lasting = made if made.down.requires_grad else made._replace(down=down)
-    return made._replace(gain=with_gain(lasting, factors, held, layer.scale).gain)
+    every = {"weight": layer.weight, **layer.factors_now()}
+    # The tensors of what is frozen that stay the same from call to call.
+    held = {n: getattr(t, "_local_tensor", t) for n, t in every.items() if not t.requires_grad}
+    own = {"weight": weight, **factors, **held}
+    return with_gain(made, own, own["weight"], layer.scale, layer.row.down_of, over)
 
 
 def local(operand: Any) -> Any:

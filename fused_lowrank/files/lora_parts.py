@@ -55,11 +55,11 @@ def check_dora(adapter: Adapter, asked: bool) -> None:
     if having and not asked:
         raise ValueError(
             f"{having[0]} is with dora, which plain LoRA cannot hold: merge it into the model, or "
-            "export_lora(…, dora=True), convert --to peft-dora, for PEFT and who else knows DoRA"
+            "write it with dora=True (convert --to peft-dora), for PEFT and who else knows DoRA"
         )
     if asked and len(having) < len(adapter.parts):
         without = next(name for name in adapter.parts if name not in having)
-        raise ValueError(f"{without} is without dora: export_lora(…, dora=False) writes plain LoRA")
+        raise ValueError(f"{without} is without dora: with dora=False it is plain LoRA")
 
 
 def common_scale(parts: Any) -> Fraction:

@@ -42,7 +42,7 @@ FACTOR = re.compile(
 )
 FACTORS = {"A": "down", "B": "up", None: "core"}
 WHOLE = ".modules_to_save.default."  # in a whole state_dict
-UNSUPPORTED = "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"
+UNSUPPORTED = "use_dora", "fan_in_fan_out", "layer_replication"
 
 
 def load_official_lora_xs(

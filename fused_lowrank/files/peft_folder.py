@@ -7,6 +7,7 @@ adapter_config.json       the config of the method
 adapter_model.safetensors or .bin, or a whole state_dict in model.safetensors, pytorch_model.bin:
   base_model.model.<module>.lora_xs_core         of `LoraXSConfig`
   base_model.model.<module>.lora_mini_a_train    and _b_train, of `LoraMiniConfig`
+  base_model.model.<module>.lora_xs_magnitude    or lora_mini_magnitude, with use_dora
   base_model.model.<module>.basis_down           and _up, _fingerprint, of both
   base_model.model.<module>.base_layer.bias      where it is trained
   base_model.model.<module>.base_layer.weight    of an adapted head: the base's, and left out
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 from ..methods import METHODS, LowRankLinear
 from ..methods.initial.bases import Bases, Source
+from ..methods.method import MAGNITUDE
+from ..methods.variants import variant
 from ..models.adapt import adapted_layers
 from ..models.patterns import pattern_of
 from ..models.targets import check_places, modules_by_name
@@ -249,7 +252,7 @@ def parsed(
     refuse(config, ["fan_in_fan_out"], path)
     method = TYPES[kind]
     frozen = ("down", "up", FINGERPRINT)
-    trained = METHODS[method][0].row.core
+    trained = (*METHODS[method][0].row.core, *([MAGNITUDE] if config.get("use_dora") else []))
     suffixes = {f".{method}_{part}": part for part in trained}
     suffixes |= {f".basis_{part}": part for part in frozen}
     suffixes |= {".base_layer.bias": "bias", ".base_layer.weight": "weight"}
@@ -351,18 +354,21 @@ def settings_of(
 ) -> dict[str, Any]:
     """The keywords of a layer. Its rank is that of its tensors, which PEFT may have reduced."""
     asked, alpha = scaling(config, name, path)
-    row = METHODS[method][0].row
-    trained, sizes = row.core, dict[str, int]()
+    row = variant(METHODS[method][0].row, {"dora": bool(config.get("use_dora"))})
+    trained, sizes = (*row.core, *([MAGNITUDE] if row.dora else [])), dict[str, int]()
     for factor in trained:
-        if factor not in parts or parts[factor].dim() != 2:
+        sides = row.factors[factor].sides
+        if factor not in parts or parts[factor].dim() != len(sides):
             raise ValueError(f"{path} lacks {factor} of {name}: it is damaged")
-        sizes.update(zip(row.factors[factor].sides, parts[factor].shape, strict=True))
+        sizes.update(zip(sides, parts[factor].shape, strict=True))
     r = sizes["r"]
+    sizes.pop("N", None)
     return {
         "r": r,
         "alpha": alpha if r == asked else alpha / asked * r,
         "dropout": float(config.get("lora_dropout") or 0.0),
         "train": (*trained, *(["bias"] if "bias" in parts else [])),
         **sizes,
+        **({"dora": True} if row.dora else {}),
         **({"svd": "randomized"} if "svd" in row.options else {}),  # as the integration's are
     }

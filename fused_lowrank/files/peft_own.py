@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..methods import METHODS
 from ..methods.method import SHARED, Method
+from ..methods.variants import variant
 
 # PEFT has LoRA itself, and those with `peft`; those with `bases` are read by `peft_folder`.
 OWN: dict[str, Method] = {
@@ -41,7 +42,7 @@ def parsed(
 
     `scaling` gives (r, alpha) of a layer. Raises ValueError for a file that lacks factors.
     """
-    row = OWN[config["peft_type"]]
+    row = variant(OWN[config["peft_type"]], {"dora": bool(config.get("use_dora"))})
     saved = {name: factor for name, factor in row.factors.items() if factor.saved}
     names = {f".{name_of(row, name)}": name for name in saved} | {".base_layer.bias": "bias"}
     ends = (*names, ".base_layer.weight")  # of an adapted head: the base's, and left out
@@ -75,6 +76,7 @@ def parsed(
                 "alpha": alpha if r == asked else alpha / asked * r,
                 "dropout": float(config.get("lora_dropout") or 0.0),
                 "train": (*row.trained, *(["bias"] if "bias" in parts else [])),
+                **({"dora": True} if row.dora else {}),
             },
         }
     if not entries:

@@ -159,7 +159,9 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 # Of each tensor itself and its storage, weakly, its version and its address.
 Stamp = list[tuple[Any, Any, int, int]]
-# A frozen down or, beside a trained one, the weight → (a stamp of both, the constants)
+# The first of the factors that a frozen down is made of or, beside a trained one, the weight →
+# {P, how the weight lies in what it is a view of, the ids of all that the constants are of:
+# (a stamp of these, the constants)}
 KEPT: Any = WeakTensorKeyDictionary()
 
 
@@ -192,27 +194,38 @@ def with_gain(
     factors: Mapping[str, Tensor],
     weight: Tensor,
     scale: float,
-    fixed_down: bool = True,
+    down_of: Iterable[str] = (),
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> Parts:
     """The parts of a layer with the gain that its factors' magnitude is over this weight.
 
-    The norm's constants are computed anew where weight or a frozen down is another tensor, or has
-    been written to; not where that was by way of `.data`, which leaves no trace: call `forget`.
-    Without `fixed_down` nothing is kept of a down that is not trained either.
+    The norm's constants are computed anew where weight or, with a frozen down, one of the factors
+    `down_of`, which that is made of, is another tensor, or has been written to; not where that was
+    by way of `.data`, which leaves no trace: call `forget`. Without `down_of` nothing is kept of a
+    down that is not trained either. Of a weight and a down that are some columns of more `over`
+    sums over all of them.
     """
     down, core, up, _ = parts
-    keeps, frozen = not weight.requires_grad, fixed_down and not down.requires_grad
+    keeps, of = not weight.requires_grad, frozen(factors, down_of)
     if torch.compiler.is_compiling():
         a, b = (t if t is None else t.detach() for t in places(core))
-        own = weight if keeps else weight.detach(), down if frozen else down.detach()
+        own = weight if keeps else weight.detach()
         if isinstance(weight, Base):  # which no op takes
-            given = own[1], join(a, b), up.detach(), scale, keeps, frozen
+            given = down.detach(), join(a, b), up.detach(), scale, keeps, of
             norm = torch.compiler.disable(norm_of)(weight, *given)
         else:
-            norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
+            norm = norm_op(own, down.detach(), a, b, up.detach(), scale, keeps, of)
     else:
-        norm = norm_of(weight, down, core, up, scale, keeps, frozen)
+        norm = norm_of(weight, down, core, up, scale, keeps, of)
+    if over is not None:
+        norm = over(norm.square()).sqrt()
     return parts._replace(gain=gain(factors[MAGNITUDE], norm))
+
+
+def frozen(factors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The factors of these names, or none where one of them is trained."""
+    found = [factors[name] for name in names]
+    return [] if any(factor.requires_grad for factor in found) else found
 
 
 def is_captured(tensor: Tensor) -> bool:
@@ -222,26 +235,45 @@ def is_captured(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def norm_of(
-    weight: Tensor, down: Tensor, core: Core, up: Tensor, scale: float, keeps: bool, frozen: bool
+    weight: Tensor,
+    down: Tensor,
+    core: Core,
+    up: Tensor,
+    scale: float,
+    keeps: bool,
+    of: list[Tensor],
 ) -> Tensor:
-    """`row_norms` of a layer, with constants that are kept if the weight `keeps` its values."""
+    """`row_norms` of a layer, with constants that are kept if the weight `keeps` its values.
+
+    `of` are the frozen factors that down is made of; none: it is trained.
+    """
     with no_autocast(weight):
-        fixed = kept(weight, down, frozen) if keeps else constants(weight, None)
+        fixed = kept(weight, down, of) if keeps else constants(weight, None)
         return row_norms(fixed, weight, down, core, up, scale)
 
 
-def kept(weight: Tensor, down: Tensor, frozen: bool) -> Constants:
-    """The constants of a weight that is not trained, and of down if it is `frozen`."""
+def kept(weight: Tensor, down: Tensor, of: list[Tensor]) -> Constants:
+    """The constants of a weight that is not trained, and of down if it is made `of` frozen ones.
+
+    They are known by those, for down itself may be made, or cut, in each call; and by the weight,
+    for layers may share what their down is made of. Of a view it is what that is a view of: a
+    weight that is stored turned is another one in each call.
+    """
     own: Any = weight.stored()[0] if isinstance(weight, Base) else weight
-    key = down if frozen else own
-    if own.is_inference() or key.is_inference():  # nobody counts what is written to them
-        return constants(weight, down if frozen else None)
-    found = KEPT.get(key)
-    if found is not None and holds(found[0], (own, key)):
+    laid = () if own._base is None else (own.shape, own.stride(), own.storage_offset())
+    fixed_down = down if of else None
+    tensors = [tensor if tensor._base is None else tensor._base for tensor in (own, *of)]
+    if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
+        return constants(weight, fixed_down)
+    key, place = tensors[bool(of)], (len(down) if of else 0, laid, *map(id, tensors))
+    known = KEPT.get(key) or {}
+    found = known.get(place)
+    if found is not None and holds(found[0], tensors):
         return found[1]
-    fixed = constants(weight, down if frozen else None)
+    fixed = constants(weight, fixed_down)
     if not is_captured(own):
-        KEPT[key] = stamp((own, key)), fixed
+        alive = {at: one for at, one in known.items() if all(t() is not None for t, *_ in one[0])}
+        KEPT[key] = {**alive, place: (stamp(tensors), fixed)}
     return fixed
 
 
@@ -260,9 +292,9 @@ def norm_op(
     up: Tensor,
     scale: float,
     keeps: bool,
-    frozen: bool,
+    of: list[Tensor],
 ) -> Tensor:
-    return norm_of(weight, down, join(a, b), up, scale, keeps, frozen)
+    return norm_of(weight, down, join(a, b), up, scale, keeps, of)
 
 
 @norm_op.register_fake
@@ -275,10 +307,16 @@ def fill_magnitude(layer: Any) -> None:
     """Give a layer with DoRA, whose other factors are filled, ‖W + ΔW‖ by row: a gain of 1."""
     if not layer.row.dora:
         return
-    factors, weight = layer.factors_now(), layer.base_weight
-    down, core, up, _ = layer.row.made(factors, weight, layer.scale)
-    keeps, frozen = not weight.requires_grad, not down.requires_grad
-    factors[MAGNITUDE].copy_(norm_of(weight, down, core, up, layer.scale, keeps, frozen))
+    factors = layer.factors_now()
+    factors[MAGNITUDE].copy_(norms_of(layer.row, factors, layer.base_weight, layer.scale))
+
+
+@torch.no_grad()
+def norms_of(row: Method, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Tensor:
+    """‖W + ΔW‖ by row, of a row's factors."""
+    down, core, up, _ = row.made(factors, weight, scale)
+    keeps = not weight.requires_grad
+    return norm_of(weight, down, core, up, scale, keeps, frozen(factors, row.down_of))
 
 
 @torch.no_grad()

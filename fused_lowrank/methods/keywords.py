@@ -47,7 +47,6 @@ ELSEWHERE = {  # what users of other libraries call things, and what they are he
     "save_projection": "it is bases, of save_adapter",
     "projection_seed": f"torch.manual_seed is what decides here; {PEFT}",
     "use_dora": "it is called dora",
-    "dora": "lora, lora_fa, lora_xs and lora_mini have it",
     "task_type": f"adapt takes any model and asks for no task; {PEFT}",
     "inference_mode": f"model.requires_grad_(False) trains nothing; {PEFT}",
     "device": "a layer stays where its weight is",
@@ -165,7 +164,7 @@ def chosen(row: Method, given: Mapping[str, Any]) -> dict[str, Any]:
                 hint = row.hints.get(name, "")
                 raise ValueError(f"{name} is {value!r}: it must be {known}{hint}")
         elif isinstance(values, int):
-            value = integer(name, value)
+            value = seed(name, value)
         else:
             value = number(name, value)
         found[name] = value
@@ -246,6 +245,14 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}: it must be an integer") from None
+
+
+def seed(name: str, value: Any) -> int:
+    """An integer that torch takes for a seed; ValueError for what is none."""
+    value = integer(name, value)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} is {value}: it must be at least -2**63 and below 2**64")
+    return value
 
 
 def number(name: str, value: Any) -> float:

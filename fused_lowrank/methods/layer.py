@@ -72,7 +72,7 @@ class LowRankLinear(MergingLinear):
         ) -> None: ...
 
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
+        super().__init_subclass__(row, **keywords)
         if row is not None:
             cls.row, cls.method, cls.factors = row, row.name, tuple(row.factors)
             cls.learning_rate, cls.output_factors = row.learning_rate, row.outputs
@@ -157,9 +157,7 @@ class LowRankLinear(MergingLinear):
         if is_sharded(self.base_weight):
             self._init_sharded()
         else:
-            self._init_factors()
-            if with_shared:
-                fill_shared(self.row, self.factors_now(), self.options)
+            self._init_factors(with_shared)
         self.bases_pending = False
 
     def _init_sharded(self) -> None:
@@ -173,8 +171,10 @@ class LowRankLinear(MergingLinear):
             value = getattr(layer, name).detach().to(own.dtype)
             own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
-    def _init_factors(self) -> None:
+    def _init_factors(self, with_shared: bool) -> None:
         fill(self)
+        if with_shared:
+            fill_shared(self.row, self.factors_now(), self.options)
         dora.fill_magnitude(self)
 
     def fill_core(self, core: Any) -> None:
@@ -192,7 +192,9 @@ class LowRankLinear(MergingLinear):
         """The equation's down, core, up and gain."""
         factors, weight = self.factors_now(), self.base_weight
         made = self.row.made(factors, weight, self.scale)
-        return dora.with_gain(made, factors, weight, self.scale) if self.row.dora else made
+        if not self.row.dora:
+            return made
+        return dora.with_gain(made, factors, weight, self.scale, self.row.down_of)
 
     @property
     def bases(self) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from ..context.elsewhere import here, kept, replace, sharder_of
 from .accept import why_no_weight
 from .computer import Computer
 from .method import Method
-from .shared import leave_to_others
-from .state import MERGED, is_other, refuse_wrong, unmerged
+from .shared import fill_unsaved, leave_to_others
+from .state import EXTRA, MERGED, is_other, refuse_wrong, seeds_state, unmerged
 from .tensors import fsdp_error, is_sharded, whole
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ class MergingLinear(nn.Module):
     computed_by: Computer | None = None
     train_names: tuple[str, ...]
     bias: nn.Parameter | None
+
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if row is not None and any(not factor.saved for factor in row.factors.values()):
+            cls.get_extra_state = seeds_state  # type: ignore[method-assign, assignment]
+            cls.set_extra_state = lambda self, state: None  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,11 +196,14 @@ class MergingLinear(nn.Module):
             state_dict = unmerged(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
         unsaved = {prefix + name for name, f in self.row.factors.items() if not f.saved}
+        unsaved.add(prefix + EXTRA)
         rest[2][:] = [key for key in rest[2] if key not in unsaved]
         own = [name for name in self.factors if name not in self.row.elsewhere]
         values = [(state_dict.get(prefix + name), getattr(self, name)) for name in own]
         if not values[0][1].is_meta and all(is_other(value, own) for value, own in values):
             self.base_lost |= self.bases_pending and any(True for _ in self.trained_base())
+            if self.bases_pending:
+                fill_unsaved(self)
             self.bases_pending = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

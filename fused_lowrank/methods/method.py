@@ -88,9 +88,10 @@ class Method:
     outputs: tuple[str, ...] = ("up",)  # the factors on the output's side of the core
     core: tuple[str, ...] = ()  # the factors that the core is made of
     parts: Callable[[Mapping[str, Tensor], Tensor, float], Parts] | None = None
+    down_of: tuple[str, ...] = ("down",)  # the factors that the equation's down is made of
     limits: Mapping[str, str] = field(default_factory=lambda: {"r": "KN"})  # rank → the sides above
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword → its values, the first
-    # the default, where it is a tuple; otherwise a number, the default itself
+    # the default, where it is a tuple; otherwise a number, the default itself, an int of a seed
     hints: Mapping[str, str] = field(default_factory=dict)  # option → why it has no other values
     starts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # word → other inits
     peft: PeftNames | None = None  # where PEFT has the method as well

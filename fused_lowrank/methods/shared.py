@@ -16,6 +16,7 @@ from .accept import matrix_of
 from .initial.starts import DRAWS, FILLS
 from .keywords import chosen, signature_of, sized
 from .method import Method
+from .tensors import is_sharded
 
 
 @torch.no_grad()
@@ -31,6 +32,25 @@ def fill_shared(row: Method, factors: Mapping[str, Tensor], options: Mapping[str
             factor.copy_(DRAWS[inits[name]](tuple(factor.shape), generator))
         else:
             FILLS[inits[name]](factor, options)
+
+
+@torch.no_grad()
+def fill_unsaved(layer: Any) -> None:
+    """Give a layer the factors that no state_dict has, of its seeds."""
+    row = layer.row
+    names = [name for name in row.shared if not row.factors[name].saved]
+    if not names:
+        return
+    drawn = {name: torch.empty(getattr(layer, name).shape) for name in row.shared}
+    fill_shared(row, drawn, layer.options)
+    for name in names:
+        own: Any = getattr(layer, name)
+        value = drawn[name].to(own.device, own.dtype)
+        if is_sharded(own):  # every rank has drawn the same
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+        own.copy_(value)
 
 
 def shared_by(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,45 @@ from .method import MAGNITUDE
 MERGED = "merged"  # a key of a merged layer's state_dict, which says that the weight is W + ΔW
 
 
+EXTRA = "_extra_state"  # torch's name for what a state_dict has beside tensors
+
+
+def seeds_of(layer: Any) -> dict[str, int]:
+    """The seeds, by name, of factors that no state_dict has."""
+    return {name: value for name, value in layer.options.items() if isinstance(value, int)}
+
+
+def seeds_state(layer: Any) -> Tensor:
+    """The part of a state_dict in place of the factors that seeds determine: JSON, in bytes."""
+    return torch.tensor(list(json.dumps(seeds_of(layer)).encode()), dtype=torch.uint8)
+
+
+def refuse_other_seeds(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
+    """Raise RuntimeError if a state_dict is of a layer whose factors were drawn from other seeds.
+
+    One without seeds, of before they were in it, or with the factors themselves is taken.
+    """
+    unsaved = [prefix + name for name, factor in layer.row.factors.items() if not factor.saved]
+    found = state.get(prefix + EXTRA)
+    if not unsaved or found is None or found.is_meta or all(key in state for key in unsaved):
+        return
+    own, theirs = seeds_of(layer), json.loads(bytes(found.tolist()))
+    if theirs != own:
+        said, wanted = (
+            ", ".join(f"{name}={value}" for name, value in seeds.items()) for seeds in (own, theirs)
+        )
+        raise RuntimeError(
+            f"{prefix[:-1] or layer.method} has {said}, and the state_dict is of {wanted}: the "
+            f"random factors, which it has not, would be others. Adapt with {wanted}"
+        )
+
+
 def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     """Raise RuntimeError if `load_state_dict` must not give a layer these values."""
     dora.forget()
     names = (*layer.factors, "weight")
     present = {name: state[prefix + name] for name in names if prefix + name in state}
+    refuse_other_seeds(layer, state, prefix)
     if layer.merged and present:
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
     if layer.computed_by is not None:

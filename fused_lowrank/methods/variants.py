@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .method import MAGNITUDE, Factor, Method, Parts, numbered
 
+START = "down", "start_down"  # what the down of a residual init is made of
+
 
 def variant(row: Method, settings: Mapping[str, Any]) -> Method:
     """The row of layers with these settings: the row itself, or one of more factors.
@@ -35,10 +37,10 @@ def variant(row: Method, settings: Mapping[str, Any]) -> Method:
             f"start_{name}": Factor(factor.sides, "lora", like=name)
             for name, factor in row.factors.items()
         }
-        row = replace(row, factors={**row.factors, **first}, parts=less_start)
+        row = replace(row, factors={**row.factors, **first}, parts=less_start, down_of=START)
     if settings.get("dora") and row.dora is False:
         magnitude = {MAGNITUDE: Factor("N", "norms", trained=True)}
-        row = replace(row, factors={**row.factors, **magnitude}, dora=True)
+        row = replace(row, factors={**row.factors, **magnitude}, dora=True, peft=None)
     return row
 
 

@@ -104,7 +104,7 @@ def adapt(
         data: batches of inputs to the model, for an init that needs them; see `calibrate`.
         forward_fn: calls the model with a batch; None: model(**batch), or model(*batch).
         method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; init; svd
-            (LoRA-XS); a, b (LoRA-Mini); dora (of these and LoRA-FA).
+            (LoRA-XS); a, b (LoRA-Mini); n (MELoRA); m, seed (NOLA); dora.
             `methods.initial.values` says what an init is.
 
     Returns:

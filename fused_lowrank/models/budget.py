@@ -51,7 +51,7 @@ class RankBudget:
         beta2: float = 0.85,
     ) -> None:
         layers = require_adapted(model)
-        self.layers = {name: m for name, m in layers.items() if m.row is ADALORA}
+        self.layers = {name: m for name, m in layers.items() if m.method == ADALORA.name}
         if not self.layers:
             raise ValueError('the model has no layer of adalora: adapt(model, "adalora", …) first')
         for name, layer in self.layers.items():
@@ -158,7 +158,7 @@ def orthogonality(model: nn.Module) -> Tensor:
     A scalar with gradients, to be added to the loss times a weight (0.5 in PEFT).
     Raises ValueError if no layer is of adalora.
     """
-    layers = [m for m in require_adapted(model).values() if m.row is ADALORA]
+    layers = [m for m in require_adapted(model).values() if m.method == ADALORA.name]
     if not layers:
         raise ValueError('the model has no layer of adalora: adapt(model, "adalora", …) first')
     return torch.stack(list(distances(layers))).mean()

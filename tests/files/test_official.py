@@ -256,9 +256,24 @@ FILES: dict[str, tuple[Callable[[State, dict[str, Any]], Any], str]] = {
         r"lacks score\.weight",
     ),
     "dora": (lambda s, c: c.update(use_dora=True), "use_dora is True"),
-    "ranks": (lambda s, c: c.update(rank_pattern={"a": 2}), "rank_pattern is"),
+    "ranks": (
+        lambda s, c: c.update(rank_pattern={"a": 2}),
+        r"does not fit .*a\.down is \(3, 10\) there and \(2",
+    ),
     "bias": (lambda s, c: c.update(bias="all"), "bias is 'all'"),
 }
+
+
+def test_patterns(tmp_path: Path) -> None:
+    """Layers may have a rank, and an alpha, of their own."""
+    state = {**state_of(base(), ["a"], 2), **state_of(base(), ["b"], R)}
+    config = settings(R, ALPHA, rank_pattern={"a": 2}, alpha_pattern={"b": 7.0})
+    model = load_official_lora_xs(base(), write(tmp_path / "theirs", state, config), progress=False)
+    assert [(m.r, m.scale) for m in (model.a, model.b)] == [(2, ALPHA / 2), (R, 7.0 / R)]
+    for name, layer in (("a", model.a), ("b", model.b)):
+        core = state[PREFIX + STRIPPED.format(name)]
+        down, up = (state[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(layer.delta_weight(), layer.scale * up @ core @ down)
 
 
 def refused(model: nn.Module, folder: Path, message: str) -> None:

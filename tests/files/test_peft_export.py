@@ -259,8 +259,11 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     save_adapter(plain, tmp_path / "adapter")
     assert cli.main(["convert", str(tmp_path / "adapter"), str(folder), "--to", "peft"]) == 1
     assert "convert --to peft-lora" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"first is of lora with dora, .*dora=True.*peft-dora"):
-        export_peft(adapt(Net(), "dora", r=2, **given), folder)
+    for method in ("lora", "vera", "adalora"):
+        made = adapt(Net(), method, r=2, dora=True, **given)
+        said = rf"first is of {method} with dora, .*dora=True.*peft-dora"
+        with pytest.raises(ValueError, match=said):
+            export_peft(made, folder)
     vera = adapt(Net(), "vera", r=2, train=("d", "b", "weight"), **given)
     with pytest.raises(ValueError, match=r"first trains its weight.*merge instead"):
         export_peft(vera, folder)

@@ -17,16 +17,22 @@ from dora_cases import (
     formula,
     in_place,
     layer_of,
+    load,
     methods,
+    replaced,
 )
 from dora_cases import Net as TwoLayers
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import merge, unmerge
+from fused_lowrank.methods import METHODS, dora
 
-COMMON = ("weight", "down", "up", "magnitude")
-CORES = {"lora_xs": ("core",), "lora_mini": ("a_train", "b_train")}
-PAIRS = [(method, name) for method in SETTINGS for name in (*COMMON, *CORES.get(method, ()))]
+PAIRS = [
+    (method, name)
+    for method in SETTINGS
+    for name in ("weight", *METHODS[method][0].row.factors, "magnitude")
+]
 
 
 def called(layer: Any, x: torch.Tensor) -> None:
@@ -41,6 +47,8 @@ def called(layer: Any, x: torch.Tensor) -> None:
 def test_after_a_change(method: str, name: str, change: Callable[..., None]) -> None:
     """A call has the gain of what W and the factors are then, whatever writes to them."""
     layer, x = layer_of(method).eval(), torch.randn(3, K)
+    if change is load and name not in layer.state_dict():
+        change = replaced  # no state_dict has it
     for _ in range(2):
         called(layer, x)
         change(layer, name)
@@ -120,6 +128,35 @@ def test_weights_and_factors_that_two_layers_share() -> None:
     for _ in range(2):
         called(one, x)
         called(two, x)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["down", "start_down"])
+def test_a_down_of_two_factors(name: str, change: Callable[..., None]) -> None:
+    """Of an init that starts as a part of W: the constants are of both, and follow either."""
+    layer, x = layer_of("lora_fa", init="pissa").eval(), torch.randn(3, K)
+    for _ in range(2):
+        whole = layer.weight + layer.delta_weight()
+        close([layer(x)], [x @ whole.t() + layer.bias], 1e-5)
+        (found,) = dora.KEPT[layer.down].values()
+        assert found[1].with_down.shape == (len(layer.weight), 2 * layer.r)
+        change(layer, name)
+
+
+def test_a_weight_and_views_of_it() -> None:
+    """The rows of a weight, of it turned, and of parts of it have norms of their own."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    down = nn.Parameter(torch.randn(2, 6), requires_grad=False)
+    for _ in range(2):
+        for view in (weight, weight.t(), weight[:3], weight[3:], weight[:3].t()):
+            own = down[:, : view.shape[1]]
+            for of in ([], [own]):
+                fixed = dora.kept(view, own, of)
+                torch.testing.assert_close(fixed.of_weight, view.square().sum(1))
+                if of:
+                    torch.testing.assert_close(fixed.with_down, view @ own.t())
+    assert dora.kept(weight.t(), down, [down]) is dora.kept(weight.t(), down, [down])
 
 
 def test_inference_mode_and_training_after_it() -> None:

@@ -2,23 +2,39 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from dora_cases import SETTINGS, K, M, Net, adapted, close, formula, methods
+from dora_cases import (
+    SETTINGS,
+    SHARING,
+    K,
+    M,
+    N,
+    Net,
+    adapted,
+    close,
+    formula,
+    layer_of,
+    methods,
+    shift,
+)
 from torch import nn
 
 from fused_lowrank import (
     AdapterBank,
+    RankBudget,
     adapt,
     disable_adapters,
     init_bases,
     load_adapter,
+    orthogonality,
     save_adapter,
     unload,
 )
-from fused_lowrank.methods import METHODS
+from fused_lowrank.methods import METHODS, LoraLinear, dora
 from fused_lowrank.models.restarts import merge_and_restart
 
 
@@ -120,11 +136,15 @@ def adapted_in_place(net: nn.Module, method: str) -> None:
     adapt(net, method, target_modules=["first", "second"], progress=False, **keywords)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in SETTINGS])
-def test_methods_without_it(method: str) -> None:
-    """They say who has it; and who has it takes True or False alone."""
-    with pytest.raises(TypeError, match="no keyword 'dora': lora, lora_fa, lora_xs and lora_mini"):
-        adapt(Net(), method, target_modules=["first"], dora=True, progress=False)
+def test_a_method_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no such keyword; and who has it takes True or False alone."""
+
+    class OwnGain(LoraLinear, row=replace(LoraLinear.row, name="own_gain", dora=None)):
+        """A method whose parts have a gain of their own."""
+
+    monkeypatch.setitem(METHODS, "own_gain", (OwnGain, OwnGain))
+    with pytest.raises(TypeError, match="own_gain has no keyword 'dora'"):
+        adapt(Net(), "own_gain", target_modules=["first"], dora=True, progress=False)
     with pytest.raises(ValueError, match="dora is 1: it must be True or False"):
         adapt(Net(), "lora", target_modules=["first"], dora=1, progress=False)
 
@@ -145,7 +165,7 @@ def test_banks(tmp_path: Any) -> None:
         bank.add("a", model.state_dict())
 
 
-@methods
+@pytest.mark.parametrize("method", [name for name in SETTINGS if name not in SHARING])
 def test_restart(method: str) -> None:
     """Merged for good and begun anew: the function stays, and the magnitude is W's norm."""
     torch.manual_seed(0)
@@ -158,6 +178,58 @@ def test_restart(method: str) -> None:
     torch.testing.assert_close(
         model.first.magnitude, model.first.weight.norm(dim=1), rtol=1e-4, atol=0
     )
+
+
+def test_a_budget_of_ranks() -> None:
+    """The norm is of the ranks that AdaLoRA's budget has left."""
+    torch.manual_seed(0)
+    model, x = adapted(Net(), "adalora"), torch.randn(M, K)
+    budget = RankBudget(model, target_r=2, total_step=4)
+    for step in range(1, 5):
+        (model(x).square().mean() + orthogonality(model)).backward()
+        budget.update_and_allocate(step)
+        close([model.first(x)], [formula(model.first, x)], 1e-5)
+    assert sum(int(m.core.count_nonzero()) for m in (model.first, model.second)) == 4
+
+
+@pytest.mark.parametrize("method", SHARING)
+def test_layers_that_share_factors(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has constants, and a magnitude, of its own W; deferred or not."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(M, K)
+    keywords = {"target_modules": ["first", "second"], "progress": False, "dora": True}
+    keywords |= {**SETTINGS[method], **({"b_initial": 0.3} if method == "vera" else {})}
+    later = adapt(copy.deepcopy(net), method, defer_bases=True, **keywords)
+    given: list[Any] = []
+    row_norms = dora.row_norms
+    monkeypatch.setattr(dora, "row_norms", lambda *own: given.append(own[0]) or row_norms(*own))
+    for model in (adapt(copy.deepcopy(net), method, **keywords), init_bases(later, progress=False)):
+        for layer in (model.first, model.second):
+            made = layer.row.made(layer.factors_now(), layer.weight, layer.scale)
+            assert method != "vera" or (made.up @ made.down).norm() > 0
+            ones = torch.ones(layer.out_features)
+            torch.testing.assert_close(layer.parts().gain, ones, rtol=1e-5, atol=0)
+        shift(model)
+        model(x)
+        given.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dora, "constants", None)  # they are kept, and not asked for again
+            close([model(x)], [formula(model.second, torch.tanh(formula(model.first, x)))], 1e-5)
+        assert [len(one.of_weight) for one in given] == [N, K]
+        row, factors = model.first.row, model.first.factors_now()
+        frozen = not any(factors[name].requires_grad for name in row.down_of)
+        assert all((one.with_down is not None) == frozen for one in given)
+
+
+@pytest.mark.parametrize("method", ["vera", "nola"])
+def test_constants_of_weights_that_are_gone_are_not_kept(method: str) -> None:
+    """Beside factors that stay: a layer may get another weight as often as it likes."""
+    layer, x = layer_of(method, train=("b", "magnitude")), torch.randn(3, K)
+    for _ in range(3):
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        layer(x)
+    key = getattr(layer, layer.row.down_of[0])
+    assert len(dora.KEPT[key]) <= 2  # the last of those that are gone may be there until the next
 
 
 def test_patterns_and_rslora() -> None:

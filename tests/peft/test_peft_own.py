@@ -312,6 +312,7 @@ def test_state_dict_of_a_merged_model(method: str, names: list[str]) -> None:
         ),
         ("nola", {"rank_pattern": {"lin0": 2}}, "rank_pattern is .* share factors of one rank"),
         ("nola", {"seed": "a"}, "seed is 'a': it must be an integer"),
+        ("nola", {"seed": 2**64}, r"seed is 18446744073709551616: it must be at least -2\*\*63"),
         ("nola", {"m": 0}, "m is 0"),
         ("melora", {"n": 0}, "n is 0"),
         (
@@ -331,6 +332,16 @@ def test_bad_configurations(method: str, settings: dict[str, Any], said: str) ->
     """Named, with what there is."""
     with pytest.raises(ValueError, match=said):
         config(method, **settings)
+
+
+@pytest.mark.parametrize("method", SHARING)
+def test_ranks_above_the_sides(method: str, tmp_path: Path) -> None:
+    """One rank for all layers, as it was asked for; the folder loads here, too."""
+    model = tuned(method, r=30)
+    assert {layer.r["default"] for layer in layers(model).values()} == {30}
+    model.save_pretrained(tmp_path)
+    native, x = load_adapter(mlp(), tmp_path, progress=False), inputs()
+    torch.testing.assert_close(native(x), model(x), **CLOSE)
 
 
 def test_n_divides_both_sides() -> None:

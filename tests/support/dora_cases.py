@@ -17,7 +17,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora_fa": {"r": 4},
     "lora_xs": {"r": 4},
     "lora_mini": {"r": 3, "a": 6, "b": 5, "init": "paper"},
+    "vera": {"r": 6, "seed": 3},
+    "adalora": {"r": 4},
+    "tied_lora": {"r": 6},
+    "melora": {"r": 2, "n": 4},
+    "nola": {"r": 5, "m": 7, "seed": 3},
 }
+SHARING = [name for name in SETTINGS if METHODS[name][0].row.shared]
 methods = pytest.mark.parametrize("method", SETTINGS)
 fused = pytest.mark.parametrize("fused", [False, True], ids=["reference", "fused"])
 
@@ -42,14 +48,34 @@ def shift(layer: nn.Module) -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
+def product(method: str, wide: Any, n: int, k: int) -> Tensor:
+    """ΔW / scale of a layer's factors, as the papers write it."""
+    if method == "nola":
+        down, up = (
+            sum(c * base for c, base in zip(wide[name], bases, strict=True))
+            for name, bases in (("a", wide["down_bases"]), ("b", wide["up_bases"]))
+        )
+        return up[:n] @ down[:, :k]
+    if method == "melora":
+        pairs = zip(wide["up"].chunk(4), wide["down"].chunk(4), strict=True)
+        return torch.block_diag(*(up @ down for up, down in pairs))
+    up, down = wide["up"][:n], wide["down"][:, :k]
+    if method in ("vera", "tied_lora"):
+        rows, ranks = ("b", "d") if method == "vera" else ("v", "u")
+        return wide[rows].diag() @ up @ wide[ranks].diag() @ down
+    if "a_train" in wide:
+        return up @ (wide["a_train"] @ wide["b_train"]).t() @ down
+    core = wide.get("core")
+    if core is None:
+        return up @ down
+    return up @ (core.diag() if core.dim() == 1 else core.t()) @ down
+
+
 def formula(layer: LowRankLinear, x: Tensor) -> Tensor:
     """y in float64 as the paper writes it, the norm a constant in the gradient."""
     wide: Any = {name: factor.double() for name, factor in layer.factors_now().items()}
-    core = wide.get("core")
-    if "a_train" in wide:
-        core = wide["a_train"] @ wide["b_train"]
-    up = wide["up"] if core is None else wide["up"] @ core.t()
-    whole = layer.weight.double() + layer.scale * up @ wide["down"]
+    weight = layer.weight.double()
+    whole = weight + layer.scale * product(layer.method, wide, *weight.shape)
     gain = wide["magnitude"] / whole.norm(dim=1).detach()
     y = x.double() @ (gain[:, None] * whole).t()
     return y if layer.bias is None else y + layer.bias.double()

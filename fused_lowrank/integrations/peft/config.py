@@ -19,7 +19,7 @@ from ...methods.family.melora import MELORA
 from ...methods.family.nola import NOLA
 from ...methods.family.tied_lora import TIED_LORA
 from ...methods.initial.starts import FILLS
-from ...methods.keywords import integer
+from ...methods.keywords import integer, seed
 from ...methods.method import Method
 from ...models.patterns import check_layers, check_number, check_rank
 from ...models.targets import matches
@@ -60,6 +60,9 @@ class LowRankConfig(PeftConfig):
         ensure_weight_tying: whether embeddings in modules_to_save and what is tied to them stay
             tied; without, PEFT trains copies of those named alone.
         trainable_token_indices, target_parameters: not supported; None, or an error says so.
+        use_dora: DoRA (Liu et al. 2024, arXiv 2402.09353): each layer trains a magnitude (out,) as
+            well, and its outputs, less the bias, are multiplied by that over the norms of the rows
+            of W + ΔW, which are constants in the gradient. Dropout acts on the low-rank path alone.
         init_weights: True and "identity": the adapted model starts as the base model, and learns
             at once; False: random, and far from it; the words that a method has besides are its
             own.
@@ -87,6 +90,7 @@ class LowRankConfig(PeftConfig):
     target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
     init_weights: bool | str = True
+    use_dora: bool = False
 
     row: ClassVar[Method]
     method: ClassVar[str]  # the row's name
@@ -126,12 +130,14 @@ class LowRankConfig(PeftConfig):
             self.layers_to_transform = integer("layers_to_transform", self.layers_to_transform)
         for name, value in self.row.options.items():
             if isinstance(value, int):
-                setattr(self, name, integer(name, getattr(self, name)))
+                setattr(self, name, seed(name, getattr(self, name)))
         if self.row.shared and self.rank_pattern:
             raise ValueError(
                 f"rank_pattern is {self.rank_pattern!r}: all layers of {self.method} share factors "
                 "of one rank, r"
             )
+        if not isinstance(self.use_dora, bool):
+            raise ValueError(f"use_dora is {self.use_dora!r}: it must be True or False")
         for name, instead in NOT_SUPPORTED.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is not supported by {self.method}: {instead}")
@@ -167,7 +173,7 @@ class BasesConfig(LowRankConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        self.projection_seed = integer("projection_seed", self.projection_seed)
+        self.projection_seed = seed("projection_seed", self.projection_seed)
         if not self.save_projection:
             warnings.warn(
                 "save_projection=False: files hold a fingerprint of the frozen factors, not these; "
@@ -280,6 +286,11 @@ def check_mix(
             raise ValueError(f"Adapter {name} does not exist")
         if configs[name].bias != "none" or configs[name].modules_to_save:
             raise ValueError(f"{name} has biases or modules_to_save: these cannot be mixed")
+        if configs[name].use_dora:
+            raise ValueError(
+                f"{name} is with use_dora: what it adds to W is no core, and has no sum of its own "
+                "kind; activate several at once, model.base_model.set_adapter([…]), or merge them"
+            )
     if adapter_name in configs:
         raise ValueError(f"Adapter {adapter_name} exists already: choose another name")
 

@@ -18,14 +18,19 @@ from ...context.elsewhere import each_here, require_matrices
 from ...files.adapter import own_copy
 from ...files.contents import require_path
 from ...files.lora_export import as_lora, write
-from ...files.lora_parts import Adapter, Part, own_part
+from ...files.lora_parts import Adapter, Part, check_dora, own_part
+from ...methods.method import MAGNITUDE
 from ...models.targets import named_modules
 from .layer import PeftLowRankLinear
 from .registry import METHODS
 
 
 def convert_to_lora(
-    model: nn.Module, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    dora: bool = False,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter as PEFT's LoRA: its config, and its state_dict with PEFT's keys.
 
@@ -38,15 +43,20 @@ def convert_to_lora(
             package's configurations.
         adapter_name: the adapter, active or not.
         dtype: of A and B; None: the widest of the factors that they are made of.
+        dora: convert an adapter with use_dora to PEFT's LoRA with use_dora; plain LoRA cannot
+            hold it.
 
     Returns:
         (config, tensors): a `peft.LoraConfig`, and A and B of each layer on the CPU, with the
         modules trained whole and trained biases.
 
     Raises:
-        ValueError: no such adapter, or one that trains biases of other layers.
+        ValueError: no such adapter, or one that trains biases of other layers; one with use_dora
+            where `dora` is False, or the other way round.
     """
-    config, tensors = as_lora(adapter_of(model, adapter_name), dtype)
+    adapter = adapter_of(model, adapter_name)
+    check_dora(adapter, dora)
+    config, tensors = as_lora(adapter, dtype)
     del config["peft_type"], config["revision"]
     return LoraConfig(**config), tensors
 
@@ -57,6 +67,7 @@ def save_as_lora(
     adapter_name: str = "default",
     *,
     dtype: torch.dtype | None = None,
+    dora: bool = False,
 ) -> None:
     """Write what `convert_to_lora` gives to a folder that `PeftModel.from_pretrained` loads.
 
@@ -65,7 +76,7 @@ def save_as_lora(
 
     Args:
         path: the folder, which may be there already; it is made where it is not.
-        model, adapter_name, dtype: as `convert_to_lora` takes them.
+        model, adapter_name, dtype, dora: as `convert_to_lora` takes them.
 
     Raises:
         TypeError: `path` is no path, or `model` no module, as when they are swapped.
@@ -74,7 +85,7 @@ def save_as_lora(
     require_path(path, call := "save_as_lora(folder, model)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: it must be a module; call {call}")
-    write(adapter_of(model, adapter_name), path, dtype)
+    write(adapter_of(model, adapter_name), path, dtype, dora)
 
 
 def adapter_of(model: nn.Module, name: str) -> Adapter:
@@ -98,7 +109,8 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
         require_matrices(key, layer.unmerged_weight, *layer.matrices_of(name))
         down, core, up, scale = layer.joined([name])
         own_bias = None if bias == "none" else layer.get_base_layer().bias
-        part = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias)
+        magnitude = layer.factors_of(name).get(MAGNITUDE)
+        part = Part(down, core, up, scale, 1, layer.lora_dropout[name], own_bias, magnitude)
         parts[key] = own_part(part)
     whole = {
         key: module.modules_to_save[name]

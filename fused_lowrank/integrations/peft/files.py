@@ -114,7 +114,7 @@ def to_save(
         ValueError: tensors of which this process has but a part.
     """
     for name, layer in named_layers(model, adapter):
-        keys = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        keys = [f"{name}.{factor}.{adapter}" for factor in layer.trained_names(adapter)]
         frozen = down_key, up_key = [f"{name}.{base}" for base in layer.base_names]
         if not any(key in tensors for key in (*keys, *frozen)):
             continue
@@ -123,7 +123,7 @@ def to_save(
                 layer.bases(0, 0)  # which makes them
             tensors.update({key: value_of(layer, key.rpartition(".")[2]) for key in frozen})
         for key in (*keys, *frozen):
-            require_whole(key, tensors, layer)
+            require_whole(key, tensors, layer, 2 - key.endswith(f".{layer.magnitude}.{adapter}"))
         p, q = layer.sides[adapter]
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
         with here(layer.get_base_layer()):
@@ -187,7 +187,7 @@ def to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[
             than those of adapters that are there; or lacks them, and they cannot be made again.
     """
     for name, layer in named_layers(model, adapter):
-        parts = [f"{name}.{factor}.{adapter}" for factor in layer.adapter_layer_names]
+        parts = [f"{name}.{factor}.{adapter}" for factor in layer.trained_names(adapter)]
         keys = [f"{name}.{base}" for base in layer.base_names]
         printed = f"{name}.{FINGERPRINT}"
         expected = tensors.pop(printed, tensors.pop(f"base_model.model.{printed}", None))
@@ -286,7 +286,7 @@ def own_to_save(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> d
     found = set[str]()
     for name, layer in named_layers(model, adapter):
         for factor, key in layer.keys(f"{name}.", adapter).items():
-            kind = layer.row.factors[factor]
+            kind = layer.row_of(adapter).factors[factor]
             require_whole(key, tensors, layer, len(kind.sides))
             if not kind.saved or (kind.shared and factor in found):
                 tensors.pop(key, None)
@@ -306,7 +306,7 @@ def own_to_load(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> d
     keys = {name: layer.keys(f"{name}.", adapter) for name, layer in layers.items()}
     for name, layer in layers.items():
         for factor, own in layer.factors_of(adapter).items():
-            key, kind = keys[name][factor], layer.row.factors[factor]
+            key, kind = keys[name][factor], layer.row_of(adapter).factors[factor]
             value = tensors.get(key)
             if value is None:
                 if kind.saved and not (kind.trained or kind.shared):

@@ -147,7 +147,7 @@ class FusedLinear(Switched, Linear):
         x, weight, down, _, up, bias, scale, *_ = operands
         magnitude = {MAGNITUDE: magnitude_of(self, adapter)._parameters["weight"]}
         made = Parts(down, None, up)
-        gain = dora.with_gain(made, magnitude, weight, scale, fixed_down=False).gain
+        gain = dora.with_gain(made, magnitude, weight, scale).gain
         given: dict[str, Any] = {"scale": scale, "impl": self.impl, "gain": gain}
         if low is None:
             return lowrank_linear(x, weight, down, None, up, bias, **given)

@@ -81,8 +81,9 @@ class CoreModel(LowRankModel):
             self.peft_config[adapter_name] = config_of_mix(self.model, sources, mixed)
             self.inject_adapter(self.model, adapter_name)
             self._cast_adapter_dtype(adapter_name)
-            for layer in layers_of(self.model, adapter_name):
-                for name, value in zip(layer.adapter_layer_names, mixed[layer.key], strict=True):
+            made: Iterator[Any] = layers_of(self.model, adapter_name)
+            for layer in made:
+                for name, value in zip(layer.core_names, mixed[layer.key], strict=True):
                     own = getattr(layer, name)[adapter_name]
                     rows, columns = (a - b for a, b in zip(own.shape, value.shape, strict=True))
                     own.copy_(pad(value, (0, columns, 0, rows)))

@@ -63,6 +63,7 @@ ADALORA = Method(
         columns=("core",),
         masked="core",
     ),
+    dora=False,
 )
 
 

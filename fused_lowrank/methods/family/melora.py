@@ -24,6 +24,11 @@ def melora_parts(factors: Mapping[str, Tensor], weight: Tensor, scale: float) ->
     return Parts(torch.block_diag(*downs), None, torch.block_diag(*ups))
 
 
+def melora_sizes(own: dict[str, int]) -> dict[str, int]:
+    """The sizes by letter, with R, the ranks of all blocks, and k, the features of one."""
+    return {**own, "R": own["n"] * own["r"], "k": own["K"] // own["n"]}
+
+
 MELORA = Method(
     name="melora",
     title="MELoRA",
@@ -33,8 +38,9 @@ MELORA = Method(
     learning_rate=5e-4,
     parts=melora_parts,
     divides="n",
-    sizes=lambda own: {**own, "R": own["n"] * own["r"], "k": own["K"] // own["n"]},
+    sizes=melora_sizes,
     slices=False,
+    dora=False,
 )
 
 

@@ -33,7 +33,7 @@ NOLA = Method(
     name="nola",
     title="NOLA",
     ranks={"r": 16, "m": 64},
-    limits={"r": "KN"},
+    limits={},
     factors={
         "down_bases": Factor("mrK", "uniform", shared=True, saved=False),
         "up_bases": Factor("mNr", "uniform", shared=True, saved=False),
@@ -45,6 +45,8 @@ NOLA = Method(
     parts=nola_parts,
     options={"seed": 0},
     slices=False,
+    down_of=("down_bases", "a"),
+    dora=False,
 )
 
 
@@ -56,7 +58,9 @@ class NolaLinear(LowRankLinear, row=NOLA):
     (m, r, K) and up_bases (m, N, r), are drawn from `seed`, uniform within 1/√K and 1/√r; all
     layers of a model have them in common, K and N being the largest of their sides, and no file or
     state_dict has them: the seed is what must be the same. scale = alpha / r; alpha None means r.
-    Shapes, dtypes, other keywords and errors are those of `LoraLinear`.
+    Shapes, dtypes, other keywords and errors are those of `LoraLinear`; r may be more than the
+    layer's sides. A state_dict has the seed beside a and b: `load_state_dict` into a layer of
+    another seed is a RuntimeError.
     """
 
     a: nn.Parameter

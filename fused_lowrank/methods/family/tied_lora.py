@@ -37,6 +37,7 @@ TIED_LORA = Method(
     outputs=("up", "v"),
     parts=tied_parts,
     slices=False,
+    dora=False,
 )
 
 

@@ -60,6 +60,7 @@ VERA = Method(
         scale=1.0,
         shared={"down": "base_model.vera_A", "up": "base_model.vera_B"},
     ),
+    dora=False,
 )
 
 

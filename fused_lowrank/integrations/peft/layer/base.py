@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
+from ....compute.autograd import fold
 from ....compute.reference import Core, like, through_core
 from ....context.called import Reader, note_call
 from ....context.calls import Spread
-from ....context.declared import ANYWHERE, Owners, stated
+from ....context.declared import ANYWHERE, Owners, by_row, stated
 from ....context.elsewhere import HookSlot, here
 from ....functional import lowrank_linear
+from ....methods import dora
 from ....methods.accept import is_hooked
-from ....methods.method import Method
+from ....methods.method import MAGNITUDE, Method, Parts
 from ....methods.state import delta_of
 from ....methods.tensors import present
+from ....methods.variants import variant
 from ..config import LowRankConfig
 from ..mixed import Entries, Switched, as_before, uncompiled
 from .weight import AdaptedWeight
@@ -65,11 +68,20 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
     set_adapter: Callable[..., None]
 
     row: ClassVar[Method]
+    with_dora: ClassVar[Method]  # the row of adapters that have a magnitude
+    magnitude: ClassVar[str]  # the name of the ParameterDict of these
     prefix: ClassVar[str]
-    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter
+    adapter_layer_names: tuple[str, ...]  # the trained factors, in ParameterDicts by adapter; of a
+    # layer that has had an adapter with DoRA the magnitude as well, as PEFT's own have it
     factor_names: tuple[str, ...]  # these, and what is frozen of each adapter
     base_names: tuple[str, ...] = ()  # factors that all adapters share
     other_param_names: tuple[str, ...] = ("r", "room", "scaling", "own_scaling", "lora_dropout")
+
+    def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if row is not None:
+            cls.row, cls.with_dora = row, variant(row, {"dora": True})
+            cls.prefix, cls.magnitude = f"{row.name}_", f"{row.name}_{MAGNITUDE}"
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__()
@@ -106,12 +118,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
 
     def matrices_of(self, adapter: str) -> list[Tensor]:
         """The factors of an adapter that are matrices, wherever they are whole."""
-        sides = {factor: kind.sides for factor, kind in self.row.factors.items()}
+        sides = {factor: kind.sides for factor, kind in self.with_dora.factors.items()}
         return [own for name, own in self.factors_of(adapter).items() if len(sides[name]) == 2]
-
-    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
-        """The factors of an adapter that are trained."""
-        raise NotImplementedError
 
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
@@ -126,8 +134,57 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         raise NotImplementedError
 
     def by_rows(self, x: Tensor, entries: Entries, place: Spread | Owners) -> Tensor:
-        """Each row of x through the adapter of its own name."""
-        raise NotImplementedError
+        """Each row of x through the adapter of its own name: an adapter's rows at a time."""
+        if torch.compiler.is_compiling():
+            return uncompiled(self.by_rows, x, entries, place)
+        y = self.base_layer(x)
+        rows, found = fold(x), fold(y)
+        numbers = by_row(place, len(rows), len(entries)).tolist()
+        for name in entries.different:
+            if name in self.scaling:
+                own = [row for row, number in enumerate(numbers) if entries[number] == name]
+                index = torch.tensor(own, device=x.device)
+                term = self.term(rows[index], name, found[index]).to(y.dtype)
+                found = found.index_add(0, index, term)
+        return found.view(y.shape)
+
+    # --- the row and factors of an adapter ---
+
+    def row_of(self, adapter: str) -> Method:
+        """The row of an adapter: with DoRA's magnitude, or without."""
+        own: Any = self._modules[self.magnitude]
+        return self.with_dora if adapter in own._parameters else self.row
+
+    def trained_names(self, adapter: str) -> tuple[str, ...]:
+        """The names of the ParameterDicts that have the trained factors of an adapter."""
+        names = type(self).adapter_layer_names
+        return (*names, self.magnitude) if self.row_of(adapter).dora else names
+
+    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
+        """The factors of an adapter that are trained."""
+        return [getattr(self, name)[adapter] for name in self.trained_names(adapter)]
+
+    def gain_of(self, adapter: str, down: Tensor, core: Core, up: Tensor) -> Tensor | None:
+        """The gain (out,) of an adapter with these parts, or None."""
+        if not (row := self.row_of(adapter)).dora:
+            return None
+        made, factors = Parts(down, core, up), self.factors_of(adapter)
+        weight, scale = self.base_weight, self.scaling[adapter]
+        return dora.with_gain(made, factors, weight, scale, row.down_of).gain
+
+    @torch.no_grad()
+    def fill_magnitude(self, adapter: str) -> None:
+        """Give an adapter with DoRA, whose other factors are filled, a gain of 1."""
+        magnitude = getattr(self, self.magnitude)._parameters.get(adapter)
+        if magnitude is not None and not (magnitude.is_meta or self.unmerged_weight.is_meta):
+            magnitude.copy_(self.norms(adapter))
+
+    def norms(self, adapter: str) -> Tensor:
+        """‖W + ΔW‖ (out,) by row, of trained factors as wide as they will be."""
+        row, factors = self.row_of(adapter), self.factors_of(adapter)
+        for name in row.trained:
+            factors[name] = like(factors[name], wide(factors[name].dtype))
+        return dora.norms_of(row, factors, self.unmerged_weight, self.scaling[adapter])
 
     # --- adapters come and go ---
 
@@ -140,9 +197,25 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         self.own_scaling[adapter] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.scaling[adapter] = self.own_scaling[adapter]
         self.lora_dropout[adapter] = config.lora_dropout
+        if config.use_dora:
+            self.check_rows()
         self.add_factors(adapter, config, r)
+        if config.use_dora:
+            weight = self.unmerged_weight
+            value = torch.empty(len(weight), dtype=wide(weight.dtype), device=weight.device)
+            getattr(self, self.magnitude)[adapter] = nn.Parameter(value)
+            self.adapter_layer_names = (*type(self).adapter_layer_names, self.magnitude)
         self._move_adapter_to_device_of_base_layer(adapter)  # type: ignore[operator]
+        if not self.row.shared:  # of the others the factors are not all there yet
+            self.fill_magnitude(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def check_rows(self) -> None:
+        """Raise ValueError, naming the layer, if a row of W has no norm to divide by."""
+        try:
+            dora.check_rows(self.with_dora, self.unmerged_weight)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter's scaling `scale` times what its config says."""
@@ -182,8 +255,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         return itertools.islice(inside, 1) if self.closed else inside
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is low-rank whatever the method."""
-        return True
+        """Whether ΔW is low-rank: of every method, without DoRA."""
+        return not self.row_of(adapter_name).dora
 
     # --- forward ---
 
@@ -206,12 +279,14 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         if self.merged or not active:
             return base(x, *args, **kwargs)
         p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
-        if args or kwargs or not self.is_plain(base) or (len(active) > 1 and p != {0.0}):
-            y = base(x, *args, **kwargs)
+        several = len(active) > 1 and (p != {0.0} or any(self.row_of(n).dora for n in active))
+        if args or kwargs or several or not self.is_plain(base):
+            y = of_base = base(x, *args, **kwargs)
             for name in active:
-                y = y + self.term(x, name).to(y.dtype)
+                y = y + self.term(x, name, of_base).to(y.dtype)
             return y
         down, core, up, scale = self.joined(active)
+        gain = self.gain_of(active[0], down, core, up) if len(active) == 1 else None
         return lowrank_linear(
             x,
             base.weight.t() if self.fan_in_fan_out else base.weight,
@@ -219,6 +294,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             scale=scale,
             dropout_p=p.pop(),
             training=True,  # or p is 0
+            gain=gain,
         )
 
     def is_plain(self, base: Any) -> bool:
@@ -226,13 +302,24 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         kind = Conv1D if self.fan_in_fan_out else nn.Linear
         return type(base) is kind and not is_hooked(base)
 
-    def term(self, x: Tensor, adapter: str) -> Tensor:
-        """scaling · ((dropout(x)·downᵀ)·core)·upᵀ, where the base layer has to be called."""
+    def term(self, x: Tensor, adapter: str, y: Tensor) -> Tensor:
+        """The summand that an adapter adds to y, which the base layer gives for x.
+
+        That is low = scaling · ((dropout(x)·downᵀ)·core)·upᵀ; with DoRA
+        gain ⊙ (x·Wᵀ + low) - x·Wᵀ. The terms of several adapters are added, each of W alone.
+        """
         down, core, up, scale = self.joined([adapter])
         present(self, down)
         x = dropout(like(x, down.dtype), self.lora_dropout[adapter], self.training)
         u = through_core(linear(x, down), core, scale)
-        return linear(like(u, up.dtype), up)
+        low = linear(like(u, up.dtype), up)
+        if not self.row_of(adapter).dora:
+            return low
+        with here(base := self.get_base_layer()):
+            gain = self.gain_of(adapter, down, core, up)
+            product = y if base.bias is None else y - base.bias
+        assert gain is not None
+        return gain * low + (gain - 1.0) * product
 
     def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Each row of the batch through the adapter of its own name."""
@@ -269,7 +356,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
 
     def delta(self, adapter: str, factors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """ΔW of an adapter with these factors, stored as the base weight is."""
-        term = Term(self.row, self.scaling[adapter])
+        term = Term(self.row_of(adapter), self.scaling[adapter])
         delta = delta_of(term, factors, self.unmerged_weight, dtype)
         return delta.t() if self.fan_in_fan_out else delta
 

@@ -6,7 +6,7 @@ weight. An adapter is its core; one of lower rank uses the pair's first rows and
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from ....context.calls import Spread
 from ....context.declared import Owners
 from ....context.elsewhere import fill_in, here, replace
 from ....functional import compute, prepared
+from ....methods import dora
 from ....methods.accept import is_hooked
 from ....methods.initial.bases import Bases, Source
 from ....methods.initial.starts import FILLS
-from ....methods.method import Method
+from ....methods.method import MAGNITUDE, Method
 from ....methods.tensors import present
 from ..config import BasesConfig, LowRankConfig
 from ..mixed import Entries
@@ -34,17 +35,18 @@ Sides = tuple[int, int]
 class PeftCoreLinear(PeftLowRankLinear):
     """A layer whose adapters are cores between one pair of frozen factors, down and up."""
 
+    core_names: ClassVar[tuple[str, ...]]  # of the ParameterDicts that have the cores' factors
     basis_down: nn.Parameter  # (P, in)
     basis_up: nn.Parameter  # (out, Q)
     base_names = ("basis_down", "basis_up")  # the frozen factors, which PEFT must not cast or train
     other_param_names = (*PeftLowRankLinear.other_param_names, "sides", "projection_seed")
 
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
+        super().__init_subclass__(row, **keywords)
         if row is not None:
-            cls.row, cls.prefix = row, f"{row.name}_"
-            cls.adapter_layer_names = tuple(f"{row.name}_{name}" for name in row.core)
-            cls.factor_names = cls.adapter_layer_names
+            cls.core_names = tuple(f"{row.name}_{name}" for name in row.core)
+            cls.adapter_layer_names = cls.core_names
+            cls.factor_names = (*cls.core_names, cls.magnitude)
 
     def __init__(self, base_layer: nn.Module, key: str, fan_in_fan_out: bool) -> None:
         super().__init__(base_layer, key, fan_in_fan_out)
@@ -60,22 +62,29 @@ class PeftCoreLinear(PeftLowRankLinear):
 
     def core(self, adapter: str) -> Core:
         """The core of an adapter, (P, Q) or a pair."""
-        own = tuple(self._modules[name][adapter] for name in self.adapter_layer_names)  # type: ignore[index]
+        own = tuple(self._modules[name][adapter] for name in self.core_names)  # type: ignore[index]
         return own if len(own) == 2 else own[0]
 
     def factors_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of an adapter, by the row's names."""
         down, up = self.bases(*self.sides[adapter])
-        trained = zip(self.row.core, self.trained_factors(adapter), strict=True)
-        return {"down": down, **dict(trained), "up": up}
+        core = zip(self.row.core, self.core_parts(adapter), strict=True)
+        found = {"down": down, **dict(core), "up": up}
+        if self.row_of(adapter).dora:
+            found[MAGNITUDE] = getattr(self, self.magnitude)[adapter]
+        return found
+
+    def core_parts(self, adapter: str) -> list[nn.Parameter]:
+        """The factors of an adapter's core."""
+        return [getattr(self, name)[adapter] for name in self.core_names]
 
     def matrices_of(self, adapter: str) -> list[Tensor]:
         """The frozen factors and those of an adapter, as they are stored."""
-        return [self.basis_down, self.basis_up, *self.trained_factors(adapter)]
+        return [self.basis_down, self.basis_up, *self.core_parts(adapter)]
 
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
-        own = zip(self.row.core, self.adapter_layer_names, strict=True)
+        own = zip((*self.row.core, MAGNITUDE), self.trained_names(adapter), strict=False)
         keys = {factor: f"{prefix}{name}.{adapter}" for factor, name in own}
         return {"down": f"{prefix}basis_down", **keys, "up": f"{prefix}basis_up"}
 
@@ -118,16 +127,19 @@ class PeftCoreLinear(PeftLowRankLinear):
         self.projection_seed[adapter] = seed
         # Offloaded weights are here now, and on the meta device when the bases are asked for.
         later = config.inference_mode and not is_hooked(self.get_base_layer())
+        later = later and (not config.use_dora or starts_at_zero(config))
         self.grow_bases(p, q, seed, later)
         like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
-        for name, factor in zip(self.adapter_layer_names, self.row.core, strict=True):
+        for name, factor in zip(self.core_names, self.row.core, strict=True):
             value = torch.empty(self.row.shape(factor, sizes), **like_base)
             getattr(self, name)[adapter] = nn.Parameter(value)
         self.init_core(adapter, config.init_weights)
 
-    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
-        """The factors of an adapter that are trained."""
-        return [getattr(self, name)[adapter] for name in self.adapter_layer_names]
+    def norms(self, adapter: str) -> Tensor:
+        """‖W + ΔW‖ (out,) by row; of W alone where the bases are made later, for ΔW is 0 then."""
+        if self.pending_seed is not None:
+            return dora.constants(self.unmerged_weight).of_weight.sqrt()
+        return super().norms(adapter)
 
     def mix(self, shares: list[tuple[str, float]]) -> tuple[Tensor, ...]:
         """The trained factors of Σ weight · adapter, at scaling 1, in float32 or wider.
@@ -140,7 +152,7 @@ class PeftCoreLinear(PeftLowRankLinear):
             return (torch.stack(cores).sum(0),)
         left, right = [], []
         for name, weight in shares:
-            a, b = (factor.to(wide(factor.dtype)) for factor in self.trained_factors(name))
+            a, b = (factor.to(wide(factor.dtype)) for factor in self.core_parts(name))
             left.append(pad(weight * self.scaling[name] * a, (0, 0, 0, p - len(a))))
             right.append(pad(b, (0, q - b.shape[1])))
         a, b = torch.cat(left, 1), torch.cat(right)
@@ -156,7 +168,7 @@ class PeftCoreLinear(PeftLowRankLinear):
         """
         word = init if isinstance(init, str) else "identity" if init else "far"
         inits = self.row.inits(word)
-        for name, factor in zip(self.row.core, self.trained_factors(adapter), strict=True):
+        for name, factor in zip(self.row.core, self.core_parts(adapter), strict=True):
             FILLS[inits[name]](factor, {})
 
     def source(self, seed: int) -> Source:
@@ -175,8 +187,12 @@ class PeftCoreLinear(PeftLowRankLinear):
     # --- mixed batches ---
 
     def by_rows(self, x: Tensor, entries: Entries, place: Spread | Owners) -> Tensor:
-        """Each row of x through the adapter of its own name, all in one pass."""
+        """Each row of x through the adapter of its own name, all in one pass; with DoRA, an
+        adapter's rows at a time.
+        """
         there = [name for name in entries.different if name in self.scaling]
+        if any(self.row_of(name).dora for name in there):
+            return super().by_rows(x, entries, place)
         sides = self.common_sides(there)
         (down, up), weight, base = self.bases(*sides), self.base_weight, self.base_layer
         table = self._table(there, *sides)
@@ -189,9 +205,7 @@ class PeftCoreLinear(PeftLowRankLinear):
 
     def _table(self, adapters: list[str], p: int, q: int) -> Tensor:
         """The cores (adapters, p, q), each times its scaling; kept while nobody changes one."""
-        factors = [
-            factor for name in self.adapter_layer_names for factor in self._factors(name, adapters)
-        ]
+        factors = [factor for name in self.core_names for factor in self._factors(name, adapters)]
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
             return torch.stack([self.scaled(name, p, q) for name in adapters])
         scalings = [self.scaling[name] for name in adapters]
@@ -292,9 +306,20 @@ class PeftCoreLinear(PeftLowRankLinear):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
+        magnitudes: Any = self._modules[self.magnitude]
+        magnitude = magnitudes.pop(adapter_name) if adapter_name in magnitudes else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         weight = self.base_weight
         target = weight.device if device is None else device
         for factor in (self.basis_down, self.basis_up):
             if not factor.is_meta and target.type != "meta":
                 factor.data = factor.data.to(target, weight.dtype)
+        if magnitude is not None:  # which 16 bits would round: the gain would not start as 1
+            magnitudes[adapter_name] = magnitude
+            if not magnitude.is_meta and target.type != "meta":
+                magnitude.data = magnitude.data.to(target)
+
+
+def starts_at_zero(config: LowRankConfig) -> bool:
+    """Whether ΔW of a new adapter is 0."""
+    return config.init_weights is True or config.init_weights == "identity"

@@ -15,16 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....compute.autograd import fold
 from ....compute.reference import Core, like, product
-from ....context.calls import Spread
-from ....context.declared import Owners, by_row
+from ....context.elsewhere import here
 from ....files.peft_own import name_of
 from ....methods.initial.starts import FILLS, ZERO
-from ....methods.method import Method, Parts
+from ....methods.method import MAGNITUDE, Method, Parts
 from ....methods.shared import fill_shared
 from ..config import LowRankConfig
-from ..mixed import Entries, uncompiled
 from .base import PeftLowRankLinear, wide
 
 SIDES = ("K", "in"), ("N", "out")
@@ -39,16 +36,16 @@ class PeftOwnLinear(PeftLowRankLinear):
     names: ClassVar[dict[str, str]]  # of the ParameterDicts, by factor
 
     def __init_subclass__(cls, row: Method | None = None, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
         if row is not None:
             zero = [name for name, init in row.inits().items() if init in ZERO]
             far = {n: "kaiming" if len(row.factors[n].sides) == 2 else "small" for n in zero}
-            cls.row = replace(row, starts={"far": far, **row.starts})
-            cls.prefix = f"{row.name}_"
+            row = replace(row, starts={"far": far, **row.starts})
+        super().__init_subclass__(row, **keywords)
+        if row is not None:
             cls.names = {factor: name_of(row, factor) for factor in row.factors}
-            cls.factor_names = tuple(cls.names.values())
+            cls.factor_names = (*cls.names.values(), cls.magnitude)
             cls.adapter_layer_names = tuple(cls.names[factor] for factor in row.trained)
-            frozen = (name for name in cls.factor_names if name not in cls.adapter_layer_names)
+            frozen = (name_of(row, n) for n, factor in row.factors.items() if not factor.trained)
             cls.other_param_names = (*PeftLowRankLinear.other_param_names, *frozen)
 
     # --- the parts of the equation ---
@@ -56,19 +53,22 @@ class PeftOwnLinear(PeftLowRankLinear):
     def factors_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of an adapter, by the row's names."""
         own: Any = self._modules
-        return {factor: own[name]._parameters[adapter] for factor, name in self.names.items()}
+        names = self.names_of(adapter).items()
+        return {factor: own[name]._parameters[adapter] for factor, name in names}
+
+    def names_of(self, adapter: str) -> dict[str, str]:
+        """The names of the ParameterDicts that have an adapter's factors, by the row's names."""
+        dora = self.row_of(adapter).dora
+        return {**self.names, MAGNITUDE: self.magnitude} if dora else self.names
 
     def give(self, adapter: str, factor: str, value: nn.Parameter) -> None:
         """Make a factor of an adapter this Parameter."""
         getattr(self, self.names[factor])[adapter] = value
 
-    def trained_factors(self, adapter: str) -> list[nn.Parameter]:
-        """The factors of an adapter that are trained."""
-        return [getattr(self, self.names[factor])[adapter] for factor in self.row.trained]
-
     def keys(self, prefix: str, adapter: str) -> dict[str, str]:
         """The keys that the factors of an adapter have in a state_dict, by the row's names."""
-        return {factor: f"{prefix}{name}.{adapter}" for factor, name in self.names.items()}
+        names = self.names_of(adapter).items()
+        return {factor: f"{prefix}{name}.{adapter}" for factor, name in names}
 
     def used(self, adapter: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
         """An adapter's factors, of those that a state_dict has by these keys: they are all."""
@@ -138,28 +138,11 @@ class PeftOwnLinear(PeftLowRankLinear):
     ) -> None:
         # In place: a shared factor stays one, a frozen one frozen, a file's trained ones as wide.
         target = self.base_weight.device if device is None else device
-        for factor, name in self.names.items():
+        for factor, name in self.names_of(adapter_name).items():
             own: Any = getattr(self, name)._parameters.get(adapter_name)
             if own is not None and not own.is_meta and target.type != "meta":
-                trained = self.row.factors[factor].trained
+                trained = self.with_dora.factors[factor].trained
                 own.data = own.data.to(target, own.dtype if trained else self.base_weight.dtype)
-
-    # --- mixed batches ---
-
-    def by_rows(self, x: Tensor, entries: Entries, place: Spread | Owners) -> Tensor:
-        """Each row of x through the adapter of its own name: an adapter's rows at a time."""
-        if torch.compiler.is_compiling():
-            return uncompiled(self.by_rows, x, entries, place)
-        y = self.base_layer(x)
-        rows, found = fold(x), fold(y)
-        numbers = by_row(place, len(rows), len(entries)).tolist()
-        for name in entries.different:
-            if name in self.scaling:
-                own = [row for row, number in enumerate(numbers) if entries[number] == name]
-                index = torch.tensor(own, device=x.device)
-                term = self.term(rows[index], name).to(y.dtype)
-                found = found.index_add(0, index, term)
-        return found.view(y.shape)
 
 
 def word_of(config: LowRankConfig) -> str | None:
@@ -195,6 +178,8 @@ def share(layers: Iterable[Any], adapter: str, config: LowRankConfig) -> None:
     for layer in layers:
         for name in row.shared:
             layer.give(adapter, name, factors[name])
+        with here(layer.get_base_layer()):
+            layer.fill_magnitude(adapter)
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 

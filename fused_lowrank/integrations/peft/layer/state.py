@@ -69,17 +69,22 @@ def before_loading(layer: Any, state: dict[str, Any], prefix: str, errors: list[
             "unmerge before the state_dict is taken"
         )
         return
-    state[weight] = unmerged(layer, state, prefix, names)
+    state[weight] = unmerged(layer, state, prefix, names, errors)
 
 
 def own_keys(layer: Any, prefix: str, adapter: str) -> list[str]:
     """The keys of what no other adapter of a layer has."""
-    return [f"{prefix}{factor}.{adapter}" for factor in layer.adapter_layer_names]
+    return [f"{prefix}{factor}.{adapter}" for factor in layer.trained_names(adapter)]
 
 
 @torch.no_grad()
-def unmerged(layer: Any, state: dict[str, Any], prefix: str, names: list[str]) -> Tensor:
-    """W of a weight with adapters merged into it: the layer's own if that makes the same sum."""
+def unmerged(
+    layer: Any, state: dict[str, Any], prefix: str, names: list[str], errors: list[str]
+) -> Tensor:
+    """W of a weight with adapters merged into it: the layer's own if that makes the same sum.
+
+    What cannot be told is added to `errors`.
+    """
     merged, own = state[f"{prefix}base_layer.weight"], layer.get_base_layer().weight
     dtype = torch.promote_types(merged.dtype, torch.float32)
     delta = torch.zeros_like(merged, dtype=dtype)
@@ -91,4 +96,9 @@ def unmerged(layer: Any, state: dict[str, Any], prefix: str, names: list[str]) -
         before = own.detach().to(merged.device)
         if is_sum(before, delta, merged):
             return before.clone()
+    if any(layer.row_of(name).dora for name in names):
+        errors.append(
+            f"{prefix}base_layer.weight is the merged one of another base model's layer, and from "
+            "what DoRA makes of W nobody can tell W: unmerge before the state_dict is taken"
+        )
     return (merged - delta).to(merged.dtype)
