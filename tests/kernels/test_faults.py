@@ -65,8 +65,8 @@ FAULTS = {
     ),
     "gain left out of dy": (
         "fused_lowrank/compute/gain.py",
-        "dy if y is None else y, gain, mean",
-        "dy if y is None else y, torch.ones_like(gain), mean",
+        "dy if y is None else y, gain, zeros if",
+        "dy if y is None else y, torch.ones_like(gain), zeros if",
         f"{GAIN}[aten]",
     ),
     "the mixed term of DoRA's norm once": (
