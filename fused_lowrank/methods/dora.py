@@ -60,6 +60,20 @@ def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
 
 
+def rounded_products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """`products` with down as it is beside x, in W's dtype, and W·downᵀ rounded to that, as t is."""
+    down = like(down, weight.dtype)
+    with_down = like((down @ weight.t()).t(), wide_dtype(weight.dtype))
+    down = like(down, with_down.dtype)
+    return with_down, down @ down.t()
+
+
+def is_rounded(weight: Tensor) -> bool:
+    """Whether a step may look at the squares that `rounded_products` give, and keep them."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu
+    return plain and weight.dtype is torch.bfloat16 and not transformed()
+
+
 def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """The result of a function of the rows of W in float32 or wider, which are never there at once.
 
@@ -91,23 +105,42 @@ def row_norms(
     weight (N, K), down (P, K), core (P, Q), or a diagonal (P,), or a pair of factors, or None, up
     (N, Q); `fixed` are `constants` of them. Where ΔW takes almost all of W away, so that rounding
     is all that is left, or even less than nothing, the norm is the root of what rounding may leave.
+
+    On a CPU a trained down is multiplied by a bfloat16 W in that: the square is then off by at most
+    2⁻⁷·scale·Σ|up·coreᵀ|·|down·Wᵀ|. Those that are much less than ‖W‖² are computed exactly.
     """
-    with_down, of_down = fixed.with_down, fixed.of_down
-    if with_down is None or of_down is None:
-        with_down, of_down = products(weight, down)
-    wide = with_down.dtype
+    wide = fixed.of_weight.dtype
     rows, middle = like(up, wide), core
     if isinstance(core, tuple):  # through the smaller of the pair's sizes
         rows, middle = rows @ like(core[1], wide).t(), core[0]
     elif isinstance(core, Tensor) and core.dim() == 1:
         rows, middle = rows * like(core, wide), None
-    if isinstance(middle, Tensor):  # rows·middleᵀ is up·coreᵀ
-        middle = like(middle, wide)
-        with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
-    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
-    square = torch.linalg.vecdot(rows, added).add_(fixed.of_weight)
+    middle = like(middle, wide) if isinstance(middle, Tensor) else None
+    if fixed.with_down is None and is_rounded(weight):
+        square = squares(fixed.of_weight, *rounded_products(weight, down), middle, rows, scale)
+        if bool((square >= 0.5 * fixed.of_weight).all()):
+            return square.sqrt_()
+    with_down, of_down = fixed.with_down, fixed.of_down
+    if with_down is None or of_down is None:
+        with_down, of_down = products(weight, down)
+    square = squares(fixed.of_weight, with_down, of_down, middle, rows, scale)
     least = torch.finfo(wide).eps * fixed.of_weight  # less than this is rounding's
     return torch.maximum(square, least).sqrt_()
+
+
+def squares(
+    of_weight: Tensor,
+    with_down: Tensor,
+    of_down: Tensor,
+    middle: Tensor | None,
+    rows: Tensor,
+    scale: float,
+) -> Tensor:
+    """‖Wₙ + ΔWₙ‖² (N,) of the parts of the norm, where up·coreᵀ is rows·middleᵀ."""
+    if middle is not None:
+        with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
+    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
+    return torch.linalg.vecdot(rows, added).add_(of_weight)
 
 
 class Gain(torch.autograd.Function):
