@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..compute.autograd import join, places
 from ..compute.base.protocol import Base, dense
 from ..compute.choose import transformed
+from ..compute.gain import Gain, Ratio, divided
 from ..compute.reference import Core, like, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
@@ -61,7 +62,7 @@ def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded_products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """`products` with down as it is beside x, in W's dtype, and W·downᵀ rounded to that, as t is."""
+    """`products` with down in W's dtype, as beside x, and W·downᵀ rounded to that, as t is."""
     down = like(down, weight.dtype)
     with_down = like((down @ weight.t()).t(), wide_dtype(weight.dtype))
     down = like(down, with_down.dtype)
@@ -143,39 +144,6 @@ def squares(
     return torch.linalg.vecdot(rows, added).add_(of_weight)
 
 
-class Gain(torch.autograd.Function):
-    """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
-    Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
-    """
-
-    @staticmethod
-    def forward(ctx, magnitude, norm):  # type: ignore[no-untyped-def]
-        gain = divided(magnitude, norm)
-        ctx.save_for_backward(magnitude, gain)
-        return gain
-
-    @staticmethod
-    def backward(ctx, dgain):  # type: ignore[no-untyped-def]
-        magnitude, gain = ctx.saved_tensors
-        return like(dgain * (gain / off_zero(magnitude, gain.dtype)), magnitude.dtype), None
-
-
-def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm, neither of them 0."""
-    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
-
-
-def least(dtype: torch.dtype) -> float:
-    """The smallest number whose inverse, and the square of that, are numbers."""
-    return float(torch.finfo(dtype).tiny ** 0.5)
-
-
-def off_zero(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitudes in this dtype, those of 0 as the least."""
-    return like(magnitude, dtype) + least(dtype)
-
-
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm (N,), in float32 or wider; a norm of `row_norms` is a constant here.
 
@@ -186,6 +154,15 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
         return divided(magnitude, norm)
     made: Tensor = Gain.apply(magnitude, norm)
     return made
+
+
+def of_call(magnitude: Tensor, norm: Tensor) -> Any:
+    """`gain` for a call of the equation, a `Ratio` where the call is to give the gradient."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed():
+        return gain(magnitude, norm)
+    with torch.no_grad():
+        values = divided(magnitude, norm)
+    return Ratio(values, magnitude, norm) if magnitude.requires_grad else values
 
 
 # --- of a layer ---
@@ -245,7 +222,7 @@ def with_gain(
             norm = norm_op(*own, a, b, up.detach(), scale, keeps, frozen)
     else:
         norm = norm_of(weight, down, core, up, scale, keeps, frozen)
-    return parts._replace(gain=gain(factors[MAGNITUDE], norm))
+    return parts._replace(gain=of_call(factors[MAGNITUDE], norm))
 
 
 def is_captured(tensor: Tensor) -> bool:

@@ -82,7 +82,7 @@ FAULTS = {
         f"{DORA}::test_a_norm_that_cancels_is_a_number",
     ),
     "a gain's gradient without the norm": (
-        "fused_lowrank/methods/dora.py",
+        "fused_lowrank/compute/gain.py",
         "dgain * (gain / off_zero(magnitude, gain.dtype))",
         "dgain * gain",
         f"{DORA}::test_peft",
