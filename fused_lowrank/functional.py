@@ -9,6 +9,7 @@ from . import config
 from .compute import choose, isolation
 from .compute.autograd import Call, LowRankFunction, dropout_of, fold, forward_op, places
 from .compute.dropout import Dropout, kept
+from .compute.gain import Ratio
 from .compute.operands import Operands
 from .compute.reference import TORCH, Core, Products, RowCores, chain, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
@@ -113,7 +114,12 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
     `isolated` says whether products are padded so that no row's NaN or Inf reaches another; None:
     where there is a core for each row and this CPU's library needs it.
     """
+    if isinstance(operands.gain, Ratio) and (
+        impl == "reference" or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    ):
+        operands = operands._replace(gain=operands.gain.tensor())
     x, weight, down, core, up, bias, scale, dropout, _, gain = operands
+    values, gain = (gain.values, gain.magnitude) if isinstance(gain, Ratio) else (None, gain)
     rows = core if isinstance(core, RowCores) else None
     impl = choose.implementation(impl, x, down.shape[0], up.shape[1])
     products = TORCH
@@ -121,7 +127,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         isolated = rows is not None and choose.isolates(impl, x, down, up)
     if isolated:
         impl, products = ("reference" if impl == "reference" else "isolated"), isolation.PRODUCTS
-    if impl == "reference" or (impl == "auto" and has_zeros(gain)):
+    if impl == "reference" or (impl == "auto" and values is None and has_zeros(gain)):
         return by_reference(operands, products)
     # Whoever needs the mask makes it from this, forward and backward.
     seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
@@ -138,7 +144,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         y, _ = forward_op(fold(x), *tensors[1:7], *flags)
     elif wants_grad:
         call = Call(scale, dropout_p, impl, config.current(), rows)
-        return LowRankFunction.apply(call, *tensors, seed)
+        return LowRankFunction.apply(call, *tensors, seed, values)
     else:
         if x.dim() != 2 or seed is not None:
             operands = operands._replace(x=fold(x), dropout=dropout_of(seed, dropout_p))

@@ -26,7 +26,7 @@ from .. import config as configuration
 from ..config import Config
 from . import choose, devices
 from .dropout import Dropout, is_no_bits, no_bits
-from .gain import widened
+from .gain import of_magnitude, widened
 from .operands import Operands, has_doubles
 from .plans import PLANS
 from .reference import (
@@ -160,14 +160,16 @@ class Call(NamedTuple):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """The eager call, of a `Call` and x, weight, down, a, b, up, bias, gain, seed.
+    """The eager call, of a `Call` and x, weight, down, a, b, up, bias, gain, seed, values.
 
+    If there are values, they are the gain, and what is in its place is the magnitude of a `Ratio`.
     Leading dimensions of x are folded here.
     """
 
     @staticmethod
     def forward(ctx, call, *tensors):  # type: ignore[no-untyped-def]
-        x, weight, down, a, b, up, bias, gain, seed = tensors
+        x, weight, down, a, b, up, bias, gain, seed, values = tensors
+        gain, magnitude = (gain, None) if values is None else (values, gain)
         needs, lead, rows = Needs(*ctx.needs_input_grad[1:9]), x.shape[:-1], call.rows
         x = fold(x)
         dropout, core = dropout_of(seed, call.dropout_p), join(a, b, rows)
@@ -186,7 +188,7 @@ class LowRankFunction(torch.autograd.Function):
         y = y if len(lead) == 1 else unsafe_view(y, (*lead, y.shape[-1]))
         # Those of rows are saved for autograd to see that they are not written to meanwhile, and of
         # y it is the result, not what it is a view of, for the same.
-        of_gain = gain, *((y, bias) if needs.gain else (None, None)), *by_row
+        of_gain = gain, *((y, bias, magnitude) if needs.gain else (None,) * 3), *by_row
         ctx.save_for_backward(seed, bits, *saved(needs, t, x, weight), down, a, b, up, *of_gain)
         ctx.needs, ctx.call, ctx.lead = needs, call, lead
         return y
@@ -194,7 +196,8 @@ class LowRankFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         call = ctx.call
-        seed, bits, t, x, weight, down, a, b, up, gain, y, bias, *_ = saved_tensors(ctx)
+        seed, bits, t, x, weight, down, a, b, up, *of_gain = saved_tensors(ctx)
+        gain, y, bias, magnitude, *_ = of_gain
         if call.config.redraw_dropout or is_no_bits(bits):
             bits = None
         core, dropout = join(a, b, call.rows), dropout_of(seed, call.dropout_p, bits)
@@ -202,11 +205,13 @@ class LowRankFunction(torch.autograd.Function):
         y = None if y is None else fold(y)
         with torch.no_grad():
             grads = backward(fold(dy), t, operands, call.impl, call.config, ctx.needs, y)
+            if magnitude is not None:
+                grads[-1] = of_magnitude(grads[-1], gain, magnitude)
         if grads[0] is not None:
             grads[0] = grads[0].view(*ctx.lead, grads[0].shape[-1])
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_double_backward(grads)
-        return (None, *grads, None)
+        return (None, *grads, None, None)
 
 
 def saved_tensors(ctx: Any) -> Any:

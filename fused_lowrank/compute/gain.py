@@ -6,12 +6,14 @@
 z is nowhere in memory: it is had again from y, which is the call's result. All is computed in
 float32 or wider. On a CPU a batch norm with given statistics is each of the two lines, in one pass
 and with nothing of M × N beside the result: torch has it for 16-bit tensors with a float32 weight.
+Its variance is 0 beside an epsilon of 1, which divides by 1, so that one vector of zeros is enough.
 Elsewhere some rows are computed at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,78 @@ from .reference import Products, like, wide_dtype
 AT_ONCE = 1 << 22  # elements that are widened at a time on a device other than a CPU
 NORM = torch.ops.aten.native_batch_norm.out
 NORM_BACK = torch.ops.aten.native_batch_norm_backward.default
+
+
+class Ratio(NamedTuple):
+    """A gain that is a trained magnitude over a norm which is a constant, for one eager call.
+
+    The call gives the magnitude its gradient: a `Gain` between the two would cost more than the
+    arithmetic. values (N,) are without a gradient; all else is asked of the magnitude, as of a
+    tensor.
+    """
+
+    values: Tensor
+    magnitude: Tensor
+    norm: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.magnitude.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.magnitude.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.magnitude.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.magnitude.requires_grad
+
+    def tensor(self) -> Tensor:
+        """The gain as one tensor, by `Gain`."""
+        made: Tensor = Gain.apply(self.magnitude, self.norm)
+        return made
+
+
+class Gain(torch.autograd.Function):
+    """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
+    Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
+    """
+
+    @staticmethod
+    def forward(ctx, magnitude, norm):  # type: ignore[no-untyped-def]
+        gain = divided(magnitude, norm)
+        ctx.save_for_backward(magnitude, gain)
+        return gain
+
+    @staticmethod
+    def backward(ctx, dgain):  # type: ignore[no-untyped-def]
+        magnitude, gain = ctx.saved_tensors
+        return of_magnitude(dgain, gain, magnitude), None
+
+
+def of_magnitude(dgain: Tensor, gain: Tensor, magnitude: Tensor) -> Tensor:
+    """The gradient of a magnitude over a constant from that of the gain, which it is."""
+    return like(dgain * (gain / off_zero(magnitude, gain.dtype)), magnitude.dtype)
+
+
+def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm, neither of them 0."""
+    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
+    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number whose inverse, and the square of that, are numbers."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
+
+
+def off_zero(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes in this dtype, those of 0 as the least."""
+    return like(magnitude, dtype) + least(dtype)
 
 
 def widened(gain: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,9 +121,9 @@ def add_tail_(
     if y.is_cpu:
         y = products.add_matmul(y, u, up)
         if y.dtype is not wide and y.numel():
-            zeros, ones, none = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+            zeros, none = torch.zeros_like(gain), gain.new_empty(0)
             out = {"save_mean": none, "save_invstd": none, "out": y}
-            NORM(y, gain, zeros if bias is None else bias, zeros, ones, False, 0.0, 0.0, **out)
+            NORM(y, gain, bias, zeros, zeros, False, 0.0, 1.0, **out)
             return y
         return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
     return tail_by_rows_(y, u, up, gain, bias, products)
@@ -82,9 +156,9 @@ def gain_back(
     """
     bias = None if bias is None else widened(bias, dy.dtype)
     if dy.is_cpu and dy.numel():
-        dy, mean = dy.contiguous(), torch.zeros_like(gain) if bias is None else bias
-        given = dy, dy if y is None else y, gain, mean, torch.ones_like(gain), None, None
-        dz, sums, _ = NORM_BACK(*given, False, 0.0, [True, y is not None, False])
+        dy, zeros = dy.contiguous(), torch.zeros_like(gain)
+        given = dy, dy if y is None else y, gain, zeros if bias is None else bias, zeros, None, None
+        dz, sums, _ = NORM_BACK(*given, False, 1.0, [True, y is not None, False])
         return dz, None if y is None else sums.div_(gain)
     return back_by_rows(dy, y, gain, bias)
 

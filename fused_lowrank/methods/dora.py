@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..compute.autograd import join, places
 from ..compute.base.protocol import Base, dense
 from ..compute.choose import transformed
+from ..compute.gain import Gain, Ratio, divided
 from ..compute.reference import Core, like, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
@@ -60,6 +61,20 @@ def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
 
 
+def rounded_products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """`products` with down in W's dtype, as beside x, and W·downᵀ rounded to that, as t is."""
+    down = like(down, weight.dtype)
+    with_down = like((down @ weight.t()).t(), wide_dtype(weight.dtype))
+    down = like(down, with_down.dtype)
+    return with_down, down @ down.t()
+
+
+def is_rounded(weight: Tensor) -> bool:
+    """Whether a step may look at the squares that `rounded_products` give, and keep them."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu
+    return plain and weight.dtype is torch.bfloat16 and not transformed()
+
+
 def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """The result of a function of the rows of W in float32 or wider, which are never there at once.
 
@@ -91,56 +106,42 @@ def row_norms(
     weight (N, K), down (P, K), core (P, Q), or a diagonal (P,), or a pair of factors, or None, up
     (N, Q); `fixed` are `constants` of them. Where ΔW takes almost all of W away, so that rounding
     is all that is left, or even less than nothing, the norm is the root of what rounding may leave.
+
+    On a CPU a trained down is multiplied by a bfloat16 W in that: the square is then off by at most
+    2⁻⁷·scale·Σ|up·coreᵀ|·|down·Wᵀ|. Those that are much less than ‖W‖² are computed exactly.
     """
-    with_down, of_down = fixed.with_down, fixed.of_down
-    if with_down is None or of_down is None:
-        with_down, of_down = products(weight, down)
-    wide = with_down.dtype
+    wide = fixed.of_weight.dtype
     rows, middle = like(up, wide), core
     if isinstance(core, tuple):  # through the smaller of the pair's sizes
         rows, middle = rows @ like(core[1], wide).t(), core[0]
     elif isinstance(core, Tensor) and core.dim() == 1:
         rows, middle = rows * like(core, wide), None
-    if isinstance(middle, Tensor):  # rows·middleᵀ is up·coreᵀ
-        middle = like(middle, wide)
-        with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
-    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
-    square = torch.linalg.vecdot(rows, added).add_(fixed.of_weight)
+    middle = like(middle, wide) if isinstance(middle, Tensor) else None
+    if fixed.with_down is None and is_rounded(weight):
+        square = squares(fixed.of_weight, *rounded_products(weight, down), middle, rows, scale)
+        if bool((square >= 0.5 * fixed.of_weight).all()):
+            return square.sqrt_()
+    with_down, of_down = fixed.with_down, fixed.of_down
+    if with_down is None or of_down is None:
+        with_down, of_down = products(weight, down)
+    square = squares(fixed.of_weight, with_down, of_down, middle, rows, scale)
     least = torch.finfo(wide).eps * fixed.of_weight  # less than this is rounding's
     return torch.maximum(square, least).sqrt_()
 
 
-class Gain(torch.autograd.Function):
-    """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
-    Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
-    """
-
-    @staticmethod
-    def forward(ctx, magnitude, norm):  # type: ignore[no-untyped-def]
-        gain = divided(magnitude, norm)
-        ctx.save_for_backward(magnitude, gain)
-        return gain
-
-    @staticmethod
-    def backward(ctx, dgain):  # type: ignore[no-untyped-def]
-        magnitude, gain = ctx.saved_tensors
-        return like(dgain * (gain / off_zero(magnitude, gain.dtype)), magnitude.dtype), None
-
-
-def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm, neither of them 0."""
-    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
-
-
-def least(dtype: torch.dtype) -> float:
-    """The smallest number whose inverse, and the square of that, are numbers."""
-    return float(torch.finfo(dtype).tiny ** 0.5)
-
-
-def off_zero(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitudes in this dtype, those of 0 as the least."""
-    return like(magnitude, dtype) + least(dtype)
+def squares(
+    of_weight: Tensor,
+    with_down: Tensor,
+    of_down: Tensor,
+    middle: Tensor | None,
+    rows: Tensor,
+    scale: float,
+) -> Tensor:
+    """‖Wₙ + ΔWₙ‖² (N,) of the parts of the norm, where up·coreᵀ is rows·middleᵀ."""
+    if middle is not None:
+        with_down, of_down = with_down @ middle, middle.t() @ of_down @ middle
+    added = torch.addmm(with_down, rows, of_down, beta=2.0 * scale, alpha=scale * scale)
+    return torch.linalg.vecdot(rows, added).add_(of_weight)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -153,6 +154,15 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
         return divided(magnitude, norm)
     made: Tensor = Gain.apply(magnitude, norm)
     return made
+
+
+def of_call(magnitude: Tensor, norm: Tensor) -> Any:
+    """`gain` for a call of the equation, a `Ratio` where the call is to give the gradient."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed():
+        return gain(magnitude, norm)
+    with torch.no_grad():
+        values = divided(magnitude, norm)
+    return Ratio(values, magnitude, norm) if magnitude.requires_grad else values
 
 
 # --- of a layer ---
@@ -219,7 +229,7 @@ def with_gain(
         norm = norm_of(weight, down, core, up, scale, keeps, of)
     if over is not None:
         norm = over(norm.square()).sqrt()
-    return parts._replace(gain=gain(factors[MAGNITUDE], norm))
+    return parts._replace(gain=of_call(factors[MAGNITUDE], norm))
 
 
 def frozen(factors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:

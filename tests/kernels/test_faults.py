@@ -65,8 +65,8 @@ FAULTS = {
     ),
     "gain left out of dy": (
         "fused_lowrank/compute/gain.py",
-        "dy if y is None else y, gain, mean",
-        "dy if y is None else y, torch.ones_like(gain), mean",
+        "dy if y is None else y, gain, zeros if",
+        "dy if y is None else y, torch.ones_like(gain), zeros if",
         f"{GAIN}[aten]",
     ),
     "the mixed term of DoRA's norm once": (
@@ -82,7 +82,7 @@ FAULTS = {
         f"{DORA}::test_a_norm_that_cancels_is_a_number",
     ),
     "a gain's gradient without the norm": (
-        "fused_lowrank/methods/dora.py",
+        "fused_lowrank/compute/gain.py",
         "dgain * (gain / off_zero(magnitude, gain.dtype))",
         "dgain * gain",
         f"{DORA}::test_peft",

@@ -31,7 +31,7 @@ from ..autograd import (
     unsafe_view,
 )
 from ..dropout import is_no_bits, kept, no_bits
-from ..gain import widened
+from ..gain import Ratio, widened
 from ..operands import Operands
 from ..reference import RowCores, like, through_core, wide_dtype
 from ..run import no_autocast, run, under_autocast
@@ -44,6 +44,8 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
     It is computed in the dtype that the base computes an x of this one in, or in autocast's.
     `isolated` is as `functional.compute` has it.
     """
+    if isinstance(operands.gain, Ratio):
+        operands = operands._replace(gain=operands.gain.tensor())
     x, base, down, core, up, bias, scale, dropout, _, gain = operands
     own = base.computes_in(x.dtype)
     if under_autocast(x) and x.dtype != torch.float64:
