@@ -218,7 +218,7 @@ def decomposed(
 
 
 def lost(weight: Any, inputs: Inputs | None) -> Tensor:
-    """What quantising took from a weight (N, K): the original less the values that there are now.
+    """The part of a weight (N, K) that quantising took: the original less the values there are now.
 
     Li et al. 2023 (arXiv 2310.08659) quantise what up·down leaves of W, then take up·down from what
     that lost, and so on; PEFT's LoftQConfig does it to a model in 16 bits, whose W it replaces by
