@@ -219,6 +219,25 @@ class FusedOver(Fused):
         y = over_base(operands, self.impl)
         return y if up_bias is None else y + (up_bias * scale).to(y.dtype)
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does, into a weight that lies as it was quantised."""
+        self.unpack()
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, as PEFT does."""
+        self.unpack()
+        super().unmerge()
+
+    def unpack(self) -> None:
+        """Take back what bitsandbytes does to a 4-bit weight in inference on a CPU.
+
+        PEFT would read what is packed then as if it were not, and merge into numbers of no meaning.
+        """
+        base = quantised(self._modules["base_layer"])
+        if isinstance(base, FourBit):
+            base.state()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuilt, (self.plain,), dict(vars(self))
 
