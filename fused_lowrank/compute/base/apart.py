@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import like
 from .protocol import Base
 
 
@@ -39,7 +38,7 @@ class Apart(Base):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias (M, N), in x's dtype."""
         own = self.base.computes_in(x.dtype)
-        bias = None if bias is None else like(bias, own)
+        bias = None if bias is None else bias.to(own)
         return self.base.product(x.to(own), bias).to(x.dtype)
 
     def back(self, dy: Tensor) -> Tensor:
