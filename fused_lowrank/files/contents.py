@@ -154,8 +154,9 @@ def holds_factors(
     if config["bases"] or not lacking:
         return True
     if init := next((init for init in lacking if needs(init)), None):
+        of = "the weights of before" if needs(init) == "original" else "a model's inputs"
         raise ValueError(
-            f"{path} was saved without its frozen factors, which init={init!r} made of a model's "
-            "inputs: save it with bases=True"
+            f"{path} was saved without its frozen factors, which init={init!r} made of {of}: save "
+            "it with bases=True"
         )
     return False

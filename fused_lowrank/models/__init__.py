@@ -7,6 +7,7 @@
     refusals          models that are refused as a whole
     whole_modules     modules trained whole, known by their places
     ties              weights that several modules share
+    originals         the weights that a model's were quantised from
     calibration       what the inputs of layers are like, over a user's batches
     adapt             `adapt`, `unload`, `merge`, `disable_adapters`
     budget            AdaLoRA's ranks, given to the layers that use them

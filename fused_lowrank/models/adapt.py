@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def adapt(
     fused: bool = True,
     progress: bool = True,
     defer_bases: bool = False,
-    data: Iterable[Any] | None = None,
+    data: Any = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     **method_keywords: Any,
 ) -> nn.Module:
@@ -101,7 +101,8 @@ def adapt(
         progress: show a progress bar and, at the end, what is trained, on stderr.
         defer_bases: leave the factors uninitialised, for a model on the meta device; call
             `init_bases` when its weights are there.
-        data: batches of inputs to the model, for an init that needs them; see `calibrate`.
+        data: batches of inputs to the model, for an init that needs them; see `calibrate`. For
+            "loftq" what was quantised; see `originals`.
         forward_fn: calls the model with a batch; None: model(**batch), or model(*batch).
         method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; init; svd
             (LoRA-XS); a, b (LoRA-Mini); n (MELoRA); m, seed (NOLA); dora.
@@ -165,9 +166,8 @@ def build(
     defer_bases: bool,
     hint: str = "",
 ) -> dict[str, LowRankLinear]:
-    """The adapted layers of a plan, by name, not yet in the model; all checks come first.
-
-    After these `gather` says what is known of the layers' inputs.
+    """The adapted layers of a plan, by name, not yet in the model; all checks come first, then
+    `gather` says what is known of the layers' inputs.
     """
     refuse_wrapped(model)
     modules = modules_by_name(model)
@@ -187,9 +187,10 @@ def build(
     layers, inputs = {}, gather()
     bar = tqdm(plan.items(), first.method, disable=not progress, unit="layer")
     for name, (cls, keywords) in bar:
-        try:
-            known = {"_inputs": inputs[name]} if name in inputs else {}
-            layers[name] = cls._around(modules[name], defer_bases, keywords, {**own, **known})
+        try:  # what is known of one layer's inputs is gone before the next one's is there
+            more = own if name not in inputs else {**own, "_inputs": inputs[name]}
+            layers[name] = cls._around(modules[name], defer_bases, keywords, more)
+            del more
         except ValueError as error:
             raise ValueError(f"{name}: {error}{hint}") from None
     return layers

@@ -20,6 +20,7 @@ from ..context.disabling import disabled
 from ..methods import LowRankLinear
 from ..methods.initial.triples import RANKS, leading
 from ..methods.initial.values import Inputs, needs, without_data
+from .originals import Originals, require_original
 
 IGNORED = -100  # a label that no loss is taken of
 HOW = "data is an iterable of batches, each of which goes to the model as forward_fn says"
@@ -104,7 +105,7 @@ def needed(cls: type[LowRankLinear], given: Mapping[str, Any], data: Any, later:
     """The field of `Inputs` that the init among a method's keywords needs, or None.
 
     Raises ValueError where it needs data and has none, or has data and needs none, or is to be made
-    `later`; TypeError for data that is no iterable of batches.
+    `later`; TypeError for data that is no iterable of batches, or has no weights where it should.
     """
     known = cls.row.inits_known
     init: Any = given.get("init", known[0] if known else None)
@@ -113,15 +114,17 @@ def needed(cls: type[LowRankLinear], given: Mapping[str, Any], data: Any, later:
         raise ValueError(f"init={init!r} cannot be put off by defer_bases: load the weights first")
     if need and data is None:
         raise ValueError(without_data(init))
-    if data is not None:
+    if data is not None and not need:
+        wanting = " or ".join(repr(word) for word in known if needs(word))
+        raise ValueError(
+            f"data is given, and init={init!r} needs none: of {cls.method}'s, {wanting} does"
+            if wanting
+            else f"data is given, and {cls.method} has no init that needs any"
+        )
+    if need == "original":
+        require_original(data)
+    elif need:
         require_batches(data)
-        if not need:
-            wanting = " or ".join(repr(word) for word in known if needs(word))
-            raise ValueError(
-                f"data is given, and init={init!r} needs none: of {cls.method}'s, {wanting} does"
-                if wanting
-                else f"data is given, and {cls.method} has no init that needs any"
-            )
     return need
 
 
@@ -132,10 +135,12 @@ def inputs_of(
     data: Any,
     forward_fn: Callable[[nn.Module, Any], Any] | None,
     progress: bool,
-) -> dict[str, Inputs]:
+) -> Mapping[str, Inputs]:
     """Knowledge that is `needed` of the inputs of the layers of a plan, by name."""
     if need is None:
         return {}
+    if need == "original":
+        return Originals(model, plan, data)
     gatherers: dict[str, Gatherer] = {}
     for name, (cls, given) in plan.items():
         rank = max(int(given.get(key, default)) for key, default in cls.row.ranks.items())

@@ -277,9 +277,10 @@ def test_names() -> None:
     """A name says what it needs; one that a function does not know is an error there as well."""
     assert needs("eva") == "directions"
     assert needs("corda_kpm") == "covariance"
+    assert needs("loftq") == "original"
     assert needs("pissa") is None
     for start, names in (
-        (lambda init: lora_start(init, decaying(), R, SCALE), ("svd", "loftq", "pissa_niter_N")),
+        (lambda init: lora_start(init, decaying(), R, SCALE), ("svd", "qr", "pissa_niter_N")),
         (lambda init: xs_bases(init, decaying(), R), ("pissa_niter_3", "qr")),
         (lambda init: mini_bases(init, decaying(), R, R), ("milora", "random")),
     ):

@@ -33,7 +33,7 @@ from peft_lora_cases import (
 )
 
 from fused_lowrank import config as configuration
-from fused_lowrank.integrations.peft import fuse_lora, lora, unfuse_lora
+from fused_lowrank.integrations.peft import fuse_lora, lora, lora_layers, unfuse_lora
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_transformers_models(name: str, bias: str, device: torch.device, ran: Co
     assert unfuse_lora(ours) is ours
     assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
     assert ran.total() == layers
-    assert not any(isinstance(module, lora.FusedLinear) for module in ours.modules())
+    assert not any(isinstance(module, lora_layers.FusedLinear) for module in ours.modules())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -186,11 +186,11 @@ def test_fuse_again(device: torch.device, ran: Counter) -> None:
     model = fuse_lora(block()).to(device)
     model.add_adapter("second", config(target_modules=["proj", "out"]))
     body = model.base_model.model
-    assert (type(body.proj), type(body.out)) == (lora.FusedLinear, Linear)
+    assert (type(body.proj), type(body.out)) == (lora_layers.FusedLinear, Linear)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fuse_lora(model) is model
-    assert (type(body.proj), type(body.out)) == (lora.FusedLinear, lora.FusedLinear)
+    assert (type(body.proj), type(body.out)) == (lora_layers.FusedLinear, lora_layers.FusedLinear)
     assert repr(body.proj).startswith("lora.FusedLinear(")
     model.set_adapter("second")
     model(ids(device))

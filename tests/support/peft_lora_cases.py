@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from fused_lowrank.integrations.peft import lora
+from fused_lowrank.integrations.peft import lora_layers
 
 K, N, R, ALPHA = 96, 80, 4, 6  # alpha / r is 1.5: no power of two
 SMALL_ROWS, ROWS = 7, 700  # on a CPU, 700 x 96 is no longer a small call
@@ -87,8 +87,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         return wrapper
 
-    monkeypatch.setattr(lora, "lowrank_linear", counting("large", lora.lowrank_linear))
-    monkeypatch.setattr(lora, "chain", counting("small", lora.chain))
+    for name, call in {"large": "lowrank_linear", "small": "chain", "over": "over_base"}.items():
+        monkeypatch.setattr(lora_layers, call, counting(name, getattr(lora_layers, call)))
     return counts
 
 

@@ -4,5 +4,6 @@ protocol      what the equation needs of such a W: `Base`
 fourbit       bitsandbytes' Linear4bit
 eightbit      bitsandbytes' Linear8bitLt
 subclass      weights that are a tensor subclass which can be dequantised: torchao's
+apart         those whose products are in a narrower dtype than the low-rank term
 kinds         which of these a module is, or why it is none
 """

@@ -172,8 +172,9 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        dx = ctx.base.back(fold(dy))
-        return None, dx.view(*dy.shape[:-1], -1), None
+        of_x, of_bias = ctx.needs_input_grad[1:]
+        dx = ctx.base.back(fold(dy)).view(*dy.shape[:-1], -1) if of_x else None
+        return None, dx, fold(dy).sum(0) if of_bias else None
 
 
 def alone(base: Base, x: Tensor) -> Tensor:

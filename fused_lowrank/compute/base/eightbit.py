@@ -17,6 +17,8 @@ class EightBit(Base):
         """(int8 (N, K), the rows' maxima (N,)), wherever the module has them by now."""
         weight, state = self.module.weight, self.module.state
         if weight.CB is not None:
+            if weight.SCB is None:  # moved since, as PEFT's DoRA does on a CPU: they stayed behind
+                weight.SCB = state.SCB
             self.module.init_8bit_state()
         return state.CB, state.SCB
 

@@ -121,6 +121,10 @@ class Base:
         """Whether no values can stand for the product."""
         return self.is_called() or not self.is_exact()
 
+    def is_only_called_back(self) -> bool:
+        """Whether no values can stand for the product on the way back."""
+        return self.is_called()
+
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which an x of this one is computed; y is of x's again."""
         return dtype
@@ -208,7 +212,7 @@ class Turned:
 
     def is_only_called(self) -> bool:
         """Whether the base is opaque: the way back of others is by the values."""
-        return self.base.is_called()
+        return self.base.is_only_called_back()
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x·W of x (M, N): the base's `back`."""

@@ -6,10 +6,7 @@ from ..layer import LowRankLinear
 from ..method import Factor, Method
 
 RESIDUAL = ("pissa", "pissa_niter_N", "milora", "olora", "corda", "corda_kpm")
-LOFTQ = (
-    "; 'loftq', which begins at what a quantised base lost, is not there yet; N is a number, as in "
-    "'pissa_niter_16'"
-)
+NUMBER = "; N is a number, as in 'pissa_niter_16'"
 
 LORA = Method(
     name="lora",
@@ -17,13 +14,13 @@ LORA = Method(
     ranks={"r": 16},
     factors={"down": Factor("rK", "kaiming", trained=True), "up": Factor("Nr", "zeros", True)},
     learning_rate=5e-4,
-    options={"init": ("kaiming", "gaussian", "orthogonal", "eva", *RESIDUAL)},
-    hints={"init": LOFTQ},
+    options={"init": ("kaiming", "gaussian", "orthogonal", "eva", *RESIDUAL, "loftq")},
+    hints={"init": NUMBER},
     residual=RESIDUAL,
     starts={
         "gaussian": {"down": "gaussian"},
         "eva": {"down": "lora"},
-        **{init: {"down": "lora", "up": "lora"} for init in ("orthogonal", *RESIDUAL)},
+        **{init: {"down": "lora", "up": "lora"} for init in ("orthogonal", *RESIDUAL, "loftq")},
     },
     dora=False,
 )

@@ -31,11 +31,14 @@ CACHED = 2**19  # elements of the weight that a CPU has in its cache, in float32
 
 
 @torch.no_grad()
-def leading(weight: Tensor, r: int, way: str = "krylov", seed: int = SEED) -> tuple[Tensor, Tensor]:
+def leading(
+    weight: Tensor, r: int, way: str = "krylov", seed: int = SEED, times: int = 1
+) -> tuple[Tensor, Tensor]:
     """(down (r, K), up (N, r)) of the r leading triples, in float32 or wider.
 
-    The sign of each is fixed: the largest entry of each column of up is positive. torch's
-    generators stay as they were.
+    "krylov" takes `times` as many blocks: of noise, whose triples are nearly alike, twice as many
+    hold what the best triples hold. The sign of each is fixed: the largest entry of each column of
+    up is positive. torch's generators stay as they were.
 
     Raises ValueError for another way, and for a weight that holds NaN or Inf.
     """
@@ -44,7 +47,7 @@ def leading(weight: Tensor, r: int, way: str = "krylov", seed: int = SEED) -> tu
     weight = dense(weight)
     wanted = min(-r // RANKS * -RANKS, *weight.shape)
     if way == "krylov" and NARROW * wanted <= min(weight.shape):
-        down, up = krylov(weight, r, seed)
+        down, up = krylov(weight, r, seed, times)
     elif way == "randomized":
         down, up = randomized(finite(weight), wanted, seed)
     else:
@@ -110,7 +113,7 @@ def generator_of(device: torch.device) -> torch.Generator:
 # --- block Krylov spaces ---
 
 
-def krylov(weight: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
+def krylov(weight: Tensor, r: int, seed: int, times: int = 1) -> tuple[Tensor, Tensor]:
     """(down, up) of at least r triples, from W times the spaces of [Q, WᵀW·Q, (WᵀW)²·Q, …].
 
     The first 16 come of a space of their own, and those up to each multiple of 64 of another, of
@@ -130,10 +133,10 @@ def krylov(weight: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
     everywhere = normal(k, FIRST[0]) * (0.01 * sketch.abs().amax())
     start = orthonormal(sketch + everywhere, sketch.new_empty(k, 0), normal)
     down, up = sketch.new_empty(0, k), sketch.new_empty(n, 0)
-    down, up, rest = grown(weight, start, FIRST[1], down, up, normal)
+    down, up, rest = grown(weight, start, times * FIRST[1], down, up, normal)
     while len(down) < r:
         count = RANKS - len(down) % RANKS
-        down, up, rest = grown(weight, rest[:, :count], MORE, down, up, normal)
+        down, up, rest = grown(weight, rest[:, :count], times * MORE, down, up, normal)
     return down, up
 
 

@@ -11,6 +11,7 @@ LoRA (down Kaiming-uniform and up zero unless said; "·" has a residual, which t
     "eva"                 down: the inputs' principal directions (Paischer et al. 2024, 2410.07170)
     "corda", "corda_kpm" ·  triples of W·C, C the inputs' covariance, the leading or the smallest,
                           which are to be kept                      (Yang et al. 2024, 2406.05223)
+    "loftq"               scale·up·down nearest to what quantising took from W: see `lost`
 LoRA-XS (down = upᵀ·W but for "random"; core N(0, 1e-5²))       (Bałazy et al. 2024, 2405.17604)
     "svd", "minor"        the leading triples of W, or the smallest: down = Σᵣ·Dᵣᵀ, up = Sᵣ
     "random"              both Kaiming-uniform
@@ -26,11 +27,12 @@ LoRA's scale is that of the layer: with a residual W₀, W = W₀ + scale·up·d
 import math
 import re
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...compute.base.protocol import dense
 from . import triples
 
 NITER = re.compile(r"pissa_niter_([1-9]\d*)")
@@ -41,12 +43,14 @@ class Inputs(NamedTuple):
 
     directions (D, K) are the principal directions of the inputs less their mean, orthonormal, the
     strongest first, and strengths (D,) the singular values; covariance (K, K) is CorDA's, of inputs
-    that are scaled and not centred. None is what was not asked for.
+    that are scaled and not centred. original (N, K) is no input, but the weight that the layer's
+    was quantised from. None is what was not asked for.
     """
 
     directions: Tensor | None = None
     strengths: Tensor | None = None
     covariance: Tensor | None = None
+    original: Tensor | None = None
 
 
 class Start(NamedTuple):
@@ -68,9 +72,11 @@ def niter(init: str) -> int:
 
 
 def needs(init: str) -> str | None:
-    """The field of `Inputs` that an initialiser needs: "directions", "covariance" or None."""
+    """The field of `Inputs` that an initialiser needs, or None."""
     if init == "eva":
         return "directions"
+    if init == "loftq":
+        return "original"
     return "covariance" if init.startswith("corda") else None
 
 
@@ -87,7 +93,13 @@ def directions_of(inputs: Inputs | None, count: int) -> tuple[Tensor, Tensor]:
 
 
 def without_data(init: str) -> str:
-    """The message for an initialiser that needs inputs, and got none."""
+    """The message for an initialiser that needs inputs, or the original, and got none."""
+    if needs(init) == "original":
+        return (
+            "init='loftq' makes up for what quantising took from the weights, and so needs them as "
+            "they were: adapt(model, …, init='loftq', data=original), where original is the model "
+            "that was quantised, its state_dict, or the path of its safetensors, a file or a folder"
+        )
     return (
         f"init={init!r} needs to see inputs of the layers: give some batches, as in "
         f"adapt(model, …, init={init!r}, data=batches)"
@@ -150,7 +162,8 @@ def lora_start(
         return Start(directions_of(inputs, r)[0].to(zero), zero)
     if scale <= 0:
         raise ValueError(
-            f"init={init!r} with alpha 0 or below would take from W what up·down lacks"
+            f"init={init!r} with alpha 0 or below: scale·up·down is to start as something, and "
+            "would be nothing, or the opposite. Give an alpha above 0"
         )
     if init == "olora":
         up, right = torch.linalg.qr(triples.finite(weight))
@@ -181,7 +194,9 @@ def decomposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(right (r, K), sigma (r,), left (N, r)) of the triples that LoRA takes out of the weight."""
     inverse: Tensor | None = None
-    if init.startswith("corda"):
+    if init == "loftq":
+        weight = lost(weight, inputs)
+    elif init.startswith("corda"):
         if inputs is None or inputs.covariance is None:
             raise ValueError(without_data(init))
         covariance, inverse = damped(inputs.covariance.to(weight.device, triples.wide(weight)))
@@ -192,13 +207,47 @@ def decomposed(
         rank = min(r, *weight.shape)
         down, up = triples.randomized(triples.finite(weight), rank, triples.SEED, iterations)
         down, up = down[:r], up[:, :r]
-    elif init in ("pissa", "corda"):
-        down, up = triples.leading(weight, r, "krylov" if init == "corda" else "exact")
+    elif init in ("pissa", "corda", "loftq"):
+        way, times = "exact" if init == "pissa" else "krylov", 2 if init == "loftq" else 1
+        down, up = triples.leading(weight, r, way, times=times)
     else:
         raise unknown(init)
     sigma = down.norm(dim=1)
     right = down / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[:, None]
     return right if inverse is None else right @ inverse, sigma, up
+
+
+def lost(weight: Any, inputs: Inputs | None) -> Tensor:
+    """The part of a weight (N, K) that quantising took: the original less the values there are now.
+
+    Li et al. 2023 (arXiv 2310.08659) quantise what up·down leaves of W, then take up·down from what
+    that lost, and so on; PEFT's LoftQConfig does it to a model in 16 bits, whose W it replaces by
+    quantised values. Here the base is the user's and stays as it is, so there is the last step
+    alone, as in PEFT's `replace_lora_weights_loftq`, but that scale·up·down is nearest, as the
+    layer computes it, where PEFT's up·down is.
+
+    Raises ValueError where there is no original, or one that is not what was quantised.
+    """
+    if inputs is None or inputs.original is None:
+        raise ValueError(without_data("loftq"))
+    given, now = inputs.original, dense(weight)
+    dtype = triples.wide(now)
+    original, now = given.to(now.device, dtype), now.to(dtype)
+    if not original.isfinite().all():
+        raise ValueError("the original weight in data holds NaN or Inf")
+    error = original - now
+    rounding = max(torch.finfo(kind).eps for kind in (given.dtype, weight.dtype))
+    if (error.abs() <= rounding * now.abs()).all():
+        raise ValueError(
+            "the original weight in data has the quantised values, of which nothing is lost: give "
+            "the weights as they were before the model was quantised"
+        )
+    if error.norm() >= now.norm():
+        raise ValueError(
+            "the weight in data is no nearer to the quantised one than 0 is: it is of another "
+            "model, or of another layer. Give the weights that this model was quantised from"
+        )
+    return error
 
 
 def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
