@@ -54,6 +54,7 @@ def case_line(
         "dropout": case.dropout,
         "planned": planned(case, device),
     }
+    about |= {"base": case.base} if case.base else {}
     return {"kind": "case", "case": case.name, **about, "seconds": seconds, "rows": rows}
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from .bases import why_absent
 from .cases import Case
 from .harness import Runner
 from .providers import PROVIDERS, make_tensors
@@ -25,6 +26,8 @@ def steps(task: Task) -> list[str]:
     case, names, where = task
     torch.set_num_threads(1)
     device, taken = torch.device(where), []
+    if why_absent(case.base):
+        return []
     tensors = make_tensors(case, device)
     for provider in (PROVIDERS[name] for name in names):
         if provider.why_absent(case, device) is None:
