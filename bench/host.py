@@ -77,10 +77,14 @@ class Chain(torch.nn.Module):
     Its core is written out where the row of the method names the factors of it.
     """
 
+    weight: torch.nn.Parameter
+    down: torch.nn.Parameter
+    up: torch.nn.Parameter
+
     def __init__(self, case: Case, tensors: Tensors) -> None:
         super().__init__()
         self.weight, self.scale, self.row = tensors.weight, tensors.scale, case.row
-        self.names, self.core = tuple(tensors.method), case.row.core
+        self.names, self.middle = tuple(tensors.method), case.row.core
         for name, factor in tensors.method.items():
             self.register_parameter(name, factor)
 
@@ -89,14 +93,13 @@ class Chain(torch.nn.Module):
         if self.row.parts is not None:
             factors = {name: getattr(self, name) for name in self.names}
             down, core, up, _ = self.row.parts(factors, self.weight, self.scale)
-            return linear(x, self.weight) + linear(
-                through_core(linear(x, down), core, self.scale), up
-            )
+            u = through_core(linear(x, down), core, self.scale)
+            return linear(x, self.weight) + linear(u, up)
         u = linear(x, self.down)
-        if len(self.core) == 1:
-            u = u @ getattr(self, self.core[0])
-        elif self.core:
-            u = u @ (getattr(self, self.core[0]) @ getattr(self, self.core[1]))
+        if len(self.middle) == 1:
+            u = u @ getattr(self, self.middle[0])
+        elif self.middle:
+            u = u @ (getattr(self, self.middle[0]) @ getattr(self, self.middle[1]))
         return linear(x, self.weight) + linear(u * self.scale, self.up)
 
 
@@ -108,13 +111,15 @@ def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
 
     def made() -> Any:
         """down, core and up, which a row whose parts are computed makes at each call."""
-        return of_row if case.row.parts is None else case.row.made(tensors.method, weight, scale)[:3]
+        return (
+            of_row if case.row.parts is None else case.row.made(tensors.method, weight, scale)[:3]
+        )
 
     layers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         EAGER: Chain(case, tensors),
         "fused layer": PROVIDERS["auto"].build(case, tensors),
         "lowrank_linear": lambda x: lowrank_linear(x, weight, *made(), scale=scale),
-        "its operations": lambda x: chain(x, weight, *made(), None, scale),
+        "its operations": lambda x: chain(x, weight, *made(), bias=None, scale=scale),
         "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),

@@ -26,7 +26,7 @@ def nf4(linear: nn.Linear) -> nn.Module:
 
     own: Any = {"compute_dtype": linear.weight.dtype, "quant_type": "nf4"}
     made = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta", **own)
-    stored = {"compress_statistics": True, "quant_type": "nf4", "module": made}
+    stored: Any = {"compress_statistics": True, "quant_type": "nf4", "module": made}
     made.weight = Params4bit(linear.weight.detach(), requires_grad=False, **stored)
     return made.to(linear.weight.device)
 

@@ -150,9 +150,7 @@ def parts_of(case: Case) -> Parts:
 
 def quantised(model: str, layer: str, rows: Iterable[int], *rest: object) -> list[Case]:
     """The cases of LoRA over each kind of quantised W."""
-    return [
-        case for base in BASES for case in at(model, layer, rows, "lora16", base, *rest)
-    ]
+    return [case for base in BASES for case in at(model, layer, rows, "lora16", base, *rest)]
 
 
 SMOKE = [
@@ -160,7 +158,7 @@ SMOKE = [
     *at("tiny", "wide", 48, "mini4x16", "bf16"),
     *at("tiny", "wide", 33, "lora8", "fp32"),
     *at("tiny", "square", 64, "fp32", 0.05),
-    *quantised("tiny", "even", (48,), "fp32"),
+    *at("tiny", "even", 48, "lora8", "fp32", "nf4"),
 ]
 CPU = [
     *at("llama-3.1-8b", "q", 128, "fp32"),
@@ -229,7 +227,9 @@ SETS: dict[str, list[Case]] = {
     "cpu": CPU,
     "core": CORE,
     "full": full(),
-    "family": [case for name in METHODS for case in at("roberta-large", "query", 512, name, "fp32")],
+    "family": [
+        case for name in METHODS for case in at("roberta-large", "query", 512, name, "fp32")
+    ],
 }
 
 

@@ -73,7 +73,8 @@ class Tensors:
 
     def fixed_storages(self) -> set[int]:
         """Addresses of what is there anyway: weight and factors, not x."""
-        kept = [self.weight, *self.method.values(), *self.lora.values(), self.magnitude]
+        kept: list[Tensor] = [self.weight, *self.method.values(), *self.lora.values()]
+        kept.append(self.magnitude)
         kept += [] if self.base is None else within(self.base.stored())
         return {tensor.untyped_storage().data_ptr() for tensor in kept}
 
@@ -262,9 +263,9 @@ def passes(case: Case, device: torch.device) -> tuple[Problem, Problem]:
         bulk=bulk,
         diagonal=is_diagonal(made.core),
         base=kind.planned if kind else "",
-        called=bool(kind) and gpu and kind.quantises_x,
+        called=kind is not None and gpu and kind.quantises_x,
     )
-    turned = {"k": case.n, "n": case.k, "p": q, "q": p, "transposed": True, "called": False}
+    turned: Any = {"k": case.n, "n": case.k, "p": q, "q": p, "transposed": True, "called": False}
     return forward, forward._replace(want_u=trains_down, **turned)
 
 
@@ -377,7 +378,6 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("bare", "bare", bare),
-        Provider("dense", "bare", dense, quantised=True),
         *(
             Provider(
                 plan.replace("split", "gemm"),
@@ -388,6 +388,7 @@ PROVIDERS: dict[str, Provider] = {
             )
             for plan in ("split", "split:deep", "split:narrow", "split:pointers")
         ),
+        Provider("dense", "bare", dense, quantised=True),
         Provider("eager", "method", EAGER),
         *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in MEASURED),
         Provider("called", "method", AUTO, own_mask=True, plan="called", quantised=True),
@@ -432,7 +433,12 @@ PROVIDERS: dict[str, Provider] = {
         ),
         *(
             Provider(
-                name, equation, compiled(eager), no_compiler, own_mask=True, slow=True,
+                name,
+                equation,
+                compiled(eager),
+                no_compiler,
+                own_mask=True,
+                slow=True,
                 quantised=False,  # its library breaks the graph
             )
             for name, equation, eager in (

@@ -273,7 +273,7 @@ def test_a_plan_that_has_gone_is_no_peer():
 
 
 def test_sizes_of_the_sets():
-    assert len(cases.SETS["core"]) <= 40
+    assert sum(not case.base for case in cases.SETS["core"]) <= 40
     for chosen in cases.SETS.values():
         assert len({case.name for case in chosen}) == len(chosen)
     assert all(max(c.k, c.n) <= 4096 and min(c.k, c.n) >= 768 for c in cases.SETS["cpu"])
@@ -326,7 +326,7 @@ def test_a_resume_does_only_the_rest(copied):
     assert measure(copied.parent, "--resume", "--minutes", "0") == 1
     _, kept = read(copied)
     assert [line["kind"] for line in kept] == ["header", "ceiling", "case", "end"]
-    assert kept[-1]["missing"] == 3
+    assert kept[-1]["missing"] == len(cases.SETS["smoke"]) - 1
     assert measure(copied.parent, "--resume") == 0
     after = copied.read_bytes()
     assert after.startswith(b"".join(lines[:3]))
