@@ -115,11 +115,15 @@ def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
             of_row if case.row.parts is None else case.row.made(tensors.method, weight, scale)[:3]
         )
 
+    def operations(x: torch.Tensor) -> torch.Tensor:
+        down, core, up = made()
+        return chain(x, weight, down, core, up, None, scale)
+
     layers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         EAGER: Chain(case, tensors),
         "fused layer": PROVIDERS["auto"].build(case, tensors),
         "lowrank_linear": lambda x: lowrank_linear(x, weight, *made(), scale=scale),
-        "its operations": lambda x: chain(x, weight, *made(), bias=None, scale=scale),
+        "its operations": operations,
         "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),
