@@ -100,6 +100,12 @@ RELAY, RELAY_COLUMNS = 0.2, 128
 # their way at a time, from the second-level cache in so many seconds. Reckoned, not measured.
 CORES_IN_FLIGHT, CORES_TURN = 32 << 10, 0.4e-6
 OWN_CORE = 0.03e-6  # seconds for a row's u by its core, in `decode`: 24.0 µs at 64 rows of 4096²
+# Bytes of a value of a quantised W as it is stored. Of 4 bits with a maximum for each 64, which is
+# of 8 bits itself: what makes the maxima is two launches before the values'.
+STORED_AS, MAXIMA_CALLS = {"4bit": 0.5 + 1 / 64}, 2
+# Rows up to which bitsandbytes (0.50) takes a 4-bit W as it is stored on every GPU. Above, and up to
+# 1,536, it does for some shapes of some GPUs, on a Hopper for few of them.
+FUSED_ROWS = 4
 DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
 
 
@@ -205,9 +211,27 @@ def base(problem: Problem, adds: bool = False) -> Work:
 
 
 def dequantised(problem: Problem) -> Work:
-    """The values of a quantised W, read as they are stored and written."""
-    size = problem.dtype.itemsize + (0.5 if problem.base == "4bit" else 1.0)
-    return Work(0.0, problem.n * problem.k * size)
+    """The values of a quantised W, read as they are stored and written; maxima come before them."""
+    calls = MAXIMA_CALLS if problem.base == "4bit" and peaks(problem.device).processors else 0
+    moved = problem.n * problem.k * (STORED_AS.get(problem.base, 1.0) + problem.dtype.itemsize)
+    return Work(0.0, moved, waits=calls * peaks(problem.device).start)
+
+
+def of_base(problem: Problem) -> list[Work]:
+    """The layer's GEMM as the plan "called" has it: by the base's own library, where W is quantised.
+
+    Few rows go through a 4-bit W as it is stored, and an x that is quantised as well through an
+    8-bit one, at no less than the rate of 16 bits. All else, and the way back, is by the values.
+    """
+    if not problem.base:
+        return [base(problem)]
+    (m, k, n), size, gpu = problem[2:5], problem.dtype.itemsize, peaks(problem.device).processors
+    if problem.called:
+        return [Work(0.0, float(m * k * (size + 1))), base(problem)]
+    if gpu and problem.base == "4bit" and m <= FUSED_ROWS and not problem.transposed:
+        moved = (m * k + m * n) * size + n * k * STORED_AS["4bit"]
+        return [Work(2.0 * m * n * k, moved, UNHIDDEN)]
+    return [dequantised(problem), base(problem)]
 
 
 def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) -> Work:

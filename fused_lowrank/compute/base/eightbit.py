@@ -55,4 +55,13 @@ class EightBit(Base):
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (N, K)."""
         rows, maxima = self.state()
-        return rows.to(dtype or self.dtype).mul_(maxima.unsqueeze(1).mul(1.0 / 127.0))
+        scales = maxima.unsqueeze(1).mul(1.0 / 127.0)
+        if rows.is_cpu:
+            return rows.to(dtype or self.dtype).mul_(scales)
+        return scaled(rows, scales, dtype or self.dtype)
+
+
+def scaled(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (N, K) · scales (N, 1) in one pass; a CPU would make float32 numbers on the way."""
+    scales = scales.to(torch.promote_types(dtype, scales.dtype))
+    return torch.mul(rows, scales, out=torch.empty_like(rows, dtype=dtype))
