@@ -220,14 +220,15 @@ def dequantised(problem: Problem) -> Work:
 def of_base(problem: Problem) -> list[Work]:
     """The layer's GEMM as the plan "called" has it: by the base's own library, where W is quantised.
 
-    Few rows go through a 4-bit W as it is stored, and an x that is quantised as well through an
-    8-bit one, at no less than the rate of 16 bits. All else, and the way back, is by the values.
+    Few rows go through a 4-bit W as it is stored; for an 8-bit one x is quantised as well, and the
+    product is taken for one of 16 bits, as an opaque one is. All else, and dy·W, is by the values.
     """
     if not problem.base:
         return [base(problem)]
     (m, k, n), size, gpu = problem[2:5], problem.dtype.itemsize, peaks(problem.device).processors
     if problem.called:
-        return [Work(0.0, float(m * k * (size + 1))), base(problem)]
+        rounded = [Work(0.0, float(m * k * (size + 1)))] if problem.base == "8bit" else []
+        return [*rounded, base(problem)]
     if gpu and problem.base == "4bit" and m <= FUSED_ROWS and not problem.transposed:
         moved = (m * k + m * n) * size + n * k * STORED_AS["4bit"]
         return [Work(2.0 * m * n * k, moved, UNHIDDEN)]
