@@ -103,7 +103,7 @@ OWN_CORE = 0.03e-6  # seconds for a row's u by its core, in `decode`: 24.0 µs a
 # Bytes of a value of a quantised W as it is stored. Of 4 bits with a maximum for each 64, which is
 # of 8 bits itself: what makes the maxima is two launches before the values'.
 STORED_AS, MAXIMA_CALLS = {"4bit": 0.5 + 1 / 64}, 2
-# Rows up to which bitsandbytes (0.50) takes a 4-bit W as it is stored on every GPU. Above, and up to
+# Rows up to which bitsandbytes (0.50) takes a 4-bit W as it is stored on every GPU. Above, up to
 # 1,536, it does for some shapes of some GPUs, on a Hopper for few of them.
 FUSED_ROWS = 4
 DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
@@ -218,7 +218,7 @@ def dequantised(problem: Problem) -> Work:
 
 
 def of_base(problem: Problem) -> list[Work]:
-    """The layer's GEMM as the plan "called" has it: by the base's own library, where W is quantised.
+    """The layer's GEMM as the plan "called" has it: by the library of a W that is quantised.
 
     Few rows go through a 4-bit W as it is stored; for an 8-bit one x is quantised as well, and the
     product is taken for one of 16 bits, as an opaque one is. All else, and dy·W, is by the values.

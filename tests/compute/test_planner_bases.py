@@ -1,4 +1,4 @@
-"""Which plan computes a pass over a quantised W, on paper: the planner takes a device for an H200."""
+"""Which plan computes a pass over a quantised W, on paper: a device is taken for an H200."""
 
 from __future__ import annotations
 
