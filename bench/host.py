@@ -51,8 +51,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.support.bank_cases import BankCase, make_batch
 from bench.support.cases import Case, parse
-from bench.support.providers import PROVIDERS, Tensors, layer, make_tensors
+from bench.support.providers import PROVIDERS, layer
 from bench.support.store import HOST_PREFIX, Store, make_key
+from bench.support.tensors import Tensors, make_tensors
 from fused_lowrank import lowrank_linear
 from fused_lowrank.compute.reference import chain, through_core
 from fused_lowrank.testing import pinned_plan

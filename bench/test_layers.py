@@ -8,7 +8,8 @@ from bench.support.bank_cases import BANK_SETS, BankCase, make_batch
 from bench.support.bank_providers import BANK_PROVIDERS, BankProvider
 from bench.support.cases import SETS, Case
 from bench.support.harness import Runner, make_truth, prepare
-from bench.support.providers import PROVIDERS, Provider, make_tensors
+from bench.support.providers import PROVIDERS, Provider
+from bench.support.tensors import make_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = [provider for provider in PROVIDERS.values() if not provider.slow]

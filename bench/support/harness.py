@@ -32,7 +32,8 @@ from fused_lowrank.methods.method import MAGNITUDE, Parts
 from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case
-from .providers import DORA, Call, Provider, Tensors, make_tensors, within
+from .providers import Provider
+from .tensors import DORA, Call, Tensors, make_tensors, within
 from .timers import Sample, Timer, synchronise
 
 Row = dict[str, Any]

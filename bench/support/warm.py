@@ -16,7 +16,8 @@ import torch
 from .bases import why_absent
 from .cases import Case
 from .harness import Runner
-from .providers import PROVIDERS, make_tensors
+from .providers import PROVIDERS
+from .tensors import make_tensors
 
 Task = tuple[Case, list[str], str]  # the providers' names, and the device's
 

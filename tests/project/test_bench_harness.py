@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import block, host, report, run
 from bench.support import cases, harness, timers, warm
-from bench.support.providers import PROVIDERS, Provider, layer, make_tensors
+from bench.support.providers import PROVIDERS, Provider, layer
 from bench.support.store import KEY, Refused, Store, key_id, read
+from bench.support.tensors import make_tensors
 from fused_lowrank import config
 
 CPU = torch.device("cpu")

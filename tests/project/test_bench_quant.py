@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import host, report, run
 from bench.support import bases, cases, harness, timers
-from bench.support.providers import PROVIDERS, make_tensors, passes, planned
+from bench.support.providers import PROVIDERS, passes, planned
 from bench.support.store import read
+from bench.support.tensors import make_tensors
 from fused_lowrank import methods
 from fused_lowrank.methods.method import Factor, Method, Parts
 
