@@ -37,7 +37,7 @@ def int8(linear: nn.Linear) -> nn.Module:
 
     own: Any = {"has_fp16_weights": False, "threshold": 6.0}
     made = Linear8bitLt(linear.in_features, linear.out_features, bias=False, device="meta", **own)
-    weight = linear.weight.detach().half()
+    weight = linear.weight.detach().half().cpu()  # from there alone it is quantised on its way
     made.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     return made.to(linear.weight.device)
 
