@@ -185,7 +185,7 @@ def least(at: Problem, adapted: bool = True) -> Cost:
     """The floor: everything computed and moved once, in one step; or so much for the bare layer."""
     size, rank = at.dtype.itemsize, at.p + at.q if adapted else 0
     operations = 2.0 * at.m * at.n * at.k
-    moved = float((at.m * at.k + at.n * at.k + at.m * at.n) * size)
+    moved = float((at.m * at.k + at.m * at.n) * size + at.n * at.k * stored(at))
     if adapted:
         operations += 2.0 * at.m * (at.k * at.p + at.core_size + at.q * at.n)
         moved += (at.p * at.k + at.n * at.q + at.m * rank) * size
@@ -210,10 +210,17 @@ def base(problem: Problem, adds: bool = False) -> Work:
     return Work(operations, moved, UNHIDDEN, waits, min(several))
 
 
+def stored(problem: Problem) -> float:
+    """Bytes of a value of W as it is stored: of a quantised one that is not of 4 bits, one."""
+    if problem.base in ("", "opaque"):
+        return problem.dtype.itemsize
+    return STORED_AS.get(problem.base, 1.0)
+
+
 def dequantised(problem: Problem) -> Work:
     """The values of a quantised W, read as they are stored and written; maxima come before them."""
     calls = MAXIMA_CALLS if problem.base == "4bit" and peaks(problem.device).processors else 0
-    moved = problem.n * problem.k * (STORED_AS.get(problem.base, 1.0) + problem.dtype.itemsize)
+    moved = problem.n * problem.k * (stored(problem) + problem.dtype.itemsize)
     return Work(0.0, moved, waits=calls * peaks(problem.device).start)
 
 
@@ -230,7 +237,7 @@ def of_base(problem: Problem) -> list[Work]:
         rounded = [Work(0.0, float(m * k * (size + 1)))] if problem.base == "8bit" else []
         return [*rounded, base(problem)]
     if gpu and problem.base == "4bit" and m <= FUSED_ROWS and not problem.transposed:
-        moved = (m * k + m * n) * size + n * k * STORED_AS["4bit"]
+        moved = (m * k + m * n) * size + n * k * stored(problem)
         return [Work(2.0 * m * n * k, moved, UNHIDDEN)]
     return [dequantised(problem), base(problem)]
 

@@ -59,8 +59,7 @@ def test_plans_of_plain_matrices_cost_the_values_more(base: str, transposed: boo
     for m in (*FEW, *SOME, *MANY):
         problem = over(base, m, transposed)
         made = costs.total([costs.dequantised(problem)], problem)
-        stored = costs.STORED_AS.get(base, 1.0)
-        assert made.bytes == N * K * (stored + 2)
+        assert made.bytes == N * K * (costs.stored(problem) + 2)
         for name in choose.candidates(problem, "auto"):
             if name != "called":
                 own = cost(name, problem._replace(base=""))
@@ -89,6 +88,20 @@ def test_what_is_only_called_is_not_priced_by_values() -> None:
         opaque = forward._replace(base="opaque")
         assert cost("called", opaque) == plain
         assert PLANS[chosen(over("8bit", m, transposed=True))].ours
+
+
+@pytest.mark.parametrize("base", ["", "4bit", "8bit", "subclass"])
+def test_no_plan_costs_less_than_the_floor(base: str) -> None:
+    """Which reads W as it is stored."""
+    for m in (*FEW, *SOME, *MANY):
+        for transposed in (False, True):
+            problem = over(base, m, transposed)
+            floor = costs.least(problem)
+            assert floor.bytes >= costs.least(problem, adapted=False).bytes > N * K * 0.5
+            for name in choose.candidates(problem, "auto"):
+                found = cost(name, problem)
+                assert found.seconds >= floor.seconds
+                assert found.bytes >= costs.least(problem, adapted=False).bytes
 
 
 def test_a_cpu_calls_the_base() -> None:
