@@ -32,7 +32,7 @@ from fused_lowrank.methods.method import MAGNITUDE, Parts
 from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case
-from .providers import Provider
+from .providers import Absent, Provider
 from .tensors import DORA, Call, Tensors, make_tensors, within
 from .timers import Sample, Timer, synchronise
 
@@ -260,6 +260,8 @@ class Poisoned(Exception):
 
 def failure(provider: Provider, error: Exception, device: torch.device) -> Row:
     """The row of a provider that failed; raises Poisoned if the device is lost with it."""
+    if isinstance(error, Absent):
+        return {"provider": provider.name, "status": "absent", "why": str(error)}
     status = "wrong" if isinstance(error, WrongResult) else "error"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         status = "out of memory"

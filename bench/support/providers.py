@@ -37,6 +37,10 @@ from .tensors import DORA, Call, Tensors, linear_of, plain_of
 PEERS = Path(__file__).parents[1] / "peers"  # checkouts of others' code, ignored by git
 
 
+class Absent(Exception):
+    """A provider cannot be measured here, which only shows when it is built."""
+
+
 def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, Tensors], Call]:
     """A builder of this library's layer, reference or fused; method "" is the case's."""
 
@@ -93,12 +97,15 @@ def peft_layer(case: Case, tensors: Tensors, dora: bool = False) -> Call:
 
 
 def fused_peft_layer(case: Case, tensors: Tensors) -> Call:
-    """That layer through our kernels; what is left to PEFT's own forward is none."""
+    """That layer through our kernels; Absent where `fuse_lora` leaves it to PEFT's own forward."""
     from fused_lowrank.integrations.peft import fuse_lora
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="left to PEFT's own forward")
-        return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+        try:
+            return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+        except UserWarning as error:
+            raise Absent(str(error)) from None
 
 
 def lorafusion_layer(case: Case, tensors: Tensors) -> Call:
