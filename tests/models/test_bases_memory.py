@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from base_cases import shifted
+from base_cases import model_of, shifted
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import adapt
-from fused_lowrank.compute.base.eightbit import scaled
+from fused_lowrank.compute.base import eightbit, kinds, subclass
 from fused_lowrank.methods import dora
 from fused_lowrank.testing import pinned_plan
 
@@ -33,8 +33,9 @@ class Alive(TorchDispatchMode):
     `most` is in parts of a whole W; `whole` and `blocks` are how often W and blocks of it are made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_least: int = BLOCK * K) -> None:
         super().__init__()
+        self.at_least = at_least
         self.alive: dict[int, tuple[Any, int]] = {}
         self.most = 0.0
         self.whole = self.blocks = 0
@@ -43,7 +44,8 @@ class Alive(TorchDispatchMode):
         """What is computed, looked at."""
         result = func(*args, **(kwargs or {}))
         for own in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(own, Tensor) and own.is_floating_point() and own.numel() >= BLOCK * K:
+            plain = isinstance(own, Tensor) and not hasattr(own, "__tensor_flatten__")
+            if plain and own.is_floating_point() and own.numel() >= self.at_least:
                 memory = own.untyped_storage()
                 if memory._cdata not in self.alive or self.alive[memory._cdata][0].expired():
                     size = memory.nbytes() // own.dtype.itemsize
@@ -123,10 +125,36 @@ def test_norms_by_blocks_of_rows_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_eight_bits_are_scaled_in_one_pass(dtype: torch.dtype) -> None:
-    """To the same bits as in two: one rounding."""
+def test_eight_bits_are_scaled_in_one_pass(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits as in two, however many rows at a time: one rounding."""
     rows = torch.randint(-127, 128, (64, 96), dtype=torch.int8)
     scales = torch.rand(64, 1) * 0.01
-    made = scaled(rows, scales, dtype)
-    assert made.dtype == dtype
-    assert torch.equal(made, rows.to(dtype).mul_(scales))
+    for at_once in (1, 7 * 96, 1 << 18):
+        monkeypatch.setattr(eightbit, "AT_ONCE", at_once)
+        made = eightbit.scaled(rows, scales, dtype)
+        assert made.dtype == dtype
+        assert torch.equal(made, rows.to(dtype).mul_(scales))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["subclass", "torchao-int8", "torchao-int4"])
+def test_a_large_subclass_is_dequantised_by_blocks(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits, and the steps of its library are of a block: one W and as much as that."""
+    if kind != "subclass":
+        pytest.importorskip("torchao")
+    base = kinds.base_of(model_of(kind, dtype).first, True)
+    n, k = base.shape
+    whole = {own: base.values(own) for own in (torch.float32, dtype)}
+    monkeypatch.setattr(subclass, "BLOCK", n * k // 8)
+    with Alive(at_least=n * k // 16) as alive:
+        made = base.values(dtype)
+        assert alive.count() * K * K == n * k
+    assert torch.equal(made, whole[dtype])
+    assert torch.equal(base.values(torch.float32), whole[torch.float32])
+    cut = base.cut(4) is not None
+    assert cut == (kind != "subclass")  # the stand-in cannot be
+    assert not cut or alive.most * K * K <= 1.5 * n * k
