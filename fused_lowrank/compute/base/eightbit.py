@@ -65,10 +65,8 @@ def scaled(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
     A CPU makes wider numbers of both on the way, so of some rows at a time.
     """
-    scales, values = (
-        scales.to(torch.promote_types(dtype, scales.dtype)),
-        torch.empty_like(rows, dtype=dtype),
-    )
+    values = torch.empty_like(rows, dtype=dtype)
+    scales = scales.to(torch.promote_types(dtype, scales.dtype))
     count = max(1, AT_ONCE // rows.shape[1]) if rows.is_cpu else rows.shape[0]
     for parts in zip(*(whole.split(count) for whole in (rows, scales, values)), strict=True):
         torch.mul(*parts[:2], out=parts[2])
