@@ -51,11 +51,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.support.bank_cases import BankCase, make_batch
 from bench.support.cases import Case, parse
-from bench.support.providers import PROVIDERS, Tensors, layer, make_tensors
+from bench.support.providers import PROVIDERS, layer
 from bench.support.store import HOST_PREFIX, Store, make_key
+from bench.support.tensors import Tensors, make_tensors
 from fused_lowrank import lowrank_linear
-from fused_lowrank.compute.autograd import join
-from fused_lowrank.compute.reference import chain
+from fused_lowrank.compute.reference import chain, through_core
 from fused_lowrank.testing import pinned_plan
 
 if TYPE_CHECKING:
@@ -73,45 +73,58 @@ NAMES, SLOTS = 256, 100_000  # of bank.use
 
 
 class Chain(torch.nn.Module):
-    """The case's layer as one would write it: a module around the chain of operations."""
+    """The case's layer as one would write it: a module around the chain of operations.
+
+    Its core is written out where the row of the method names the factors of it.
+    """
 
     weight: torch.nn.Parameter
     down: torch.nn.Parameter
-    core: torch.nn.Parameter
-    a_train: torch.nn.Parameter
-    b_train: torch.nn.Parameter
     up: torch.nn.Parameter
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, case: Case, tensors: Tensors) -> None:
         super().__init__()
-        self.weight, self.scale = tensors.weight, tensors.scale
-        self.names = tuple(tensors.method)
+        self.weight, self.scale, self.row = tensors.weight, tensors.scale, case.row
+        self.names, self.middle = tuple(tensors.method), case.row.core
         for name, factor in tensors.method.items():
             self.register_parameter(name, factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W·x and the low-rank path, added."""
+        if self.row.parts is not None:
+            factors = {name: getattr(self, name) for name in self.names}
+            down, core, up, _ = self.row.parts(factors, self.weight, self.scale)
+            u = through_core(linear(x, down), core, self.scale)
+            return linear(x, self.weight) + linear(u, up)
         u = linear(x, self.down)
-        if "core" in self.names:
-            u = u @ self.core
-        elif "a_train" in self.names:
-            u = u @ (self.a_train @ self.b_train)
+        if len(self.middle) == 1:
+            u = u @ getattr(self, self.middle[0])
+        elif self.middle:
+            u = u @ (getattr(self, self.middle[0]) @ getattr(self, self.middle[1]))
         return linear(x, self.weight) + linear(u * self.scale, self.up)
 
 
 def parts(case: Case, tensors: Tensors) -> tuple[Calls, Calls]:
     """(forward without gradients, forward and backward) by name, from the layer downwards."""
     x, dy, weight, scale = tensors.xs[0], tensors.dys[0], tensors.weight, tensors.scale
-    factors = tensors.method
-    down, up = factors["down"], factors["up"]
-    a = factors["core"] if "core" in factors else factors.get("a_train")
-    core = join(a, factors.get("b_train"))
     leaves = [x, *tensors.trained("method").values()]
+    of_row = case.row.made(tensors.method, weight, scale)[:3]
+
+    def made() -> Any:
+        """down, core and up, which a row whose parts are computed makes at each call."""
+        return (
+            of_row if case.row.parts is None else case.row.made(tensors.method, weight, scale)[:3]
+        )
+
+    def operations(x: torch.Tensor) -> torch.Tensor:
+        down, core, up = made()
+        return chain(x, weight, down, core, up, None, scale)
+
     layers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        EAGER: Chain(tensors),
+        EAGER: Chain(case, tensors),
         "fused layer": PROVIDERS["auto"].build(case, tensors),
-        "lowrank_linear": lambda x: lowrank_linear(x, weight, down, core, up, scale=scale),
-        "its operations": lambda x: chain(x, weight, down, core, up, None, scale),
+        "lowrank_linear": lambda x: lowrank_linear(x, weight, *made(), scale=scale),
+        "its operations": operations,
         "fused layer, aten": layer("", True, "aten", "method")(case, tensors),
         "reference layer": PROVIDERS["eager"].build(case, tensors),
         "bare layer": PROVIDERS["bare"].build(case, tensors),

@@ -32,6 +32,7 @@ from fused_lowrank.compute.plans import PLANS
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADLINE = 8  # cases in the README's table, and those with a provider that none of them have
 OURS = "auto"
+QUANTISED = "dense", "peft-lora", "peft-lora-fused", "called", "auto"  # those the README shows
 WITH_DORA = {"auto-dora": "auto", "eager-dora": "eager", "peft-dora": "peft-lora"}  # and without
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -60,6 +61,7 @@ def note_of(device: Device, folder: Path) -> str:
 
 def full_text(device: Device, figures: Sequence[str], note: str = "") -> str:
     """A device's section of RESULTS.md."""
+    every, device = device, device.part(quantised=False)
     rows, names = device.row, device.providers
     others = [name for name in names if name != "bare"]
     peers = [n for n in others if n != OURS and not is_plan(n) and not n.startswith("gemm")]
@@ -76,7 +78,7 @@ def full_text(device: Device, figures: Sequence[str], note: str = "") -> str:
         return f"{least / row['forward'][1]:.0%}" if row and least else "–"
 
     parts = [
-        f"## {device.key['device']}\n\n{about(device)}\n{note}{spread_line(device)}",
+        f"## {device.key['device']}\n\n{about(device)}\n{note}{spread_line(every)}",
         "### Step, as a multiple of the bare layer's time\n",
         by_case(device, others, lambda case, name: number(device.relative(case, name))),
         "### Forward, as a multiple of the bare layer's time\n",
@@ -94,10 +96,11 @@ def full_text(device: Device, figures: Sequence[str], note: str = "") -> str:
         "### Forward: least possible time over measured time\n\nThe least is the operations or "
         "the bytes at the bandwidth and the matrix rate measured in the same run.\n",
         by_case(device, names, near_floor),
-        dora_text(device),
-        planner_text(device),
+        dora_text(every),
+        quantised_text(every.part(quantised=True)),
+        planner_text(every),
         block_text(device),
-        failures(device),
+        failures(every),
         *(f"![{name}]({name})\n" for name in figures),
     ]
     return "\n".join(part for part in parts if part)
@@ -115,6 +118,41 @@ def dora_text(device: Device) -> str:
             body.append([case, *map(number, row)])
     said = "Each provider's step with DoRA over its step without it.\n\n"
     return "### DoRA\n\n" + said + grid(["case", *WITH_DORA], body) if body else ""
+
+
+def quantised_text(device: Device) -> str:
+    """The tables of the cases over a quantised W."""
+    if not device.cases:
+        return ""
+    names = device.providers
+    others = [name for name in names if name != "bare"]
+
+    def cell(get: Callable[[Line], float], digits: int = 2) -> Callable[[str, str], str]:
+        return lambda case, name: number(get(row) if (row := device.row(case, name)) else None,
+                                         digits)  # fmt: skip
+
+    said = (
+        "`bare` is the quantised layer of its own library, `dense` the library's GEMM on its "
+        "values, which are there anyway for it alone; `peft-lora` is QLoRA as PEFT has it, `auto` "
+        "what this library chooses, `called` the base's own product with the term added, and the "
+        "other plans compute on values that are made for a pass."
+    )
+    parts = [
+        f"### Over a quantised W\n\n{said}\n",
+        "Step, as a multiple of the bare quantised layer's time:\n",
+        by_case(device, others, lambda case, name: number(device.relative(case, name))),
+        "Forward, likewise:\n",
+        by_case(device, others, lambda case, name: number(device.relative(case, name, "forward"))),
+        "Step, milliseconds (median):\n",
+        by_case(device, names, cell(lambda row: row["step"][1], 3)),
+        "Peak memory of a step above the baseline, MiB:\n",
+        by_case(device, names, cell(lambda row: row["peak"] / 2**20)),
+        "Saved for the backward, KiB:\n",
+        by_case(device, names, cell(lambda row: row["saved"] / 1024, 1)),
+        "Error against fp64 on the values, as a multiple of the same-dtype reference's:\n",
+        by_case(device, names, cell(lambda row: row["error"]["ratio"])),
+    ]
+    return "\n".join(parts)
 
 
 def planner_text(device: Device) -> str:
@@ -191,6 +229,7 @@ def headline(device: Device) -> list[str]:
 
 def short_text(device: Device, folder: str, figures: Sequence[str], note: str = "") -> str:
     """A device's part of the README."""
+    every, device = device, device.part(quantised=False)
     others = [name for name in device.providers if name != "bare"]
     body = [
         [case, *(number(device.relative(case, name)) for name in others)]
@@ -198,11 +237,21 @@ def short_text(device: Device, folder: str, figures: Sequence[str], note: str = 
     ]
     table = grid(["forward + backward, × bare layer", *others], body)
     shown = "".join(f"\n![{name}]({folder}/{name})\n" for name in figures[:1])
-    return f"{about(device)}\n{note}\n{table}{spread_line(device)}{shown}"
+    over = quantised_short(every.part(quantised=True))
+    return f"{about(device)}\n{note}\n{table}{over}{spread_line(every)}{shown}"
+
+
+def quantised_short(device: Device) -> str:
+    """A short table of the cases over a quantised W, if there are any."""
+    names = [name for name in QUANTISED if name in device.providers]
+    head = ["over a quantised W: forward + backward, × bare quantised layer", *names]
+    body = [[case, *(number(device.relative(case, n)) for n in names)] for case in device.cases]
+    return f"\n{grid(head, body)}" if body else ""
 
 
 def make_plots(device: Device) -> dict[str, plots.Plot]:
-    """The plots of a device by file name."""
+    """The plots of a device by file name: of the cases over a plain W."""
+    device = device.part(quantised=False)
     stem, name = slug(device.key["device"]), device.key["device"]
     shown = [provider for provider in device.providers if provider != "bare"]
     time: dict[str, plots.Points] = {}

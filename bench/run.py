@@ -2,6 +2,8 @@
 
 Results go to a file in --out, one line per case as soon as it is measured. What was cut off goes
 on with --resume; a second run without it makes a second file. Compiled providers come last.
+
+The sets cpu and core have plain and quantised bases; family has every method of the table.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def case_line(
         "dropout": case.dropout,
         "planned": planned(case, device),
     }
+    about |= {"base": case.base} if case.base else {}
     return {"kind": "case", "case": case.name, **about, "seconds": seconds, "rows": rows}
 
 

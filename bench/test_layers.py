@@ -8,7 +8,8 @@ from bench.support.bank_cases import BANK_SETS, BankCase, make_batch
 from bench.support.bank_providers import BANK_PROVIDERS, BankProvider
 from bench.support.cases import SETS, Case
 from bench.support.harness import Runner, make_truth, prepare
-from bench.support.providers import PROVIDERS, Provider, make_tensors
+from bench.support.providers import PROVIDERS, Absent, Provider
+from bench.support.tensors import make_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = [provider for provider in PROVIDERS.values() if not provider.slow]
@@ -21,7 +22,10 @@ def test_step(benchmark, case: Case, provider: Provider):  # type: ignore[no-unt
     if why := provider.why_absent(case, DEVICE):
         pytest.skip(why)
     tensors = make_tensors(case, DEVICE)
-    runner = Runner(provider, case, tensors, provider.build(case, tensors))
+    try:
+        runner = Runner(provider, case, tensors, provider.build(case, tensors))
+    except Absent as error:
+        pytest.skip(str(error))
     truth = make_truth(case, tensors, provider.equation, not provider.own_mask)
     with provider.pinned():
         row = prepare(runner, truth, DEVICE)

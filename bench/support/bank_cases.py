@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_lowrank import AdapterBank, adapt
 
 from .cases import DTYPES, known
-from .providers import SETS_OF_INPUTS
+from .tensors import SETS_OF_INPUTS
 
 SQUARES = {
     "tiny": 96,

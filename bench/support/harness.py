@@ -14,25 +14,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fused_lowrank.compute.reference import lowrank_linear_reference
-from fused_lowrank.methods.method import MAGNITUDE
+from fused_lowrank.compute.reference import (
+    TORCH,
+    Products,
+    lowrank_linear_reference,
+    through_core,
+)
+from fused_lowrank.methods import METHODS
+from fused_lowrank.methods.method import MAGNITUDE, Parts
 from fused_lowrank.testing import Measured, Results, mapped, pooled_ratio, results
 
 from .cases import Case
-from .providers import DORA, Call, Provider, Tensors, make_tensors
+from .providers import Absent, Provider
+from .tensors import DORA, Call, Tensors, make_tensors, within
 from .timers import Sample, Timer, synchronise
 
 Row = dict[str, Any]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler writes a line per call
 SEED = 20
 NO_DROPOUT = 1e-9  # a probability that drops nothing, for those whose masks are not torch's
-GRADIENT = {"a_train": "core0", "b_train": "core1"}  # a layer's name → the equation's
 PARTS = ("forward", "backward", "step")
 
 
@@ -80,8 +87,9 @@ def saved_bytes(forward: Callable[[], Tensor], fixed: set[int]) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage.data_ptr(), storage)
+        for plain in within([tensor]):
+            storage = plain.untyped_storage()
+            kept.setdefault(storage.data_ptr(), storage)
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -123,41 +131,56 @@ def keep_mask(case: Case, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, factors: dict[str, Any], scale: float) -> Tensor:
-    """‖W + ΔW‖ of each row, of the matrix itself, in float64: a constant in DoRA's gradient."""
-    core = factors["core"]
-    core = core[0].double() @ core[1].double() if isinstance(core, tuple) else core
-    up = factors["up"].double() if core is None else factors["up"].double() @ core.double().t()
-    return (weight.double() + scale * up @ factors["down"].double()).norm(dim=1)
+def row_norms(weight: Tensor, parts: Parts, scale: float) -> Tensor:
+    """‖W + ΔW‖ of each row, of the matrix itself: a constant in DoRA's gradient."""
+    turned = through_core(parts.down.t(), parts.core, scale) @ parts.up.t()
+    return (weight + turned.t()).norm(dim=1)
+
+
+def by_module(tensors: Tensors) -> Products:
+    """Products in which that with W is the quantised module's."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is tensors.weight:
+            return tensors.module(x)  # type: ignore[misc]
+        return TORCH.linear(x, weight, bias)
+
+    return TORCH._replace(linear=linear)
 
 
 def make_truth(case: Case, tensors: Tensors, equation: str, masked: bool) -> Truth:
-    """The truth for the first set of inputs."""
-    factors = tensors.factors(equation)
-    operands: dict[str, Any] = {"x": tensors.xs[0], "weight": tensors.weight}
-    if factors:
-        pair = tuple(factors[name] for name in ("a_train", "b_train") if name in factors)
-        core = pair or factors.get("core")
-        operands |= {"down": factors["down"], "core": core, "up": factors["up"]}
-        operands["scale"] = tensors.scale
-    if equation.endswith(DORA):
-        operands[MAGNITUDE] = tensors.magnitude
-        norm = row_norms(tensors.weight, operands, tensors.scale)
+    """The truth for the first set of inputs, by the row of the method that the equation is of.
+
+    It is of the values of a quantised W. The reference's error beside it is that of the library's
+    own product where x is quantised as well.
+    """
+    factors, scale = tensors.factors(equation), tensors.scale
+    row = METHODS["lora"][0].row if equation.startswith("lora") else case.row
     keep = keep_mask(case, tensors.xs[0]) if masked and case.dropout and factors else None
 
-    def reference(x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
-        if not rest:
-            return torch.nn.functional.linear(x, weight)
-        if MAGNITUDE in rest:
-            magnitude = rest.pop(MAGNITUDE)
-            rest["gain"] = magnitude / norm.to(torch.promote_types(magnitude.dtype, torch.float32))
+    def reference(x: Tensor, weight: Tensor, products: Products = TORCH, **own: Tensor) -> Tensor:
+        if not own:
+            return products.linear(x, weight, None)
+        magnitude = own.pop(MAGNITUDE, None)
+        down, core, up, gain = row.made(own, weight, scale)
+        if magnitude is not None:
+            gain = magnitude / norm.to(torch.promote_types(magnitude.dtype, torch.float32))
         low = None if keep is None else x * keep / (1 - case.dropout)
-        return lowrank_linear_reference(x, weight, **rest, low=low)
+        given = {"scale": scale, "low": low, "gain": gain, "products": products}
+        return lowrank_linear_reference(x, weight, down, core, up, **given)  # type: ignore
 
-    dy = tensors.dys[0]
-    same = results(reference, operands, dy)
-    exact = results(reference, mapped(operands, torch.Tensor.double), dy.double())
-    absolute = mapped(operands, lambda tensor: tensor.double().abs())
+    dy, base = tensors.dys[0], tensors.base
+    operands: dict[str, Any] = {"x": tensors.xs[0], "weight": tensors.weight, **factors}
+    wide = mapped(operands, torch.Tensor.double)
+    if base is not None:
+        wide["weight"] = base.values(torch.float64)
+    if equation.endswith(DORA):
+        plain = {name: own for name, own in wide.items() if name in factors and name != MAGNITUDE}
+        norm = row_norms(wide["weight"], row.made(plain, wide["weight"], scale), scale)
+    products = TORCH if base is None or base.is_exact() else by_module(tensors)
+    same = results(partial(reference, products=products), operands, dy)
+    exact = results(reference, wide, dy.double())
+    absolute = mapped(wide, torch.abs)
     sizes = results(reference, absolute, dy.double().abs())
     return Truth(exact, same, {name: float(size.norm()) for name, size in sizes.items()})
 
@@ -193,12 +216,11 @@ class Runner:
         self.backward(i)(self.forward(i)())
 
     def results(self, call: Call) -> Results:
-        """y and the gradients by the equation's names, for the first inputs."""
+        """y and the gradients by the operands' names, for the first inputs."""
         torch.manual_seed(SEED)
         y = call(self.tensors.xs[0])
         grads = self.backward(0)(y)
-        names = ["x", *(GRADIENT.get(name, name) for name in self.trained)]
-        named = {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+        named = {f"d{name}": g for name, g in zip(["x", *self.trained], grads, strict=True)}
         return {"y": y.detach(), **named}
 
     def check(self, truth: Truth) -> Row:
@@ -238,6 +260,8 @@ class Poisoned(Exception):
 
 def failure(provider: Provider, error: Exception, device: torch.device) -> Row:
     """The row of a provider that failed; raises Poisoned if the device is lost with it."""
+    if isinstance(error, Absent):
+        return {"provider": provider.name, "status": "absent", "why": str(error)}
     status = "wrong" if isinstance(error, WrongResult) else "error"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         status = "out of memory"
@@ -343,11 +367,16 @@ def measure_case(
     rows: dict[str, Row] = {}
     runners: list[Runner] = []
     truths: dict[tuple[str, bool], Truth] = {}
-    tensors = make_tensors(case, device)
+    there = []
     for provider in providers:
         if why := provider.why_absent(case, device):
             rows[provider.name] = {"provider": provider.name, "status": "absent", "why": why}
-            continue
+        else:
+            there.append(provider)
+    if not there:
+        return [rows[provider.name] for provider in providers]
+    tensors = make_tensors(case, device)
+    for provider in there:
         try:
             key = provider.equation, not provider.own_mask
             if key not in truths:

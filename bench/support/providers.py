@@ -1,15 +1,16 @@
 """Providers to measure: each makes, from the same tensors, a function to be called with x.
 
 A provider computes one of five equations: the bare layer, LoRA, or the case's own method, and these
-two with DoRA's magnitude.
+two with DoRA's magnitude. Where a case's W is quantised, the bare layer is that of its library.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
-import math
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,87 +24,21 @@ from torch import Tensor, nn
 from fused_lowrank.compute import choose, devices
 from fused_lowrank.compute.operands import Operands, Problem, bucket
 from fused_lowrank.compute.plans import MEASURED, PLANS
+from fused_lowrank.compute.reference import is_diagonal
 from fused_lowrank.kernels.tiles import SMALL_M
 from fused_lowrank.methods import METHODS
 from fused_lowrank.methods.layer import LowRankLinear
-from fused_lowrank.methods.method import MAGNITUDE
 from fused_lowrank.testing import pinned_plan
 
-from .cases import Case
+from . import bases
+from .cases import Case, parts_of
+from .tensors import DORA, Call, Tensors, linear_of, plain_of
 
-Call = Callable[[Tensor], Tensor]
 PEERS = Path(__file__).parents[1] / "peers"  # checkouts of others' code, ignored by git
-SETS_OF_INPUTS = 2  # x and dy rotate among these
-DORA = "+dora"  # at the end of an equation's name
 
 
-@dataclass
-class Tensors:
-    """The tensors of a case, which every provider shares. Factors are (down, core…, up)."""
-
-    case: Case
-    xs: list[Tensor]
-    dys: list[Tensor]
-    weight: nn.Parameter
-    method: dict[str, nn.Parameter]  # the factors of the case's method, by the layer's names
-    lora: dict[str, nn.Parameter]
-    magnitude: nn.Parameter  # (N,)
-    scale: float = 0.5
-
-    def factors(self, equation: str) -> dict[str, nn.Parameter]:
-        """The factors of an equation."""
-        name, _, dora = equation.partition("+")
-        plain = {"bare": {}, "lora": self.lora, "method": self.method}[name]
-        return {**plain, MAGNITUDE: self.magnitude} if dora else plain
-
-    def trained(self, equation: str) -> dict[str, nn.Parameter]:
-        """Those of them that require a gradient."""
-        return {name: p for name, p in self.factors(equation).items() if p.requires_grad}
-
-    def fixed_storages(self) -> set[int]:
-        """Addresses of what is there anyway: weight and factors, not x."""
-        kept = [self.weight, *self.method.values(), *self.lora.values(), self.magnitude]
-        return {tensor.untyped_storage().data_ptr() for tensor in kept}
-
-
-def make_tensors(case: Case, device: torch.device) -> Tensors:
-    """Random operands of the order of one, so that no sum leaves fp16; seeded by the sizes."""
-    generator = torch.Generator(device).manual_seed(case.rows * 7919 + case.k * 31 + case.n)
-
-    def normal(*size: int, fan: int = 1, dtype: torch.dtype = case.torch_dtype) -> Tensor:
-        values = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-        return values.div_(math.sqrt(fan)).to(dtype)
-
-    def frozen(value: Tensor, train: bool = False) -> nn.Parameter:
-        return nn.Parameter(value, requires_grad=train)
-
-    # A core is trained in fp32, as from_linear makes it beside a 16-bit weight.
-    core = torch.promote_types(case.torch_dtype, torch.float32)
-    m, k, n, p, r = case.rows, case.k, case.n, case.p, case.r
-    weight = frozen(normal(n, k, fan=k))
-    lora = {
-        "down": frozen(normal(r, k, fan=k), True),
-        "up": frozen(normal(n, r, fan=r), True),
-    }
-    row = METHODS[case.method][0].row
-    sizes = {"K": k, "N": n, "r": r, "a": p, "b": p}
-    method = lora if case.method == "lora" else {}
-    for name in sorted(row.factors, key=lambda name: name in row.core) if not method else ():
-        shape = row.shape(name, sizes)
-        kind, fan = (core, shape[0]) if name in row.core else (case.torch_dtype, shape[1])
-        method[name] = frozen(normal(*shape, fan=fan, dtype=kind), row.factors[name].trained)
-    xs = [normal(m, k).requires_grad_() for _ in range(SETS_OF_INPUTS)]
-    dys = [normal(m, n) for _ in range(SETS_OF_INPUTS)]
-    magnitude = frozen(1.0 + 0.1 * normal(n), True)
-    return Tensors(case, xs, dys, weight, method, lora, magnitude)
-
-
-def linear_of(tensors: Tensors) -> nn.Linear:
-    """An nn.Linear whose weight is the case's."""
-    n, k = tensors.weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = tensors.weight
-    return linear
+class Absent(Exception):
+    """A provider cannot be measured here, which only shows when it is built."""
 
 
 def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, Tensors], Call]:
@@ -111,10 +46,10 @@ def layer(method: str, fused: bool, impl: str, factors: str) -> Callable[[Case, 
 
     def build(case: Case, tensors: Tensors) -> Call:
         kind: type[LowRankLinear] = METHODS[method or case.method][fused]
-        sides = {"r": case.r, "a": case.ab, "b": case.ab}
-        keywords: dict[str, Any] = {name: sides[name] for name in kind.row.ranks}
+        keywords: dict[str, Any] = {name: case.ranks[name] for name in kind.row.ranks}
         keywords["dropout"] = case.dropout
-        keywords["dora"] = factors.endswith(DORA)
+        if factors.endswith(DORA):
+            keywords["dora"] = True
         made = kind.from_linear(
             linear_of(tensors), alpha=tensors.scale * case.r, defer_bases=True, **keywords
         )
@@ -140,8 +75,12 @@ def peft_layer(case: Case, tensors: Tensors, dora: bool = False) -> Call:
     """PEFT's LoRA layer as `inject_adapter_in_model` puts it there, on our tensors; or its DoRA."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = nn.Module()
+    model: Any = nn.Module()
     model.proj = linear_of(tensors)
+    if dora and case.base:  # PEFT takes the maxima of an 8-bit module away, which others have too
+        model.proj = copy.deepcopy(model.proj)
+    if case.base and bases.BASES[case.base].said:
+        setattr(model, bases.BASES[case.base].said, True)
     config = LoraConfig(
         r=case.r,
         lora_alpha=cast(Any, tensors.scale * case.r),  # PEFT divides by r, whatever the type
@@ -158,10 +97,15 @@ def peft_layer(case: Case, tensors: Tensors, dora: bool = False) -> Call:
 
 
 def fused_peft_layer(case: Case, tensors: Tensors) -> Call:
-    """That layer through our kernels."""
+    """That layer through our kernels; Absent where `fuse_lora` leaves it to PEFT's own forward."""
     from fused_lowrank.integrations.peft import fuse_lora
 
-    return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="left to PEFT's own forward")
+        try:
+            return fuse_lora(cast(nn.Module, peft_layer(case, tensors)))
+        except UserWarning as error:
+            raise Absent(str(error)) from None
 
 
 def lorafusion_layer(case: Case, tensors: Tensors) -> Call:
@@ -202,21 +146,37 @@ def no_compiler(case: Case, device: torch.device) -> str | None:
 
 def passes(case: Case, device: torch.device) -> tuple[Problem, Problem]:
     """The forward and the backward of a case, as plans are chosen for them."""
-    m, dropout = bucket(case.rows), case.dropout > 0.0
-    regular = device.type == "cuda" and (case.k | case.n) % 16 == 0
-    kind, p = (device, case.torch_dtype, m), case.p
-    trains_down = case.method == "lora"
-    bulk = device.type == "cuda" and case.torch_dtype.itemsize == 2 and not trains_down
-    bulk = bulk and (case.k | case.n | p) % 8 == 0 and m > SMALL_M
-    forward = Problem(*kind, case.k, case.n, p, p, False, regular, dropout, False, False, bulk)
-    flags = True, regular, dropout, trains_down, False, bulk
-    return forward, Problem(*kind, case.n, case.k, p, p, *flags)
+    m, made, gpu = bucket(case.rows), parts_of(case), device.type == "cuda"
+    p, q, trains_down = made.down.shape[0], made.up.shape[1], made.down.requires_grad
+    regular = gpu and (case.k | case.n) % 16 == 0
+    bulk = gpu and case.torch_dtype.itemsize == 2 and not trains_down
+    bulk = bulk and (case.k | case.n | p | q) % 8 == 0 and m > SMALL_M
+    kind = bases.BASES[case.base] if case.base else None
+    forward = Problem(
+        device=device,
+        dtype=case.torch_dtype,
+        m=m,
+        k=case.k,
+        n=case.n,
+        p=p,
+        q=q,
+        transposed=False,
+        regular=regular,
+        dropout=case.dropout > 0.0,
+        want_u=False,
+        bulk=bulk,
+        diagonal=is_diagonal(made.core),
+        base=kind.planned if kind else "",
+        called=kind is not None and gpu and kind.quantises_x,
+    )
+    turned: Any = {"k": case.n, "n": case.k, "p": q, "q": p, "transposed": True, "called": False}
+    return forward, forward._replace(want_u=trains_down, **turned)
 
 
 def planned(case: Case, device: torch.device) -> list[str]:
     """The plans that would be chosen on paper, forward and backward; "auto" for none."""
     x = torch.empty(1, case.k, device=device, dtype=case.torch_dtype).expand(case.rows, case.k)
-    if choose.small(x) and not case.dropout:
+    if choose.small(x) and not case.dropout and not case.base:
         return ["auto", "auto"]
     pair = passes(case, device)
     return [choose.decide(at, "auto", mode="off").plans[0] for at in pair]
@@ -251,8 +211,13 @@ def not_importable(module: str, gpu: bool, dropout: bool | None = None) -> Any:
 
 
 def bare(case: Case, tensors: Tensors) -> Call:
-    """The floor: the layer without an adapter."""
+    """The floor: the layer without an adapter, quantised where the case's W is."""
     return linear_of(tensors)
+
+
+def dense(case: Case, tensors: Tensors) -> Call:
+    """The bare layer on the values of a quantised W."""
+    return plain_of(tensors)
 
 
 NO_ADAPTER = None, None, None, None, 1.0  # down, core, up, bias, scale
@@ -292,9 +257,16 @@ class Provider:
     own_mask: bool = False  # its dropout draws other numbers than torch's: checked without dropout
     slow: bool = False  # to set up: measured after everything else
     plan: str = ""  # computes by this one, whatever the planner would choose
+    quantised: bool | None = None  # whether W has to be; None for both
 
     def why_absent(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot be measured here, or None if it can."""
+        if why := bases.why_absent(case.base):
+            return why
+        if self.quantised is not None and self.quantised != bool(case.base):
+            return "is for a quantised W" if self.quantised else "takes a plain W only"
+        if self.equation == "method" + DORA and case.row.dora is None:
+            return f"there is no DoRA of {case.row.title}"
         if self.plan:
             return no_plan(self.plan, case, device)
         return self.absent(case, device)
@@ -311,11 +283,19 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Provider("bare", "bare", bare),
         *(
-            Provider(plan.replace("split", "gemm"), "bare", our_gemm(plan), partial(no_plan, plan))
+            Provider(
+                plan.replace("split", "gemm"),
+                "bare",
+                our_gemm(plan),
+                partial(no_plan, plan),
+                quantised=False,
+            )
             for plan in ("split", "split:deep", "split:narrow", "split:pointers")
         ),
+        Provider("dense", "bare", dense, quantised=True),
         Provider("eager", "method", EAGER),
         *(Provider(name, "method", AUTO, own_mask=True, plan=name) for name in MEASURED),
+        Provider("called", "method", AUTO, own_mask=True, plan="called", quantised=True),
         Provider("auto", "method", AUTO, own_mask=True),
         Provider("eager-lora", "lora", LORA),
         Provider("peft-lora", "lora", peft_layer, not_importable("peft", gpu=False)),
@@ -346,14 +326,29 @@ PROVIDERS: dict[str, Provider] = {
             lorafusion_layer,
             not_importable("lorafusion.ops.lora_v1", gpu=True, dropout=True),
             own_mask=True,
+            quantised=False,
         ),
         Provider(
             "unsloth",
             "lora",
             unsloth_layer,
             not_importable("unsloth.kernels.fast_lora", gpu=True, dropout=False),
+            quantised=False,
         ),
-        Provider("compiled", "method", compiled(EAGER), no_compiler, own_mask=True, slow=True),
-        Provider("compiled-lora", "lora", compiled(LORA), no_compiler, own_mask=True, slow=True),
+        *(
+            Provider(
+                name,
+                equation,
+                compiled(eager),
+                no_compiler,
+                own_mask=True,
+                slow=True,
+                quantised=False,  # its library breaks the graph
+            )
+            for name, equation, eager in (
+                ("compiled", "method", EAGER),
+                ("compiled-lora", "lora", LORA),
+            )
+        ),
     )
 }

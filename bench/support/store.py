@@ -26,7 +26,16 @@ from fused_lowrank.compute.devices import HAS_TRITON
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]
 KEY = ("device", "driver", "threads", "python", "torch", "triton", "commit", "dirty", "code")
-SUPPORT = ("cases", "providers", "timers", "harness", "bank_cases", "bank_providers")
+SUPPORT = (
+    "cases",
+    "bases",
+    "tensors",
+    "providers",
+    "timers",
+    "harness",
+    "bank_cases",
+    "bank_providers",
+)
 MEASURING = ("block", "bank", *(f"support/{name}" for name in SUPPORT))
 BANK_PREFIX = "bank-"  # of the names of files about mixed batches
 HOST_PREFIX = "host-"  # and about the host's time of each plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class Device:
         reached = sum(line["kind"] == "case" for line in lines)
         if reached >= self.most:
             self.most, self.missing = reached, lines[-1]["missing"]
+
+    def part(self, quantised: bool) -> Device:
+        """The same device with the cases over a quantised W alone, or with the others."""
+        made = copy.copy(self)
+        made.cases = {n: line for n, line in self.cases.items() if ("base" in line) == quantised}
+        made.rows = {where: rows for where, rows in self.rows.items() if where[0] in made.cases}
+        return made
 
     @property
     def providers(self) -> list[str]:

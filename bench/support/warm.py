@@ -13,9 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from .bases import why_absent
 from .cases import Case
 from .harness import Runner
-from .providers import PROVIDERS, make_tensors
+from .providers import PROVIDERS
+from .tensors import make_tensors
 
 Task = tuple[Case, list[str], str]  # the providers' names, and the device's
 
@@ -25,6 +27,8 @@ def steps(task: Task) -> list[str]:
     case, names, where = task
     torch.set_num_threads(1)
     device, taken = torch.device(where), []
+    if why_absent(case.base):
+        return []
     tensors = make_tensors(case, device)
     for provider in (PROVIDERS[name] for name in names):
         if provider.why_absent(case, device) is None:

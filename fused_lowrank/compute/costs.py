@@ -100,6 +100,12 @@ RELAY, RELAY_COLUMNS = 0.2, 128
 # their way at a time, from the second-level cache in so many seconds. Reckoned, not measured.
 CORES_IN_FLIGHT, CORES_TURN = 32 << 10, 0.4e-6
 OWN_CORE = 0.03e-6  # seconds for a row's u by its core, in `decode`: 24.0 µs at 64 rows of 4096²
+# Bytes of a value of a quantised W as it is stored. Of 4 bits with a maximum for each 64, which is
+# of 8 bits itself: what makes the maxima is two launches before the values'.
+STORED_AS, MAXIMA_CALLS = {"4bit": 0.5 + 1 / 64}, 2
+# Rows up to which bitsandbytes (0.50) takes a 4-bit W as it is stored on every GPU. Above, up to
+# 1,536, it does for some shapes of some GPUs, on a Hopper for few of them.
+FUSED_ROWS = 4
 DRAWN = 1.2e12  # elements of a dropout's mask that are drawn in a second
 
 
@@ -179,7 +185,7 @@ def least(at: Problem, adapted: bool = True) -> Cost:
     """The floor: everything computed and moved once, in one step; or so much for the bare layer."""
     size, rank = at.dtype.itemsize, at.p + at.q if adapted else 0
     operations = 2.0 * at.m * at.n * at.k
-    moved = float((at.m * at.k + at.n * at.k + at.m * at.n) * size)
+    moved = float((at.m * at.k + at.m * at.n) * size + at.n * at.k * stored(at))
     if adapted:
         operations += 2.0 * at.m * (at.k * at.p + at.core_size + at.q * at.n)
         moved += (at.p * at.k + at.n * at.q + at.m * rank) * size
@@ -204,10 +210,36 @@ def base(problem: Problem, adds: bool = False) -> Work:
     return Work(operations, moved, UNHIDDEN, waits, min(several))
 
 
+def stored(problem: Problem) -> float:
+    """Bytes of a value of W as it is stored: of a quantised one that is not of 4 bits, one."""
+    if problem.base in ("", "opaque"):
+        return problem.dtype.itemsize
+    return STORED_AS.get(problem.base, 1.0)
+
+
 def dequantised(problem: Problem) -> Work:
-    """The values of a quantised W, read as they are stored and written."""
-    size = problem.dtype.itemsize + (0.5 if problem.base == "4bit" else 1.0)
-    return Work(0.0, problem.n * problem.k * size)
+    """The values of a quantised W, read as they are stored and written; maxima come before them."""
+    calls = MAXIMA_CALLS if problem.base == "4bit" and peaks(problem.device).processors else 0
+    moved = problem.n * problem.k * (stored(problem) + problem.dtype.itemsize)
+    return Work(0.0, moved, waits=calls * peaks(problem.device).start)
+
+
+def of_base(problem: Problem) -> list[Work]:
+    """The layer's GEMM as the plan "called" has it: by the library of a W that is quantised.
+
+    Few rows go through a 4-bit W as it is stored; for an 8-bit one x is quantised as well, and the
+    product is taken for one of 16 bits, as an opaque one is. All else, and dy·W, is by the values.
+    """
+    if not problem.base:
+        return [base(problem)]
+    (m, k, n), size, gpu = problem[2:5], problem.dtype.itemsize, peaks(problem.device).processors
+    if problem.called:
+        rounded = [Work(0.0, float(m * k * (size + 1)))] if problem.base == "8bit" else []
+        return [*rounded, base(problem)]
+    if gpu and problem.base == "4bit" and m <= FUSED_ROWS and not problem.transposed:
+        moved = (m * k + m * n) * size + n * k * stored(problem)
+        return [Work(2.0 * m * n * k, moved, UNHIDDEN)]
+    return [dequantised(problem), base(problem)]
 
 
 def skinny(problem: Problem, operations: float, moved: float, calls: int = 1) -> Work:

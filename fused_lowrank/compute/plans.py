@@ -82,10 +82,12 @@ class Plan:
 
     def work(self, problem: Problem) -> list[Work]:
         """The work of the plan's steps, on paper."""
+        on_values = problem.base and not self.called
+        of = problem._replace(base="") if on_values else problem
         times = problem.m if self.alone else 1
-        part = problem._replace(m=1) if self.alone else problem
+        part = of._replace(m=1) if self.alone else of
         works = times * [work for step in self.steps for work in step.work(part)]
-        return works if not problem.base or self.called else [costs.dequantised(problem), *works]
+        return [costs.dequantised(problem), *works] if on_values else works
 
 
 OUR_GAIN, LIBRARY_GAIN = kernels.GainBack("gain_back"), library.GainBack()

@@ -47,7 +47,6 @@ class Constants(NamedTuple):
 @torch.no_grad()
 def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
     """The constants of weight (N, K) and of a frozen down (P, K); None where down is trained."""
-    weight = dense(weight)
     of_weight = by_rows(weight, lambda rows: rows.square().sum(1))
     if down is None:
         return Constants(of_weight, None, None)
@@ -56,8 +55,8 @@ def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
 
 def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """(W·downᵀ (N, P), down·downᵀ (P, P)) in float32 or wider, some rows of W at a time."""
-    weight, down = dense(weight), like(down, wide_dtype(weight.dtype))
-    across, same = down.t(), weight.dtype is down.dtype
+    down = like(down, wide_dtype(weight.dtype))
+    across, same = down.t(), isinstance(weight, Tensor) and weight.dtype is down.dtype
     return weight @ across if same else by_rows(weight, lambda rows: rows @ across), down @ across
 
 
@@ -78,16 +77,17 @@ def is_rounded(weight: Tensor) -> bool:
 def by_rows(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """The result of a function of the rows of W in float32 or wider, which are never there at once.
 
-    Those of a sharded W are: to take some of them would gather it.
+    Nor are those that a quantised W is dequantised to. Those of a sharded W are: to take some of
+    them would gather it.
     """
     wide, (n, k) = wide_dtype(weight.dtype), weight.shape
     most = WIDENED * torch.get_num_threads() if weight.is_cpu else AT_ONCE
     rows = max(1, most // max(1, k))
     if n <= rows or is_sharded(weight):
-        return of(like(weight, wide))
+        return of(like(dense(weight), wide))
     parts: Iterable[Tensor] = weight.split(rows)
     if weight.is_cpu and weight.dtype is not wide:  # new memory costs more than what is done in it
-        memory = weight.new_empty((rows, k), dtype=wide)
+        memory = weight.new_empty(rows, k, dtype=wide)
         parts = (memory[: len(part)].copy_(part) for part in parts)
     return torch.cat([of(like(part, wide)) for part in parts])
 

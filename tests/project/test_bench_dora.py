@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import report
 from bench.support import cases, harness
-from bench.support.providers import PROVIDERS, make_tensors
+from bench.support.providers import PROVIDERS
+from bench.support.tensors import make_tensors
 
 CPU = torch.device("cpu")
 CASE = cases.parse("tiny", "square", 8, "fp32")

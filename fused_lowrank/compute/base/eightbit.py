@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .protocol import Base, is_plain
 
+AT_ONCE = 1 << 18  # values that a CPU scales at a time
+
 
 class EightBit(Base):
     """W of a Linear8bitLt that is quantised."""
@@ -57,4 +59,17 @@ class EightBit(Base):
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (N, K)."""
         rows, maxima = self.state()
-        return rows.to(dtype or self.dtype).mul_(maxima.unsqueeze(1).mul(1.0 / 127.0))
+        return scaled(rows, maxima.unsqueeze(1).mul(1.0 / 127.0), dtype or self.dtype)
+
+
+def scaled(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (N, K) · scales (N, 1) in one pass, rounded once.
+
+    A CPU makes wider numbers of both on the way, so of some rows at a time.
+    """
+    values = torch.empty_like(rows, dtype=dtype)
+    scales = scales.to(torch.promote_types(dtype, scales.dtype))
+    count = max(1, AT_ONCE // rows.shape[1]) if rows.is_cpu else rows.shape[0]
+    for parts in zip(*(whole.split(count) for whole in (rows, scales, values)), strict=True):
+        torch.mul(*parts[:2], out=parts[2])
+    return values

@@ -10,6 +10,10 @@ from torch.nn.functional import linear
 
 from .protocol import Base, is_plain
 
+# Values that are dequantised at a time on a CPU, and of how many such blocks W is where it is done
+# so: a smaller one is made at once, in memory that the allocator has kept.
+BLOCK, BLOCKS = 1 << 19, 8
+
 
 class Subclass(Base):
     """W of an nn.Linear with such a weight.
@@ -47,16 +51,30 @@ class Subclass(Base):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W (N, K)."""
-        return self.module.weight.dequantize().to(dtype or self.dtype)
+        """W (N, K); a large one on a CPU by blocks of rows, for libraries make it in steps."""
+        weight, (n, k), dtype = self.module.weight, self.shape, dtype or self.dtype
+        rows = BLOCK // k
+        if not 0 < BLOCKS * rows <= n or not self.is_cpu or (first := self.cut(rows)) is None:
+            return weight.dequantize().to(dtype)
+        values = torch.empty(n, k, dtype=dtype, device=first.device)
+        values[:rows] = first
+        for start in range(rows, n, rows):
+            values[start : start + rows] = weight[start : start + rows].dequantize()
+        return values
+
+    def cut(self, rows: int) -> Tensor | None:
+        """The values of the first rows, if the subclass can be cut and stays what it is."""
+        try:
+            part = self.module.weight[:rows]
+            return part.dequantize() if type(part) is type(self.module.weight) else None
+        except (NotImplementedError, RuntimeError, ValueError, AssertionError):
+            return None
 
     @torch.no_grad()
     def split(self, rows: int) -> Iterator[Tensor]:
         """The values, some rows at a time, if the subclass can be cut."""
         weight, n = self.module.weight, self.shape[0]
-        try:
-            first = weight[:rows].dequantize()
-        except (NotImplementedError, RuntimeError, ValueError, AssertionError):
+        if (first := self.cut(rows)) is None:
             yield from self.values().split(rows)
             return
         yield first.to(self.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.protocol import BASES
-from ..costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, skinny
+from ..costs import ADDED, CORE_CALLS, ROWS_CALLS, Work, base, of_base, skinny
 from ..dropout import Dropout, dropped, mask
 from ..gain import add_tail_, gain_back, widened
 from ..operands import Operands, Problem
@@ -120,7 +120,7 @@ class TailLast(Step):
         moved = (2 * m * n + m * q + n * q) * size
         if problem.gain and problem.device.type != "cpu":  # in float32, written and read again
             moved += 16 * m * n
-        return [base(problem), skinny(problem, 2.0 * m * n * q, moved)]
+        return [*of_base(problem), skinny(problem, 2.0 * m * n * q, moved)]
 
 
 class TailFirst(Step):
