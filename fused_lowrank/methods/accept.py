@@ -16,7 +16,7 @@ from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
 
 from ..compute.base import kinds
-from ..compute.base.protocol import Base
+from ..compute.base.protocol import Base, sizes_of
 from ..context.elsewhere import FSDP1, ZERO, hook_of, sharder_of
 from ..context.readers import reads_only
 from .tensors import is_sharded
@@ -170,6 +170,13 @@ def base_of(module: nn.Module) -> Base | str:
     return kinds.base_of(module, isinstance(module, nn.Linear) and has_product(module))
 
 
+def sides_of(linear: nn.Module) -> tuple[int, int]:
+    """(K, N) of a module that says them; see `compute.base.protocol.sizes_of`."""
+    found = sizes_of(linear)
+    assert found is not None
+    return found
+
+
 def matrix_of(linear: nn.Module) -> Any:
     """W of a module that can be adapted: its weight, or a `Base`."""
     return linear.weight if is_dense(linear) else base_of(linear)
@@ -218,7 +225,7 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
             "the configurations of fused_lowrank.integrations.peft"
         )
     if not isinstance(module, nn.Linear):
-        if kinds.sizes_of(module) is None:
+        if sizes_of(module) is None:
             return (
                 f"is a {kind}: only nn.Linear can be adapted, and modules that say their "
                 "in_features and out_features as it does"

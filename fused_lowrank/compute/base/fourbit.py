@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .protocol import Base, is_plain
+from .protocol import NOT_YET, Base, is_plain
 
 
 class FourBit(Base):
     """W of a Linear4bit that is quantised."""
 
     kind = "4bit"
+
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of the module if it is quantised."""
+        if (getattr(module.weight, "quant_state", None) or module.quant_state) is None:
+            return NOT_YET.format(type(module).__name__)
+        return cls(module)
 
     def state(self) -> tuple[Tensor, Any]:
         """(the packed weight, its QuantState)."""

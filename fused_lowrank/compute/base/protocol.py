@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+SIZES = ("in_features", "out_features"), ("infeatures", "outfeatures")
+NOT_YET = "is a {} that is not quantised yet: move it to its device first"
 AT_ONCE = 1024  # rows of x by which an opaque module is asked for its values
 
 
@@ -31,12 +33,19 @@ class Base:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of a module that is of this kind, or why it has none by now, to follow "it"."""
+        return cls(module)
+
     # --- what a tensor has ---
 
     @property
     def shape(self) -> torch.Size:
         """(N, K)."""
-        return torch.Size((self.module.out_features, self.module.in_features))
+        sizes = sizes_of(self.module)
+        assert sizes is not None
+        return torch.Size(reversed(sizes))
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +110,9 @@ class Base:
 
     @property
     def bias(self) -> Tensor | None:
-        """The module's bias."""
-        return getattr(self.module, "bias", None)
+        """The module's bias, which is not trained."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if bias is not None and bias.requires_grad else bias
 
     def stored(self) -> list[Tensor]:
         """The tensors that the values are made of."""
@@ -139,10 +149,6 @@ class Base:
 
         Raises ValueError where the module is not linear.
         """
-        if callable(own := getattr(self.module, "dequantize", None)):
-            found = own()
-            if isinstance(found, Tensor) and found.shape == self.shape:
-                return found.to(dtype or self.dtype)
         (n, k), training = self.shape, self.module.training
         self.module.eval()
         try:
@@ -153,25 +159,30 @@ class Base:
                 units = self.new_empty(count, k).zero_()
                 units[torch.arange(count), torch.arange(first, first + count)] = 1.0
                 values[:, first : first + count] = (self.module(units) - zero).t()
-            self._require_linear(values, zero)
         finally:
             self.module.train(training)
-        return values
-
-    def for_products(self, dtype: torch.dtype) -> Any:
-        """A pass's own values, for plans of plain matrices."""
-        return self.values(dtype)
-
-    def _require_linear(self, values: Tensor, zero: Tensor) -> None:
-        n, k = self.shape
-        probe = torch.arange(1, k + 1, device=self.device).mul(1.7).sin().mul(3.0).to(zero.dtype)
-        found, expected = self.module(probe[None]), linear(probe[None].to(values), values)
-        error = (found - zero).float() - expected.float()
-        if not error.norm() <= 0.05 * expected.float().norm() + 1e-6 * math.sqrt(n):
+        if not agrees(self, values):
             raise ValueError(
                 f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
                 "could be taken from, or norms"
             )
+        return values
+
+    def works(self, x: Tensor) -> bool:
+        """Whether a small call of this x (2, K) gives what a linear layer's would, and dx."""
+        expected = 2, self.shape[0]
+        if type(self).product is not Base.product:
+            y = self.product(x, None)
+            return y.shape == expected and self.back(y).shape == x.shape
+        with torch.enable_grad():
+            y = self.module(x.requires_grad_())
+        if not (isinstance(y, Tensor) and y.requires_grad and y.shape == expected):
+            return False
+        return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
+
+    def for_products(self, dtype: torch.dtype) -> Any:
+        """A pass's own values, for plans of plain matrices."""
+        return self.values(dtype)
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -255,6 +266,27 @@ def is_plain(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
     )
+
+
+def sizes_of(module: Any) -> tuple[int, int] | None:
+    """(K, N) of a module that says them, in the words of nn.Linear or of older libraries."""
+    for names in SIZES:
+        k, n = (getattr(module, name, None) for name in names)
+        if type(k) is int and type(n) is int and k > 0 and n > 0:
+            return k, n
+    return None
+
+
+@torch.no_grad()
+def agrees(base: Base, values: Tensor) -> bool:
+    """Whether a product of the module's is that of these values, but for rounding."""
+    n, k = base.shape
+    probe = torch.arange(1, k + 1, device=base.device).mul(1.7).sin().mul(3.0)
+    x = torch.stack([probe, torch.zeros_like(probe)]).to(base.dtype)
+    y, zero = base.module(x)
+    expected = linear(x[:1].to(values), values)[0].float()
+    error = (y - zero).float() - expected
+    return bool(error.norm() <= 0.05 * expected.norm() + 1e-6 * math.sqrt(n))
 
 
 def dense(weight: Any) -> Tensor:
