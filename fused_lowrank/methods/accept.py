@@ -185,7 +185,7 @@ def matrix_of(linear: nn.Module) -> Any:
 def why_no_base(module: nn.Module) -> str | None:
     """The reason why a module that is no plain linear layer cannot be adapted, or None."""
     base, kind = base_of(module), type(module).__name__
-    if isinstance(base, Base) and base.is_meta:
+    if (isinstance(base, Base) and base.is_meta) or hook_of(module) is not None:
         return (
             f"is a {kind} whose weight is on the meta device or offloaded: load it onto its device "
             "first, and adapt then"

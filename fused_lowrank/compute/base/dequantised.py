@@ -125,6 +125,10 @@ class Hqq(Dequantised):
         meta = self.module.meta.values()
         return [self.module.W_q, *(own for own in meta if isinstance(own, Tensor))]
 
+    def bits(self) -> list[Tensor]:
+        """The packed values."""
+        return [self.module.W_q]
+
     def read(self) -> Tensor:
         """W (N, K)."""
         return self.module.dequantize()

@@ -17,6 +17,12 @@ from torch.nn.functional import linear
 from .protocol import NOT_YET, Base, is_plain
 
 
+WAS_CAST = (
+    "whose weight was packed into {} and then cast to {}, so that its bits are lost: load it again, "
+    "and cast it no more; FSDP's param_dtype must be bnb_4bit_quant_storage"
+)
+
+
 class FourBit(Base):
     """W of a Linear4bit that is quantised."""
 
@@ -25,9 +31,19 @@ class FourBit(Base):
     @classmethod
     def of(cls, module: Any) -> Base | str:
         """W of the module if it is quantised."""
-        if (getattr(module.weight, "quant_state", None) or module.quant_state) is None:
-            return NOT_YET.format(type(module).__name__)
+        weight, name = module.weight, type(module).__name__
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is None:
+            return NOT_YET.format(name)
+        packed_in = getattr(weight, "quant_storage", weight.dtype)
+        if weight.dtype != packed_in and not getattr(state, "packing_format_for_cpu", False):
+            return f"is a {name} {WAS_CAST.format(packed_in, weight.dtype)}"
         return cls(module)
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.packed_in: torch.dtype | None = None
+        self.packed_in = self.state()[0].dtype
 
     def state(self) -> tuple[Tensor, Any]:
         """(the packed weight, its QuantState)."""
@@ -37,7 +53,13 @@ class FourBit(Base):
             state = self.module.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             unpack(self.module, state)
+        if weight.dtype != self.packed_in is not None:
+            raise TypeError(f"a Linear4bit {WAS_CAST.format(self.packed_in, weight.dtype)}")
         return weight, state
+
+    def bits(self) -> list[Tensor]:
+        """The packed weight."""
+        return [self.module.weight]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ a backward but the module, which is there anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -119,6 +119,20 @@ class Base:
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
         return [own for name, own in named if name != "bias"]
 
+    def bits(self) -> list[Tensor]:
+        """Those of the stored tensors whose bits are no number, whatever their dtype is."""
+        return []
+
+    def require_bits(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Raise TypeError if such a move, as nn.Module.to makes, would cast what is packed."""
+        for dtype in {own.dtype for own in self.bits() if own.is_floating_point()}:
+            if (other := move(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise TypeError(
+                    f"the weight of a {type(self.module).__name__} is packed into {dtype}, and a "
+                    f"cast to {other} would make other numbers of its bits: load the model in the "
+                    "dtype that it is to have, or quantise it with a storage of torch.uint8"
+                )
+
     def is_called(self) -> bool:
         """Whether only a call of the module gives its product: it is opaque, or has hooks now."""
         return True
@@ -152,11 +166,12 @@ class Base:
         (n, k), training = self.shape, self.module.training
         self.module.eval()
         try:
-            zero = self.module(self.new_empty(1, k).zero_())
+            x = self.new_empty(1, k).zero_()
+            zero = self.module(x)  # hooks may take away what they have brought, and the device
             values = zero.new_empty(n, k, dtype=dtype or self.dtype)
             for first in range(0, k, AT_ONCE):
                 count = min(AT_ONCE, k - first)
-                units = self.new_empty(count, k).zero_()
+                units = x.new_zeros(count, k)
                 units[torch.arange(count), torch.arange(first, first + count)] = 1.0
                 values[:, first : first + count] = (self.module(units) - zero).t()
         finally:
@@ -233,15 +248,15 @@ class Turned:
 class Given(Base):
     """A module's y0 (M, N) where a base stands: it was called, and autograd knows its way back."""
 
-    def __init__(self, base: Base, y0: Any) -> None:
+    def __init__(self, base: Base, y0: Any, bias: Tensor | None = None) -> None:
         super().__init__(base.module)
-        self.y0 = y0  # None on the way back
+        self.y0, self.within = y0, bias  # None on the way back
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y0, less its bias unless that is asked for; a copy, for y0 may be saved by its maker."""
         y0 = self.y0.to(x.dtype)
-        if bias is None and self.bias is not None:
-            return y0 - self.bias.to(y0)
+        if bias is None and self.within is not None:
+            return y0 - self.within.to(y0)
         return self.y0.clone() if y0 is self.y0 else y0
 
     def for_products(self, dtype: torch.dtype) -> Any:
@@ -281,7 +296,7 @@ def sizes_of(module: Any) -> tuple[int, int] | None:
 def agrees(base: Base, values: Tensor) -> bool:
     """Whether a product of the module's is that of these values, but for rounding."""
     n, k = base.shape
-    probe = torch.arange(1, k + 1, device=base.device).mul(1.7).sin().mul(3.0)
+    probe = torch.arange(1, k + 1, device=values.device).mul(1.7).sin().mul(3.0)
     x = torch.stack([probe, torch.zeros_like(probe)]).to(base.dtype)
     y, zero = base.module(x)
     expected = linear(x[:1].to(values), values)[0].float()
