@@ -191,7 +191,8 @@ def why_no_base(module: nn.Module) -> str | None:
             "first, and adapt then"
         )
     reason = base if isinstance(base, str) else kinds.why_not_usable(base)
-    if reason and type(base) in (str, Base) and isinstance(module, nn.Linear):
+    unknown = type(base) in (str, Base) and kinds.kind_of(module) is None
+    if reason and unknown and isinstance(module, nn.Linear):
         weight = why_no_weight(module.weight)
         reason = reason if weight is None else f"is a {kind} with {weight}. It {reason}"
     return reason

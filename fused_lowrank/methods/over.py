@@ -17,7 +17,7 @@ from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
 from ..context.called import note_call, note_reading
-from ..context.elsewhere import here
+from ..context.elsewhere import here, hook_of
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
@@ -114,7 +114,7 @@ class OverBase(LowRankLinear):
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         self._check(x, down)
-        if weight.is_meta and not weight.is_called():
+        if weight.is_meta and hook_of(self.base_layer) is None:
             present(self, weight)
         return over_base(
             Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
@@ -137,8 +137,8 @@ class OverBase(LowRankLinear):
         if own is not None and own is not value:
             raise RuntimeError(
                 f"the {type(own).__name__} within an adapted layer cannot become a "
-                f"{type(value).__name__}: quantise, dequantise or wrap the model first, then adapt; "
-                "unload(model) gives it back"
+                f"{type(value).__name__}: quantise, dequantise or wrap the model first, then "
+                "adapt; unload(model) gives it back"
             )
         super().__setattr__(name, value)
 

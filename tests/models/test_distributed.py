@@ -393,3 +393,15 @@ def test_fsdp1_files_of_peft_have_fingerprints(results):
 )
 def test_fsdp1_errors(results, name, case, message):
     assert message in results(name)["errors"][case]
+
+
+def test_4_bit_bases_under_fsdp(results):
+    """Packed into whatever dtype, the weights are sharded, gathered and dequantised where called."""
+    pytest.importorskip("bitsandbytes")
+    got = results("bases")
+    assert "TypeError: a Linear4bit whose weight was packed into torch.bfloat16" in got.pop("cast")
+    assert len(got) == 9
+    for pairs in got.values():
+        assert len(pairs) > 2
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

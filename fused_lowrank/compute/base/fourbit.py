@@ -16,10 +16,9 @@ from torch.nn.functional import linear
 
 from .protocol import NOT_YET, Base, is_plain
 
-
 WAS_CAST = (
-    "whose weight was packed into {} and then cast to {}, so that its bits are lost: load it again, "
-    "and cast it no more; FSDP's param_dtype must be bnb_4bit_quant_storage"
+    "whose weight was packed into {} and then cast to {}, so that its bits are lost: load it "
+    "again, and cast it no more; FSDP's param_dtype must be bnb_4bit_quant_storage"
 )
 
 

@@ -163,24 +163,35 @@ class Base:
 
         Raises ValueError where the module is not linear.
         """
-        (n, k), training = self.shape, self.module.training
+        training, own = self.module.training, self.dtype
         self.module.eval()
-        try:
-            x = self.new_empty(1, k).zero_()
-            zero = self.module(x)  # hooks may take away what they have brought, and the device
-            values = zero.new_empty(n, k, dtype=dtype or self.dtype)
-            for first in range(0, k, AT_ONCE):
-                count = min(AT_ONCE, k - first)
-                units = x.new_zeros(count, k)
-                units[torch.arange(count), torch.arange(first, first + count)] = 1.0
-                values[:, first : first + count] = (self.module(units) - zero).t()
+        try:  # in float32, if the module takes it, beside whose bias W is rounded less
+            for kind in dict.fromkeys((torch.promote_types(own, torch.float32), own)):
+                try:
+                    values = self._by_unit_vectors(kind)
+                except Exception:
+                    if kind == own:
+                        raise
+                    continue
+                if agrees(self, values):
+                    return values.to(dtype or own)
         finally:
             self.module.train(training)
-        if not agrees(self, values):
-            raise ValueError(
-                f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
-                "could be taken from, or norms"
-            )
+        raise ValueError(
+            f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
+            "could be taken from, or norms"
+        )
+
+    def _by_unit_vectors(self, dtype: torch.dtype) -> Tensor:
+        n, k = self.shape
+        x = self.new_empty(1, k, dtype=dtype).zero_()
+        zero = self.module(x)  # hooks may take away what they have brought, and the device
+        values = zero.new_empty(n, k)
+        for first in range(0, k, AT_ONCE):
+            count = min(AT_ONCE, k - first)
+            units = x.new_zeros(count, k)
+            units[torch.arange(count), torch.arange(first, first + count)] = 1.0
+            values[:, first : first + count] = (self.module(units) - zero).t()
         return values
 
     def works(self, x: Tensor) -> bool:

@@ -72,7 +72,7 @@ class Quanto(Subclass):
     def of(cls, module: Any) -> Base | str:
         """W of the module if its weight alone is quantised, and for good."""
         if module.activation_qtype is not None:
-            return "is a QLinear that quantises its output, and would the adapter's: weights alone"
+            return "is a QLinear that quantises activations: have its weights quantised alone"
         if not module.frozen:
             return "is a QLinear that is not quantised for good: optimum.quanto.freeze(model) first"
         return cls(module)
