@@ -234,10 +234,10 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
         return why_no_base(module)
     if not (is_parametrized(module) or is_sharded(module.weight) or is_dense(module)):
         return why_no_base(module)
+    if not is_parametrized(module) and is_sharded(module.weight):
+        return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if reason := why_not_plain(module):
         return reason
-    if is_sharded(module.weight):
-        return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if sharder := sharder_of(module.weight):
         return f"has its weight sharded by {sharder}: {ADAPT_FIRST[sharder]}"
     if module.weight.is_meta and not defer_bases and hook_of(module) is None:
