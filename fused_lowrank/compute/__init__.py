@@ -5,6 +5,7 @@
     base.fourbit      bitsandbytes' Linear4bit
     base.eightbit     its Linear8bitLt
     base.subclass     weights that are a tensor subclass: torchao's
+    base.dequantised  layers of GPTQ, AWQ and HQQ, which are asked for their values
     base.kinds        which of these a module is, or why it is none
     reference         the equation in plain torch, and cores by row (`RowCores`)
     dropout           what a dropout is; a mask from a seed, in plain torch; columns of u dropped

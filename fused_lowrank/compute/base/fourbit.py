@@ -122,7 +122,8 @@ def packed(weight: Tensor) -> Tensor:
     """The bytes of a packed weight, two values each, whatever dtype they are stored in; all of
     them where FSDP has a part of it here, and then every rank must call this.
     """
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if type(weight).__name__ == "DTensor":
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
     return weight.detach().contiguous().view(torch.uint8).reshape(-1)
 
 
