@@ -38,6 +38,7 @@ def test_a_kind_and_its_values(kind: str) -> None:
     for layer in layers_of(model):
         base = layer.base_weight
         assert type(base) is OF[kind]
+        assert base.bias is None or not base.bias.requires_grad
         x = inputs(torch.float32, 5)[:, : layer.in_features].repeat(1, layer.in_features // 64)
         y = base.module(x) if kind != "quanto" else base.product(x, base.bias)
         weight = base.values(torch.float64)
