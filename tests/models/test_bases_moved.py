@@ -84,7 +84,11 @@ def test_a_compute_dtype_of_a_module_that_takes_no_other() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         model.first(inputs())
     adapt(model, "lora", **TARGETS)
-    assert model(inputs()).dtype == torch.float32
+    y = model(inputs())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, y.bfloat16().float())
+    model.first.base_layer.register_forward_hook(lambda module, given, result: None)
+    torch.testing.assert_close(model(inputs()), y, rtol=0.02, atol=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(inputs()).isfinite().all()
 

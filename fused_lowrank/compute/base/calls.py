@@ -76,8 +76,9 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
 
 
 def called(base: Base, x: Tensor) -> Tensor:
-    """y0 (..., N) of x (..., K) by the module."""
-    y0: Tensor = base.module(x)
+    """y0 (..., N) of x (..., K) by the module, which need not take an x of this dtype."""
+    own = base.computes_in(x.dtype)
+    y0: Tensor = base.module(x) if own == x.dtype else base.module(x.to(own)).to(x.dtype)
     if y0.shape != (expected := (*x.shape[:-1], base.shape[0])):
         kind, found = type(base.module).__name__, tuple(y0.shape)
         raise ValueError(f"{kind} gave {found} where a linear layer gives {tuple(expected)}")

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from .protocol import Base, agrees, is_plain
 
-TURNED: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()  # module → see `turned`
+TURNED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # module → what `turned` has found
 
 
 class Dequantised(Base):
@@ -37,22 +37,21 @@ class Dequantised(Base):
     @classmethod
     def turned(cls, module: Any) -> bool | None:
         """Whether what is read is Wᵀ, as a product of the module's says; None: it is neither."""
-        if module not in TURNED:
-            TURNED[module] = None
-            for is_turned in (False, True):
-                base = cls(module, is_turned)
-                if base.is_meta:
-                    del TURNED[module]
-                    return is_turned
-                try:
-                    values = base.values()
-                    agree = values.shape == base.shape and agrees(base, values)
-                except Exception:  # a call of the module says better what is wrong with it
-                    agree = False
-                if agree:
-                    TURNED[module] = is_turned
-                    break
-        return TURNED[module]
+        if module in TURNED:
+            return TURNED[module]
+        for is_turned in (False, True):
+            base = cls(module, is_turned)
+            if base.is_meta:
+                return is_turned
+            try:
+                values = base.values()
+                agree = values.shape == base.shape and agrees(base, values)
+            except Exception:  # a call of the module says better what is wrong with it
+                agree = False
+            if agree:
+                TURNED[module] = is_turned
+                return is_turned
+        return None
 
     def read(self) -> Tensor:
         """The values, by the library."""

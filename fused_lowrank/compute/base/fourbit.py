@@ -52,7 +52,7 @@ class FourBit(Base):
             state = self.module.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             unpack(self.module, state)
-        if weight.dtype != self.packed_in is not None:
+        if self.packed_in is not None and weight.dtype != self.packed_in:
             raise TypeError(f"a Linear4bit {WAS_CAST.format(self.packed_in, weight.dtype)}")
         return weight, state
 

@@ -44,10 +44,8 @@ KINDS = (
     Kind("optimum.quanto.", "QLinear", Quanto, OWN),
 )
 # Where linear layers are from that are known to be ones; those of no kind above are called.
-KNOWN = (
-    *("gptqmodel.", "auto_gptq.", "awq.", "hqq.", "torchao.", "optimum.quanto.", "aqlm."),
-    *("eetq.", "transformers.integrations."),
-)
+LIBRARIES = "gptqmodel auto_gptq awq hqq torchao optimum.quanto aqlm eetq transformers.integrations"
+KNOWN = tuple(f"{library}." for library in LIBRARIES.split())
 SAID: set[type] = set()
 
 

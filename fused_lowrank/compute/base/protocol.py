@@ -32,6 +32,9 @@ class Base:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        sizes = sizes_of(module)
+        assert sizes is not None
+        self.shape = torch.Size(reversed(sizes))  # (N, K)
 
     @classmethod
     def of(cls, module: Any) -> Base | str:
@@ -39,13 +42,6 @@ class Base:
         return cls(module)
 
     # --- what a tensor has ---
-
-    @property
-    def shape(self) -> torch.Size:
-        """(N, K)."""
-        sizes = sizes_of(self.module)
-        assert sizes is not None
-        return torch.Size(reversed(sizes))
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +256,7 @@ class Given(Base):
     """A module's y0 (M, N) where a base stands: it was called, and autograd knows its way back."""
 
     def __init__(self, base: Base, y0: Any, bias: Tensor | None = None) -> None:
-        super().__init__(base.module)
+        self.module, self.shape = base.module, base.shape
         self.y0, self.within = y0, bias  # None on the way back
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
