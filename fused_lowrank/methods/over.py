@@ -79,7 +79,9 @@ class OverBase(LowRankLinear):
     def own_tensors(self) -> tuple[Any, Tensor, Core, Tensor, Tensor | None, Tensor | None]:
         """(W, down, core, up, bias, gain)."""
         base = self.base_weight
-        if self.row.dora and base.is_meta:  # the norms need its values, the module brings its own
+        if (
+            self.row.dora and hook_of(self.base_layer) is not None and base.is_meta
+        ):  # the norms need its values, the module brings its own
             with here(self.base_layer):
                 down, core, up, gain = self.parts()
                 return base, down, core, up, base.bias, gain
