@@ -5,6 +5,7 @@
     base.fourbit      bitsandbytes' Linear4bit
     base.eightbit     its Linear8bitLt
     base.subclass     weights that are a tensor subclass: torchao's
+    base.dequantised  layers of GPTQ, AWQ and HQQ, which are asked for their values
     base.apart        those whose products are in a narrower dtype than the term
     base.kinds        which of these a module is, or why it is none
     reference         the equation in plain torch, and cores by row (`RowCores`)

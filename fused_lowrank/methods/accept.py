@@ -16,7 +16,7 @@ from torch.nn.functional import linear as product
 from torch.nn.utils import parametrize
 
 from ..compute.base import kinds
-from ..compute.base.protocol import Base
+from ..compute.base.protocol import Base, sizes_of
 from ..context.elsewhere import FSDP1, ZERO, hook_of, sharder_of
 from ..context.readers import reads_only
 from .tensors import is_sharded
@@ -170,6 +170,13 @@ def base_of(module: nn.Module) -> Base | str:
     return kinds.base_of(module, isinstance(module, nn.Linear) and has_product(module))
 
 
+def sides_of(linear: nn.Module) -> tuple[int, int]:
+    """(K, N) of a module that says them; see `compute.base.protocol.sizes_of`."""
+    found = sizes_of(linear)
+    assert found is not None
+    return found
+
+
 def matrix_of(linear: nn.Module) -> Any:
     """W of a module that can be adapted: its weight, or a `Base`."""
     return linear.weight if is_dense(linear) else base_of(linear)
@@ -178,13 +185,14 @@ def matrix_of(linear: nn.Module) -> Any:
 def why_no_base(module: nn.Module) -> str | None:
     """The reason why a module that is no plain linear layer cannot be adapted, or None."""
     base, kind = base_of(module), type(module).__name__
-    if isinstance(base, Base) and base.is_meta:
+    if (isinstance(base, Base) and base.is_meta) or hook_of(module) is not None:
         return (
             f"is a {kind} whose weight is on the meta device or offloaded: load it onto its device "
             "first, and adapt then"
         )
     reason = base if isinstance(base, str) else kinds.why_not_usable(base)
-    if reason and type(base) in (str, Base) and isinstance(module, nn.Linear):
+    unknown = type(base) in (str, Base) and kinds.kind_of(module) is None
+    if reason and unknown and isinstance(module, nn.Linear):
         weight = why_no_weight(module.weight)
         reason = reason if weight is None else f"is a {kind} with {weight}. It {reason}"
     return reason
@@ -218,7 +226,7 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
             "the configurations of fused_lowrank.integrations.peft"
         )
     if not isinstance(module, nn.Linear):
-        if kinds.sizes_of(module) is None:
+        if sizes_of(module) is None:
             return (
                 f"is a {kind}: only nn.Linear can be adapted, and modules that say their "
                 "in_features and out_features as it does"
@@ -226,10 +234,10 @@ def why_not_linear(module: nn.Module, defer_bases: bool = False) -> str | None:
         return why_no_base(module)
     if not (is_parametrized(module) or is_sharded(module.weight) or is_dense(module)):
         return why_no_base(module)
+    if not is_parametrized(module) and is_sharded(module.weight):
+        return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if reason := why_not_plain(module):
         return reason
-    if is_sharded(module.weight):
-        return "has its weight sharded: adapt before fully_shard or parallelize_module"
     if sharder := sharder_of(module.weight):
         return f"has its weight sharded by {sharder}: {ADAPT_FIRST[sharder]}"
     if module.weight.is_meta and not defer_bases and hook_of(module) is None:

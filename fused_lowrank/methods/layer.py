@@ -19,7 +19,7 @@ from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
 from ..functional import compute, prepared, trains
 from . import dora
-from .accept import carry, clashes, give_back, is_dense, why_not_linear
+from .accept import carry, clashes, give_back, is_dense, sides_of, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
 from .initial.values import Inputs
 from .keywords import check_keywords, check_settings, chosen, constructor_of, getter, picker, sized
@@ -278,7 +278,7 @@ class LowRankLinear(MergingLinear):
         with here(linear):
             given = {**keywords, "_linear": linear, "_defer": defer_bases, **(own or {})}
             has_bias = getattr(linear, "bias", None) is not None
-            layer = cls(linear.in_features, linear.out_features, has_bias, **given)
+            layer = cls(*sides_of(linear), has_bias, **given)
             if reason := clashes(linear, layer):
                 raise TypeError(f"linear {reason}")
             layer.carry_from(linear)

@@ -17,6 +17,7 @@ from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
 from ..context.called import note_call, note_reading
+from ..context.elsewhere import here, hook_of
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
@@ -77,8 +78,15 @@ class OverBase(LowRankLinear):
 
     def own_tensors(self) -> tuple[Any, Tensor, Core, Tensor, Tensor | None, Tensor | None]:
         """(W, down, core, up, bias, gain)."""
+        base = self.base_weight
+        if (
+            self.row.dora and hook_of(self.base_layer) is not None and base.is_meta
+        ):  # the norms need its values, the module brings its own
+            with here(self.base_layer):
+                down, core, up, gain = self.parts()
+                return base, down, core, up, base.bias, gain
         down, core, up, gain = self.parts()
-        return self.base_weight, down, core, up, self.base_weight.bias, gain
+        return base, down, core, up, base.bias, gain
 
     def own(self, x: Tensor) -> Tensor:
         """The layer with its own core, whoever else computes it."""
@@ -108,7 +116,7 @@ class OverBase(LowRankLinear):
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
         self._check(x, down)
-        if weight.is_meta:
+        if weight.is_meta and hook_of(self.base_layer) is None:
             present(self, weight)
         return over_base(
             Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
@@ -125,6 +133,20 @@ class OverBase(LowRankLinear):
             )
         if x.device != down.device:
             raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self._modules.get(name) if name == "base_layer" else None
+        if own is not None and own is not value:
+            raise RuntimeError(
+                f"the {type(own).__name__} within an adapted layer cannot become a "
+                f"{type(value).__name__}: quantise, dequantise or wrap the model first, then "
+                "adapt; unload(model) gives it back"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.base_weight.require_bits(fn)
+        return super()._apply(fn, recurse)
 
     def merged_weight(self) -> tuple[Tensor, float]:
         """Nothing is merged into a quantised weight: TypeError."""

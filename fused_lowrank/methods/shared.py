@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context.elsewhere import hook_of
-from .accept import matrix_of
+from .accept import matrix_of, sides_of
 from .initial.starts import DRAWS, FILLS
 from .keywords import chosen, signature_of, sized
 from .method import Method
@@ -73,8 +73,7 @@ def shared_by(
         )
     defaults = {p.name: p.default for p in signature_of(row).parameters.values()}
     given = {**defaults, **keywords}
-    k = max(linear.in_features for linear in linears)
-    n = max(linear.out_features for linear in linears)
+    k, n = map(max, zip(*(sides_of(linear) for linear in linears), strict=True))
     sizes, options = sized(row, k, n, given), chosen(row, given)
     weight, found = weights[0], {}
     for name in row.shared:

@@ -18,7 +18,7 @@ from ..context.elsewhere import sharder_in
 from ..context.learns import warn_of_narrow, warn_of_nothing_learned
 from ..context.readers import leave_fast_paths, restore_fast_paths
 from ..methods import METHODS, LowRankLinear, named
-from ..methods.accept import clashes
+from ..methods.accept import clashes, sides_of
 from ..methods.dora import check_rows
 from ..methods.initial.values import Inputs
 from ..methods.keywords import check_keywords, integer
@@ -176,7 +176,7 @@ def build(
         if reason := why_not_adaptable(linear, defer_bases):
             raise (ValueError if "meta device" in reason else TypeError)(f"{name} {reason}")
         try:  # on the meta device: all the checks, none of the work
-            trial = cls(linear.in_features, linear.out_features, **{**keywords, "device": "meta"})
+            trial = cls(*sides_of(linear), **{**keywords, "device": "meta"})
         except ValueError as error:
             raise ValueError(f"{name}: {error}{hint}") from None
         if reason := clashes(linear, trial):

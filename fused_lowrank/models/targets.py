@@ -12,7 +12,7 @@ from torch import nn
 
 from ..compute.base.kinds import is_from_known
 from ..context.readers import readers
-from ..methods.accept import has_product, is_parametrized, why_no_weight
+from ..methods.accept import has_product, is_parametrized, sides_of, why_no_weight
 from ..methods.method import Method
 from .patterns import Layers, in_layers
 
@@ -225,7 +225,7 @@ def left_out(
             left[name] = "parametrised layers"
         elif not is_base(module):
             left[name] = "layers with a forward of their own"
-        elif module.out_features == 1:
+        elif sides_of(module)[1] == 1:
             left[name] = "layers of one output"
         elif is_router(modules, name):
             left[name] = "routers of experts"
@@ -261,8 +261,7 @@ def fitted(
     modules, own_plan, reduced = modules_by_name(model), {}, []
     for name, keywords in plan.items():
         ranks = {rank: keywords.get(rank, default) for rank, default in row.ranks.items()}
-        linear = modules[name]
-        sizes = row.fitted(linear.in_features, linear.out_features, ranks)
+        sizes = row.fitted(*sides_of(modules[name]), ranks)
         small = {n: sizes[n] for n in ranks if ranks[n] > sizes[n]}
         own = {**keywords, **small}
         if "r" in small and keywords.get("alpha") is not None:
@@ -292,7 +291,7 @@ def is_router(modules: Mapping[str, nn.Module], name: str) -> bool:
         return True
     while holder:
         for child, experts in modules[holder].named_children():
-            if "expert" in child.lower() and module.out_features in sizes(experts):
+            if "expert" in child.lower() and sides_of(module)[1] in sizes(experts):
                 return True
         holder = holder_of(holder) if isinstance(modules[holder], nn.ModuleList) else ""
     return False

@@ -393,3 +393,19 @@ def test_fsdp1_files_of_peft_have_fingerprints(results):
 )
 def test_fsdp1_errors(results, name, case, message):
     assert message in results(name)["errors"][case]
+
+
+def test_4_bit_bases_under_fsdp(results):
+    """Packed into any dtype, the weights are sharded, and gathered where they are called."""
+    pytest.importorskip("bitsandbytes")
+    got = results("bases")
+    assert "TypeError: a Linear4bit whose weight was packed into torch.bfloat16" in got.pop("cast")
+    saved, disabled, again = got.pop("saved"), got.pop("disabled"), got.pop("adapted again")
+    for found, expected in (saved, disabled):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert "first has its weight sharded: adapt before fully_shard" in again
+    assert len(got) == 5
+    for pairs in got.values():
+        assert len(pairs) > 2
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

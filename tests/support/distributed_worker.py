@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import distributed_bases
 import distributed_fsdp1
 import distributed_layers as layers
 import distributed_training as training
@@ -43,6 +44,7 @@ SCENARIOS: list[Callable[[DeviceMesh, Path], Any]] = [
     training.example,
     distributed_fsdp1.fsdp1,
     distributed_fsdp1.fsdp1_peft,
+    distributed_bases.bases,
 ]
 
 

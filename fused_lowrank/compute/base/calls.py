@@ -70,7 +70,7 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
         call = Call(scale, dropout_p, impl, config.current(), rows)
         y = OverBase.apply(call, base, *tensors, seed)
     else:
-        weight = base if y0 is None else Given(base, y0)
+        weight = base if y0 is None else Given(base, y0, bias)
         dropout = dropout_of(seed, dropout_p)
         operands = operands._replace(x=fold(x), weight=weight, bias=bias, dropout=dropout)
         y = run(operands, impl, config.current(), False, False).y
@@ -78,8 +78,9 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
 
 
 def called(base: Base, x: Tensor) -> Tensor:
-    """y0 (..., N) of x (..., K) by the module."""
-    y0: Tensor = base.module(x)
+    """y0 (..., N) of x (..., K) by the module, which need not take an x of this dtype."""
+    own = base.computes_in(x.dtype)
+    y0: Tensor = base.module(x) if own == x.dtype else base.module(x.to(own)).to(x.dtype)
     if y0.shape != (expected := (*x.shape[:-1], base.shape[0])):
         kind, found = type(base.module).__name__, tuple(y0.shape)
         raise ValueError(f"{kind} gave {found} where a linear layer gives {tuple(expected)}")
@@ -118,7 +119,7 @@ class OverBase(torch.autograd.Function):
         needs, lead, rows = Needs(of_x, False, *others), x.shape[:-1], call.rows
         x = fold(x)
         dropout, core = dropout_of(seed, call.dropout_p), join(a, b, rows)
-        weight = base if y0 is None else Given(base, y0)
+        weight = base if y0 is None else Given(base, y0, bias)
         operands = Operands(x, weight, down, core, up, bias, call.scale, dropout, gain=gain)
         want_t = needs.a or needs.b or needs.up
         masked = dropout is not None and (needs.x or needs.down)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .protocol import Base, is_plain
+from .protocol import NOT_YET, Base, is_plain
 
 AT_ONCE = 1 << 18  # values that a CPU scales at a time
 
@@ -14,6 +16,15 @@ class EightBit(Base):
     """W of a Linear8bitLt that is quantised."""
 
     kind = "8bit"
+
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of the module if it is quantised; one that never is is called as it is."""
+        if module.state.has_fp16_weights:
+            return Base(module)
+        if module.weight.dtype != torch.int8:
+            return NOT_YET.format(type(module).__name__)
+        return cls(module)
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(int8 (N, K), the rows' maxima (N,)), wherever the module has them by now."""

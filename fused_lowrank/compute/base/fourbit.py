@@ -14,13 +14,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .protocol import Base, is_plain
+from .protocol import NOT_YET, Base, is_plain
+
+WAS_CAST = (
+    "whose weight was packed into {} and then cast to {}, so that its bits are lost: load it "
+    "again, and cast it no more; FSDP's param_dtype must be bnb_4bit_quant_storage"
+)
 
 
 class FourBit(Base):
     """W of a Linear4bit that is quantised."""
 
     kind = "4bit"
+
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of the module if it is quantised."""
+        weight, name = module.weight, type(module).__name__
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is None:
+            return NOT_YET.format(name)
+        packed_in = getattr(weight, "quant_storage", weight.dtype)
+        if weight.dtype != packed_in and not getattr(state, "packing_format_for_cpu", False):
+            return f"is a {name} {WAS_CAST.format(packed_in, weight.dtype)}"
+        return cls(module)
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.packed_in: torch.dtype | None = None
+        self.packed_in = self.state()[0].dtype
 
     def state(self) -> tuple[Tensor, Any]:
         """(the packed weight, its QuantState)."""
@@ -30,7 +52,13 @@ class FourBit(Base):
             state = self.module.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             unpack(self.module, state)
+        if self.packed_in is not None and weight.dtype != self.packed_in:
+            raise TypeError(f"a Linear4bit {WAS_CAST.format(self.packed_in, weight.dtype)}")
         return weight, state
+
+    def bits(self) -> list[Tensor]:
+        """The packed weight."""
+        return [self.module.weight]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,7 +119,11 @@ class FourBit(Base):
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The bytes of a packed weight, two values each, whatever dtype they are stored in."""
+    """The bytes of a packed weight, two values each, whatever dtype they are stored in; all of
+    them where FSDP has a part of it here, and then every rank must call this.
+    """
+    if type(weight).__name__ == "DTensor":
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
     return weight.detach().contiguous().view(torch.uint8).reshape(-1)
 
 

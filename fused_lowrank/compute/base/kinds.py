@@ -6,37 +6,58 @@ Nothing is imported to ask: a module says by its class's name where it is from.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .dequantised import Awq, Gptq, Hqq
 from .eightbit import EightBit
 from .fourbit import FourBit
-from .protocol import Base
-from .subclass import Subclass
+from .protocol import Base, sizes_of
+from .subclass import Float8, Quanto, Subclass
 
 logger = logging.getLogger("fused_lowrank")
 
 BITSANDBYTES = "bitsandbytes."
-# Where linear layers are from that are known to be ones, and are called.
-KNOWN = ("gptqmodel.", "auto_gptq.", "awq.", "hqq.", "torchao.", "transformers.integrations.")
+
+
+class Kind(NamedTuple):
+    """A row of `KINDS`."""
+
+    package: str  # how the name of the module begins that the class is from
+    mark: str  # the class's name or that of one it is made of, or an attribute that it has
+    base: type[Base]
+    hint: str  # where its library is had
+
+
 EXTRA = "pip install 'fused-lowrank[quant]' has the versions that are known to work"
+OWN = "see that library's own instructions for this machine"
+KINDS = (
+    Kind(BITSANDBYTES, "Linear4bit", FourBit, EXTRA),
+    Kind(BITSANDBYTES, "Linear8bitLt", EightBit, EXTRA),
+    Kind("torchao.float8.", "Float8Linear", Float8, EXTRA),
+    Kind("gptqmodel.", "dequantize_weight", Gptq, OWN),
+    Kind("gptqmodel.", "AWQuantLinear", Awq, OWN),
+    Kind("awq.", "WQLinear_GEMM", Awq, OWN),
+    Kind("hqq.", "HQQLinear", Hqq, OWN),
+    Kind("optimum.quanto.", "QLinear", Quanto, OWN),
+)
+# Where linear layers are from that are known to be ones; those of no kind above are called.
+LIBRARIES = "gptqmodel auto_gptq awq hqq torchao optimum.quanto aqlm eetq transformers.integrations"
+KNOWN = tuple(f"{library}." for library in LIBRARIES.split())
 SAID: set[type] = set()
+
+
+def is_of(module: nn.Module, package: str, mark: str) -> bool:
+    """Whether a module is of a package's class of this name, or of one with this attribute."""
+    own = [cls for cls in type(module).__mro__ if cls.__module__.startswith(package)]
+    return any(cls.__name__ == mark or mark in vars(cls) for cls in own)
 
 
 def from_bitsandbytes(module: nn.Module, name: str) -> bool:
     """Whether a module is of this class of bitsandbytes, or of one that is made of it."""
-    return any(
-        cls.__name__ == name and cls.__module__.startswith(BITSANDBYTES)
-        for cls in type(module).__mro__
-    )
-
-
-def sizes_of(module: Any) -> tuple[int, int] | None:
-    """(K, N) of a module that says them."""
-    k, n = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return (k, n) if type(k) is int and type(n) is int and k > 0 and n > 0 else None
+    return is_of(module, BITSANDBYTES, name)
 
 
 def can_dequantise(weight: Any) -> bool:
@@ -45,27 +66,22 @@ def can_dequantise(weight: Any) -> bool:
     return isinstance(weight, Tensor) and own is not Tensor.dequantize and weight.dim() == 2
 
 
+def kind_of(module: nn.Module) -> Kind | None:
+    """The row that a module is of, or None."""
+    return next((kind for kind in KINDS if is_of(module, kind.package, kind.mark)), None)
+
+
 def base_of(module: nn.Module, has_product: bool) -> Base | str:
     """The W of a module that is no plain linear layer, or why it has none, to follow "it".
 
     `has_product` says whether its forward is nn.Linear's own.
     """
-    kind = type(module).__name__
     if sizes_of(module) is None:
-        return f"is a {kind}, which does not say its sizes by in_features and out_features"
-    weight: Any = getattr(module, "weight", None)
-    if from_bitsandbytes(module, "Linear4bit"):
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        if state is None:
-            return f"is a {kind} that is not quantised yet: move it to its device first"
-        return FourBit(module)
-    if from_bitsandbytes(module, "Linear8bitLt"):
-        if module.state.has_fp16_weights:  # type: ignore[union-attr]
-            return Base(module)
-        if weight.dtype != torch.int8:
-            return f"is a {kind} that is not quantised yet: move it to its device first"
-        return EightBit(module)
-    if has_product and can_dequantise(weight):
+        name = type(module).__name__
+        return f"is a {name}, which does not say its sizes by in_features and out_features"
+    if kind := kind_of(module):
+        return kind.base.of(module)
+    if has_product and can_dequantise(getattr(module, "weight", None)):
         return Subclass(module)
     return Base(module)
 
@@ -85,23 +101,15 @@ def why_not_usable(base: Base) -> str | None:
     module, kind = base.module, type(base.module).__name__
     if base.is_meta:
         return None
-    (n, k), dtype = base.shape, base.dtype
-    x = torch.zeros(2, k, dtype=dtype, device=base.device)
+    n, k = base.shape
     try:
-        if type(base) is not Base:
-            y = base.product(x, None)
-            good = base.back(y).shape == (2, k)
-        else:
-            with torch.enable_grad():
-                x.requires_grad_()
-                y = module(x)
-            good = isinstance(y, Tensor) and y.requires_grad
-            good = good and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
-        good = good and isinstance(y, Tensor) and y.shape == (2, n)
+        good = base.works(torch.zeros(2, k, dtype=base.dtype, device=base.device))
     except Exception as error:
+        known = kind_of(module)
+        hint = known.hint if known else EXTRA if type(base) is Subclass else ""
         return (
             f"is a {kind}, whose library cannot compute on {base.device} what an adapter needs "
-            f"({type(error).__name__}: {error}). {EXTRA if type(base) is not Base else ''}".strip()
+            f"({type(error).__name__}: {error}). {hint}".strip()
         )
     if not good:
         return (

@@ -9,13 +9,15 @@ a backward but the module, which is there anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+SIZES = ("in_features", "out_features"), ("infeatures", "outfeatures")
+NOT_YET = "is a {} that is not quantised yet: move it to its device first"
 AT_ONCE = 1024  # rows of x by which an opaque module is asked for its values
 
 
@@ -30,13 +32,16 @@ class Base:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        sizes = sizes_of(module)
+        assert sizes is not None
+        self.shape = torch.Size(reversed(sizes))  # (N, K)
+
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of a module that is of this kind, or why it has none by now, to follow "it"."""
+        return cls(module)
 
     # --- what a tensor has ---
-
-    @property
-    def shape(self) -> torch.Size:
-        """(N, K)."""
-        return torch.Size((self.module.out_features, self.module.in_features))
 
     @property
     def device(self) -> torch.device:
@@ -101,13 +106,28 @@ class Base:
 
     @property
     def bias(self) -> Tensor | None:
-        """The module's bias."""
-        return getattr(self.module, "bias", None)
+        """The module's bias, which is not trained."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if bias is not None and bias.requires_grad else bias
 
     def stored(self) -> list[Tensor]:
         """The tensors that the values are made of."""
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
         return [own for name, own in named if name != "bias"]
+
+    def bits(self) -> list[Tensor]:
+        """Those of the stored tensors whose bits are no number, whatever their dtype is."""
+        return []
+
+    def require_bits(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Raise TypeError if such a move, as nn.Module.to makes, would cast what is packed."""
+        for dtype in {own.dtype for own in self.bits() if own.is_floating_point()}:
+            if (other := move(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise TypeError(
+                    f"the weight of a {type(self.module).__name__} is packed into {dtype}, and a "
+                    f"cast to {other} would make other numbers of its bits: load the model in the "
+                    "dtype that it is to have, or quantise it with a storage of torch.uint8"
+                )
 
     def is_called(self) -> bool:
         """Whether only a call of the module gives its product: it is opaque, or has hooks now."""
@@ -143,39 +163,52 @@ class Base:
 
         Raises ValueError where the module is not linear.
         """
-        if callable(own := getattr(self.module, "dequantize", None)):
-            found = own()
-            if isinstance(found, Tensor) and found.shape == self.shape:
-                return found.to(dtype or self.dtype)
-        (n, k), training = self.shape, self.module.training
+        training, own = self.module.training, self.dtype
         self.module.eval()
-        try:
-            zero = self.module(self.new_empty(1, k).zero_())
-            values = zero.new_empty(n, k, dtype=dtype or self.dtype)
-            for first in range(0, k, AT_ONCE):
-                count = min(AT_ONCE, k - first)
-                units = self.new_empty(count, k).zero_()
-                units[torch.arange(count), torch.arange(first, first + count)] = 1.0
-                values[:, first : first + count] = (self.module(units) - zero).t()
-            self._require_linear(values, zero)
+        try:  # in float32, if the module takes it, beside whose bias W is rounded less
+            for kind in dict.fromkeys((torch.promote_types(own, torch.float32), own)):
+                try:
+                    values = self._by_unit_vectors(kind)
+                except Exception:
+                    if kind == own:
+                        raise
+                    continue
+                if agrees(self, values):
+                    return values.to(dtype or own)
         finally:
             self.module.train(training)
+        raise ValueError(
+            f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
+            "could be taken from, or norms"
+        )
+
+    def _by_unit_vectors(self, dtype: torch.dtype) -> Tensor:
+        n, k = self.shape
+        x = self.new_empty(1, k, dtype=dtype).zero_()
+        zero = self.module(x)  # hooks may take away what they have brought, and the device
+        values = zero.new_empty(n, k)
+        for first in range(0, k, AT_ONCE):
+            count = min(AT_ONCE, k - first)
+            units = x.new_zeros(count, k)
+            units[torch.arange(count), torch.arange(first, first + count)] = 1.0
+            values[:, first : first + count] = (self.module(units) - zero).t()
         return values
+
+    def works(self, x: Tensor) -> bool:
+        """Whether a small call of this x (2, K) gives what a linear layer's would, and dx."""
+        expected = 2, self.shape[0]
+        if type(self).product is not Base.product:
+            y = self.product(x, None)
+            return y.shape == expected and self.back(y).shape == x.shape
+        with torch.enable_grad():
+            y = self.module(x.requires_grad_())
+        if not (isinstance(y, Tensor) and y.requires_grad and y.shape == expected):
+            return False
+        return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
 
     def for_products(self, dtype: torch.dtype) -> Any:
         """A pass's own values, for plans of plain matrices."""
         return self.values(dtype)
-
-    def _require_linear(self, values: Tensor, zero: Tensor) -> None:
-        n, k = self.shape
-        probe = torch.arange(1, k + 1, device=self.device).mul(1.7).sin().mul(3.0).to(zero.dtype)
-        found, expected = self.module(probe[None]), linear(probe[None].to(values), values)
-        error = (found - zero).float() - expected.float()
-        if not error.norm() <= 0.05 * expected.float().norm() + 1e-6 * math.sqrt(n):
-            raise ValueError(
-                f"is a {type(self.module).__name__}, which is not linear: it has no W that factors "
-                "could be taken from, or norms"
-            )
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -226,15 +259,15 @@ class Turned:
 class Given(Base):
     """A module's y0 (M, N) where a base stands: it was called, and autograd knows its way back."""
 
-    def __init__(self, base: Base, y0: Any) -> None:
-        super().__init__(base.module)
-        self.y0 = y0  # None on the way back
+    def __init__(self, base: Base, y0: Any, bias: Tensor | None = None) -> None:
+        self.module, self.shape = base.module, base.shape
+        self.y0, self.within = y0, bias  # None on the way back
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y0, less its bias unless that is asked for; a copy, for y0 may be saved by its maker."""
         y0 = self.y0.to(x.dtype)
-        if bias is None and self.bias is not None:
-            return y0 - self.bias.to(y0)
+        if bias is None and self.within is not None:
+            return y0 - self.within.to(y0)
         return self.y0.clone() if y0 is self.y0 else y0
 
     def for_products(self, dtype: torch.dtype) -> Any:
@@ -259,6 +292,27 @@ def is_plain(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
     )
+
+
+def sizes_of(module: Any) -> tuple[int, int] | None:
+    """(K, N) of a module that says them, in the words of nn.Linear or of older libraries."""
+    for names in SIZES:
+        k, n = (getattr(module, name, None) for name in names)
+        if type(k) is int and type(n) is int and k > 0 and n > 0:
+            return k, n
+    return None
+
+
+@torch.no_grad()
+def agrees(base: Base, values: Tensor) -> bool:
+    """Whether a product of the module's is that of these values, but for rounding."""
+    n, k = base.shape
+    probe = torch.arange(1, k + 1, device=values.device).mul(1.7).sin().mul(3.0)
+    x = torch.stack([probe, torch.zeros_like(probe)]).to(base.dtype)
+    y, zero = base.module(x)
+    expected = linear(x[:1].to(values), values)[0].float()
+    error = (y - zero).float() - expected
+    return bool(error.norm() <= 0.05 * expected.norm() + 1e-6 * math.sqrt(n))
 
 
 def dense(weight: Any) -> Tensor:

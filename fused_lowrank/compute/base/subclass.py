@@ -1,8 +1,9 @@
-"""W of an nn.Linear whose weight is a tensor subclass that can be dequantised, as torchao's are."""
+"""W of an nn.Linear whose weight is a tensor that says its values: torchao's, quanto's, fp8's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +81,34 @@ class Subclass(Base):
         yield first.to(self.dtype)
         for start in range(rows, n, rows):
             yield weight[start : start + rows].dequantize().to(self.dtype)
+
+
+class Quanto(Subclass):
+    """W of a QLinear of quanto's that is frozen; it is read by another name, and cut as a whole."""
+
+    @classmethod
+    def of(cls, module: Any) -> Base | str:
+        """W of the module if its weight alone is quantised, and for good."""
+        if module.activation_qtype is not None:
+            return "is a QLinear that quantises activations: have its weights quantised alone"
+        if not module.frozen:
+            return "is a QLinear that is not quantised for good: optimum.quanto.freeze(model) first"
+        return cls(module)
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """The values, some rows at a time."""
+        return Base.split(self, rows)
+
+
+class Float8(Base):
+    """W of torchao's Float8Linear, which trains in fp8: it is called, its weight is a plain one."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.module.weight.dtype
+
+    @torch.no_grad()
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (N, K), as it is before each call rounds it."""
+        return self.module.weight.detach().to(dtype or self.dtype)
