@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from base_cases import D, METHODS, Net, adapted, inputs, kinds, layers_of, model_of, needs
+from base_cases import METHODS, D, Net, adapted, inputs, kinds, layers_of, model_of, needs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -261,7 +261,7 @@ def test_adapters_of_another_base(kind: str, method: str, tmp_path: Path) -> Non
         plain = load_adapter(original(method), alone, progress=False, on_other_base="warn")
     bank = AdapterBank.from_model(plain, slots=5)
     for refused in (lambda: bank.add("own", alone), lambda: bank.load(file, progress=False)):
-        with pytest.raises(ValueError, match="made for another base|the bank of another base"):
+        with pytest.raises(ValueError, match="made for another base"):
             refused()
     with pytest.warns(UserWarning, match="another base model"):
         bank.add("own", alone, on_other_base="warn")
