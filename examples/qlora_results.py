@@ -13,6 +13,7 @@ from family_results import Difference, Lines, bracketed, over_seeds, shown
 BASES = ("bf16", "nf4")
 FROZEN = "frozen"
 MIB = 2**20
+WINDOW = 7  # steps that a curve is smoothed over: batches differ more than methods do
 
 HEAD = """\
 MRR is the mean of 1 / rank of a held-out query's own function among {held_out_pairs}; the loss is
@@ -137,7 +138,7 @@ def make_table(lines: Lines) -> str:
     rows = make_rows(lines)
     setup = lines[0]["setup"]
     versions = {
-        f"{line['machine']['cpu']}, {line['machine']['threads']} threads, "
+        f"{line['machine']['cpu']}, threads: {line['machine']['threads']}, "
         f"torch {line['machine']['torch']}, bitsandbytes {line['machine']['bitsandbytes']}, "
         f"commit {line['machine']['commit']}"
         for line in lines
@@ -187,8 +188,10 @@ def draw(rows: Rows, path: Path) -> None:
         if row.method == FROZEN:
             continue
         curve = np.mean([*row.of("losses").values()], axis=0)
+        window = min(WINDOW, len(curve))
+        smooth = np.convolve(curve, np.full(window, 1 / window), mode="valid")
         style = "--" if dashed else "-"
-        losses.plot(range(1, len(curve) + 1), curve, style, color=color, label=names[-1])
+        losses.plot(range(window, len(curve) + 1), smooth, style, color=color, label=names[-1])
         parts = [row.first["linear_bytes"], row.first["model_bytes"], row.first["peak_bytes"]]
         left = 0.0
         stacked = (parts[0], parts[1] - parts[0], parts[2])
@@ -203,7 +206,7 @@ def draw(rows: Rows, path: Path) -> None:
     sizes.set_yticks(range(len(rows)), [])
     losses.set_xlabel("step")
     losses.set_ylabel("contrastive loss [nats]")
-    losses.set_title("Training loss, mean over the seeds", fontsize=10)
+    losses.set_title(f"Training loss, mean of {WINDOW} steps and the seeds", fontsize=10)
     losses.grid(alpha=0.3)
     losses.legend(fontsize=8)
     found.set_xlabel("MRR")

@@ -50,10 +50,13 @@ def test_a_wrong_result_is_no_cell(
     script: ModuleType, use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is an error, and no table is made."""
+    from fused_lowrank.bank import layer
     from fused_lowrank.compute.base.fourbit import FourBit
 
-    side = "back" if use in ("gradients", "bank") else "product"
-    wrong(monkeypatch, FourBit, side, lambda found: found * 1.01)
+    owner, name = {"gradients": (FourBit, "back"), "bank": (layer, "over_base")}.get(
+        use, (FourBit, "product")
+    )
+    wrong(monkeypatch, owner, name, lambda found: found * 1.01)
     with pytest.raises((RuntimeError, AssertionError)):
         script.tried(["nf4"], ["lora_xs"], [use])
 
