@@ -4,6 +4,8 @@
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make family  every method, init and choice of frozen factors on that task, three seeds; half an
 #                hour, goes on where it was stopped                 MODEL= as above
+#   make demo-qlora  that task over an nf4 base and over a 16-bit one, three seeds; goes on where it
+#                was stopped                                        MODEL= as above
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
 #   make test    lint, types, the compile gate for what has changed, all tests
 #   make test-peft  PEFT's own tests, from its source distribution, with our methods as rows of them
@@ -42,11 +44,14 @@ BANK_MINUTES ?= 1
 # Where test-peft puts PEFT's source distribution.
 PEFT_FOLDER ?= $(or $(TMPDIR),/tmp)/fused-lowrank-peft
 
-.PHONY: demo family train-many test test-peft sweep lint gate gate-changed bench bench-smoke \
+.PHONY: demo demo-qlora family train-many test test-peft sweep lint gate gate-changed bench bench-smoke \
 	test-gpu bench-gpu
 
 demo: $(READY)
 	$(RUN) examples/code_search.py $(if $(MODEL),--model $(MODEL))
+
+demo-qlora: $(READY)
+	$(RUN) examples/qlora.py $(if $(MODEL),--model $(MODEL))
 
 family: $(READY)
 	$(RUN) examples/family.py $(if $(MODEL),--model $(MODEL))

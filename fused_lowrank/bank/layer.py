@@ -137,12 +137,18 @@ class BankedLayer(Computer):
         return y
 
     def compiled(self, layer: LowRankLinear, x: Tensor) -> Tensor:
-        """The layer's call as library ops, whatever the assignment will be."""
+        """The layer's call as library ops, whatever the assignment will be; of a `Base` as written.
+
+        Raises RuntimeError where a `Base` is exported.
+        """
         if isinstance(layer.base_weight, Base):
-            raise RuntimeError(
-                f"{self.name} is over a {type(layer.base_weight.module).__name__}, which no "
-                "compiled graph of a bank takes: call the model without torch.compile"
-            )
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    f"{self.name} is in a bank, over a {type(layer.base_weight.module).__name__}: "
+                    "what is exported would have the adapters of this call for good. close() the "
+                    "bank, and export the model with one adapter"
+                )
+            return outside_graphs(self, layer, x)
         dropout_p = layer.dropout if layer.training else 0.0
         a, b = places(layer.core_factors)
         down, up = layer.shared_parts()
@@ -161,3 +167,9 @@ class BankedLayer(Computer):
         rest = token, self.name, lead, seed, scale, dropout_p, impl
         y, _ = banked(fold(x), weight, down, *factors, up, bias, *rest, want_t)
         return y.view(*lead, y.shape[-1])
+
+
+@torch.compiler.disable(reason="a layer of a bank over a quantised base: no fullgraph=True")
+def outside_graphs(banked: BankedLayer, layer: LowRankLinear, x: Tensor) -> Tensor:
+    """A layer's call between two compiled graphs: no op takes a W that is a `Base`."""
+    return banked(layer, x)
