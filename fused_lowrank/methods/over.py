@@ -6,13 +6,16 @@ class is made of a method's: an instance of that, which takes W from the module.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..compute.base.calls import alone, over_base
 from ..compute.base.kinds import say_opaque
 from ..compute.base.protocol import Base
+from ..compute.base.requantise import exchange, requantised
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
@@ -20,6 +23,7 @@ from ..context.called import note_call, note_reading
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
+from .state import delta_of
 from .tensors import present
 
 OWN = "base_layer."  # how the keys of the module begin in a state_dict
@@ -34,6 +38,7 @@ class OverBase(LowRankLinear):
 
     by_attributes = True
     base_layer: nn.Module
+    off: float = 0.0  # ‖what is stored - (W + ΔW)‖/‖W + ΔW‖ of the last merging
 
     @staticmethod
     def of(cls: type[LowRankLinear]) -> type[OverBase]:
@@ -88,6 +93,8 @@ class OverBase(LowRankLinear):
             if self.disabled is not True:
                 self.disabled.note()
             return alone(self.base_weight, x)
+        if self.merged:
+            return alone(type(self.base_weight)(self.base_layer), x)
         self._require_factors()
         weight, down, core, up, bias, gain = self.own_tensors()
         return self.compute(x, weight, down, core, up, bias, None, gain)
@@ -126,9 +133,47 @@ class OverBase(LowRankLinear):
         if x.device != down.device:
             raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
 
-    def merged_weight(self) -> tuple[Tensor, float]:
-        """Nothing is merged into a quantised weight: TypeError."""
-        raise TypeError(f"cannot merge into a layer: it {self.why_not_merged()}")
+    @property
+    def merged(self) -> bool:
+        """Whether the module has W + ΔW now."""
+        return self._original is not None
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Give the module W + ΔW, stored as W is; return the part of ΔW lost by that.
+
+        What was stored is kept for `unmerge`. Otherwise as over a plain matrix. Raises TypeError
+        where W cannot be stored anew as it was.
+        """
+        if self.merged:
+            return 0.0
+        if reason := self.why_not_merged():
+            raise TypeError(f"cannot merge into a layer: it {reason}")
+        self._require_own_weight("merge")
+        self._require_factors()
+        base: Any = present(self, self.base_weight)
+        values, wide = base.values_to_merge(), torch.promote_types(base.dtype, torch.float32)
+        delta = delta_of(self, self.factors_now(), values, wide)
+        module, lost, self.off = requantised(base, values, delta)
+        if lost:
+            warnings.warn(f"merging lost {lost:.2%} of ΔW: {self.how_to_keep()}", stacklevel=2)
+        exchange(base, self.base_layer, module)
+        base.module, self._original = module, (module,)  # a backward still needs W
+        return lost
+
+    def unmerge(self) -> None:
+        """Give the module what it stored before `merge`, bit for bit."""
+        if self._original is not None:
+            (module,), self._original = self._original, None
+            exchange(self.base_weight, self.base_layer, module)
+            self.base_weight.module = self.base_layer
+
+    def how_to_keep(self) -> str:
+        """What was lost by the last merging, and where it would not be."""
+        return (
+            f"the weight, quantised anew, is {self.off:.2%} off W + ΔW; merged into a dequantised "
+            "model it would be kept"
+        )
 
     def why_not_saved(self) -> str | None:
         """None: W was looked at when the layer was made."""
@@ -136,18 +181,18 @@ class OverBase(LowRankLinear):
 
     def why_not_merged(self) -> str | None:
         """The reason why ΔW cannot be added to W."""
-        return (
-            f"is over a {type(self.base_layer).__name__}, whose weight is no plain matrix: "
-            "save_adapter, dequantise the model (transformers: model.dequantize()), load_adapter "
-            "there (on_other_base='warn') and merge that"
+        reason = self.base_weight.why_not_requantised()
+        return reason and (
+            f"{reason}: save_adapter, dequantise the model (transformers: model.dequantize()), "
+            "load_adapter there (on_other_base='warn') and merge that"
         )
-
-    def _require_own_weight(self, what: str) -> None:
-        if what == "merge":
-            self.merged_weight()
 
     def _require_plain_weight(self, what: str) -> None:
         pass
+
+    def _move_original(self, fn: Any) -> None:
+        assert self._original is not None
+        self._original[0]._apply(fn)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         plain_keys(self, state_dict, prefix)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute.base.protocol import dense
+from ..compute.base.protocol import Base, dense
 from . import dora
 from .method import MAGNITUDE
 
@@ -20,8 +20,14 @@ def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     dora.forget()
     names = (*layer.factors, "weight")
     present = {name: state[prefix + name] for name in names if prefix + name in state}
-    if layer.merged and present:
+    over = isinstance(layer.base_weight, Base)
+    if layer.merged and (present or (over and any(key.startswith(prefix) for key in state))):
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
+    if over and prefix + MERGED in state:
+        raise RuntimeError(
+            f"the state_dict's {prefix[:-1]} is merged, and what is stored of a quantised weight "
+            "does not tell W: unmerge(model) before its state_dict is taken"
+        )
     if layer.computed_by is not None:
         if prefix + MERGED in state:
             present.pop("weight", None)

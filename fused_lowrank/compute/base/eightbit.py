@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
+from typing import Any
 
-from .protocol import Base, is_plain
+import torch
+from torch import Tensor, nn
+
+from .protocol import Base, is_plain, shell
 
 
 class EightBit(Base):
     """W of a Linear8bitLt that is quantised."""
 
     kind = "8bit"
+    holders = "weight", "state"
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(int8 (N, K), the rows' maxima (N,)), wherever the module has them by now."""
@@ -50,6 +54,26 @@ class EightBit(Base):
         with torch.no_grad():
             bias = None if bias is None else bias.to(x.dtype)
             return matmul(x, self.module.weight, bias=bias, state=state).to(x.dtype)
+
+    def why_not_requantised(self) -> str | None:
+        """None."""
+        return None
+
+    def values_to_merge(self) -> Tensor:
+        """W (N, K) in float32, by the library's own order of products."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(*self.state())
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values, which the library takes through float16."""
+        from bitsandbytes.nn import Int8Params
+
+        module, state = shell(self.module), copy.copy(self.module.state)
+        made: Any = Int8Params(values.cpu(), requires_grad=False, has_fp16_weights=False)
+        module.weight, module.state = made.to(self.device), state
+        module.state.reset_grads()
+        return module
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

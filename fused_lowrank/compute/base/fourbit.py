@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .protocol import Base, is_plain
+from .protocol import Base, is_plain, shell
 
 
 class FourBit(Base):
     """W of a Linear4bit that is quantised."""
 
     kind = "4bit"
+    holders = "weight", "quant_state"
 
     def state(self) -> tuple[Tensor, Any]:
         """(the packed weight, its QuantState)."""
@@ -65,6 +66,32 @@ class FourBit(Base):
                 return linear(x, self.values(x.dtype), bias)
             weight, state = self.state()
             return matmul_4bit(x, weight, bias=bias, quant_state=state)
+
+    def why_not_requantised(self) -> str | None:
+        """None."""
+        return None
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values in blocks of the same size, quantised from float32 or wider.
+
+        Its maxima are quantised, and its bytes stored, as those of W are.
+        """
+        from bitsandbytes.nn import Params4bit
+
+        (weight, state), module = self.state(), shell(self.module)
+        made: Any = Params4bit(
+            values if tuple(state.shape) == tuple(self.shape) else values.t(),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=getattr(weight, "compress_statistics", state.nested),
+            quant_type=state.quant_type,
+            quant_storage=weight.dtype,
+        )
+        made = made.to(weight.device)
+        made.module = getattr(weight, "module", None)
+        made.quant_state.dtype = state.dtype  # of what it is dequantised to, as before
+        module.weight, module.quant_state = made, made.quant_state
+        return module
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

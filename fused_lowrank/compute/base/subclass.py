@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .protocol import Base, is_plain
+from . import torchao
+from .protocol import Base, is_plain, shell
 
 
 class Subclass(Base):
@@ -44,6 +45,21 @@ class Subclass(Base):
         with torch.no_grad():
             weight = self.module.weight if x.dtype == self.dtype else self.values(x.dtype)
             return linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
+
+    def why_not_requantised(self) -> str | None:
+        """The reason why the weight cannot be quantised again as it was, to follow "it"."""
+        return torchao.why_not(self.module.weight)
+
+    def values_to_merge(self) -> Tensor:
+        """W (N, K), in the dtype that the subclass shows."""
+        return self.module.weight.dequantize()
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values, rounded to the weight's dtype first, as torchao takes them."""
+        module = shell(self.module)
+        made = torchao.quantised(self.module.weight, values)
+        module.weight = nn.Parameter(made, requires_grad=False)
+        return module
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
