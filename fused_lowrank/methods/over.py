@@ -23,7 +23,7 @@ from ..context.called import note_call, note_reading
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
-from .state import delta_of
+from .state import sum_of
 from .tensors import present
 
 OWN = "base_layer."  # how the keys of the module begin in a state_dict
@@ -153,8 +153,8 @@ class OverBase(LowRankLinear):
         self._require_factors()
         base: Any = present(self, self.base_weight)
         values, wide = base.values_to_merge(), torch.promote_types(base.dtype, torch.float32)
-        delta = delta_of(self, self.factors_now(), values, wide)
-        module, lost, self.off = requantised(base, values, delta)
+        wanted, delta = sum_of(self, self.factors_now(), values, wide)
+        module, lost, self.off = requantised(base, wanted, delta)
         if lost:
             warnings.warn(f"merging lost {lost:.2%} of ΔW: {self.how_to_keep()}", stacklevel=2)
         exchange(base, self.base_layer, module)

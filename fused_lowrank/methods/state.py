@@ -97,21 +97,36 @@ def delta_of(
 
     That is scale · up·coreᵀ·down or, where there is a gain, gain ⊙ (W + that) - W.
     """
+    weight = dense(weight) if layer.row.dora else weight
     low, gain = low_rank_of(layer, factors, weight, dtype)
-    weight = dense(weight) if layer.row.dora or gain is not None else weight
-    if layer.row.dora:
-        gain = dora.gain(factors[MAGNITUDE].to(dtype), (weight.to(dtype) + low).norm(dim=1))
-    return low if gain is None else gain[:, None] * (weight.to(dtype) + low) - weight
+    if gain is None:
+        return low
+    weight = dense(weight)
+    return gain[:, None] * (weight.to(dtype) + low) - weight
+
+
+def sum_of(
+    layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(W + ΔW, ΔW), computed in a dtype: where there is a gain the sum comes first."""
+    low, gain = low_rank_of(layer, factors, weight, dtype)
+    weight = weight.to(dtype)
+    whole = weight + low if gain is None else gain[:, None] * (weight + low)
+    return whole, low if gain is None else whole - weight
 
 
 def low_rank_of(
     layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """(scale · up·coreᵀ·down, the row's own gain) of a layer, computed in a dtype."""
+    """(scale · up·coreᵀ·down, the row's gain or DoRA's) of a layer, computed in a dtype."""
     wide = {name: factor.to(dtype) for name, factor in factors.items()}
     down, core, up, gain = layer.row.made(wide, weight, layer.scale)
     cores = () if core is None else core if isinstance(core, tuple) else (core,)
-    return layer.scale * product_of([down, *cores, up], dtype), gain
+    low = layer.scale * product_of([down, *cores, up], dtype)
+    if layer.row.dora:
+        norm = (weight.to(dtype) + low).norm(dim=1)
+        gain = dora.gain(factors[MAGNITUDE].to(dtype), norm)
+    return low, gain
 
 
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -116,13 +116,14 @@ def opaque_net(dtype: torch.dtype) -> nn.Module:
     return Net(Opaque).to(dtype)
 
 
-def four_bit(kind: str, nested: bool = True) -> Callable[[torch.dtype], nn.Module]:
+def four_bit(kind: str, nested: bool = True, **keywords: Any) -> Callable[[torch.dtype], nn.Module]:
     """A function that makes a model of bitsandbytes' 4-bit layers."""
 
     def net(dtype: torch.dtype) -> nn.Module:
         from bitsandbytes.nn import Linear4bit
 
-        own = {"compute_dtype": dtype, "quant_type": kind, "compress_statistics": nested}
+        own: Any = {"compute_dtype": dtype, "quant_type": kind, "compress_statistics": nested}
+        own |= keywords
         return Net(lambda k, n: Linear4bit(k, n, **own)).to(dtype).to("cpu")
 
     return net

@@ -25,15 +25,14 @@ class Requantised(NamedTuple):
 
 
 @torch.no_grad()
-def requantised(base: Base, values: Tensor, delta: Tensor) -> Requantised:
-    """The sum of `values` (N, K), those of the base, and ΔW (N, K), stored as W is.
+def requantised(base: Base, wanted: Tensor, delta: Tensor) -> Requantised:
+    """W + ΔW (N, K), in float32 or wider, stored as W is.
 
     Where ΔW is zero what is stored stays as it is, for nothing is added. Raises ValueError where
-    ΔW, or what is stored, is not finite.
+    ΔW, or what would be stored, is not finite.
     """
     if not delta.any():
         return Requantised(shell(base.module), 0.0, 0.0)
-    wanted = values.to(delta.dtype) + delta
     if not is_finite(delta):
         raise ValueError("cannot merge: the adapter holds NaN or Inf")
     module = base.requantised(wanted)
@@ -41,7 +40,7 @@ def requantised(base: Base, values: Tensor, delta: Tensor) -> Requantised:
     for first, rows in enumerate(type(base)(module).split(ROWS)):
         part = wanted[first * ROWS :][: len(rows)]
         square += float((rows.to(part.dtype) - part).norm()) ** 2
-    if not math.isfinite(square) and is_finite(values):
+    if not math.isfinite(square) and is_finite(wanted):
         kind = type(base.module).__name__
         raise ValueError(f"cannot merge: W + ΔW is more than a {kind} can hold")
     difference = math.sqrt(square)
