@@ -196,6 +196,8 @@ class OverBase(LowRankLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         plain_keys(self, state_dict, prefix)
+        if any(key.startswith(prefix + OWN) for key in state_dict):
+            self.base_weight.before_loading(state_dict, prefix + OWN)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -24,11 +24,19 @@ class EightBit(Base):
             self.module.init_8bit_state()
         return state.CB, state.SCB
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        bias = self.module.bias
+        self._dtype = torch.float32 if bias is None else bias.dtype
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the bias; float32 where there is none, for nothing else says it."""
-        bias = self.module.bias
-        return torch.float32 if bias is None else bias.dtype
+        """The dtype of the bias when the module was looked at; float32 where there is none.
+
+        Nothing else says it, and the library casts the bias to each x. The values are of this dtype
+        only where that is asked for: they are float32.
+        """
+        return self._dtype
 
     def stored(self) -> list[Tensor]:
         """The rows and their maxima."""
@@ -55,6 +63,14 @@ class EightBit(Base):
             bias = None if bias is None else bias.to(x.dtype)
             return matmul(x, self.module.weight, bias=bias, state=state).to(x.dtype)
 
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Have the weight be what is computed with: it is not after a first call, nor in a copy.
+
+        The library writes the rows to the weight, and asks it for the maxima.
+        """
+        weight = self.module.weight
+        weight.data, weight.SCB = self.state()
+
     def why_not_requantised(self) -> str | None:
         """None."""
         return None
@@ -77,6 +93,6 @@ class EightBit(Base):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W (N, K)."""
+        """W (N, K), in float32 where no dtype is asked for."""
         rows, maxima = self.state()
-        return rows.to(dtype or self.dtype).mul_(maxima.unsqueeze(1).mul(1.0 / 127.0))
+        return rows.to(dtype or torch.float32).mul_(maxima.unsqueeze(1).mul(1.0 / 127.0))

@@ -33,10 +33,16 @@ class FourBit(Base):
             unpack(self.module, state)
         return weight, state
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._dtype = self.module.compute_dtype or self.state()[1].dtype
+
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype or, where none is set, that which was quantised."""
-        return self.module.compute_dtype or self.state()[1].dtype
+        """The compute dtype when the module was looked at or, where none is set, that which was
+        quantised: the library sets it to the dtype of the first x. The values are of the latter.
+        """
+        return self._dtype
 
     def stored(self) -> list[Tensor]:
         """The packed weight and its maxima."""
@@ -66,6 +72,18 @@ class FourBit(Base):
                 return linear(x, self.values(x.dtype), bias)
             weight, state = self.state()
             return matmul_4bit(x, weight, bias=bias, quant_state=state)
+
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Take the maxima and the like, for which the library's modules have no place."""
+        from bitsandbytes.functional import QuantState
+
+        weight: Any = self.state()[0]  # unpacked
+        prefix = f"{prefix}weight."
+        found = {key: state.pop(key).clone() for key in list(state) if key.startswith(prefix)}
+        if found:
+            made = QuantState.from_dict(found, weight.device)
+            self.module.quant_state = weight.quant_state = made
+            weight.quant_type, weight.blocksize = made.quant_type, made.blocksize
 
     def why_not_requantised(self) -> str | None:
         """None."""
@@ -114,7 +132,7 @@ class FourBit(Base):
             last = min(first + step, n)
             some = data[first * k // 2 : (last * k + 1) // 2]
             of_blocks = absmax[first * k // block : -(-last * k // block)]
-            yield dequantised(some, of_blocks, state, (last - first, k), None).to(self.dtype)
+            yield dequantised(some, of_blocks, state, (last - first, k), None)
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -164,6 +164,9 @@ class Base:
         """A pass's own values, for plans of plain matrices."""
         return self.values(dtype)
 
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Get the module ready for a state_dict, whose keys of it begin so and may be taken out."""
+
     def why_not_requantised(self) -> str | None:
         """The reason why no sum can be stored as W is, to follow "it"; None where one can."""
         return f"is over a {type(self.module).__name__}, whose weight is no plain matrix"
