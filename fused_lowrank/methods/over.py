@@ -169,7 +169,7 @@ class OverBase(LowRankLinear):
             self.base_weight.module = self.base_layer
 
     def how_to_keep(self) -> str:
-        """What was lost by the last merging, and where it would not be."""
+        """How far the last merging is off, and where nothing would be lost."""
         return (
             f"the weight, quantised anew, is {self.off:.2%} off W + ΔW; merged into a dequantised "
             "model it would be kept"

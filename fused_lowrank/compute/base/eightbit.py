@@ -15,6 +15,7 @@ class EightBit(Base):
     """W of a Linear8bitLt that is quantised."""
 
     kind = "8bit"
+    form = "int8 of bitsandbytes"
     holders = "weight", "state"
 
     def state(self) -> tuple[Tensor, Tensor]:

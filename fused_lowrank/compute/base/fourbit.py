@@ -38,6 +38,11 @@ class FourBit(Base):
         self._dtype = self.module.compute_dtype or self.state()[1].dtype
 
     @property
+    def form(self) -> str:  # type: ignore[override]
+        """The name of the values that four bits stand for."""
+        return f"{self.state()[1].quant_type} of bitsandbytes"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype when the module was looked at or, where none is set, that which was
         quantised: the library sets it to the dtype of the first x. The values are of the latter.

@@ -28,6 +28,7 @@ class Base:
 
     kind = "opaque"  # by this the planner knows it
     holders: tuple[str, ...] = ("weight",)  # the attributes of the module that W is stored in
+    form: str | None = None  # what W is stored as, for a file to tell it from the original's
     requires_grad = False
 
     def __init__(self, module: nn.Module) -> None:

@@ -22,6 +22,11 @@ class Subclass(Base):
     kind = "subclass"
 
     @property
+    def form(self) -> str:  # type: ignore[override]
+        """The subclass's name."""
+        return type(self.module.weight).__name__
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the subclass shows."""
         return self.module.weight.dtype

@@ -54,7 +54,7 @@ def quantised(weight: Any, values: Tensor) -> Tensor:
 
 
 def described(weight: Any) -> Any:
-    """What a quantised weight is, beside its values."""
+    """The description of a quantised weight: all but its values."""
     names, rest = weight.__tensor_flatten__()
     parts = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in names}
     return type(weight).__name__, parts, rest
