@@ -61,7 +61,7 @@ def described(weight: Any) -> Any:
 
 
 def granularity_of(weight: Any) -> Any:
-    """What blocks of such a size are called; kernels are chosen by that."""
+    """The name of blocks of such a size, by which torchao chooses kernels."""
     from torchao.quantization.granularity import PerBlock, PerRow, PerTensor
 
     size, (n, k) = tuple(weight.block_size), weight.shape
