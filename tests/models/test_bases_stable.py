@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_cases import KINDS, H, adapted, inputs, layers_of, model_of, needs, shifted
+from base_cases import KINDS, H, adapted, four_bit, inputs, layers_of, model_of, needs, shifted
 from torch import Tensor, nn
 
 from fused_lowrank import AdapterBank, adapt
@@ -116,3 +116,21 @@ def test_a_state_of_other_blocks(kind: str) -> None:
     again = model.state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_a_compute_dtype_that_the_first_call_sets() -> None:
+    """bitsandbytes takes x's where none was given; W stays that which was quantised."""
+    pytest.importorskip("bitsandbytes")
+    own: dict[str, Any] = {"target_modules": ["first", "second"], "r": 4, "progress": False}
+    found = []
+    for prepare in (lambda m: m, lambda m: called_by_itself(m, torch.bfloat16)):
+        torch.manual_seed(0)
+        model = four_bit("nf4", compute_dtype=None)(torch.float32)
+        adapt(prepare(model), "lora_xs", **own)
+        before = [(own.base_weight.dtype, fingerprint_of(own)) for own in layers_of(model)]
+        called_by_itself(model, torch.bfloat16)
+        for layer, (dtype, fingerprint) in zip(layers_of(model), before, strict=True):
+            assert layer.base_weight.dtype == dtype
+            assert torch.equal(fingerprint_of(layer), fingerprint)
+        found.append([fingerprint_of(layer)[-4:] for layer in layers_of(model)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
