@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from ...context.called import refuse_passed_over, shown
 from ...context.elsewhere import sharder_of
 from ...context.learns import warn_of_narrow, warn_of_scales, warn_of_zeros
-from ...methods.accept import ADAPT_FIRST, why_no_weight
+from ...compute.base.kinds import sizes_of
+from ...methods.accept import ADAPT_FIRST, why_no_base, why_no_weight
 from ...models.adapt import adapted_layers
 from ...models.targets import never_called, places_of, unmatched
 from .config import LowRankConfig
-from .layer import PeftCoreLinear, PeftLowRankLinear, layers_of
+from .layer import PeftCoreLinear, PeftLowRankLinear, has_matrix, layers_of
 
 LEAVE = (
     "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
@@ -32,15 +33,18 @@ def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, 
     `read` is what `readers` found in the model.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    kind = type(base).__name__
-    weight = getattr(base, "weight", None)
-    plain = isinstance(base, nn.Linear | Conv1D) and why_no_weight(weight) is None
-    if plain and (by := sharder_of(weight)):
+    plain = has_matrix(base)
+    if plain and (by := sharder_of(base.weight)):
         raise ValueError(f"Target module {key} has its weight sharded by {by}: {ADAPT_FIRST[by]}")
-    if not isinstance(base, nn.Linear | Conv1D):
-        reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
-    else:
+    if isinstance(base, Conv1D) or plain:
         check_weight(base, key)
+    reason = "" if plain else why_no_base(base)
+    if not plain and sizes_of(base) is None:
+        reason = (
+            f"is a {type(base).__name__}: it is not supported, only nn.Linear and transformers' "
+            "Conv1D are, and modules that say their in_features and out_features as nn.Linear does"
+        )
+    if not reason:
         if (places := places_of(model)[id(target)]) > 1:
             raise ValueError(
                 f"Target module {key} stands in {places} places of the model, of which PEFT would "
@@ -121,8 +125,8 @@ def check_merge(
     layers = list(layers)
     refuse_passed_over({layer.key: layer for layer in layers})
     for layer in layers:
-        if reason := why_no_weight(layer.get_base_layer().weight):
-            raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
+        if reason := layer.why_not_merged():
+            raise ValueError(f"cannot merge into {layer.key}, which {reason}")
         if safe:
             layer.check_safe(adapters)
 

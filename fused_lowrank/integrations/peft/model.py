@@ -43,7 +43,7 @@ from .checks import (
     warn_of_unmatched,
 )
 from .config import LowRankConfig
-from .layer import PeftLowRankLinear, layers_of, share
+from .layer import PeftLowRankLinear, PeftOverBase, layer_for, layers_of, share
 from .mixed import hooked, refuse_under_way
 from .whole import check_name
 
@@ -90,7 +90,8 @@ class LowRankModel(BaseTuner):
         """Raise ValueError, naming the module, unless it can have an adapter, or one more."""
         if isinstance(target, PeftLowRankLinear):
             target.require_whole("add or load an adapter")
-            check_weight(target.get_base_layer(), key)
+            if not isinstance(target, PeftOverBase):
+                check_weight(target.get_base_layer(), key)
         else:
             check_target(self.model, target, key, self.read)
 
@@ -131,11 +132,23 @@ class LowRankModel(BaseTuner):
             with here(target, target.get_base_layer()):
                 target.update_layer(adapter_name, peft_config)
             return
-        layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = layer_for(self.tuner_layer_cls, base)
+        layer = kind(target, current_key, stored_turned(peft_config, target))
         layer.train(target.training)
         with here(layer.get_base_layer()):
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT would give and take weights, which a module that is no plain linear layer may not
+        # have; what is put in comes with all that it needs.
+        if isinstance(new_module, PeftOverBase) or isinstance(child, PeftOverBase):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
