@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ....compute.base.calls import alone, over_base
+from ....compute.base.eightbit import EightBit
 from ....compute.base.kinds import say_opaque
 from ....compute.base.protocol import Base
 from ....compute.dropout import Dropout
@@ -54,11 +55,9 @@ class PeftOverBase(PeftLowRankLinear):
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """float32 or wider over what is stored as integers, as with PEFT's own; else W's dtype."""
+        """W's dtype, a 4-bit one's compute dtype; float32 or wider over 8 bits, which say none."""
         weight = self.base_weight
-        if isinstance(weight, Base) and not floats(weight.module):
-            return wide(weight.dtype)
-        return weight.dtype
+        return wide(weight.dtype) if isinstance(weight, EightBit) else weight.dtype
 
     # --- forward ---
 
@@ -138,12 +137,6 @@ class PeftOverBase(PeftLowRankLinear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuilt, (type(self).__mro__[2],), self.__getstate__()
-
-
-def floats(module: nn.Module) -> bool:
-    """Whether the weight of a module shows itself as one of floating point, or it has none."""
-    weight = getattr(module, "weight", None)
-    return not isinstance(weight, Tensor) or weight.is_floating_point()
 
 
 def has_matrix(module: Any) -> bool:
