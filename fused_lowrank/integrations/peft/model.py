@@ -135,6 +135,8 @@ class LowRankModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = layer_for(self.tuner_layer_cls, base)
         layer = kind(target, current_key, stored_turned(peft_config, target))
+        if isinstance(layer, PeftOverBase):
+            layer.take_backend(self.model)
         layer.train(target.training)
         with here(layer.get_base_layer()):
             layer.update_layer(adapter_name, peft_config)

@@ -6,9 +6,15 @@ the layer's `base_layer`, as PEFT has it, and is given back by `unload`.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.utils import (
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,6 +64,24 @@ class PeftOverBase(PeftLowRankLinear):
         """W's dtype, a 4-bit one's compute dtype; float32 or wider over 8 bits, which say none."""
         weight = self.base_weight
         return wide(weight.dtype) if isinstance(weight, EightBit) else weight.dtype
+
+    # --- as PEFT's own layers tell it ---
+
+    def take_backend(self, model: nn.Module) -> None:
+        """Take what PEFT knows of the base's quantisation, for `get_layer_status` and others."""
+        with suppress(ValueError):  # of torchao's, where the model was not quantised by transformers
+            self.quantization_backend = resolve_quantization_backend(
+                self.get_base_layer(), **get_quantization_kwargs(model)
+            )
+
+    def get_base_weight(self) -> Tensor:
+        """W (out, in), dequantised."""
+        weight = self.base_weight
+        return weight.values() if isinstance(weight, Base) else super().get_base_weight()  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        """The name of the quantisation, as PEFT's layers show it."""
+        return str(quantization_extra_repr(self))
 
     # --- forward ---
 
