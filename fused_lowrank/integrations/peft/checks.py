@@ -33,25 +33,15 @@ def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, 
     `read` is what `readers` found in the model.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    plain = has_matrix(base)
-    if plain and (by := sharder_of(base.weight)):
+    if has_matrix(base) and (by := sharder_of(base.weight)):
         raise ValueError(f"Target module {key} has its weight sharded by {by}: {ADAPT_FIRST[by]}")
-    if isinstance(base, Conv1D) or plain:
-        check_weight(base, key)
-    reason = "" if plain else why_no_base(base)
-    if not plain and sizes_of(base) is None:
-        reason = (
-            f"is a {type(base).__name__}: it is not supported, only nn.Linear and transformers' "
-            "Conv1D are, and modules that say their in_features and out_features as nn.Linear does"
+    check_base(base, key)
+    if (places := places_of(model)[id(target)]) > 1:
+        raise ValueError(
+            f"Target module {key} stands in {places} places of the model, of which PEFT would "
+            f"adapt one, and merging would change all; adapt(model, …) takes them all. {LEAVE}"
         )
-    if not reason:
-        if (places := places_of(model)[id(target)]) > 1:
-            raise ValueError(
-                f"Target module {key} stands in {places} places of the model, of which PEFT would "
-                f"adapt one, and merging would change all; adapt(model, …) takes them all. {LEAVE}"
-            )
-        reason = never_called(dict(model.named_modules()), key, read) or ""
-    if reason:
+    if reason := never_called(dict(model.named_modules()), key, read):
         raise ValueError(f"Target module {key} {reason}. {LEAVE}")
 
 
@@ -65,14 +55,23 @@ def refuse_adapted(model: nn.Module) -> None:
         )
 
 
-def check_weight(base: nn.Module, key: str) -> None:
-    """Raise ValueError, naming the module, unless its weight is an ordinary matrix."""
-    weight = getattr(base, "weight", None)
-    reason = why_no_weight(weight)
-    if reason is None and weight.dim() != 2:  # type: ignore[union-attr]
-        reason = f"a weight of {tuple(weight.shape)}"  # type: ignore[union-attr]
+def check_base(base: nn.Module, key: str) -> None:
+    """Raise ValueError, naming the module, unless it has a W: an ordinary matrix, or a `Base`."""
+    kind = type(base).__name__
+    weight: Any = getattr(base, "weight", None)
+    if has_matrix(base):
+        reason = "" if weight.dim() == 2 else f"is a {kind} with a weight of {tuple(weight.shape)}"
+    elif isinstance(base, Conv1D):
+        reason = f"is a {kind} with {why_no_weight(weight)}"
+    elif sizes_of(base) is None:
+        reason = (
+            f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are, and "
+            "modules that say their in_features and out_features as nn.Linear does"
+        )
+    else:
+        reason = why_no_base(base) or ""
     if reason:
-        raise ValueError(f"Target module {key} is a {type(base).__name__} with {reason}. {LEAVE}")
+        raise ValueError(f"Target module {key} {reason}. {LEAVE}")
 
 
 def warn_of_unmatched(config: LowRankConfig, names: Collection[str]) -> None:

@@ -12,7 +12,7 @@ A module imports those above it in this list.
 
 from .base import Factors, PeftLowRankLinear, layers_of
 from .cores import PeftCoreLinear
-from .over import PeftOverBase, has_matrix, layer_for
+from .over import PeftOverBase, has_matrix, layer_for, of_base
 from .own import PeftOwnLinear, share, share_unsaved
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "has_matrix",
     "layer_for",
     "layers_of",
+    "of_base",
     "share",
     "share_unsaved",
 ]

@@ -176,6 +176,12 @@ def layer_for(cls: type[PeftLowRankLinear], module: nn.Module) -> type[PeftLowRa
     return cls if has_matrix(module) else over(cls)
 
 
+def of_base(layer: PeftLowRankLinear) -> None:
+    """Make a layer whose base layer was quantised since one around such a module."""
+    if not isinstance(layer, PeftOverBase) and not has_matrix(layer.get_base_layer()):
+        layer.__class__ = over(type(layer))
+
+
 def over(cls: type[PeftLowRankLinear]) -> type[PeftLowRankLinear]:
     """The class of a method's layers around modules whose W is no plain matrix."""
     if cls not in MADE:
