@@ -114,24 +114,12 @@ class OverBase(LowRankLinear):
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        self._check(x, down)
+        check_input(self, x, down)
         if weight.is_meta:
             present(self, weight)
         return over_base(
             Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
         )
-
-    def _check(self, x: Tensor, down: Tensor) -> None:
-        """Raise for an x that the layer does not take; the factors are its own."""
-        if x.dtype not in DTYPES:
-            raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"x is {shape(x)} and weight ({self.out_features}, {self.in_features}): they must "
-                "be (..., K) and (N, K)"
-            )
-        if x.device != down.device:
-            raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
 
     @property
     def merged(self) -> bool:
@@ -211,6 +199,19 @@ def plain_keys(layer: LowRankLinear, state: dict[str, Any], prefix: str) -> None
         name = key.removeprefix(prefix)
         if name not in own and not name.startswith(OWN):
             state[prefix + OWN + name] = state.pop(key)
+
+
+def check_input(layer: Any, x: Tensor, down: Tensor | None) -> None:
+    """Raise for an x that a layer does not take; the factors are its own."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
+    if x.shape[-1:] != (layer.in_features,):
+        raise ValueError(
+            f"x is {shape(x)} and weight ({layer.out_features}, {layer.in_features}): they must "
+            "be (..., K) and (N, K)"
+        )
+    if down is not None and x.device != down.device:
+        raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
 
 
 MADE: dict[type[LowRankLinear], type[OverBase]] = {}

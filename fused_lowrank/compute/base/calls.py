@@ -171,7 +171,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         dx = ctx.base.back(fold(dy))
-        return None, dx.view(*dy.shape[:-1], -1), None
+        of_bias = fold(dy).sum(0) if ctx.needs_input_grad[2] else None
+        return None, dx.view(*dy.shape[:-1], -1), of_bias
 
 
 def alone(base: Base, x: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def why_not_usable(base: Base) -> str | None:
             with torch.enable_grad():
                 x.requires_grad_()
                 y = module(x)
-            good = isinstance(y, Tensor) and y.requires_grad
-            good = good and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
+                good = isinstance(y, Tensor) and y.requires_grad
+                good = good and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
         good = good and isinstance(y, Tensor) and y.shape == (2, n)
     except Exception as error:
         return (

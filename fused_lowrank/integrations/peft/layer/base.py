@@ -94,6 +94,11 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             )
         super().__setattr__(name, value)
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype that trained factors begin in; PEFT widens it, unless that is not asked for."""
+        return self.base_weight.dtype
+
     # --- of each kind ---
 
     def add_factors(self, adapter: str, config: LowRankConfig, r: int) -> None:
@@ -199,18 +204,15 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         if off:
             if self.merged:
                 self.unmerge()
-            return base(x, *args, **kwargs)
+            return self.bare(x, *args, **kwargs)
         if names is not None:
             return self.mixed(x, names)
         active = [name for name in self.active_adapters if name in self.scaling]
         if self.merged or not active:
-            return base(x, *args, **kwargs)
+            return self.bare(x, *args, **kwargs)
         p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
         if args or kwargs or not self.is_plain(base) or (len(active) > 1 and p != {0.0}):
-            y = base(x, *args, **kwargs)
-            for name in active:
-                y = y + self.term(x, name).to(y.dtype)
-            return y
+            return self.around(active, x, *args, **kwargs)
         down, core, up, scale = self.joined(active)
         return lowrank_linear(
             x,
@@ -220,6 +222,18 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             dropout_p=p.pop(),
             training=True,  # or p is 0
         )
+
+    def bare(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own y."""
+        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        return y
+
+    def around(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's y, and the terms of these adapters, each with its own dropout."""
+        y = self.bare(x, *args, **kwargs)
+        for name in active:
+            y = y + self.term(x, name).to(y.dtype)
+        return y
 
     def is_plain(self, base: Any) -> bool:
         """Whether the base layer's call is x·Wᵀ + bias, and nothing else happens in it."""
@@ -253,7 +267,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             return y
         place = entries.spread(self, self.key, x)
         if not any(name in self.scaling for name in entries.different):
-            return self.base_layer(x)
+            return self.bare(x)
         return self.by_rows(x, entries, place)
 
     # --- merging ---

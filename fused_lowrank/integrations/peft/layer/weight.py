@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ....context.called import note_reading
 from ....context.elsewhere import here, kept, replace, sharder_of
+from ....methods.accept import why_no_weight
 from ....methods.merging import is_finite, lost_to_rounding, why_not_finite
 from ....methods.tensors import fsdp_error, is_sharded, present
 from .state import before_loading, save_merged
@@ -68,6 +69,11 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         """Raise RuntimeError where this process has but a part of the weight."""
         if sharder := sharder_of(self.unmerged_weight):
             raise fsdp_error(what, sharder)
+
+    def why_not_merged(self) -> str | None:
+        """The reason why ΔW cannot be added to the weight as it is now, or None."""
+        reason = why_no_weight(self.get_base_layer().weight)
+        return None if reason is None else f"has {reason}"
 
     def sum_with(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
         """ΔW of adapters, and W + ΔW rounded as W is; stored as the base weight is."""
