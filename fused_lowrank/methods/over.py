@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..compute.base.calls import alone, over_base
 from ..compute.base.kinds import say_opaque
 from ..compute.base.protocol import Base
-from ..compute.base.requantise import exchange, requantised
+from ..compute.base.requantise import exchange, requantised, said_off
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
@@ -158,10 +158,7 @@ class OverBase(LowRankLinear):
 
     def how_to_keep(self) -> str:
         """How far the last merging is off, and where nothing would be lost."""
-        return (
-            f"the weight, quantised anew, is {self.off:.2%} off W + ΔW; merged into a dequantised "
-            "model it would be kept"
-        )
+        return said_off(self.off)
 
     def why_not_saved(self) -> str | None:
         """None: W was looked at when the layer was made."""

@@ -60,3 +60,11 @@ def exchange(base: Base, one: Any, other: Any) -> None:
         first, second = getattr(one, name), getattr(other, name)
         setattr(one, name, second)
         setattr(other, name, first)
+
+
+def said_off(off: float) -> str:
+    """How far a weight is off by merging, and where it would not be."""
+    return (
+        f"the weight, quantised anew, is {off:.2%} off W + ΔW; merged into a dequantised model it "
+        "would be kept"
+    )

@@ -20,7 +20,7 @@ from ...methods.accept import ADAPT_FIRST, why_no_base, why_no_weight
 from ...models.adapt import adapted_layers
 from ...models.targets import never_called, places_of, unmatched
 from .config import LowRankConfig
-from .layer import PeftCoreLinear, PeftLowRankLinear, has_matrix, layers_of
+from .layer import PeftCoreLinear, PeftLowRankLinear, PeftOverBase, has_matrix, layers_of
 
 LEAVE = (
     "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
@@ -119,14 +119,14 @@ def check_merge(
 ) -> None:
     """Raise ValueError, naming it, if one of the layers cannot be merged into.
 
-    Where it is to be `safe`, also if a merged weight would not be finite.
+    Where it is to be `safe`, or the weight is quantised, also if a merged one would not be finite.
     """
     layers = list(layers)
     refuse_passed_over({layer.key: layer for layer in layers})
     for layer in layers:
         if reason := layer.why_not_merged():
             raise ValueError(f"cannot merge into {layer.key}, which {reason}")
-        if safe:
+        if safe or isinstance(layer, PeftOverBase):
             layer.check_safe(adapters)
 
 
@@ -146,6 +146,6 @@ def warn_of_loss(layers: Any) -> None:
     if worst is not None and worst.lost:
         warnings.warn(
             f"merging lost up to {worst.lost:.2%} of ΔW to rounding (in {worst.key}); "
-            "float32 weights would keep it",
+            f"{worst.how_to_keep()}",
             stacklevel=3,
         )

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import (
     get_quantization_kwargs,
     quantization_extra_repr,
@@ -22,6 +23,7 @@ from ....compute.base.calls import alone, over_base
 from ....compute.base.eightbit import EightBit
 from ....compute.base.kinds import say_opaque
 from ....compute.base.protocol import Base
+from ....compute.base.requantise import exchange, requantised, said_off
 from ....compute.dropout import Dropout
 from ....compute.operands import Operands
 from ....compute.reference import AnyCore
@@ -39,6 +41,7 @@ class PeftOverBase(PeftLowRankLinear):
     """
 
     known: tuple[Any, Base | None] = None, None  # the base layer, and its W if that is a `Base`
+    off: float = 0.0  # ‖what is stored - (W + ΔW)‖/‖W + ΔW‖ of the last merging
 
     @property
     def base_weight(self) -> Any:
@@ -79,7 +82,7 @@ class PeftOverBase(PeftLowRankLinear):
     def get_base_weight(self) -> Tensor:
         """W (out, in), dequantised."""
         weight = self.base_weight
-        return weight.values() if isinstance(weight, Base) else super().get_base_weight()  # type: ignore[misc]
+        return weight.values() if isinstance(weight, Base) else super().get_base_weight()
 
     def extra_repr(self) -> str:
         """The name of the quantisation, as PEFT's layers show it."""
@@ -121,7 +124,7 @@ class PeftOverBase(PeftLowRankLinear):
     ) -> Tensor:
         """y with these factors, over the base."""
         if not self.has_base():
-            return super().through(x, down, core, up)  # type: ignore[misc, no-any-return]
+            return super().through(x, down, core, up)
         base = self.base_weight
         self._check(x, down)
         bias = base.bias
@@ -138,28 +141,99 @@ class PeftOverBase(PeftLowRankLinear):
 
     # --- merging ---
 
+    @property
+    def unmerged_weight(self) -> Any:
+        """W, also while adapters are merged."""
+        kept = self._original[0] if self._original is not None else self.base_weight
+        return kept if isinstance(kept, Base) else super().unmerged_weight
+
     def why_not_merged(self) -> str | None:
         """The reason why ΔW cannot be added to W."""
         if not isinstance(self.base_weight, Base):
             return super().why_not_merged()
-        return (
-            f"is over a {type(self.get_base_layer()).__name__}, whose weight is no plain matrix: "
-            "save_pretrained, dequantise the base model (transformers: model.dequantize()), load "
-            "the adapter there (on_other_base='warn') and merge that"
+        reason = self.base_weight.why_not_requantised()
+        return reason and (
+            f"{reason}: save_pretrained, dequantise the base model (transformers: "
+            "model.dequantize()), load the adapter there (on_other_base='warn') and merge that"
         )
 
+    def sum_with(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        """ΔW of adapters, with those that are merged, and W + ΔW before it is quantised anew."""
+        base = self.unmerged_weight
+        if not isinstance(base, Base):
+            return super().sum_with(adapters)
+        deltas = [self.get_delta_weight(name) for name in (*self.merged_adapters, *adapters)]
+        delta = torch.stack(deltas).sum(0)
+        return delta, base.values_to_merge().to(delta.dtype) + delta
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing is merged into a quantised weight: ValueError, which says what to do."""
+        """Give the base layer W + ΔW of all adapters that are merged by then, stored as W is.
+
+        A sum that is not finite is a ValueError with `safe_merge` or without, and so is a base that
+        cannot be stored anew as it was; the layer is as it was.
+        """
         if reason := self.why_not_merged():
             raise ValueError(f"cannot merge into {self.key}, which {reason}")
-        super().merge(safe_merge, adapter_names)
+        base = self.unmerged_weight
+        if not isinstance(base, Base):
+            super().merge(safe_merge, adapter_names)
+            return
+        named = check_adapters_to_merge(self, adapter_names)
+        adapters = [name for name in named if name in self.scaling]
+        if not adapters:
+            return
+        self.require_whole("merge")
+        if base.is_meta:
+            present(self, self.base_weight)
+        delta, new = self.sum_with(adapters)
+        self.check_sum(adapters, new)
+        module, self.lost, self.off = requantised(base, new, delta)
+        own = self.get_base_layer()
+        exchange(base, own, module)
+        if self._original is None:
+            self._original = (base,)
+            base.module = module  # a backward still needs W
+        self.known = self._modules["base_layer"], type(base)(own)
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Give the base layer what it stored before all merges, bit for bit."""
+        base: Any = None if self._original is None else self._original[0]
+        if not isinstance(base, Base):
+            super().unmerge()
+            return
+        own, self._original = self.get_base_layer(), None
+        exchange(base, own, base.module)
+        base.module = own
+        self.known = self._modules["base_layer"], base
+        self.merged_adapters.clear()
+
+    def how_to_keep(self) -> str:
+        """How far the last merging is off, and where nothing would be lost."""
+        if isinstance(self.base_weight, Base):
+            return said_off(self.off)
+        return super().how_to_keep()
+
+    def _move_original(self, fn: Any) -> None:
+        kept: Any = self._original
+        if isinstance(kept[0], Base):
+            kept[0].module._apply(fn)
+        else:
+            super()._move_original(fn)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # which refuses it while merged
+        base, own = self.unmerged_weight, f"{prefix}base_layer."
+        if isinstance(base, Base) and any(key.startswith(own) for key in state_dict):
+            base.before_loading(state_dict, own)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT asks the base layer's weight, which an opaque module may have under another name.
         device = self.base_weight.device if device is None else device
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # type: ignore[misc]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuilt, (type(self).__mro__[2],), self.__getstate__()

@@ -39,7 +39,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.merged_adapters: list[str] = []
-        self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+        self._original: tuple[Any] | None = None  # the weight as it was, while merged
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -64,6 +64,10 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         if self._original is None:
             return self.base_weight
         return self._original[0].t() if self.fan_in_fan_out else self._original[0]
+
+    def how_to_keep(self) -> str:
+        """Where nothing would be lost by merging."""
+        return "float32 weights would keep it"
 
     def require_whole(self, what: str) -> None:
         """Raise RuntimeError where this process has but a part of the weight."""
@@ -147,8 +151,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self._original is not None:  # .to(), .cuda(), … move the kept weight too
-            self._original[0].data = fn(self._original[0].data)
+            self._move_original(fn)
         return super()._apply(fn, recurse)
+
+    def _move_original(self, fn: Any) -> None:
+        assert self._original is not None
+        self._original[0].data = fn(self._original[0].data)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._save_to_state_dict(*args, **kwargs)
