@@ -216,15 +216,16 @@ def patch_quantised(tests: Path, models: dict[str, str]) -> None:
     anchor = "\nfrom tests.testing_utils import hub_online_once\n"
     text = put(path.read_text(), anchor, IMPORT)
     text = open_gate(text, 'if device == "cpu":', "if False:")
-    text = open_gate(text, "@require_non_cpu\n@require_bitsandbytes\nclass TestDtype", "class TestDtype")
+    text = open_gate(
+        text, "@require_non_cpu\n@require_bitsandbytes\nclass TestDtype", "class TestDtype"
+    )
     names = [config for config, *_ in METHODS.values()]
     text = open_gate(text, '["lora", "vera", "lora-target-param"]', repr(names))
     ranks = ", ".join(f"{config!r}: {ranks}" for config, _, ranks in METHODS.values())
     text = open_gate(
         text,
         'if peft_type == "lora":\n            peft_config = LoraConfig()\n',
-        "if True:\n"
-        f"            peft_config = globals()[peft_type](**{{ {ranks} }}[peft_type])\n",
+        f"if True:\n            peft_config = globals()[peft_type](**{{ {ranks} }}[peft_type])\n",
     )
     tiny = '"trl-internal-testing/tiny-Qwen2ForCausalLM-2.5"'
     path.write_text(open_gate(text, tiny, repr(models["qwen2"])))

@@ -50,7 +50,7 @@ class PeftOverBase(PeftLowRankLinear):
         return super().base_weight if base is None else base
 
     def looked_at(self, module: nn.Module) -> Base | None:
-        """The W of a base layer, or None where it is a plain matrix; ValueError where it has none."""
+        """The W of a base layer, or None where it is a plain matrix; ValueError if it has none."""
         if has_matrix(module):
             return None
         base = base_of(module)
@@ -69,7 +69,7 @@ class PeftOverBase(PeftLowRankLinear):
 
     def take_backend(self, model: nn.Module) -> None:
         """Take what PEFT knows of the base's quantisation, for `get_layer_status` and others."""
-        with suppress(ValueError):  # of torchao's, where the model was not quantised by transformers
+        with suppress(ValueError):  # of torchao's, if transformers did not quantise the model
             self.quantization_backend = resolve_quantization_backend(
                 self.get_base_layer(), **get_quantization_kwargs(model)
             )
@@ -77,7 +77,7 @@ class PeftOverBase(PeftLowRankLinear):
     def get_base_weight(self) -> Tensor:
         """W (out, in), dequantised."""
         weight = self.base_weight
-        return weight.values() if isinstance(weight, Base) else super().get_base_weight()  # type: ignore[misc]
+        return weight.values() if isinstance(weight, Base) else super().get_base_weight()
 
     def extra_repr(self) -> str:
         """The name of the quantisation, as PEFT's layers show it."""
@@ -119,7 +119,7 @@ class PeftOverBase(PeftLowRankLinear):
     ) -> Tensor:
         """y with these factors, over the base."""
         if not self.has_base():
-            return super().through(x, down, core, up)  # type: ignore[misc, no-any-return]
+            return super().through(x, down, core, up)
         base = self.base_weight
         self._check(x, down)
         bias = base.bias
@@ -157,7 +157,7 @@ class PeftOverBase(PeftLowRankLinear):
     ) -> None:
         # PEFT asks the base layer's weight, which an opaque module may have under another name.
         device = self.base_weight.device if device is None else device
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # type: ignore[misc]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuilt, (type(self).__mro__[2],), self.__getstate__()
