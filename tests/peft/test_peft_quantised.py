@@ -1,4 +1,4 @@
-"""The methods in PEFT over every kind of frozen linear layer: quantised, or known by calls alone."""
+"""The methods in PEFT over every kind of frozen linear layer: quantised, or known by calls."""
 
 from pathlib import Path
 from typing import Any

@@ -1,14 +1,15 @@
-"""PEFT's usual ways over quantised models: QLoRA's training, other dtypes, compilation, refusals."""
+"""PEFT's usual ways over quantised models: QLoRA's training, dtypes, compilation, refusals."""
 
 import copy
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from base_cases import D, H, KINDS, Net, Opaque, gradients, inputs, kinds, model_of, needs, shifted
+from base_cases import KINDS, D, H, Net, Opaque, gradients, inputs, kinds, model_of, needs, shifted
 from peft_base_cases import check, config, layers_of, some_kinds, trained, tuned
 from peft_cases import CONFIGS, SETTINGS, integration, peft
 from torch import nn
@@ -72,7 +73,7 @@ def loaded(folder: Path, kind: str) -> Any:
 def test_trained_as_qlora(
     kind: str, method: str, backend: str, folder: Path, tmp_path: Path
 ) -> None:
-    """All linear layers, checkpointed, under autocast: the loss falls, and the adapter comes back."""
+    """All linear layers, checkpointed, under autocast: the loss falls; the adapter comes back."""
     model = peft.prepare_model_for_kbit_training(loaded(folder, kind))
     given = CONFIGS[method](**{**SETTINGS[method], "target_modules": "all-linear"})
     model = peft.get_peft_model(model, given).train()
@@ -258,6 +259,53 @@ def test_files_go_to_the_native_layers(kind: str, method: str, tmp_path: Path) -
     torch.testing.assert_close(native(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param("nf4", torch.bfloat16, marks=needs("bitsandbytes")),  # its compute dtype
+        pytest.param("int8", torch.float32, marks=needs("bitsandbytes")),  # it says none
+        pytest.param("torchao-int8", torch.bfloat16, marks=needs("torchao")),
+        pytest.param("opaque", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora_mini", "tied_lora", "lora_fa"])
+def test_dtypes_without_autocast(kind: str, dtype: torch.dtype, method: str) -> None:
+    """autocast_adapter_dtype=False leaves trained factors as PEFT's own have them."""
+    model = model_of(kind, torch.bfloat16)
+    model = peft.get_peft_model(model, config(method), autocast_adapter_dtype=False)
+    assert {own.dtype for own in trained(model)} == {dtype}
+    assert model(inputs(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@some_kinds
+def test_factors_of_a_file_go_to_the_base(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is, also if it has no `weight` that PEFT could ask."""
+    model, seen = tuned(kind, "lora_xs"), []
+    layer = layers_of(model)[0]
+    kind_of = peft.tuners.tuners_utils.BaseTunerLayer
+    name = "_move_adapter_to_device_of_base_layer"
+    monkeypatch.setattr(kind_of, name, lambda self, adapter, device: seen.append(device))
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert seen == [torch.device("cpu")]
+
+
+@bits4
+def test_over_a_layer_of_another_method(kind: str) -> None:
+    """PEFT's LoRA beneath is called, and is the base of what is above it."""
+    base, x = model_of(kind), inputs()
+    lora = peft.LoraConfig(target_modules=["first", "second"], r=2, init_lora_weights=False)
+    peft.get_peft_model(base, lora)
+    beneath = base.first
+    layer = layers_of(shifted(peft.get_peft_model(base, config("lora_xs"))))[0]
+    assert layer.base_layer is beneath
+    alone = beneath(x).detach()
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(x), alone + x @ delta.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x, adapter_names=["__base__"] * 3), alone)
+    y = layer(x, adapter_names=["default"] * 3)
+    torch.testing.assert_close(y, alone + x @ delta.t(), rtol=1e-4, atol=1e-4)
+
+
 # --- what becomes of the base afterwards ---
 
 
@@ -323,12 +371,9 @@ def test_bad_input(kind: str) -> None:
             (inputs()[..., :5], ValueError, r"x is \(3, 7, 5\)"),
             (torch.zeros(2, D, dtype=torch.int64), TypeError, "x is torch.int64"),
         ):
-            with pytest.raises(error, match=said):
-                if off:
-                    with model.disable_adapter():
-                        model(x)
-                else:
-                    model(x)
+            around = model.disable_adapter() if off else nullcontext()
+            with around, pytest.raises(error, match=said):
+                model(x)
 
 
 def refused(model: Any, said: str, **settings: Any) -> None:

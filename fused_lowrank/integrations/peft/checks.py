@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...compute.base.kinds import sizes_of
 from ...context.called import refuse_passed_over, shown
 from ...context.elsewhere import sharder_of
 from ...context.learns import warn_of_narrow, warn_of_scales, warn_of_zeros
-from ...compute.base.kinds import sizes_of
 from ...methods.accept import ADAPT_FIRST, why_no_base, why_no_weight
 from ...models.adapt import adapted_layers
 from ...models.targets import never_called, places_of, unmatched

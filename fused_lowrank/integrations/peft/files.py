@@ -146,7 +146,8 @@ def to_save(
                 weight = weight.t() if layer.fan_in_fan_out else weight
             if not kind and is_here(weight, shape) and is_here(down):
                 key = f"{name}.{FINGERPRINT}"
-                weight = weight if isinstance(weight, Base) else weight.to(down.device)
+                if not isinstance(weight, Base):
+                    weight = weight.to(down.device)
                 tensors[key] = fingerprint(weight, down, up)
         if bases:
             tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()

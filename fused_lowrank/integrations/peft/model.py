@@ -33,8 +33,8 @@ from ...models.whole_modules import forget, require_here
 from . import files
 from .biases import Biases
 from .checks import (
-    check_merge,
     check_base,
+    check_merge,
     check_target,
     refuse_adapted,
     stored_turned,

@@ -53,7 +53,7 @@ class PeftOverBase(PeftLowRankLinear):
         return super().base_weight if base is None else base
 
     def looked_at(self, module: nn.Module) -> Base | None:
-        """The W of a base layer, or None where it is a plain matrix; ValueError where it has none."""
+        """The W of a base layer, or None where it is a plain matrix; ValueError if it has none."""
         if has_matrix(module):
             return None
         base = base_of(module)
@@ -72,9 +72,7 @@ class PeftOverBase(PeftLowRankLinear):
 
     def take_backend(self, model: nn.Module) -> None:
         """Take what PEFT knows of the base's quantisation, for `get_layer_status` and others."""
-        with suppress(
-            ValueError
-        ):  # of torchao's, where the model was not quantised by transformers
+        with suppress(ValueError):  # of torchao's, if transformers did not quantise the model
             self.quantization_backend = resolve_quantization_backend(
                 self.get_base_layer(), **get_quantization_kwargs(model)
             )
