@@ -394,3 +394,22 @@ def test_no_restart(kind: str) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
     with pytest.raises(TypeError, match=r"over a .*, in which each restart would lose some of ΔW"):
         merge_and_restart(model, optimizer, progress=False)
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize("blocks", ["PerTensor", "PerRow", "PerGroup"])
+def test_blocks_of_torchao(name: str, blocks: str) -> None:
+    """They are of the same size, and the bits those that torchao makes of W + ΔW."""
+    ao = pytest.importorskip("torchao.quantization")
+    from torchao.quantization import granularity
+
+    if (name, blocks) == ("Float8WeightOnlyConfig", "PerGroup"):
+        pytest.skip("float8 has none")
+    own = {"granularity": getattr(granularity, blocks)(*([32] if blocks == "PerGroup" else []))}
+    torch.manual_seed(0)
+    net = torchao(name, **own)(torch.float32)
+    model = shifted(adapt(net, "lora", target_modules=["first"], r=4, progress=False))
+    wanted = nn.Linear(64, 128)
+    wanted.weight.data = model.first.base_weight.values() + model.first.delta_weight()
+    ao.quantize_(wanted, getattr(ao, name)(**own))
+    assert equal(stored(unload(model, merge=True).first), stored(wanted))
