@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files.contents import opened, replacing
+from ..files.contents import form_of, opened, replacing
 from ..files.fingerprint import FINGERPRINT
 from ..methods import METHODS
 from .sources import Found, check_core, check_names, checked, joined, others_of
@@ -60,7 +60,11 @@ def save(store: AdapterStore, path: str | os.PathLike[str], names: Sequence[str]
                 tables[f"{layer}.{part}"] = values
         config = {
             "layers": {
-                name: {"method": layer.method, "settings": layer.settings()}
+                name: {
+                    "method": layer.method,
+                    "settings": layer.settings(),
+                    "base": form_of(layer),
+                }
                 for name, layer in store.layers.items()
             }
         }
@@ -129,6 +133,7 @@ def load(store: AdapterStore, path: str | os.PathLike[str], progress: bool) -> N
             label: tensors[f"{name}.{label}"] for label in others_of(store.layers[name])
         }
         part = Found(core, scales, fingerprint=tensors[f"{name}.{FINGERPRINT}"], others=others)
+        part.entry = config["layers"][name]
         cores[name] = checked(store, name, part, str(path))
     store.put(names, cores)
 
@@ -167,7 +172,7 @@ def one(path: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[s
                 tensors[f"{layer}.{FINGERPRINT}"] = file.get_tensor(f"{layer}.{FINGERPRINT}")
             except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
                 raise ValueError(f"{path} is damaged: {layer} cannot be read ({error})") from error
-            layers[layer] = {"method": entry["method"], "settings": settings}
+            layers[layer] = {**entry, "settings": settings}
     return {"layers": layers, "modules_to_save": [], "bases": False}, tensors
 
 

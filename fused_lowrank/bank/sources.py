@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,17 @@ from ..compute.base.protocol import Base, dense
 from ..compute.reference import is_diagonal
 from ..context.elsewhere import here, is_known, tensors_of
 from ..files import peft_folder
-from ..files.contents import read
-from ..files.fingerprint import FINGERPRINT, WEIGHT_PROBES, WEIGHT_TOLERANCE, alike, fingerprint_of
-from ..files.other_base import refuse_other_base
+from ..files.contents import form_of, read
+from ..files.fingerprint import (
+    FINGERPRINT,
+    NEAR,
+    WEIGHT_PROBES,
+    WEIGHT_TOLERANCE,
+    alike,
+    fingerprint_of,
+    is_near,
+)
+from ..files.other_base import refuse_other_base, refuse_other_form
 from ..methods import LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
 from ..methods.method import MAGNITUDE
@@ -38,6 +47,7 @@ class Found:
     weight: Tensor | None = None  # (N, K)
     fingerprint: Tensor | None = None
     others: dict[str, Tensor | None] = field(default_factory=dict)  # factors beside these
+    entry: Mapping[str, Any] = field(default_factory=dict)  # what its file says of the layer
 
 
 def cores_of(store: AdapterStore, model: nn.Module, source: Any) -> Cores:
@@ -193,10 +203,12 @@ def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
                 f"does not say which: a bank of {layer.method} holds adapters that train the core, "
                 f"{', '.join(layer.row.core)}, alone"
             )
-    if part.weight is not None and not alike(
-        dense(layer.base_weight), part.weight, WEIGHT_TOLERANCE
-    ):
-        refuse_other_base(name, f"{another}the weight of {name} differs")
+    if part.weight is not None:
+        ours = dense(layer.base_weight)
+        near = partial(alike, ours, part.weight, NEAR)
+        refuse_other_form(name, part.entry, form_of(layer), what, near)
+        if not alike(ours, part.weight, WEIGHT_TOLERANCE):
+            refuse_other_base(name, f"{another}the weight of {name} differs")
     if part.fingerprint is None:
         return
     ours = store.shared.fingerprints[name]
@@ -204,6 +216,8 @@ def check_bases(store: AdapterStore, name: str, part: Found, what: str) -> None:
     if part.fingerprint.shape != (p + q + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{what} is damaged: the fingerprint of {name} is not of its ranks")
     their_down, their_up, their_weight = part.fingerprint.split([p, q, 1 + WEIGHT_PROBES])
+    near = partial(is_near, weight, their_weight)
+    refuse_other_form(name, part.entry, form_of(layer), what, near)
     if not (weight - their_weight).abs().max() <= WEIGHT_TOLERANCE * their_weight[0]:
         refuse_other_base(name, f"{another}the weight of {name} differs")
     pairs = (down[:p], their_down), (up[:q], their_up)
@@ -252,6 +266,7 @@ def of_model(store: AdapterStore, model: nn.Module) -> dict[str, Found]:
         else:
             weight = layer.base_weight
             found[name] = Found(core, scales, *layer.bases, weight, others=others)
+        found[name].entry = {"base": form_of(layer)}
     return found
 
 
@@ -278,6 +293,7 @@ def of_contents(
         if part.fingerprint is None:
             raise ValueError(f"{path} lacks {name}.{FINGERPRINT}: it is damaged")
         part.down = part.up = part.weight = None  # the fingerprint is of them
+        part.entry = config["layers"][name]
         found[name] = part
     return found
 

@@ -4,7 +4,9 @@
     base.protocol     what the equation needs of it
     base.fourbit      bitsandbytes' Linear4bit
     base.eightbit     its Linear8bitLt
+    base.torchao      torchao's tensor subclasses, quantised again as they were
     base.subclass     weights that are a tensor subclass: torchao's
+    base.requantise   W + ΔW stored as W is, and what is lost by that
     base.dequantised  layers of GPTQ, AWQ and HQQ, which are asked for their values
     base.apart        those whose products are in a narrower dtype than the term
     base.kinds        which of these a module is, or why it is none

@@ -1,11 +1,11 @@
 """Adapters in files: written, read, converted, looked at.
 
     fingerprint       the weights that an adapter belongs to, known again
-    other_base        `on_other_base="warn"`
     peft_others       PEFT's own VeRA and AdaLoRA
     peft_own          those that the PEFT integration writes, of more than cores
     peft_folder       folders that PEFT writes
     contents          what lies in an adapter's file: config and tensors
+    other_base        the base it was made for, and `on_other_base="warn"`
     adapter           `save_adapter`, `load_adapter`
     official          the checkpoints of LoRA-XS's authors
     lora_parts        the terms that are exported

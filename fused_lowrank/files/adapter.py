@@ -7,8 +7,8 @@
 <module>.<tensor>     of each module trained whole
 metadata              {"format": "fused_lowrank", "version": "1", "config": JSON}
 
-The config has the layers' settings, the names of the modules trained whole, and of tensors that
-were `tied` to some that the file holds.
+The config has the layers' settings and what their bases are stored as, the names of the modules
+trained whole, and of tensors that were `tied` to some that the file holds.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from . import peft_folder
 from .contents import (
     FORMAT,
     VERSION,
+    entry_of,
     holds_factors,
     plan_of,
     read,
     replacing,
     require_path,
-    sizes_of,
 )
-from .fingerprint import FINGERPRINT, WEIGHT_PROBES, differing, fingerprint, fingerprint_of
+from .fingerprint import FINGERPRINT, fingerprint, fingerprint_of
+from .other_base import check_base
 from .other_base import on_other_base as asked
-from .other_base import refuse_other_base
 
 
 def parts(layer: LowRankLinear, train: Iterable[str], bases: bool) -> dict[str, Tensor]:
@@ -107,10 +107,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, bases: bool 
             tensors[f"{name}.{key}"] = own_copy(value)
     tied = ties_of(model, trained_names(saved, layers))
     config = {
-        "layers": {
-            name: {"method": layer.method, "settings": layer.settings(), **sizes_of(layer)}
-            for name, layer in layers.items()
-        },
+        "layers": {name: entry_of(layer) for name, layer in layers.items()},
         "modules_to_save": list(saved),
         "tied": tied,
         "partly": holders_in_part(model, tied, tensors),
@@ -208,7 +205,7 @@ def load_contents(
             return
         weight = originals.get(layer.base_weight, layer.base_weight)
         ours = fingerprint(weight, *bases)
-        check_fingerprint(name, layer, ours, prints[name], tensors, path)
+        check_base(name, layer, config["layers"][name], ours, prints[name], tensors, path)
         if seeded:
             tensors[f"{name}.down"], tensors[f"{name}.up"] = bases
 
@@ -366,36 +363,6 @@ def check_shapes(
 def pop_fingerprints(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Take the layers' fingerprints out of the tensors of a file; None where there is none."""
     return {name: tensors.pop(f"{name}.{FINGERPRINT}", None) for name in config["layers"]}
-
-
-def check_fingerprint(
-    name: str,
-    layer: LowRankLinear,
-    ours: Tensor,
-    there: Tensor | None,
-    tensors: dict[str, Tensor],
-    path: Any,
-) -> None:
-    """Raise if the file was made for another weight or, being without them, for other bases."""
-    down, up = layer.bases
-    sides = down.shape[0], up.shape[1]
-    if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
-        raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
-    found = differing(ours, there, *sides)
-    if "weight" in found and f"{name}.weight" not in tensors:
-        refuse_other_base(
-            name,
-            f"{path} was made for another base model: the weight of {name} differs from the one it "
-            "was trained on",
-            all(layer.row.key(name, factor) in tensors for factor in ("down", "up")),
-        )
-    option = "save_projection" if peft_folder.is_folder(path) else "bases"
-    for factor in ("down", "up"):
-        if factor in found and layer.row.key(name, factor) not in tensors:
-            raise ValueError(
-                f"{path} was saved without its frozen factors, and {name}.{factor} computed here "
-                f"is not the one it was trained with; save it with {option}=True"
-            )
 
 
 @torch.no_grad()

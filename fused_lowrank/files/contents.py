@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..compute.base import kinds
 from ..methods import METHODS, LowRankLinear, row_of
 from ..methods.accept import WEIGHT_DTYPES
 from ..methods.initial.values import needs
@@ -40,11 +41,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def sizes_of(layer: LowRankLinear) -> dict[str, Any]:
-    """The entry of a file with the sizes of a layer whose factors do not tell them."""
-    if layer.row.parts is None:
-        return {}
-    return {"sizes": [layer.in_features, layer.out_features]}
+def entry_of(layer: LowRankLinear) -> dict[str, Any]:
+    """The entry of a layer in a file: its method, its settings and the form that its base is stored
+    in; and the sizes of one whose factors do not tell them.
+    """
+    method, settings = layer.method, layer.settings()
+    entry: dict[str, Any] = {"method": method, "settings": settings, "base": form_of(layer)}
+    if layer.row.parts is not None:
+        entry["sizes"] = [layer.in_features, layer.out_features]
+    return entry
+
+
+def form_of(layer: LowRankLinear) -> str | None:
+    """The form that the base of a layer is stored in; None for a plain matrix."""
+    return kinds.form_of(layer.base_weight)
 
 
 def require_path(path: Any, call: str) -> None:

@@ -17,6 +17,7 @@ FINGERPRINT = "fingerprint"  # the name of it in a file
 WEIGHT_PROBES = 3
 ROWS = 1024  # of a quantised W that are dequantised at a time
 BASES_TOLERANCE = 1e-2  # relative to the fingerprint: float16 and bfloat16 rounding stay below
+NEAR = 0.4  # relative to ‖W‖; four bits are off by about 0.1, three by 0.2
 WEIGHT_TOLERANCE = 2e-2  # relative to ‖W‖; another weight of the same size differs by about 1
 
 
@@ -73,6 +74,12 @@ def alike(ours: Tensor, theirs: Tensor, tolerance: float = BASES_TOLERANCE) -> b
         return False
     a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def is_near(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two fingerprints are of weights as near as the quantised forms of one are."""
+    ours, theirs = ours[-1 - WEIGHT_PROBES :], theirs[-1 - WEIGHT_PROBES :]
+    return bool((ours - theirs).abs().max() <= NEAR * theirs[0])
 
 
 def differing(ours: Tensor, theirs: Tensor, p: int, q: int) -> list[str]:

@@ -45,7 +45,7 @@ class MergingLinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+        self._original: tuple[Any] | None = None  # the weight as it was, while merged
         self._base: dict[str, Tensor] = {}  # what is trained of weight and bias, as it was
         self.base_lost = False  # whether nobody knows, for a state_dict brought it as trained
 
@@ -132,6 +132,10 @@ class MergingLinear(nn.Module):
             (original,), self._original = self._original, None
             replace(self, "weight", original)
 
+    def how_to_keep(self) -> str:
+        """Where nothing would be lost by merging."""
+        return "float32 weights would keep it"
+
     def trained_base(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of weight and bias, where they are trained."""
         for name, own in ("weight", self.base_weight), ("bias", self.bias):
@@ -206,10 +210,13 @@ class MergingLinear(nn.Module):
                 fill_unsaved(self)
             self.bases_pending = False
 
+    def _move_original(self, fn: Any) -> None:
+        kept = self.base_weight
+        kept.data = fn(kept.data)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self.merged:  # .to(), .cuda(), … move what is kept too
-            kept = self.base_weight
-            kept.data = fn(kept.data)
+            self._move_original(fn)
         for name, value in self._base.items():
             new = fn(value)
             if torch._has_compatible_shallow_copy_type(value, new):

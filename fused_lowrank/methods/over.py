@@ -6,13 +6,16 @@ class is made of a method's: an instance of that, which takes W from the module.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..compute.base.calls import alone, over_base
 from ..compute.base.kinds import say_opaque
 from ..compute.base.protocol import Base
+from ..compute.base.requantise import exchange, requantised, said_off
 from ..compute.dropout import Dropout, without_ranks
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core
@@ -21,6 +24,7 @@ from ..context.elsewhere import here, hook_of
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
+from .state import sum_of
 from .tensors import present
 
 OWN = "base_layer."  # how the keys of the module begin in a state_dict
@@ -35,6 +39,7 @@ class OverBase(LowRankLinear):
 
     by_attributes = True
     base_layer: nn.Module
+    off: float = 0.0  # ‖what is stored - (W + ΔW)‖/‖W + ΔW‖ of the last merging
 
     @staticmethod
     def of(cls: type[LowRankLinear]) -> type[OverBase]:
@@ -96,6 +101,8 @@ class OverBase(LowRankLinear):
             if self.disabled is not True:
                 self.disabled.note()
             return alone(self.base_weight, x)
+        if self.merged:
+            return alone(type(self.base_weight)(self.base_layer), x)
         self._require_factors()
         weight, down, core, up, bias, gain = self.own_tensors()
         return self.compute(x, weight, down, core, up, bias, None, gain)
@@ -115,24 +122,17 @@ class OverBase(LowRankLinear):
         if self.rank_dropout and self.training:
             core, up = without_ranks(core, up, self.rank_dropout)
         dropout = Dropout(seed, self.dropout) if self.dropout and self.training else None
-        self._check(x, down)
+        check_input(self, x, down)
         if weight.is_meta and hook_of(self.base_layer) is None:
             present(self, weight)
         return over_base(
             Operands(x, weight, down, core, up, bias, self.scale, dropout, gain=gain), self.impl
         )
 
-    def _check(self, x: Tensor, down: Tensor) -> None:
-        """Raise for an x that the layer does not take; the factors are its own."""
-        if x.dtype not in DTYPES:
-            raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"x is {shape(x)} and weight ({self.out_features}, {self.in_features}): they must "
-                "be (..., K) and (N, K)"
-            )
-        if x.device != down.device:
-            raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
+    @property
+    def merged(self) -> bool:
+        """Whether the module has W + ΔW now."""
+        return self._original is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = self._modules.get(name) if name == "base_layer" else None
@@ -148,9 +148,39 @@ class OverBase(LowRankLinear):
         self.base_weight.require_bits(fn)
         return super()._apply(fn, recurse)
 
-    def merged_weight(self) -> tuple[Tensor, float]:
-        """Nothing is merged into a quantised weight: TypeError."""
-        raise TypeError(f"cannot merge into a layer: it {self.why_not_merged()}")
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Give the module W + ΔW, stored as W is; return the part of ΔW lost by that.
+
+        What was stored is kept for `unmerge`. Otherwise as over a plain matrix. Raises TypeError
+        where W cannot be stored anew as it was.
+        """
+        if self.merged:
+            return 0.0
+        if reason := self.why_not_merged():
+            raise TypeError(f"cannot merge into a layer: it {reason}")
+        self._require_own_weight("merge")
+        self._require_factors()
+        base: Any = present(self, self.base_weight)
+        values, wide = base.values_to_merge(), torch.promote_types(base.dtype, torch.float32)
+        wanted, delta = sum_of(self, self.factors_now(), values, wide)
+        module, lost, self.off = requantised(base, wanted, delta)
+        if lost:
+            warnings.warn(f"merging lost {lost:.2%} of ΔW: {self.how_to_keep()}", stacklevel=2)
+        exchange(base, self.base_layer, module)
+        base.module, self._original = module, (module,)  # a backward still needs W
+        return lost
+
+    def unmerge(self) -> None:
+        """Give the module what it stored before `merge`, bit for bit."""
+        if self._original is not None:
+            (module,), self._original = self._original, None
+            exchange(self.base_weight, self.base_layer, module)
+            self.base_weight.module = self.base_layer
+
+    def how_to_keep(self) -> str:
+        """How far the last merging is off, and where nothing would be lost."""
+        return said_off(self.off)
 
     def why_not_saved(self) -> str | None:
         """None: W was looked at when the layer was made."""
@@ -158,21 +188,23 @@ class OverBase(LowRankLinear):
 
     def why_not_merged(self) -> str | None:
         """The reason why ΔW cannot be added to W."""
-        return (
-            f"is over a {type(self.base_layer).__name__}, whose weight is no plain matrix: "
-            "save_adapter, dequantise the model (transformers: model.dequantize()), load_adapter "
-            "there (on_other_base='warn') and merge that"
+        reason = self.base_weight.why_not_requantised()
+        return reason and (
+            f"{reason}: save_adapter, dequantise the model (transformers: model.dequantize()), "
+            "load_adapter there (on_other_base='warn') and merge that"
         )
-
-    def _require_own_weight(self, what: str) -> None:
-        if what == "merge":
-            self.merged_weight()
 
     def _require_plain_weight(self, what: str) -> None:
         pass
 
+    def _move_original(self, fn: Any) -> None:
+        assert self._original is not None
+        self._original[0]._apply(fn)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         plain_keys(self, state_dict, prefix)
+        if any(key.startswith(prefix + OWN) for key in state_dict):
+            self.base_weight.before_loading(state_dict, prefix + OWN)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -186,6 +218,19 @@ def plain_keys(layer: LowRankLinear, state: dict[str, Any], prefix: str) -> None
         name = key.removeprefix(prefix)
         if name not in own and not name.startswith(OWN):
             state[prefix + OWN + name] = state.pop(key)
+
+
+def check_input(layer: Any, x: Tensor, down: Tensor | None) -> None:
+    """Raise for an x that a layer does not take; the factors are its own."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}: it must be one of {names(DTYPES)}")
+    if x.shape[-1:] != (layer.in_features,):
+        raise ValueError(
+            f"x is {shape(x)} and weight ({layer.out_features}, {layer.in_features}): they must "
+            "be (..., K) and (N, K)"
+        )
+    if down is not None and x.device != down.device:
+        raise ValueError(f"down is on {down.device}, but x on {x.device}: move one")
 
 
 MADE: dict[type[LowRankLinear], type[OverBase]] = {}

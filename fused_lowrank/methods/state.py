@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute.base.protocol import dense
+from ..compute.base.protocol import Base, dense
 from . import dora
 from .method import MAGNITUDE
 
@@ -55,8 +55,14 @@ def refuse_wrong(layer: Any, state: Mapping[str, Any], prefix: str) -> None:
     names = (*layer.factors, "weight")
     present = {name: state[prefix + name] for name in names if prefix + name in state}
     refuse_other_seeds(layer, state, prefix)
-    if layer.merged and present:
+    over = isinstance(layer.base_weight, Base)
+    if layer.merged and (present or (over and any(key.startswith(prefix) for key in state))):
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading a state_dict")
+    if over and prefix + MERGED in state:
+        raise RuntimeError(
+            f"the state_dict's {prefix[:-1]} is merged, and what is stored of a quantised weight "
+            "does not tell W: unmerge(model) before its state_dict is taken"
+        )
     if layer.computed_by is not None:
         if prefix + MERGED in state:
             present.pop("weight", None)
@@ -126,21 +132,36 @@ def delta_of(
 
     That is scale · up·coreᵀ·down or, where there is a gain, gain ⊙ (W + that) - W.
     """
+    weight = dense(weight) if layer.row.dora else weight
     low, gain = low_rank_of(layer, factors, weight, dtype)
-    weight = dense(weight) if layer.row.dora or gain is not None else weight
-    if layer.row.dora:
-        gain = dora.gain(factors[MAGNITUDE].to(dtype), (weight.to(dtype) + low).norm(dim=1))
-    return low if gain is None else gain[:, None] * (weight.to(dtype) + low) - weight
+    if gain is None:
+        return low
+    weight = dense(weight)
+    return gain[:, None] * (weight.to(dtype) + low) - weight
+
+
+def sum_of(
+    layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(W + ΔW, ΔW), computed in a dtype: where there is a gain the sum comes first."""
+    low, gain = low_rank_of(layer, factors, weight, dtype)
+    weight = weight.to(dtype)
+    whole = weight + low if gain is None else gain[:, None] * (weight + low)
+    return whole, low if gain is None else whole - weight
 
 
 def low_rank_of(
     layer: Any, factors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """(scale · up·coreᵀ·down, the row's own gain) of a layer, computed in a dtype."""
+    """(scale · up·coreᵀ·down, the row's gain or DoRA's) of a layer, computed in a dtype."""
     wide = {name: factor.to(dtype) for name, factor in factors.items()}
     down, core, up, gain = layer.row.made(wide, weight, layer.scale)
     cores = () if core is None else core if isinstance(core, tuple) else (core,)
-    return layer.scale * product_of([down, *cores, up], dtype), gain
+    low = layer.scale * product_of([down, *cores, up], dtype)
+    if layer.row.dora:
+        norm = (weight.to(dtype) + low).norm(dim=1)
+        gain = dora.gain(factors[MAGNITUDE].to(dtype), norm)
+    return low, gain
 
 
 def product_of(factors: list[Tensor], dtype: torch.dtype) -> Tensor:

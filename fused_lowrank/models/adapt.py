@@ -366,7 +366,7 @@ def merge_layers(layers: dict[str, LowRankLinear], model: nn.Module) -> None:
     if lost[worst]:
         warnings.warn(
             f"merging lost up to {lost[worst]:.2%} of ΔW to rounding (in {worst}); "
-            "float32 weights would keep it",
+            f"{layers[worst].how_to_keep()}",
             stacklevel=3,
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..compute.base.protocol import Base
 from ..context.called import refuse_passed_over, shown
 from ..context.elsewhere import fill_in, here
 from ..methods import LowRankLinear
@@ -122,6 +123,12 @@ def refuse(name: str, layer: LowRankLinear) -> None:
         raise ValueError(f"{name} is disabled: restart outside disable_adapters")
     if layer.bases_pending:
         raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
+    if isinstance(layer.base_weight, Base):
+        raise TypeError(
+            f"cannot merge into {name} for good: it is over a "
+            f"{type(layer.base_weight.module).__name__}, in which each restart would lose some of "
+            "ΔW, or all: train over a base that is not quantised"
+        )
     if reason := layer.why_not_merged():
         raise TypeError(f"cannot merge into {name}, which {reason}")
     if layer.row.shared:

@@ -36,7 +36,6 @@ from fused_lowrank import (
     disable_adapters,
     explain,
     load_adapter,
-    merge,
     save_adapter,
     unload,
 )
@@ -136,17 +135,6 @@ def test_disabled_and_unloaded(kind: str, method: str) -> None:
     torch.testing.assert_close(plain(x), before, rtol=0, atol=0)
     after = [own for layer in modules for own in tensors_within(layer)]
     assert all(torch.equal(*pair) for pair in zip(after, stored, strict=True))
-
-
-@kinds
-def test_merging_is_refused(kind: str) -> None:
-    """With what to do instead, and nothing is changed."""
-    model, x = adapted(kind), inputs()
-    y = model(x)
-    for call in (lambda: merge(model), lambda: unload(model, merge=True), model.first.merge):
-        with pytest.raises(TypeError, match=r"no plain matrix: .*dequantise the model"):
-            call()
-    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
 
 
 @kinds

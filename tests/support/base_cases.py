@@ -116,13 +116,14 @@ def opaque_net(dtype: torch.dtype) -> nn.Module:
     return Net(Opaque).to(dtype)
 
 
-def four_bit(kind: str, nested: bool = True) -> Callable[[torch.dtype], nn.Module]:
+def four_bit(kind: str, nested: bool = True, **keywords: Any) -> Callable[[torch.dtype], nn.Module]:
     """A function that makes a model of bitsandbytes' 4-bit layers."""
 
     def net(dtype: torch.dtype) -> nn.Module:
         from bitsandbytes.nn import Linear4bit
 
-        own = {"compute_dtype": dtype, "quant_type": kind, "compress_statistics": nested}
+        own: Any = {"compute_dtype": dtype, "quant_type": kind, "compress_statistics": nested}
+        own |= keywords
         return Net(lambda k, n: Linear4bit(k, n, **own)).to(dtype).to("cpu")
 
     return net
@@ -267,8 +268,12 @@ def check(model: Any, x: Tensor, fused: bool = True) -> None:
     """The model's results and gradients are as near to float64 as the formula in x's dtype is."""
     found = gradients(model, trained(model), x)
     (truth, wide), (same, own) = formula(model, torch.float64), formula(model, x.dtype)
-    exact, rounded = gradients(truth, wide, x.double()), gradients(same, own, x)
-    eps = torch.finfo(x.dtype).eps
+    against(found, gradients(truth, wide, x.double()), gradients(same, own, x))
+
+
+def against(found: list[Tensor], exact: list[Tensor], rounded: list[Tensor]) -> None:
+    """What is found is as near to what is exact as that which is rounded as usual."""
+    eps = torch.finfo(found[0].dtype).eps
     assert len(found) == len(exact) == len(rounded) > 2
     for i, (ours, true, plain) in enumerate(zip(found, exact, rounded, strict=True)):
         error, usual = (float((one.double() - true).norm()) for one in (ours, plain))

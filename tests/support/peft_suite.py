@@ -7,7 +7,9 @@ to the tables of its tests, builds the models that these take from a hub out of 
 runs their rows, offline. `make test-peft` does this with what it needs installed.
 
 - test_custom_models.py: rows of custom models, of several active adapters, of mixed batches;
-- the suites of decoders, encoder-decoders, encoders and sequence classifiers.
+- the suites of decoders, encoder-decoders, encoders and sequence classifiers;
+- test_quantization.py: every method over every quantisation that runs on this machine's CPU, and of
+  test_gpu_examples.py the dtypes of adapters over bitsandbytes' layers, which need no GPU either.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 VERSION = "0.21.2"
 
@@ -85,6 +88,12 @@ GATES = (
     "(LoraConfig, RoadConfig)",
     "(LoraConfig,)",
     "(IA3Config, LoHaConfig, LoKrConfig, LoraConfig)",
+)
+
+# The suites of quantised models: file, what is run of it.
+QUANTISED = (
+    ("test_quantization.py", ""),
+    ("test_gpu_examples.py", "::TestDtypeAutocastBnb"),
 )
 
 
@@ -192,6 +201,36 @@ def patch(tests: Path, models: dict[str, str]) -> None:
         path.write_text(put(text, "\nfrom .testing_common import PeftCommonTester\n", IMPORT))
 
 
+def patch_quantised(tests: Path, models: dict[str, str]) -> None:
+    """Add the methods to the suites of quantised models, with models of this machine's."""
+    path = tests / "test_quantization.py"
+    text = put(path.read_text(), "\nfrom peft.utils import infer_device\n", IMPORT)
+    configs = [
+        f"({config}, { ({**ranks, 'target_modules': ['q_proj', 'v_proj']}) }),"
+        for config, _, ranks in METHODS.values()
+    ]
+    text = put(text, "\nTEST_CASES = [\n", "\n".join(configs) + "\n")
+    path.write_text(open_gate(text, '"peft-internal-testing/opt-125m"', repr(models["opt"])))
+
+    path = tests / "test_gpu_examples.py"
+    anchor = "\nfrom tests.testing_utils import hub_online_once\n"
+    text = put(path.read_text(), anchor, IMPORT)
+    text = open_gate(text, 'if device == "cpu":', "if False:")
+    text = open_gate(
+        text, "@require_non_cpu\n@require_bitsandbytes\nclass TestDtype", "class TestDtype"
+    )
+    names = [config for config, *_ in METHODS.values()]
+    text = open_gate(text, '["lora", "vera", "lora-target-param"]', repr(names))
+    ranks = ", ".join(f"{config!r}: {ranks}" for config, _, ranks in METHODS.values())
+    text = open_gate(
+        text,
+        'if peft_type == "lora":\n            peft_config = LoraConfig()\n',
+        f"if True:\n            peft_config = globals()[peft_type](**{{ {ranks} }}[peft_type])\n",
+    )
+    tiny = '"trl-internal-testing/tiny-Qwen2ForCausalLM-2.5"'
+    path.write_text(open_gate(text, tiny, repr(models["qwen2"])))
+
+
 def build_models(folder: Path) -> dict[str, str]:
     """Tiny models with random weights, saved: name → folder."""
     import torch
@@ -225,15 +264,43 @@ def build_models(folder: Path) -> dict[str, str]:
         "bert-cls": (t.BertForSequenceClassification, t.BertConfig(**encoder)),
         "llama-cls": (t.LlamaForSequenceClassification, t.LlamaConfig(**decoder)),
         "roberta": (t.RobertaModel, t.RobertaConfig(**encoder)),
+        "opt": (  # as many layers as that of PEFT's tests, which count them
+            t.OPTForCausalLM,
+            t.OPTConfig(
+                hidden_size=128,
+                word_embed_proj_dim=128,
+                ffn_dim=128,
+                num_hidden_layers=12,
+                num_attention_heads=4,
+                vocab_size=200,
+            ),
+        ),
     }
     found = {}
     for name, (cls, config) in configs.items():
         path = folder / "models" / f"tiny-{cls.__name__}"
         if not path.exists():
             torch.manual_seed(0)
-            cls(config).save_pretrained(path)
+            model = cls(config)
+            if name == "opt":
+                as_trained(model)
+            model.save_pretrained(path)
         found[name] = str(path)
     return found
+
+
+def as_trained(model: Any) -> None:
+    """Give matrices singular values that fall, as trained ones have them.
+
+    Those of random ones lie so close that rounding turns their vectors, from which LoRA-XS starts.
+    """
+    import torch
+
+    for name, weight in model.named_parameters():
+        if name.endswith("proj.weight"):
+            left, sigma, right = torch.linalg.svd(weight.detach(), full_matrices=False)
+            falling = sigma.norm() * 0.6 ** torch.arange(len(sigma))
+            weight.data = left @ torch.diag(falling) @ right
 
 
 def main() -> None:
@@ -241,9 +308,13 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     tests = fetch(folder)
-    patch(tests, build_models(folder))
-    chosen = " or ".join([*METHODS, *(config for config, *_ in METHODS.values())])
+    models = build_models(folder)
+    patch(tests, models)
+    patch_quantised(tests, models)
+    configs = [config for config, *_ in METHODS.values()]
+    chosen = " or ".join([*METHODS, *configs, *(name.removesuffix("Config") for name in configs)])
     files = ["test_custom_models.py", *(file for file, *_ in TRANSFORMERS)]
+    files += [file + chosen_of for file, chosen_of in QUANTISED]
     call = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-k", chosen]
     # Its suite makes errors of warnings, and a later transformers warns of what PEFT uses of it.
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):

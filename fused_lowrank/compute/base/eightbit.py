@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .protocol import NOT_YET, Base, is_plain
+from .protocol import NOT_YET, Base, is_plain, shell
 
 AT_ONCE = 1 << 18  # values that a CPU scales at a time
 
@@ -16,6 +17,8 @@ class EightBit(Base):
     """W of a Linear8bitLt that is quantised."""
 
     kind = "8bit"
+    form = "int8 of bitsandbytes"
+    holders = "weight", "state"
 
     @classmethod
     def of(cls, module: Any) -> Base | str:
@@ -35,11 +38,19 @@ class EightBit(Base):
             self.module.init_8bit_state()
         return state.CB, state.SCB
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        bias = self.module.bias
+        self._dtype = torch.float32 if bias is None else bias.dtype
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the bias; float32 where there is none, for nothing else says it."""
-        bias = self.module.bias
-        return torch.float32 if bias is None else bias.dtype
+        """The dtype of the bias when the module was looked at; float32 where there is none.
+
+        Nothing else says it, and the library casts the bias to each x. The values are of this dtype
+        only where that is asked for: they are float32.
+        """
+        return self._dtype
 
     def stored(self) -> list[Tensor]:
         """The rows and their maxima."""
@@ -66,11 +77,39 @@ class EightBit(Base):
             bias = None if bias is None else bias.to(x.dtype)
             return matmul(x, self.module.weight, bias=bias, state=state).to(x.dtype)
 
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Have the weight be what is computed with: it is not after a first call, nor in a copy.
+
+        The library writes the rows to the weight, and asks it for the maxima.
+        """
+        weight = self.module.weight
+        weight.data, weight.SCB = self.state()
+
+    def why_not_requantised(self) -> str | None:
+        """None."""
+        return None
+
+    def values_to_merge(self) -> Tensor:
+        """W (N, K) in float32, by the library's own order of products."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(*self.state())
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values, which the library takes through float16."""
+        from bitsandbytes.nn import Int8Params
+
+        module, state = shell(self.module), copy.copy(self.module.state)
+        made: Any = Int8Params(values.cpu(), requires_grad=False, has_fp16_weights=False)
+        module.weight, module.state = made.to(self.device), state
+        module.state.reset_grads()
+        return module
+
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W (N, K)."""
+        """W (N, K), in float32 where no dtype is asked for."""
         rows, maxima = self.state()
-        return scaled(rows, maxima.unsqueeze(1).mul(1.0 / 127.0), dtype or self.dtype)
+        return scaled(rows, maxima.unsqueeze(1).mul(1.0 / 127.0), dtype or torch.float32)
 
 
 def scaled(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

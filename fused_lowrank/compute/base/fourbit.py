@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .protocol import NOT_YET, Base, is_plain
+from .protocol import NOT_YET, Base, is_plain, shell
 
 WAS_CAST = (
     "whose weight was packed into {} and then cast to {}, so that its bits are lost: load it "
@@ -26,6 +26,7 @@ class FourBit(Base):
     """W of a Linear4bit that is quantised."""
 
     kind = "4bit"
+    holders = "weight", "quant_state"
 
     @classmethod
     def of(cls, module: Any) -> Base | str:
@@ -43,6 +44,7 @@ class FourBit(Base):
         super().__init__(module)
         self.packed_in: torch.dtype | None = None
         self.packed_in = self.state()[0].dtype
+        self._dtype = self.module.compute_dtype or self.state()[1].dtype
 
     def state(self) -> tuple[Tensor, Any]:
         """(the packed weight, its QuantState)."""
@@ -61,9 +63,16 @@ class FourBit(Base):
         return [self.module.weight]
 
     @property
+    def form(self) -> str:  # type: ignore[override]
+        """The name of the values that four bits stand for."""
+        return f"{self.state()[1].quant_type} of bitsandbytes"
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype or, where none is set, that which was quantised."""
-        return self.module.compute_dtype or self.state()[1].dtype
+        """The compute dtype when the module was looked at or, where none is set, that which was
+        quantised: the library sets it to the dtype of the first x. The values are of the latter.
+        """
+        return self._dtype
 
     def stored(self) -> list[Tensor]:
         """The packed weight and its maxima."""
@@ -94,6 +103,44 @@ class FourBit(Base):
             weight, state = self.state()
             return matmul_4bit(x, weight, bias=bias, quant_state=state)
 
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Take the maxima and the like, for which the library's modules have no place."""
+        from bitsandbytes.functional import QuantState
+
+        weight: Any = self.state()[0]  # unpacked
+        prefix = f"{prefix}weight."
+        found = {key: state.pop(key).clone() for key in list(state) if key.startswith(prefix)}
+        if found:
+            made = QuantState.from_dict(found, weight.device)
+            self.module.quant_state = weight.quant_state = made
+            weight.quant_type, weight.blocksize = made.quant_type, made.blocksize
+
+    def why_not_requantised(self) -> str | None:
+        """None."""
+        return None
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values in blocks of the same size, quantised from float32 or wider.
+
+        Its maxima are quantised, and its bytes stored, as those of W are.
+        """
+        from bitsandbytes.nn import Params4bit
+
+        (weight, state), module = self.state(), shell(self.module)
+        made: Any = Params4bit(
+            values if tuple(state.shape) == tuple(self.shape) else values.t(),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=getattr(weight, "compress_statistics", state.nested),
+            quant_type=state.quant_type,
+            quant_storage=weight.dtype,
+        )
+        made = made.to(weight.device)
+        made.module = getattr(weight, "module", None)
+        made.quant_state.dtype = state.dtype  # of what it is dequantised to, as before
+        module.weight, module.quant_state = made, made.quant_state
+        return module
+
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (N, K)."""
@@ -115,7 +162,7 @@ class FourBit(Base):
             last = min(first + step, n)
             some = data[first * k // 2 : (last * k + 1) // 2]
             of_blocks = absmax[first * k // block : -(-last * k // block)]
-            yield dequantised(some, of_blocks, state, (last - first, k), None).to(self.dtype)
+            yield dequantised(some, of_blocks, state, (last - first, k), None)
 
 
 def packed(weight: Tensor) -> Tensor:

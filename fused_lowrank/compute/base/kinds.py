@@ -46,6 +46,7 @@ KINDS = (
 # Where linear layers are from that are known to be ones; those of no kind above are called.
 LIBRARIES = "gptqmodel auto_gptq awq hqq torchao optimum.quanto aqlm eetq transformers.integrations"
 KNOWN = tuple(f"{library}." for library in LIBRARIES.split())
+QUANTISED = "quantised"  # the form of what is so in a way that has no name here
 SAID: set[type] = set()
 
 
@@ -94,6 +95,22 @@ def is_known(base: Base) -> bool:
 def is_from_known(module: nn.Module) -> bool:
     """Whether a module says its sizes and is of a library whose layers are linear."""
     return type(module).__module__.startswith(KNOWN) and sizes_of(module) is not None
+
+
+def form_of(weight: Any) -> str | None:
+    """The form a weight is stored in, for a file to say; None for a plain matrix, and where nobody
+    knows it. Where a library's modules have classes by kernel, as GPTQ's do, all are of one form.
+    """
+    if not isinstance(weight, Base) or weight.form is not None:
+        return getattr(weight, "form", None)
+    own = getattr(weight.module, "weight", None)
+    plain = isinstance(own, Tensor) and own.is_floating_point() and own.itemsize > 1
+    return QUANTISED if is_from_known(weight.module) and not plain else None
+
+
+def are_one_form(one: str | None, other: str | None) -> bool:
+    """Whether two weights are stored alike, as far as that is known."""
+    return one == other or (QUANTISED in (one, other) and None not in (one, other))
 
 
 def why_not_usable(base: Base) -> str | None:

@@ -8,6 +8,7 @@ a backward but the module, which is there anyway.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,8 @@ class Base:
     """
 
     kind = "opaque"  # by this the planner knows it
+    holders: tuple[str, ...] = ("weight",)  # the attributes of the module that W is stored in
+    form: str | None = None  # what W is stored as, for a file to tell it from the original's
     requires_grad = False
 
     def __init__(self, module: nn.Module) -> None:
@@ -210,6 +213,21 @@ class Base:
         """A pass's own values, for plans of plain matrices."""
         return self.values(dtype)
 
+    def before_loading(self, state: dict[str, Any], prefix: str) -> None:
+        """Get the module ready for a state_dict, whose keys of it begin so and may be taken out."""
+
+    def why_not_requantised(self) -> str | None:
+        """The reason why no sum can be stored as W is, to follow "it"; None where one can."""
+        return f"is over a {type(self.module).__name__}, whose weight is no plain matrix"
+
+    def values_to_merge(self) -> Tensor:
+        """W (N, K) as the base's library dequantises it, for something to be added."""
+        return self.values()
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module like this one that stores such values (N, K) as W is stored, by its library."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         n, k = self.shape
         return f"{type(self).__name__}({type(self.module).__name__}, ({n}, {k}))"
@@ -280,6 +298,14 @@ class Given(Base):
 
 
 BASES = Base, Turned  # what stands where a weight does, forward and backward
+
+
+def shell(module: nn.Module) -> Any:
+    """A module of the same class with the same tensors and hooks, of which some can be others."""
+    new = copy.copy(module)
+    for slot in ("_parameters", "_buffers", "_modules"):
+        vars(new)[slot] = dict(vars(module)[slot])
+    return new
 
 
 def is_plain(module: nn.Module) -> bool:

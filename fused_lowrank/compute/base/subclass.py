@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .protocol import Base, is_plain
+from . import torchao
+from .protocol import Base, is_plain, shell
 
 # Values that are dequantised at a time on a CPU, and of how many such blocks W is where it is done
 # so: a smaller one is made at once, in memory that the allocator has kept.
@@ -24,6 +25,11 @@ class Subclass(Base):
     """
 
     kind = "subclass"
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """The subclass's name."""
+        return type(self.module.weight).__name__
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,6 +55,21 @@ class Subclass(Base):
         with torch.no_grad():
             weight = self.module.weight if x.dtype == self.dtype else self.values(x.dtype)
             return linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
+
+    def why_not_requantised(self) -> str | None:
+        """The reason why the weight cannot be quantised again as it was, to follow "it"."""
+        return torchao.why_not(self.module.weight)
+
+    def values_to_merge(self) -> Tensor:
+        """W (N, K), in the dtype that the subclass shows."""
+        return self.module.weight.dequantize()
+
+    def requantised(self, values: Tensor) -> nn.Module:
+        """A module with such values, rounded to the weight's dtype first, as torchao takes them."""
+        module = shell(self.module)
+        made = torchao.quantised(self.module.weight, values)
+        module.weight = nn.Parameter(made, requires_grad=False)
+        return module
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,14 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...compute.base.kinds import sizes_of
 from ...context.called import refuse_passed_over, shown
 from ...context.elsewhere import sharder_of
 from ...context.learns import warn_of_narrow, warn_of_scales, warn_of_zeros
-from ...methods.accept import ADAPT_FIRST, why_no_weight
+from ...methods.accept import ADAPT_FIRST, why_no_base, why_no_weight
 from ...models.adapt import adapted_layers
 from ...models.targets import never_called, places_of, unmatched
 from .config import LowRankConfig
-from .layer import PeftCoreLinear, PeftLowRankLinear, layers_of
+from .layer import PeftCoreLinear, PeftLowRankLinear, PeftOverBase, has_matrix, layers_of
 
 LEAVE = (
     "Leave it out of target_modules (exclude_modules does), or train it whole by modules_to_save"
@@ -32,22 +33,15 @@ def check_target(model: nn.Module, target: nn.Module, key: str, read: dict[int, 
     `read` is what `readers` found in the model.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    kind = type(base).__name__
-    weight = getattr(base, "weight", None)
-    plain = isinstance(base, nn.Linear | Conv1D) and why_no_weight(weight) is None
-    if plain and (by := sharder_of(weight)):
+    if has_matrix(base) and (by := sharder_of(base.weight)):
         raise ValueError(f"Target module {key} has its weight sharded by {by}: {ADAPT_FIRST[by]}")
-    if not isinstance(base, nn.Linear | Conv1D):
-        reason = f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are"
-    else:
-        check_weight(base, key)
-        if (places := places_of(model)[id(target)]) > 1:
-            raise ValueError(
-                f"Target module {key} stands in {places} places of the model, of which PEFT would "
-                f"adapt one, and merging would change all; adapt(model, …) takes them all. {LEAVE}"
-            )
-        reason = never_called(dict(model.named_modules()), key, read) or ""
-    if reason:
+    check_base(base, key)
+    if (places := places_of(model)[id(target)]) > 1:
+        raise ValueError(
+            f"Target module {key} stands in {places} places of the model, of which PEFT would "
+            f"adapt one, and merging would change all; adapt(model, …) takes them all. {LEAVE}"
+        )
+    if reason := never_called(dict(model.named_modules()), key, read):
         raise ValueError(f"Target module {key} {reason}. {LEAVE}")
 
 
@@ -61,14 +55,23 @@ def refuse_adapted(model: nn.Module) -> None:
         )
 
 
-def check_weight(base: nn.Module, key: str) -> None:
-    """Raise ValueError, naming the module, unless its weight is an ordinary matrix."""
-    weight = getattr(base, "weight", None)
-    reason = why_no_weight(weight)
-    if reason is None and weight.dim() != 2:  # type: ignore[union-attr]
-        reason = f"a weight of {tuple(weight.shape)}"  # type: ignore[union-attr]
+def check_base(base: nn.Module, key: str) -> None:
+    """Raise ValueError, naming the module, unless it has a W: an ordinary matrix, or a `Base`."""
+    kind = type(base).__name__
+    weight: Any = getattr(base, "weight", None)
+    if has_matrix(base):
+        reason = "" if weight.dim() == 2 else f"is a {kind} with a weight of {tuple(weight.shape)}"
+    elif isinstance(base, Conv1D):
+        reason = f"is a {kind} with {why_no_weight(weight)}"
+    elif sizes_of(base) is None:
+        reason = (
+            f"is a {kind}: it is not supported, only nn.Linear and transformers' Conv1D are, and "
+            "modules that say their in_features and out_features as nn.Linear does"
+        )
+    else:
+        reason = why_no_base(base) or ""
     if reason:
-        raise ValueError(f"Target module {key} is a {type(base).__name__} with {reason}. {LEAVE}")
+        raise ValueError(f"Target module {key} {reason}. {LEAVE}")
 
 
 def warn_of_unmatched(config: LowRankConfig, names: Collection[str]) -> None:
@@ -116,14 +119,14 @@ def check_merge(
 ) -> None:
     """Raise ValueError, naming it, if one of the layers cannot be merged into.
 
-    Where it is to be `safe`, also if a merged weight would not be finite.
+    Where it is to be `safe`, or the weight is quantised, also if a merged one would not be finite.
     """
     layers = list(layers)
     refuse_passed_over({layer.key: layer for layer in layers})
     for layer in layers:
-        if reason := why_no_weight(layer.get_base_layer().weight):
-            raise ValueError(f"cannot merge into {layer.key}, which has {reason}")
-        if safe:
+        if reason := layer.why_not_merged():
+            raise ValueError(f"cannot merge into {layer.key}, which {reason}")
+        if safe or isinstance(layer, PeftOverBase):
             layer.check_safe(adapters)
 
 
@@ -143,6 +146,6 @@ def warn_of_loss(layers: Any) -> None:
     if worst is not None and worst.lost:
         warnings.warn(
             f"merging lost up to {worst.lost:.2%} of ΔW to rounding (in {worst.key}); "
-            "float32 weights would keep it",
+            f"{worst.how_to_keep()}",
             stacklevel=3,
         )

@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ...compute.base.protocol import Base
 from ...context.elsewhere import FSDP1, ZERO, here, sharder_in, value_of
 from ...files.fingerprint import WEIGHT_PROBES, alike, differing, fingerprint
 from ...files.other_base import refuse_other_base
@@ -33,6 +34,11 @@ def named_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     for name, module in named_modules(model):
         if isinstance(module, PeftLowRankLinear) and adapter in module.scaling:
             yield name, module
+
+
+def why_no_values(weight: Any) -> str | None:
+    """The type's name of a W that nobody can take a fingerprint of."""
+    return None if isinstance(weight, Base) else special_tensor(weight)
 
 
 def is_here(tensor: Tensor, shape: tuple[int, int] | None = None) -> bool:
@@ -128,7 +134,7 @@ def to_save(
         down, up = tensors.pop(down_key)[:p], tensors.pop(up_key)[:, :q]
         with here(layer.get_base_layer()):
             weight = layer.unmerged_weight
-            kind = special_tensor(weight)
+            kind = why_no_values(weight)
             if kind and not bases:
                 raise ValueError(
                     f"the weight of {name} has become a {kind}, which has no fingerprint to check "
@@ -140,7 +146,9 @@ def to_save(
                 weight = weight.t() if layer.fan_in_fan_out else weight
             if not kind and is_here(weight, shape) and is_here(down):
                 key = f"{name}.{FINGERPRINT}"
-                tensors[key] = fingerprint(weight.to(down.device), down, up)
+                if not isinstance(weight, Base):
+                    weight = weight.to(down.device)
+                tensors[key] = fingerprint(weight, down, up)
         if bases:
             tensors[down_key], tensors[up_key] = down.contiguous(), up.contiguous()
     return tensors
@@ -242,7 +250,7 @@ def bases_to_load(
         )
     else:
         made = own
-    there_is = special_tensor(weight) is None and all(map(is_here, (weight, *own)))
+    there_is = why_no_values(weight) is None and all(map(is_here, (weight, *own)))
     if expected is not None and there_is:
         if expected.shape != (p + q + 1 + WEIGHT_PROBES,):
             raise ValueError(f"the fingerprint of {name} is not of its ranks: the file is damaged")

@@ -33,9 +33,9 @@ from ...models.whole_modules import forget, require_here
 from . import files
 from .biases import Biases
 from .checks import (
+    check_base,
     check_merge,
     check_target,
-    check_weight,
     refuse_adapted,
     stored_turned,
     warn_of_loss,
@@ -43,7 +43,7 @@ from .checks import (
     warn_of_unmatched,
 )
 from .config import LowRankConfig
-from .layer import PeftLowRankLinear, layers_of, share
+from .layer import PeftLowRankLinear, PeftOverBase, layer_for, layers_of, of_base, share
 from .mixed import hooked, refuse_under_way
 from .whole import check_name
 
@@ -56,6 +56,7 @@ class LowRankModel(BaseTuner):
     prefix: str
     tuner_layer_cls: type[PeftLowRankLinear]
     read: dict[int, str]  # the layers whose weights the model's code reads, by id, and where
+    checked: set[int]  # the targets of an injection that are known to be good, by id
     biases: Biases
     wholes: list[Any]  # PEFT's wrappers of modules that are trained whole
     learned: Learned  # of where the sequences of mixed batches are in the layers' inputs
@@ -74,7 +75,7 @@ class LowRankModel(BaseTuner):
     def _prepare_model(self, peft_config: LowRankConfig, model: nn.Module) -> None:
         """Find the layers of "all-linear", and check all targets before the first is replaced."""
         refuse_adapted(model)
-        self.read = readers(model)
+        self.read, self.checked = readers(model), set()
         modules = dict(model.named_modules(remove_duplicate=False))
         warn_of_unmatched(peft_config, modules)
         if str(peft_config.target_modules).lower() == "all-linear":
@@ -85,12 +86,13 @@ class LowRankModel(BaseTuner):
                 continue
             if self._check_target_module_exists(peft_config, name):
                 self._check_target(module, name)
+                self.checked.add(id(module))
 
     def _check_target(self, target: nn.Module, key: str) -> None:
         """Raise ValueError, naming the module, unless it can have an adapter, or one more."""
         if isinstance(target, PeftLowRankLinear):
             target.require_whole("add or load an adapter")
-            check_weight(target.get_base_layer(), key)
+            check_base(target.get_base_layer(), key)
         else:
             check_target(self.model, target, key, self.read)
 
@@ -126,16 +128,32 @@ class LowRankModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self._check_target(target, current_key)
+        if id(target) not in self.checked:  # a base is tried by a call, which takes time
+            self._check_target(target, current_key)
         if isinstance(target, PeftLowRankLinear):
+            of_base(target)
             with here(target, target.get_base_layer()):
                 target.update_layer(adapter_name, peft_config)
             return
-        layer = self.tuner_layer_cls(target, current_key, stored_turned(peft_config, target))
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = layer_for(self.tuner_layer_cls, base)
+        layer = kind(target, current_key, stored_turned(peft_config, target))
+        if isinstance(layer, PeftOverBase):
+            layer.take_backend(self.model)
         layer.train(target.training)
         with here(layer.get_base_layer()):
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT would give and take weights, which a module that is no plain linear layer may not
+        # have; what is put in comes with all that it needs.
+        if isinstance(new_module, PeftOverBase) or isinstance(child, PeftOverBase):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any

@@ -106,6 +106,11 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             )
         super().__setattr__(name, value)
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype that trained factors begin in; PEFT widens it, unless that is not asked for."""
+        return self.base_weight.dtype
+
     # --- of each kind ---
 
     def add_factors(self, adapter: str, config: LowRankConfig, r: int) -> None:
@@ -137,7 +142,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         """Each row of x through the adapter of its own name: an adapter's rows at a time."""
         if torch.compiler.is_compiling():
             return uncompiled(self.by_rows, x, entries, place)
-        y = self.base_layer(x)
+        y = self.bare(x)
         rows, found = fold(x), fold(y)
         numbers = by_row(place, len(rows), len(entries)).tolist()
         for name in entries.different:
@@ -272,19 +277,16 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         if off:
             if self.merged:
                 self.unmerge()
-            return base(x, *args, **kwargs)
+            return self.bare(x, *args, **kwargs)
         if names is not None:
             return self.mixed(x, names)
         active = [name for name in self.active_adapters if name in self.scaling]
         if self.merged or not active:
-            return base(x, *args, **kwargs)
+            return self.bare(x, *args, **kwargs)
         p = {self.lora_dropout[name] for name in active} if self.training else {0.0}
         several = len(active) > 1 and (p != {0.0} or any(self.row_of(n).dora for n in active))
         if args or kwargs or several or not self.is_plain(base):
-            y = of_base = base(x, *args, **kwargs)
-            for name in active:
-                y = y + self.term(x, name, of_base).to(y.dtype)
-            return y
+            return self.around(active, x, *args, **kwargs)
         down, core, up, scale = self.joined(active)
         gain = self.gain_of(active[0], down, core, up) if len(active) == 1 else None
         return lowrank_linear(
@@ -296,6 +298,18 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             training=True,  # or p is 0
             gain=gain,
         )
+
+    def bare(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own y."""
+        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        return y
+
+    def around(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's y, and the terms of these adapters, each with its own dropout."""
+        y = of_base = self.bare(x, *args, **kwargs)
+        for name in active:
+            y = y + self.term(x, name, of_base).to(y.dtype)
+        return y
 
     def is_plain(self, base: Any) -> bool:
         """Whether the base layer's call is x·Wᵀ + bias, and nothing else happens in it."""
@@ -340,7 +354,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             return y
         place = entries.spread(self, self.key, x)
         if not any(name in self.scaling for name in entries.different):
-            return self.base_layer(x)
+            return self.bare(x)
         return self.by_rows(x, entries, place)
 
     # --- merging ---

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ....compute.operands import Operands
-from ....compute.reference import Core, like, product, through_core
+from ....compute.reference import AnyCore, Core, like, product, through_core
 from ....context.calls import Spread
 from ....context.declared import Owners
 from ....context.elsewhere import fill_in, here, replace
@@ -129,7 +129,7 @@ class PeftCoreLinear(PeftLowRankLinear):
         later = config.inference_mode and not is_hooked(self.get_base_layer())
         later = later and (not config.use_dora or starts_at_zero(config))
         self.grow_bases(p, q, seed, later)
-        like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
+        like_base: Any = {"dtype": self.factor_dtype, "device": self.base_weight.device}
         for name, factor in zip(self.core_names, self.row.core, strict=True):
             value = torch.empty(self.row.shape(factor, sizes), **like_base)
             getattr(self, name)[adapter] = nn.Parameter(value)
@@ -194,9 +194,13 @@ class PeftCoreLinear(PeftLowRankLinear):
         if any(self.row_of(name).dora for name in there):
             return super().by_rows(x, entries, place)
         sides = self.common_sides(there)
-        (down, up), weight, base = self.bases(*sides), self.base_weight, self.base_layer
+        down, up = self.bases(*sides)
         table = self._table(there, *sides)
-        rows = entries.rows(there, table, place)
+        return self.through(x, down, entries.rows(there, table, place), up)
+
+    def through(self, x: Tensor, down: Tensor, rows: AnyCore, up: Tensor) -> Tensor:
+        """y with a core for each row, by one pass where the base layer can be computed in it."""
+        weight, base = self.base_weight, self.base_layer
         if not self.is_plain(base) or torch.compiler.is_compiling():
             y = base(x)
             t = linear(like(x, down.dtype), down)

@@ -108,12 +108,12 @@ class PeftOwnLinear(PeftLowRankLinear):
                         "or leave the layer out by exclude_modules"
                     )
         inits, options = self.row.inits(word_of(config)), options_of(self.row, config)
-        like_base: Any = {"dtype": self.base_weight.dtype, "device": self.base_weight.device}
+        weight = self.base_weight
         for name, factor in self.row.factors.items():
             if not factor.shared:
-                value = nn.Parameter(
-                    torch.empty(self.row.shape(name, sizes), **like_base), factor.trained
-                )
+                dtype = self.factor_dtype if factor.trained else weight.dtype
+                value = torch.empty(self.row.shape(name, sizes), dtype=dtype, device=weight.device)
+                value = nn.Parameter(value, factor.trained)
                 self.give(adapter, name, value)
                 with torch.no_grad():
                     FILLS[inits[name]](value, options)
@@ -208,9 +208,11 @@ def shared_factors(
     row = layers[0].row
     sizes = {name: getattr(config, name) for name in row.ranks}
     sizes |= {side: max(getattr(m, f"{way}_features") for m in layers) for side, way in SIDES}
-    dtype = functools.reduce(torch.promote_types, [m.base_weight.dtype for m in layers])
     found = {}
     for name in row.shared:
+        trained = row.factors[name].trained
+        dtypes = [m.factor_dtype if trained else m.base_weight.dtype for m in layers]
+        dtype = functools.reduce(torch.promote_types, dtypes)
         value = torch.empty(row.shape(name, sizes), dtype=dtype, device=device)
         found[name] = nn.Parameter(value, requires_grad=False)
     fill_shared(row, found, {**options_of(row, config), "init": word_of(config)})

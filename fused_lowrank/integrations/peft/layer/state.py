@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....compute.base.protocol import Base
 from ....files.fingerprint import alike
 from ....methods.state import MERGED, is_sum
 from ....methods.tensors import is_sharded
@@ -52,6 +53,11 @@ def before_loading(layer: Any, state: dict[str, Any], prefix: str, errors: list[
     weight = f"{prefix}base_layer.weight"
     if layer.merged and weight in state:
         raise RuntimeError(f"{prefix[:-1]} is merged: unmerge it before loading its weight")
+    if prefix + MERGED in state and isinstance(layer.unmerged_weight, Base):
+        raise RuntimeError(
+            f"the state_dict's {prefix[:-1]} is merged, and what is stored of a quantised weight "
+            "does not tell W: unmerge before its state_dict is taken"
+        )
     missing = [
         name for name in layer.scaling if any(k not in state for k in own_keys(layer, prefix, name))
     ]

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ....context.called import note_reading
 from ....context.elsewhere import here, kept, replace, sharder_of
+from ....methods.accept import why_no_weight
 from ....methods.merging import is_finite, lost_to_rounding, why_not_finite
 from ....methods.tensors import fsdp_error, is_sharded, present
 from .state import before_loading, save_merged
@@ -38,7 +39,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.merged_adapters: list[str] = []
-        self._original: tuple[nn.Parameter] | None = None  # the weight as it was, while merged
+        self._original: tuple[Any] | None = None  # the weight as it was, while merged
         self.lost = 0.0  # the part of ΔW that the last merge lost to rounding
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -64,10 +65,19 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             return self.base_weight
         return self._original[0].t() if self.fan_in_fan_out else self._original[0]
 
+    def how_to_keep(self) -> str:
+        """Where nothing would be lost by merging."""
+        return "float32 weights would keep it"
+
     def require_whole(self, what: str) -> None:
         """Raise RuntimeError where this process has but a part of the weight."""
         if sharder := sharder_of(self.unmerged_weight):
             raise fsdp_error(what, sharder)
+
+    def why_not_merged(self) -> str | None:
+        """The reason why ΔW cannot be added to the weight as it is now, or None."""
+        reason = why_no_weight(self.get_base_layer().weight)
+        return None if reason is None else f"has {reason}"
 
     def sum_with(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
         """ΔW of adapters, and W + ΔW rounded as W is; stored as the base weight is."""
@@ -141,8 +151,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self._original is not None:  # .to(), .cuda(), … move the kept weight too
-            self._original[0].data = fn(self._original[0].data)
+            self._move_original(fn)
         return super()._apply(fn, recurse)
+
+    def _move_original(self, fn: Any) -> None:
+        assert self._original is not None
+        self._original[0].data = fn(self._original[0].data)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._save_to_state_dict(*args, **kwargs)
