@@ -116,6 +116,22 @@ def test_checkpointed_with_dropout(kind: str) -> None:
     assert (model(x) - found[0][0]).abs().max() > 1e-3
 
 
+@bits4
+def test_each_adapter_has_its_own_dropout(kind: str) -> None:
+    """Of two that are active, the one without draws nothing."""
+    model, x = tuned(kind, "lora_fa"), inputs()
+    model.add_adapter("two", config("lora_fa", lora_dropout=0.5))
+    model.base_model.set_adapter(["default", "two"])
+    assert (model.train()(x) - model(x)).abs().max() > 1e-3
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.lora_fa_up["two"].zero_()
+    y = model(x)
+    assert torch.equal(model(x), y)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+
+
 @some_kinds
 @pytest.mark.parametrize("method", ["lora_xs", "lora_fa"])
 def test_biases_are_trained_once(kind: str, method: str) -> None:
