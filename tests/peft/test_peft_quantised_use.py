@@ -2,22 +2,19 @@
 
 import copy
 import pickle
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from base_cases import KINDS, D, H, Net, Opaque, gradients, inputs, kinds, model_of, needs, shifted
+from base_cases import D, H, Net, gradients, inputs, kinds, model_of, needs, shifted
 from peft_base_cases import check, config, layers_of, some_kinds, trained, tuned
-from peft_cases import CONFIGS, SETTINGS, integration, peft
+from peft_cases import CONFIGS, SETTINGS, peft
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_lowrank import load_adapter
 from fused_lowrank.integrations.peft.layer import over
-from fused_lowrank.methods import accept
 
 transformers = pytest.importorskip("transformers")
 bits4 = pytest.mark.parametrize("kind", [pytest.param("nf4", marks=needs("bitsandbytes"))])
@@ -114,6 +111,22 @@ def test_checkpointed_with_dropout(kind: str) -> None:
     for pair in zip(*found, strict=True):
         torch.testing.assert_close(*pair)
     assert (model(x) - found[0][0]).abs().max() > 1e-3
+
+
+@bits4
+def test_each_adapter_has_its_own_dropout(kind: str) -> None:
+    """Of two that are active, the one without draws nothing."""
+    model, x = tuned(kind, "lora_fa"), inputs()
+    model.add_adapter("two", config("lora_fa", lora_dropout=0.5))
+    model.base_model.set_adapter(["default", "two"])
+    assert (model.train()(x) - model(x)).abs().max() > 1e-3
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.lora_fa_up["two"].zero_()
+    y = model(x)
+    assert torch.equal(model(x), y)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
 
 
 @some_kinds
@@ -357,95 +370,3 @@ def test_hooks_on_the_base_are_called(kind: str) -> None:
     assert seen == [(3, 7, H)]
     handle.remove()
     assert torch.equal(model(x), y)
-
-
-# --- bad input ---
-
-
-@some_kinds
-def test_bad_input(kind: str) -> None:
-    """An x of another size or kind is named, with the adapter and without."""
-    model = tuned(kind, "lora_xs")
-    for off in (False, True):
-        for x, error, said in (
-            (inputs()[..., :5], ValueError, r"x is \(3, 7, 5\)"),
-            (torch.zeros(2, D, dtype=torch.int64), TypeError, "x is torch.int64"),
-        ):
-            around = model.disable_adapter() if off else nullcontext()
-            with around, pytest.raises(error, match=said):
-                model(x)
-
-
-def refused(model: Any, said: str, **settings: Any) -> None:
-    """An adapter is refused, and the model as it was."""
-    before = dict(model.named_modules())
-    with pytest.raises(ValueError, match=said):
-        peft.get_peft_model(model, config("lora_xs", **settings))
-    assert dict(model.named_modules()) == before
-
-
-@bits4
-def test_a_base_that_is_not_quantised_yet(kind: str) -> None:
-    """Its weight would change under the adapter."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for made in (Linear4bit, lambda k, n: Linear8bitLt(k, n, has_fp16_weights=False)):
-        model = Net(lambda k, n, made=made: made(k, n))
-        refused(model, "Target module first .*not quantised yet: move it to its device first")
-
-
-@pytest.mark.parametrize(
-    ("kind", "package"),
-    [
-        pytest.param("nf4", "bitsandbytes", marks=needs("bitsandbytes")),
-        pytest.param("int8", "bitsandbytes", marks=needs("bitsandbytes")),
-    ],
-)
-def test_a_library_that_is_missing(
-    kind: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It and the extra are named before anything is changed."""
-    model = model_of(kind)
-    monkeypatch.setitem(sys.modules, package, None)
-    refused(model, rf"Target module first .*{package}.*fused-lowrank\[quant\]")
-
-
-@some_kinds
-def test_a_library_that_cannot_run_here(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too old, or without kernels for the device: as its own error says."""
-    model = model_of(kind)
-    base = accept.base_of(model.second)
-
-    def product(self: Any, *args: Any) -> Any:
-        if self.module is model.second:
-            raise NotImplementedError("no kernel image is available")
-        return real(self, *args)
-
-    if kind == "opaque":
-        monkeypatch.setattr(model.second, "forward", lambda x: product(base, x))
-    else:
-        real = type(base).product
-        monkeypatch.setattr(type(base), "product", product)
-    refused(model, "Target module second .*cannot compute on cpu .*no kernel image is available")
-
-
-def test_a_module_that_is_no_linear_layer() -> None:
-    """Without sizes, without a gradient of x, or not linear where a W is asked for."""
-
-    class Detached(Opaque):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x.detach())
-
-    class Bent(Opaque):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).relu()
-
-    refused(Net(Detached), "Target module first .*that can be differentiated")
-    refused(Net(Bent), "not linear")
-    refused(nn.ModuleDict({"first": nn.Embedding(3, 4)}), "first is a Embedding: it is not supp")
-
-
-def test_every_kind_is_covered() -> None:
-    """A new kind of base comes to these tests too."""
-    assert {*KINDS} >= {"nf4", "fp4", "int8", "torchao-int8", "torchao-int4", "torchao-fp8"}
-    assert {*CONFIGS} == {row.name for row in integration.registry.ROWS}
