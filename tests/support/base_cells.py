@@ -214,13 +214,18 @@ def quiet() -> Iterator[None]:
 
 
 def merged(kind: str, method: str, folder: Path) -> str:
-    """ΔW goes into the weight; the results stay nearer to the adapter's than to the base's."""
+    """ΔW, as large as W is, goes into the weight; the results stay nearer to the adapter's than to
+    the base's.
+    """
     model = adapted(kind, method)
     x = inputs()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what rounding loses, which is measured here
         with disable_adapters(model):
             base = model(x)
+        adds = (model(x) - base).norm()
+        for layer in layers_of(model):
+            layer.scale *= float(base.norm() / adds)
         before = model(x)
         with may_refuse():
             merge(model)
