@@ -44,6 +44,9 @@ class BankedLayer(Computer):
         STORES[self.key] = store
         down, up = layer.shared_parts()
         self.sizes = *down.shape, *up.shape  # of products, forward and backward
+        if isinstance(layer.base_weight, Base):  # no op takes it: a call between two graphs
+            reason = "a layer of a bank over a quantised base: no fullgraph=True"
+            self.outside = torch.compiler.disable(as_written, reason=reason)
 
     def refuse_leaving(self, what: str) -> None:
         """Raise ValueError if the layer is to leave its model while the bank is open."""
@@ -148,7 +151,7 @@ class BankedLayer(Computer):
                     "what is exported would have the adapters of this call for good. close() the "
                     "bank, and export the model with one adapter"
                 )
-            return outside_graphs(self, layer, x)
+            return self.outside(self, layer, x)
         dropout_p = layer.dropout if layer.training else 0.0
         a, b = places(layer.core_factors)
         down, up = layer.shared_parts()
@@ -169,7 +172,6 @@ class BankedLayer(Computer):
         return y.view(*lead, y.shape[-1])
 
 
-@torch.compiler.disable(reason="a layer of a bank over a quantised base: no fullgraph=True")
-def outside_graphs(banked: BankedLayer, layer: LowRankLinear, x: Tensor) -> Tensor:
-    """A layer's call between two compiled graphs: no op takes a W that is a `Base`."""
+def as_written(banked: BankedLayer, layer: LowRankLinear, x: Tensor) -> Tensor:
+    """A layer's call."""
     return banked(layer, x)

@@ -258,7 +258,7 @@ def norm_of(
     `of` are the frozen factors that down is made of; none: it is trained.
     """
     with no_autocast(weight):
-        fixed = kept(weight, down, of) if keeps else constants(weight, None)
+        fixed = kept(weight, down, of) if keeps else constants(weight, down if of else None)
         return row_norms(fixed, weight, down, core, up, scale)
 
 

@@ -109,9 +109,9 @@ class Base:
 
     @property
     def bias(self) -> Tensor | None:
-        """The module's bias, which is not trained."""
+        """The module's bias, which PEFT may train if it is a Parameter."""
         bias = getattr(self.module, "bias", None)
-        return bias.detach() if bias is not None and bias.requires_grad else bias
+        return bias if bias is None or isinstance(bias, nn.Parameter) else bias.detach()
 
     def stored(self) -> list[Tensor]:
         """The tensors that the values are made of."""
@@ -205,9 +205,9 @@ class Base:
             return y.shape == expected and self.back(y).shape == x.shape
         with torch.enable_grad():
             y = self.module(x.requires_grad_())
-        if not (isinstance(y, Tensor) and y.requires_grad and y.shape == expected):
-            return False
-        return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
+            if not (isinstance(y, Tensor) and y.requires_grad and y.shape == expected):
+                return False
+            return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
 
     def for_products(self, dtype: torch.dtype) -> Any:
         """A pass's own values, for plans of plain matrices."""

@@ -17,6 +17,7 @@ from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from ....compute.autograd import fold
+from ....compute.gain import Ratio
 from ....compute.reference import Core, like, through_core
 from ....context.called import Reader, note_call
 from ....context.calls import Spread
@@ -169,7 +170,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         """The factors of an adapter that are trained."""
         return [getattr(self, name)[adapter] for name in self.trained_names(adapter)]
 
-    def gain_of(self, adapter: str, down: Tensor, core: Core, up: Tensor) -> Tensor | None:
+    def gain_of(self, adapter: str, down: Tensor, core: Core, up: Tensor) -> Any:
         """The gain (out,) of an adapter with these parts, or None."""
         if not (row := self.row_of(adapter)).dora:
             return None
@@ -188,7 +189,8 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
         """‖W + ΔW‖ (out,) by row, of trained factors as wide as they will be."""
         row, factors = self.row_of(adapter), self.factors_of(adapter)
         for name in row.trained:
-            factors[name] = like(factors[name], wide(factors[name].dtype))
+            own = factors[name].detach()  # a step knows by it that it is trained
+            factors[name] = like(own, wide(own.dtype)).requires_grad_()
         return dora.norms_of(row, factors, self.unmerged_weight, self.scaling[adapter])
 
     # --- adapters come and go ---
@@ -331,6 +333,7 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             return low
         with here(base := self.get_base_layer()):
             gain = self.gain_of(adapter, down, core, up)
+            gain = gain.tensor() if isinstance(gain, Ratio) else gain
             product = y if base.bias is None else y - base.bias
         assert gain is not None
         return gain * low + (gain - 1.0) * product
