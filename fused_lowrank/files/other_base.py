@@ -116,7 +116,8 @@ def check_base(
     if there is None or there.shape != (sum(sides) + 1 + WEIGHT_PROBES,):
         raise ValueError(f"{path} lacks {name}.{FINGERPRINT} of the layer's ranks: it is damaged")
     found = differing(ours, there, *sides)
-    carries = all(layer.row.key(name, factor) in tensors for factor in ("down", "up"))
+    own = [factor for factor in ("down", "up") if factor in layer.row.factors]  # or of a seed
+    carries = all(layer.row.key(name, factor) in tensors for factor in own)
     near = partial(is_near, ours, there)
     refuse_other_form(name, entry, form_of(layer), path, near, carries)
     if "weight" in found and f"{name}.weight" not in tensors:

@@ -24,7 +24,7 @@ from ..context.elsewhere import here, hook_of
 from ..functional import DTYPES, names, shape
 from .accept import base_of, carry_hooks
 from .layer import LowRankLinear
-from .state import sum_of
+from .state import EXTRA, MERGED, sum_of
 from .tensors import present
 
 OWN = "base_layer."  # how the keys of the module begin in a state_dict
@@ -40,6 +40,7 @@ class OverBase(LowRankLinear):
     by_attributes = True
     base_layer: nn.Module
     off: float = 0.0  # ‖what is stored - (W + ΔW)‖/‖W + ΔW‖ of the last merging
+    of_sum: Any = None  # W + ΔW as a `Base`, while merged
 
     @staticmethod
     def of(cls: type[LowRankLinear]) -> type[OverBase]:
@@ -102,7 +103,7 @@ class OverBase(LowRankLinear):
                 self.disabled.note()
             return alone(self.base_weight, x)
         if self.merged:
-            return alone(type(self.base_weight)(self.base_layer), x)
+            return alone(self.of_sum, x)
         self._require_factors()
         weight, down, core, up, bias, gain = self.own_tensors()
         return self.compute(x, weight, down, core, up, bias, None, gain)
@@ -169,6 +170,7 @@ class OverBase(LowRankLinear):
             warnings.warn(f"merging lost {lost:.2%} of ΔW: {self.how_to_keep()}", stacklevel=2)
         exchange(base, self.base_layer, module)
         base.module, self._original = module, (module,)  # a backward still needs W
+        vars(self)["of_sum"] = type(base)(self.base_layer)
         return lost
 
     def unmerge(self) -> None:
@@ -177,6 +179,7 @@ class OverBase(LowRankLinear):
             (module,), self._original = self._original, None
             exchange(self.base_weight, self.base_layer, module)
             self.base_weight.module = self.base_layer
+            self.of_sum.module, vars(self)["of_sum"] = module, None  # a backward may need W + ΔW
 
     def how_to_keep(self) -> str:
         """How far the last merging is off, and where nothing would be lost."""
@@ -213,7 +216,9 @@ class OverBase(LowRankLinear):
 
 def plain_keys(layer: LowRankLinear, state: dict[str, Any], prefix: str) -> None:
     """Give keys of the module in a plain model the names that they have in this layer."""
-    own = {*layer.factors, "merged"}
+    own = {*layer.factors, MERGED}
+    if type(layer).get_extra_state is not nn.Module.get_extra_state:  # the layer's own seeds
+        own.add(EXTRA)
     for key in [key for key in state if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
         if name not in own and not name.startswith(OWN):

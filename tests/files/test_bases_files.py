@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -88,6 +89,32 @@ def test_factors_made_of_another_form_stay_refused(form: str, tmp_path: Path) ->
     save_adapter(over(form, "lora_xs"), tmp_path / "lean", bases=False)
     with pytest.raises(ValueError, match=r"there, a plain matrix here.*comes without its frozen"):
         load_adapter(base("plain"), tmp_path / "lean", progress=False, on_other_base="warn")
+
+
+@pytest.mark.parametrize("form", forms("plain"))
+def test_factors_of_a_seed_are_the_same_over_another_form(form: str, tmp_path: Path) -> None:
+    """NOLA's are in no file, and of no base."""
+    model = over(form, "nola", m=6)
+    save_adapter(model, tmp_path / "file")
+    with pytest.warns(UserWarning, match="another base model: the weights of first, second"):
+        loaded = load_adapter(
+            base("plain"), tmp_path / "file", progress=False, on_other_base="warn"
+        )
+    for ours, theirs in zip(layers_of(loaded), layers_of(model), strict=True):
+        torch.testing.assert_close(ours.delta_weight(), theirs.delta_weight(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", forms("plain", "torchao-int8", "torchao-fp8", "subclass"))
+def test_a_state_dict_with_seeds(form: str) -> None:
+    """NOLA's seeds are the layer's, not of the module within; others are refused."""
+    model, other = over(form, "nola", m=6), over(form, "nola", m=6)
+    with torch.no_grad():
+        other.first.a.mul_(2.0)
+    state = model.state_dict()
+    other.load_state_dict(copy.deepcopy(state))
+    torch.testing.assert_close(other(inputs()), model(inputs()), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="the state_dict is of seed=0"):
+        over(form, "nola", m=6, seed=1).load_state_dict(state)
 
 
 def test_weights_that_are_others(tmp_path: Path) -> None:

@@ -205,6 +205,17 @@ def test_a_gradient_of_before(kind: str) -> None:
 
 
 @merging
+def test_a_gradient_of_the_merged(kind: str) -> None:
+    """A backward of a call while merged is still that of W + ΔW after `unmerge`."""
+    model, leaf = adapted(kind), inputs().requires_grad_()
+    merge(model)
+    y = model(leaf).sum()
+    (expected,) = torch.autograd.grad(y, leaf, retain_graph=True)
+    unmerge(model)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf)[0], expected, rtol=0, atol=0)
+
+
+@merging
 def test_what_is_lost_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for a model, with the figures, which are those of all of W."""
     monkeypatch.setattr(requantise, "ROWS", 24)  # whole blocks, and a rest

@@ -106,3 +106,31 @@ def test_its_own_state_dict(kind: str) -> None:
     assert all(
         torch.equal(values(own), old) for own, old in zip(layers_of(fresh), before, strict=True)
     )
+
+
+@merging
+def test_gradients_of_the_merged(kind: str) -> None:
+    """A backward of a call while merged is that of what was merged then, whatever came after."""
+    model, leaf = tuned(kind, "melora"), inputs().requires_grad_()
+    model.add_adapter("two", config("melora", lora_alpha=7.0))
+    shifted(model)
+    calls = []
+    for name in ("default", "two"):
+        model.merge_adapter([name])
+        y = model(leaf).sum()
+        calls.append((y, torch.autograd.grad(y, leaf, retain_graph=True)[0]))
+    model.unmerge_adapter()
+    for y, expected in calls:
+        torch.testing.assert_close(torch.autograd.grad(y, leaf)[0], expected, rtol=0, atol=0)
+
+
+@merging
+def test_a_base_that_is_dequantised_while_merged(kind: str) -> None:
+    """It has no place for what was stored before: that is said."""
+    model = tuned(kind, "melora")
+    model.merge_adapter()
+    layer = layers_of(model)[0]
+    plain = torch.nn.Linear(layer.in_features, layer.out_features)
+    layer.base_layer = plain.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="first has become a Linear while adapters were merged"):
+        model.unmerge_adapter()

@@ -322,6 +322,29 @@ def test_over_a_layer_of_another_method(kind: str) -> None:
 # --- what becomes of the base afterwards ---
 
 
+@some_kinds
+@pytest.mark.parametrize("method", ["lora_xs", "melora"])
+def test_biases_with_dora(kind: str, method: str) -> None:
+    """Past the gain, whoever adds them: also where the module is called."""
+    model = tuned(kind, method, bias="lora_only", use_dora=True)
+    layer = layers_of(model)[1]
+    bias = layer.base_layer.bias
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(model(inputs()).sum(), bias)
+        torch.testing.assert_close(grad, torch.full((D,), 21.0))
+        layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+@bits8
+def test_quantised_afterwards_with_dora(kind: str) -> None:
+    """The rows' norms are then of no plain matrix: nobody computes with them."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(nn.Linear), config("melora", use_dora=True))
+    layers_of(model)[0].base_layer = model_of(kind).first
+    with pytest.raises(ValueError, match="first was quantised when it had an adapter with use_do"):
+        model(inputs())
+
+
 @ao
 @pytest.mark.parametrize("method", ["lora_xs", "lora_fa"])
 def test_quantised_afterwards(kind: str, method: str) -> None:

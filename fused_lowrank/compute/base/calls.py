@@ -60,6 +60,8 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
         return by_torch(operands, own)
     y0 = fold(called(base, x)) if base.is_called() else None
     dtype = x.dtype if y0 is None else y0.dtype
+    if y0 is not None and gain is not None and bias is not None and bias.requires_grad:
+        y0 = y0 + like(bias.detach() - bias, dtype)  # its gradient is past the gain, not of y0
     x, bias = like(x, own), None if bias is None else like(bias, own)
     seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
     if dropout is not None and seed is None:

@@ -17,6 +17,7 @@ from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from ....compute.autograd import fold
+from ....compute.base.protocol import Base
 from ....compute.gain import Ratio
 from ....compute.reference import Core, like, through_core
 from ....context.called import Reader, note_call
@@ -25,7 +26,7 @@ from ....context.declared import ANYWHERE, Owners, by_row, stated
 from ....context.elsewhere import HookSlot, here
 from ....functional import lowrank_linear
 from ....methods import dora
-from ....methods.accept import is_hooked
+from ....methods.accept import is_hooked, why_no_weight
 from ....methods.method import MAGNITUDE, Method, Parts
 from ....methods.state import delta_of
 from ....methods.tensors import present
@@ -176,6 +177,13 @@ class PeftLowRankLinear(Switched, AdaptedWeight):
             return None
         made, factors = Parts(down, core, up), self.factors_of(adapter)
         weight, scale = self.base_weight, self.scaling[adapter]
+        known = isinstance(weight, Base) or torch.compiler.is_compiling()
+        if not known and (reason := why_no_weight(weight)):
+            raise ValueError(
+                f"{self.key} was quantised when it had an adapter with use_dora, and has "
+                f"{reason.partition(':')[0]}, of which DoRA has no norms: save_pretrained, "
+                "quantise the base model, and load the adapter there (on_other_base='warn')"
+            )
         return dora.with_gain(made, factors, weight, scale, row.down_of).gain
 
     @torch.no_grad()

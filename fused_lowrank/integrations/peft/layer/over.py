@@ -130,7 +130,7 @@ class PeftOverBase(PeftLowRankLinear):
         base = self.base_weight
         self._check(x, down)
         bias = base.bias
-        if bias is not None and bias.requires_grad and base.is_called():
+        if bias is not None and gain is None and base.is_called():
             bias = bias.detach()  # its gradient comes of the module's call
         dropout = Dropout(None, dropout_p) if dropout_p else None
         operands = Operands(x, base, down, core, up, bias, scale, dropout, gain=gain)
@@ -187,6 +187,7 @@ class PeftOverBase(PeftLowRankLinear):
         if not adapters:
             return
         self.require_whole("merge")
+        self.require_base(base)
         if base.is_meta:
             present(self, self.base_weight)
         delta, new = self.sum_with(adapters)
@@ -197,6 +198,8 @@ class PeftOverBase(PeftLowRankLinear):
         if self._original is None:
             self._original = (base,)
             base.module = module  # a backward still needs W
+        else:
+            self.base_weight.module = module  # and what was merged before
         self.known = self._modules["base_layer"], type(base)(own)
         self.merged_adapters.extend(adapters)
 
@@ -206,11 +209,21 @@ class PeftOverBase(PeftLowRankLinear):
         if not isinstance(base, Base):
             super().unmerge()
             return
+        self.require_base(base)
         own, self._original = self.get_base_layer(), None
         exchange(base, own, base.module)
-        base.module = own
+        self.base_weight.module, base.module = base.module, own  # a backward may need W + ΔW
         self.known = self._modules["base_layer"], base
         self.merged_adapters.clear()
+
+    def require_base(self, base: Base) -> None:
+        """Raise RuntimeError where a module without a `Base` has come in place of a merged one."""
+        if not isinstance(self.base_weight, Base):
+            raise RuntimeError(
+                f"the {type(base.module).__name__} of {self.key} has become a "
+                f"{type(self.get_base_layer()).__name__} while adapters were merged into it, and "
+                "has no place for what it stored before: unmerge_adapter() first, then dequantise"
+            )
 
     def how_to_keep(self) -> str:
         """How far the last merging is off, and where nothing would be lost."""
