@@ -403,3 +403,16 @@ def test_offloaded_weights(method: str) -> None:
     assert not any(f.is_meta for layer in layers(model).values() for f in factors(layer).values())
     x = inputs()
     torch.testing.assert_close(model(x), wanted(x), **CLOSE)
+
+
+def test_first_values_are_those_over_a_wider_base() -> None:
+    """A seed gives a 16-bit model the factors that it gives the 32-bit one, rounded: as in PEFT."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Sequential(nn.Linear(128, 128)).to(dtype)
+        torch.manual_seed(3)
+        given = integration.LoraFAConfig(r=4, target_modules=["0"], init_weights=False)
+        layer = peft.get_peft_model(linear, given).base_model.model[0]
+        found.append(list(layer.factors_of("default").values()))
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide.to(torch.bfloat16).float(), narrow.float())

@@ -112,11 +112,11 @@ class PeftOwnLinear(PeftLowRankLinear):
         for name, factor in self.row.factors.items():
             if not factor.shared:
                 dtype = self.factor_dtype if factor.trained else weight.dtype
-                value = torch.empty(self.row.shape(name, sizes), dtype=dtype, device=weight.device)
-                value = nn.Parameter(value, factor.trained)
-                self.give(adapter, name, value)
+                drawn = wide(dtype) if factor.saved else dtype  # as PEFT draws: whatever W's is
+                value = torch.empty(self.row.shape(name, sizes), dtype=drawn, device=weight.device)
                 with torch.no_grad():
                     FILLS[inits[name]](value, options)
+                self.give(adapter, name, nn.Parameter(value.to(dtype), factor.trained))
 
     def sized(self, config: LowRankConfig, r: int) -> tuple[dict[str, int], bool]:
         """The sizes of K, N and the ranks, and whether there is room for these: always, where all
