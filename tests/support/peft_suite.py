@@ -290,9 +290,10 @@ def build_models(folder: Path) -> dict[str, str]:
 
 
 def as_trained(model: Any) -> None:
-    """Give matrices singular values that fall, as trained ones have them.
+    """Give matrices singular values that fall, as trained ones have them, and larger embeddings.
 
-    Those of random ones lie so close that rounding turns their vectors, from which LoRA-XS starts.
+    The values of random ones lie so close that rounding turns their vectors, from which LoRA-XS
+    starts; and beside random embeddings what four bits lose of twelve layers is a tenth of the sum.
     """
     import torch
 
@@ -301,6 +302,8 @@ def as_trained(model: Any) -> None:
             left, sigma, right = torch.linalg.svd(weight.detach(), full_matrices=False)
             falling = sigma.norm() * 0.6 ** torch.arange(len(sigma))
             weight.data = left @ torch.diag(falling) @ right
+        elif "embed" in name:
+            weight.data *= 5.0
 
 
 def main() -> None:
