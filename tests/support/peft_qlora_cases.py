@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_cases import model_of
+from base_cases import model_of, shifted
 from torch import nn
 
 pytest.importorskip("peft")
@@ -28,16 +28,6 @@ def qlora(kind: str, base: torch.dtype, **settings: Any) -> Any:
         warnings.simplefilter("ignore")  # torchao's layers cannot be merged without more
         model = get_peft_model(model, LoraConfig(**own))
     return shifted(model)
-
-
-@torch.no_grad()
-def shifted(model: Any) -> Any:
-    """The model, what is trained moved."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def layers_of(model: nn.Module) -> list[Any]:
