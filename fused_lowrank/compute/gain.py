@@ -82,9 +82,9 @@ def of_magnitude(dgain: Tensor, gain: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm, neither of them 0."""
+    """magnitude / norm, the former not 0; the latter never is."""
     wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-    return off_zero(magnitude, wide) / like(norm, wide).clamp_min(least(wide))
+    return off_zero(magnitude, wide) / like(norm, wide)
 
 
 def least(dtype: torch.dtype) -> float:

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..compute.autograd import join, places
 from ..compute.base.protocol import Base, dense
 from ..compute.choose import transformed
-from ..compute.gain import Gain, Ratio, divided
+from ..compute.gain import Gain, Ratio, divided, least
 from ..compute.reference import Core, like, wide_dtype
 from ..compute.run import no_autocast
 from .method import MAGNITUDE, Method, Parts
@@ -35,11 +35,12 @@ AT_ONCE = 1 << 22  # and on a device other than a CPU
 class Constants(NamedTuple):
     """The parts of the norm that no step changes, in float32 or wider.
 
-    `of_weight` (N,) is ‖Wₙ‖². `with_down` (N, P), W·downᵀ, and `of_down` (P, P), down·downᵀ, are
-    None where down is trained.
+    `of_weight` (N,) is ‖Wₙ‖², and `least` (N,) what rounding may leave of it: never 0.
+    `with_down` (N, P), W·downᵀ, and `of_down` (P, P), down·downᵀ, are None where down is trained.
     """
 
     of_weight: Tensor
+    least: Tensor
     with_down: Tensor | None
     of_down: Tensor | None
 
@@ -48,9 +49,9 @@ class Constants(NamedTuple):
 def constants(weight: Tensor, down: Tensor | None = None) -> Constants:
     """The constants of weight (N, K) and of a frozen down (P, K); None where down is trained."""
     of_weight = by_rows(weight, lambda rows: rows.square().sum(1))
-    if down is None:
-        return Constants(of_weight, None, None)
-    return Constants(of_weight, *products(weight, down))
+    known = torch.finfo(of_weight.dtype)
+    rest = (known.eps * of_weight).clamp_min(known.tiny)
+    return Constants(of_weight, rest, *((None, None) if down is None else products(weight, down)))
 
 
 def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 def rounded_products(weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """`products` with down in W's dtype, as beside x, and W·downᵀ rounded to that, as t is."""
     down = like(down, weight.dtype)
-    with_down = like((down @ weight.t()).t(), wide_dtype(weight.dtype))
+    with_down = like(weight @ down.t(), wide_dtype(weight.dtype))
     down = like(down, with_down.dtype)
     return with_down, down @ down.t()
 
@@ -116,17 +117,18 @@ def row_norms(
         rows, middle = rows @ like(core[1], wide).t(), core[0]
     elif isinstance(core, Tensor) and core.dim() == 1:
         rows, middle = rows * like(core, wide), None
+    elif isinstance(core, Tensor) and core.shape[0] <= core.shape[1]:
+        rows, middle = rows @ like(core, wide).t(), None
     middle = like(middle, wide) if isinstance(middle, Tensor) else None
     if fixed.with_down is None and is_rounded(weight):
         square = squares(fixed.of_weight, *rounded_products(weight, down), middle, rows, scale)
-        if bool((square >= 0.5 * fixed.of_weight).all()):
+        if bool((square > 0.5 * fixed.of_weight).all()):
             return square.sqrt_()
     with_down, of_down = fixed.with_down, fixed.of_down
     if with_down is None or of_down is None:
         with_down, of_down = products(weight, down)
     square = squares(fixed.of_weight, with_down, of_down, middle, rows, scale)
-    least = torch.finfo(wide).eps * fixed.of_weight  # less than this is rounding's
-    return torch.maximum(square, least).sqrt_()
+    return torch.maximum(square, fixed.least).sqrt_()
 
 
 def squares(
@@ -150,6 +152,7 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     A magnitude of 0 and a norm of 0 are taken for the `least`: so the gain's own gradient is a
     number, and so is the gain where all is 0 that it multiplies.
     """
+    norm = norm.clamp_min(least(norm.dtype))
     if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transformed()):
         return divided(magnitude, norm)
     made: Tensor = Gain.apply(magnitude, norm)
@@ -160,8 +163,7 @@ def of_call(magnitude: Tensor, norm: Tensor) -> Any:
     """`gain` for a call of the equation, a `Ratio` where the call is to give the gradient."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed():
         return gain(magnitude, norm)
-    with torch.no_grad():
-        values = divided(magnitude, norm)
+    values = divided(magnitude.detach(), norm)
     return Ratio(values, magnitude, norm) if magnitude.requires_grad else values
 
 
@@ -243,7 +245,6 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@torch.no_grad()
 def norm_of(
     weight: Tensor,
     down: Tensor,

@@ -89,7 +89,8 @@ class LowRankLinear(MergingLinear):
         super().__init__()
         row, train = variant(self.row, given), tuple(given["train"])
         if row is not self.row:
-            self.row, self.factors, self.by_attributes = row, tuple(row.factors), True
+            self.row, self.factors = row, tuple(row.factors)
+            self.by_attributes |= row.parts is not None
         self.in_features, self.out_features = in_features, out_features
         sizes = sized(row, in_features, out_features, given)
         self.ranks = {name: sizes[name] for name in row.ranks}
@@ -325,8 +326,12 @@ class LowRankLinear(MergingLinear):
         if not self.by_attributes:
             own: Any = self._parameters
             try:
-                core = type(self).core_of(own)
-                return own["weight"], own["down"], core, own["up"], own["bias"], None
+                core, gain = type(self).core_of(own), None
+                weight, down, up, bias = own["weight"], own["down"], own["up"], own["bias"]
+                if self.row.dora:
+                    made = Parts(down, core, up)
+                    gain = dora.with_gain(made, own, weight, self.scale, self.row.down_of).gain
+                return weight, down, core, up, bias, gain
             except KeyError:  # parametrised, or pruned, since
                 pass
         down, core, up, gain = self.parts()

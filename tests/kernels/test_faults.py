@@ -77,7 +77,7 @@ FAULTS = {
     ),
     "a negative square under a root": (
         "fused_lowrank/methods/dora.py",
-        "torch.maximum(square, least).sqrt_()",
+        "torch.maximum(square, fixed.least).sqrt_()",
         "square.sqrt_()",
         f"{DORA}::test_a_norm_that_cancels_is_a_number",
     ),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lowrank import lowrank_linear
+from fused_lowrank.compute.gain import least
 from fused_lowrank.methods import dora
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +120,7 @@ def test_rows_of_zeros() -> None:
     weight, down, _, up = made(6, 8, 2, "none", torch.float32, 0)
     weight[:3], up[:2] = 0.0, 0.0
     norm = dora.row_norms(dora.constants(weight), weight, down, None, up, 1.0)
-    assert norm[:2].tolist() == [0.0, 0.0]
+    assert bool((norm[:2] == least(torch.float32)).all())
     magnitude = weight.norm(dim=1).requires_grad_()
     gain = dora.gain(magnitude, norm)
     assert gain[:2].tolist() == [1.0, 1.0]

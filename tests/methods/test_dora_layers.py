@@ -22,6 +22,7 @@ from dora_cases import (
     replaced,
 )
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from fused_lowrank import explain
 from fused_lowrank.methods import METHODS, dora
@@ -56,6 +57,31 @@ def test_starts_as_the_base_does(method: str) -> None:
     torch.testing.assert_close(layer.magnitude, (linear.weight + plain.delta_weight()).norm(dim=1))
     assert layer.train_names == (*plain.train_names, "magnitude")
     assert layer.state_dict().keys() == {*plain.state_dict(), "magnitude"}
+
+
+class Doubled(nn.Module):
+    """A parametrisation: twice the Parameter."""
+
+    def forward(self, own: torch.Tensor) -> torch.Tensor:
+        """(...) → (...)."""
+        return 2.0 * own
+
+
+@methods
+@pytest.mark.parametrize("which", ["magnitude", "down", "up"])
+@pytest.mark.parametrize("how", ["parametrised", "pruned"])
+def test_factors_that_are_computed(method: str, which: str, how: str) -> None:
+    """What stands in a factor's place is what the layer and its norms are computed of."""
+    layer = layer_of(method, True)
+    if which not in layer.factors:
+        pytest.skip(f"{method} has no {which}")
+    x = torch.randn(M, K)
+    layer(x)
+    if how == "parametrised":
+        parametrize.register_parametrization(layer, which, Doubled())
+    else:
+        prune.random_unstructured(layer, which, 0.5)
+    torch.testing.assert_close(layer(x), formula(layer, x).float())
 
 
 def test_under_autocast() -> None:
