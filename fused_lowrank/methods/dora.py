@@ -201,6 +201,12 @@ def holds(known: Stamp, tensors: Iterable[Tensor]) -> bool:
     return True
 
 
+def parts_of(row: Method, factors: Mapping[str, Tensor], weight: Tensor, scale: float) -> Parts:
+    """The equation's parts of a row's factors beside this weight, with DoRA's gain if any."""
+    made = row.made(factors, weight, scale)
+    return with_gain(made, factors, weight, scale, row.down_of) if row.dora else made
+
+
 def with_gain(
     parts: Parts,
     factors: Mapping[str, Tensor],

@@ -191,11 +191,7 @@ class LowRankLinear(MergingLinear):
 
     def parts(self) -> Parts:
         """The equation's down, core, up and gain."""
-        factors, weight = self.factors_now(), self.base_weight
-        made = self.row.made(factors, weight, self.scale)
-        if not self.row.dora:
-            return made
-        return dora.with_gain(made, factors, weight, self.scale, self.row.down_of)
+        return dora.parts_of(self.row, self.factors_now(), self.base_weight, self.scale)
 
     @property
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -326,12 +322,11 @@ class LowRankLinear(MergingLinear):
         if not self.by_attributes:
             own: Any = self._parameters
             try:
-                core, gain = type(self).core_of(own), None
-                weight, down, up, bias = own["weight"], own["down"], own["up"], own["bias"]
                 if self.row.dora:
-                    made = Parts(down, core, up)
-                    gain = dora.with_gain(made, own, weight, self.scale, self.row.down_of).gain
-                return weight, down, core, up, bias, gain
+                    made = dora.parts_of(self.row, own, own["weight"], self.scale)
+                    return own["weight"], *made[:3], own["bias"], made.gain
+                core = type(self).core_of(own)
+                return own["weight"], own["down"], core, own["up"], own["bias"], None
             except KeyError:  # parametrised, or pruned, since
                 pass
         down, core, up, gain = self.parts()
