@@ -25,6 +25,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # as oneDNN does, of torch
 os.environ["FUSED_LOWRANK_TUNE"] = "off"  # no file of the user's decides what is tested
+# Inductor would compile a program for each instruction set, in each process, to see that it can.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import _pytest.python
 import pytest

@@ -1,4 +1,4 @@
-"""`Stub` is a driver for Triton that compiles for an H100 (sm_90) and launches nothing.
+"""`Stub` is a driver for Triton that prepares launches on an H100 (sm_90) and launches nothing.
 
     with stub() as driver:
         layer(x)  # of CPU tensors, through the kernels' code for a GPU; y is whatever lay there
@@ -8,7 +8,8 @@ What the host does for a launch is done, up to the call of the CUDA driver: argu
 specialised, kernels are looked up, compiled where they are new, and handed to Triton's launcher,
 which does its part in Python. Left out is what only a GPU's machine has: the launcher's part in C,
 which packs the arguments, makes tensor maps and launches; the look-up of the current stream; and
-the GPU's allocator, for which stands the CPU's.
+the GPU's allocator, for which stands the CPU's. Kernels are compiled as far as LLVM's code, not
+optimised: nothing later says anything of a launch. They are kept in a cache of their own.
 
 The library is told that CPU tensors lie on an H100 by replacing a few of its functions, found by
 their names wherever they stand. `replacements` and `REMEMBERED` have those names.
@@ -20,17 +21,21 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia import driver as nvidia
+from triton.backends.nvidia.compiler import CUDABackend, llvm
 from triton.runtime import driver as drivers
 
 PROCESSORS = 132  # multiprocessors of an H100
@@ -133,6 +138,29 @@ class Stub(DriverBase):
         raise RuntimeError("a stub launches nothing that could be timed")
 
 
+def no_ptx(backend: CUDABackend, code: str, metadata: dict[str, Any], *others: Any) -> str:
+    """In place of PTX of LLVM's code: nothing. The kernel's name is noted, as Triton notes it."""
+    (metadata["name"],) = re.findall(r"^define ptx_kernel void @(\w+)\(", code, re.MULTILINE)
+    return "none"
+
+
+def no_binary(backend: CUDABackend, code: str, *others: Any) -> bytes:
+    """In place of a binary of PTX: nothing."""
+    return b"none"
+
+
+@contextmanager
+def half_compiled() -> Iterator[None]:
+    """Inside, kernels are compiled as far as LLVM's code, and looked for in a cache of such."""
+    cache = triton.knobs.cache
+    with cache.scope(), ExitStack() as stack:
+        cache.dir = str(Path(cache.dir).with_name("cache_of_stub"))
+        stack.enter_context(mock.patch.object(llvm, "optimize_module"))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_ptx", no_ptx))
+        stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", no_binary))
+        yield
+
+
 def library() -> list[ModuleType]:
     """The modules of this library that have been imported."""
     named = [(name, module) for name, module in sys.modules.items() if module is not None]
@@ -207,7 +235,7 @@ def stub() -> Iterator[Stub]:
     driver, names = Stub(), ("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE")
     before, parts = getattr(drivers, "_active", None), vars(nvidia)
     in_c = {name: parts[name] for name in names if name in parts}
-    with ExitStack() as stack:
+    with half_compiled(), ExitStack() as stack:
         for name, replacement in replacements(driver).items():
             stack.enter_context(replaced(name, replacement))
         forget()
