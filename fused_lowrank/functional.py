@@ -9,7 +9,7 @@ from . import config
 from .compute import choose, isolation
 from .compute.autograd import Call, LowRankFunction, dropout_of, fold, forward_op, places
 from .compute.dropout import Dropout, kept
-from .compute.gain import Ratio
+from .compute.gain import Ratio, loses_z, trains
 from .compute.operands import Operands
 from .compute.reference import TORCH, Core, Products, RowCores, chain, lowrank_linear_reference
 from .compute.run import no_autocast, run, under_autocast
@@ -115,7 +115,7 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
     where there is a core for each row and this CPU's library needs it.
     """
     if isinstance(operands.gain, Ratio) and (
-        impl == "reference" or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        torch.compiler.is_compiling() or not torch.is_grad_enabled()
     ):
         operands = operands._replace(gain=operands.gain.tensor())
     x, weight, down, core, up, bias, scale, dropout, _, gain = operands
@@ -127,7 +127,10 @@ def compute(operands: Operands, impl: str, isolated: bool | None = None) -> Tens
         isolated = rows is not None and choose.isolates(impl, x, down, up)
     if isolated:
         impl, products = ("reference" if impl == "reference" else "isolated"), isolation.PRODUCTS
-    if impl == "reference" or (impl == "auto" and values is None and has_zeros(gain)):
+    if impl == "reference" or (impl == "auto" and loses_z(operands.gain, bias)):
+        ratio = operands.gain
+        if isinstance(ratio, Ratio):
+            operands = operands._replace(gain=ratio.tensor())
         return by_reference(operands, products)
     # Whoever needs the mask makes it from this, forward and backward.
     seed, dropout_p = (None, 0.0) if dropout is None else dropout[:2]
@@ -165,21 +168,6 @@ def by_reference(operands: Operands, products: Products) -> Tensor:
         return lowrank_linear_reference(
             x, weight, down, core, up, bias, scale=scale, low=low, products=products, gain=gain
         )
-
-
-def trains(gain: Tensor | None) -> bool:
-    """Whether a call is one that computes the gradient of its gain."""
-    return gain is not None and gain.requires_grad and torch.is_grad_enabled()
-
-
-def has_zeros(gain: Tensor | None) -> bool:
-    """Whether the gradient of the gain cannot be had from y, as far as is known without waiting.
-
-    On a GPU, and in a compiled graph, nobody looks.
-    """
-    if gain is None or torch.compiler.is_compiling() or not trains(gain) or not gain.is_cpu:
-        return False
-    return not bool(gain.all())
 
 
 def draw_seed(x: Tensor) -> Tensor:

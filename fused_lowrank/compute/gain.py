@@ -59,6 +59,25 @@ class Ratio(NamedTuple):
         return made
 
 
+def trains(gain: Tensor | Ratio | None) -> bool:
+    """Whether a call is one that computes the gradient of its gain."""
+    return gain is not None and gain.requires_grad and torch.is_grad_enabled()
+
+
+def loses_z(gain: Tensor | Ratio | None, bias: Tensor | None) -> bool:
+    """Whether y has nothing of a z whose gain needs a gradient, as far as is known without waiting.
+
+    That is where a gain is 0, or beside a bias a magnitude, whose gain is nearly 0. On a GPU, and
+    in a compiled graph, nobody looks.
+    """
+    if gain is None or torch.compiler.is_compiling() or not trains(gain):
+        return False
+    own = gain.magnitude if isinstance(gain, Ratio) else gain
+    if not own.is_cpu or (own is not gain and bias is None):
+        return False
+    return not bool(own.all())
+
+
 class Gain(torch.autograd.Function):
     """The gain, whose gradient is had from the two that are there anyway: the magnitude, which is a
     Parameter, and the gain itself, which the equation saves. So nothing more is saved for it.
@@ -82,9 +101,8 @@ def of_magnitude(dgain: Tensor, gain: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def divided(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm, the former not 0; the latter never is."""
-    wide = torch.promote_types(wide_dtype(magnitude.dtype), norm.dtype)
-    return off_zero(magnitude, wide) / like(norm, wide)
+    """magnitude / norm (N,), in norm's dtype; a magnitude of 0 is the `least`, no norm is 0."""
+    return off_zero(magnitude, norm.dtype) / norm
 
 
 def least(dtype: torch.dtype) -> float:

@@ -150,7 +150,8 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """magnitude / norm (N,), in float32 or wider; a norm of `row_norms` is a constant here.
 
     A magnitude of 0 and a norm of 0 are taken for the `least`: so the gain's own gradient is a
-    number, and so is the gain where all is 0 that it multiplies.
+    number, and so is the gain where all is 0 that it multiplies. Beside a bias a magnitude of 0 has
+    its gradient by impl="reference", and by "auto" on a CPU; elsewhere it is 0.
     """
     norm = norm.clamp_min(least(norm.dtype))
     if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transformed()):
@@ -280,7 +281,8 @@ def kept(weight: Tensor, down: Tensor, of: list[Tensor]) -> Constants:
     laid = () if own._base is None else (own.shape, own.stride(), own.storage_offset())
     fixed_down = down if of else None
     tensors = [tensor if tensor._base is None else tensor._base for tensor in (own, *of)]
-    if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
+    # Nobody counts what is written to those of inference; those of a transform have no storage.
+    if transformed() or any(tensor.is_inference() for tensor in tensors):
         return constants(weight, fixed_down)
     key, place = tensors[bool(of)], (len(down) if of else 0, laid, *map(id, tensors))
     known = KEPT.get(key) or {}

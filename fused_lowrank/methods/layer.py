@@ -11,13 +11,14 @@ from torch.nn.functional import linear as dense
 
 from ..compute import choose
 from ..compute.dropout import Dropout, without_ranks
+from ..compute.gain import trains
 from ..compute.operands import Operands
 from ..compute.reference import AnyCore, Core, chain
 from ..context.called import Reader, note_call
 from ..context.disabling import Switch
 from ..context.elsewhere import HookSlot, hand_over, here
 from ..context.learns import warn_of_nothing_learned, warn_of_scales
-from ..functional import compute, prepared, trains
+from ..functional import compute, prepared
 from . import dora
 from .accept import carry, clashes, give_back, is_dense, sides_of, why_not_linear
 from .initial.starts import FILLS, check_learns, fill
@@ -81,7 +82,7 @@ class LowRankLinear(MergingLinear):
             if row.parts is None:  # the way that costs the host least
                 cls.core_factors = getter(row.core)  # type: ignore[assignment]
                 cls.core_of = picker(row.core)
-        if not {"weight", "down", "up", "bias"}.isdisjoint(vars(cls)):
+        if not {"weight", "down", "up", "bias", "parts", "factors_now"}.isdisjoint(vars(cls)):
             cls.by_attributes = True
 
     def build(self, in_features: int, out_features: int, bias: bool, given: Any) -> None:

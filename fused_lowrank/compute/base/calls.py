@@ -31,7 +31,7 @@ from ..autograd import (
     unsafe_view,
 )
 from ..dropout import is_no_bits, kept, no_bits
-from ..gain import Ratio, widened
+from ..gain import Ratio, loses_z, widened
 from ..operands import Operands
 from ..reference import RowCores, like, through_core, wide_dtype
 from ..run import no_autocast, run, under_autocast
@@ -44,6 +44,7 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
     It is computed in the dtype that the base computes an x of this one in, or in autocast's.
     `isolated` is as `functional.compute` has it.
     """
+    lost = impl == "auto" and loses_z(operands.gain, operands.bias)
     if isinstance(operands.gain, Ratio):
         operands = operands._replace(gain=operands.gain.tensor())
     x, base, down, core, up, bias, scale, dropout, _, gain = operands
@@ -56,7 +57,7 @@ def over_base(operands: Operands, impl: str, isolated: bool | None = None) -> Te
         isolated = rows is not None and choose.isolates(impl, x, down, up)
     if isolated and impl != "reference":
         impl = "isolated"
-    if impl == "reference" or torch.compiler.is_compiling():
+    if impl == "reference" or lost or torch.compiler.is_compiling():
         return by_torch(operands, own)
     y0 = fold(called(base, x)) if base.is_called() else None
     dtype = x.dtype if y0 is None else y0.dtype
