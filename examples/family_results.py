@@ -164,7 +164,8 @@ def make_table(lines: Lines, every: Sequence[Variant]) -> str:
     """All results as Markdown, a table for each question."""
     rows = make_rows(lines, every)
     seeds = len({line["seed"] for line in lines})
-    differences = [difference(row, rows, row.variant.against) for row in rows.values()]
+    trained = [row for row in rows.values() if row.trained]
+    differences = [difference(row, rows, row.variant.against) for row in trained]
     machines = sorted({line["machine"]["cpu"] for line in lines})
     parts = [
         "# Every method on code search\n",

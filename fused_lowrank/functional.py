@@ -39,7 +39,7 @@ def lowrank_linear(
     The forward of a linear layer with a low-rank adapter: LoRA (core None; Hu et al. 2021,
     arXiv 2106.09685), LoRA-XS (core R; Bałazy et al. 2024, arXiv 2405.17604), LoRA-Mini (core
     (Atrain, Btrain); Singh et al. 2024, arXiv 2411.15804), AdaLoRA and VeRA (core a diagonal; Zhang
-    et al. 2023, arXiv 2303.10512; Kopiczko et al. 2023, arXiv 2310.11454); with a gain DoRA (Liu et
+    et al. 2023, arXiv 2303.10512; Kopiczko et al. 2024, arXiv 2310.11454); with a gain DoRA (Liu et
     al. 2024, arXiv 2402.09353).
 
     Args:

@@ -81,7 +81,7 @@ def adapt(
         method: "lora", "lora_xs", "lora_mini", or another of `fused_lowrank.methods.METHODS`; or
             "dora", which is "lora" with dora=True.
         target_modules: a list of module names or of their last parts; or a regular expression that
-            must match whole names; or "all-linear": every nn.Linear but the output layer (what
+            must match whole names; or "all-linear": every linear layer but the output layer (what
             model.get_output_embeddings() returns or, without such a method, the last nn.Linear),
             routers of experts, layers of one output, those with a forward of their own and those
             whose weights the model reads; ranks are taken down to what a layer has room for. One
@@ -105,8 +105,8 @@ def adapt(
             "loftq" what was quantised; see `originals`.
         forward_fn: calls the model with a batch; None: model(**batch), or model(*batch).
         method_keywords: for the layers: r, alpha, dropout, rank_dropout, train, dtype; init; svd
-            (LoRA-XS); a, b (LoRA-Mini); n (MELoRA); m, seed (NOLA); dora.
-            `methods.initial.values` says what an init is.
+            (LoRA-XS); a, b (LoRA-Mini); d_initial, b_initial, seed (VeRA); n (MELoRA); m, seed
+            (NOLA); dora. `methods.initial.values` says what an init is.
 
     Returns:
         The same model.
@@ -116,8 +116,8 @@ def adapt(
             nothing; a layer that is not there; a rank that does not fit a layer; a weight on the
             meta device, or with NaN or Inf under LoRA-XS; a module whose replacement would never be
             called; a tensor that would be trained and is a view of another.
-        TypeError: a target that is no plain nn.Linear; a keyword that the method does not know;
-            a method or patterns that are no strings.
+        TypeError: a target that is no linear layer (`compute.base` has those that are); a keyword
+            that the method does not know; a method or patterns that are no strings.
 
     Whatever is raised, the model is as it was. A UserWarning each says in which layers nothing
     would be learned, what is trained in 16 bits, and which pattern decides nothing.

@@ -125,7 +125,7 @@ def refuse(name: str, layer: LowRankLinear) -> None:
         raise ValueError(f"{name} is not initialised: load its weights and call init_bases")
     if isinstance(layer.base_weight, Base):
         raise TypeError(
-            f"cannot merge into {name} for good: it is over a "
+            f"cannot merge into {name} for good: it lies over "
             f"{type(layer.base_weight.module).__name__}, in which each restart would lose some of "
             "ΔW, or all: train over a base that is not quantised"
         )

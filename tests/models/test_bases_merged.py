@@ -349,7 +349,7 @@ def test_packed_for_inference() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        pytest.param("opaque", "is over a Opaque, whose weight is no plain matrix"),
+        pytest.param("opaque", "lies over Opaque, whose weight is no plain matrix"),
         pytest.param("subclass", "has a weight of Rows8, which does not say how it was quantised"),
         pytest.param(
             "torchao-int4",
@@ -403,7 +403,7 @@ def test_no_restart(kind: str) -> None:
     """Each would lose some of ΔW for good."""
     model = adapted(kind)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
-    with pytest.raises(TypeError, match=r"over a .*, in which each restart would lose some of ΔW"):
+    with pytest.raises(TypeError, match=r"lies over .*, in which each restart would lose some of ΔW"):
         merge_and_restart(model, optimizer, progress=False)
 
 

@@ -218,7 +218,7 @@ class Base:
 
     def why_not_requantised(self) -> str | None:
         """The reason why no sum can be stored as W is, to follow "it"; None where one can."""
-        return f"is over a {type(self.module).__name__}, whose weight is no plain matrix"
+        return f"lies over {type(self.module).__name__}, whose weight is no plain matrix"
 
     def values_to_merge(self) -> Tensor:
         """W (N, K) as the base's library dequantises it, for something to be added."""
