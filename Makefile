@@ -3,7 +3,8 @@
 #
 #   make demo    fine-tune the example model and print its table    MODEL=folder of its weights
 #   make family  every method, every init of LoRA-XS and LoRA-Mini, and choices of what LoRA-Mini
-#                freezes, on that task, three seeds; half an hour, goes on where it was stopped                 MODEL= as above
+#                freezes, on that task, three seeds; half an hour, goes on where it was
+#                stopped                                            MODEL= as above
 #   make demo-qlora  that task over an nf4 base and over a 16-bit one, three seeds; goes on where it
 #                was stopped                                        MODEL= as above
 #   make train-many   train 240 adapters of that model in one run   MODEL= as above
