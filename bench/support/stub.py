@@ -154,7 +154,7 @@ def half_compiled() -> Iterator[None]:
     """Inside, kernels are compiled as far as LLVM's code, and looked for in a cache of such."""
     cache = triton.knobs.cache
     with cache.scope(), ExitStack() as stack:
-        cache.dir = str(Path(cache.dir).with_name("cache_of_stub"))
+        cache.dir = str(Path(cache.dir) / "of_stub")
         stack.enter_context(mock.patch.object(llvm, "optimize_module"))
         stack.enter_context(mock.patch.object(CUDABackend, "make_ptx", no_ptx))
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", no_binary))

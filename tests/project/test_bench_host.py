@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench import report
 from bench.support import tables
 from bench.support.store import HOST_PREFIX
-from bench.support.stub import stub
+from bench.support.stub import half_compiled, stub
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"plan", "what", "m", "us", "q1", "q3", "ratio", "launches"}
@@ -58,6 +58,17 @@ def printed(tmp_path_factory) -> list[dict]:
     text = report.host_text(device)
     assert all(f"| {line['plan']} | {line['what']} | {line['m']} |" in text for line in lines)
     return lines
+
+
+def test_what_is_half_compiled_is_in_nobodys_way():
+    """Kernels without a binary are in a cache of their own: none is found where one is launched."""
+    compiler, before = triton.backends.nvidia.compiler, triton.knobs.cache.dir
+    made = compiler.CUDABackend.make_cubin, compiler.llvm.optimize_module
+    with half_compiled():
+        assert Path(triton.knobs.cache.dir).parent == Path(before)
+        assert compiler.CUDABackend.make_cubin is not made[0]
+    assert triton.knobs.cache.dir == before
+    assert (compiler.CUDABackend.make_cubin, compiler.llvm.optimize_module) == made
 
 
 def test_lines_have_all_figures(printed):
